@@ -1,0 +1,163 @@
+"""The words every room speaks: messages, sampling settings, replies, what is loaded, and what can go wrong.
+
+Only the standard library is used here, so anything may import it. No behaviour lives here beyond checking ranges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, TypedDict
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the shape that chat templates take."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatError(Exception):
+    """Something the visitor can put right. Its text is written for them and shown as it stands."""
+
+
+class PromptTooLong(ChatError):
+    """The newest message does not fit in the context window with room to answer."""
+
+
+class ModelUnavailable(ChatError):
+    """No model can answer now: still loading, could not be loaded, or stopped."""
+
+
+class Busy(ChatError):
+    """The line of waiting requests is full."""
+
+
+# Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 4096),
+    "temperature": (0, 5),
+    "top_p": (0, 1),
+    "top_k": (0, 1000),
+    "repetition_penalty": (0.5, 2),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (0, 2**63 - 1),
+}
+OPEN_BELOW = {"top_p"}
+WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
+MAX_STOP_STRINGS = 8
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to end; every value is checked on creation.
+
+    Raises ChatError for a value outside its range, naming the setting, the range and the value.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.6  # 0 takes the likeliest token every time
+    top_p: float = 0.9  # keep the likeliest tokens that together reach this probability
+    top_k: int = 50  # keep this many of the likeliest tokens; 0 keeps all
+    repetition_penalty: float = 1.1  # divides the score of tokens already in prompt or answer; 1 is off
+    presence_penalty: float = 0.0  # subtracted once from tokens already in the answer
+    frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
+    seed: int | None = None  # the same seed and conversation give the same answer
+    stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
+    grammar: str | None = None  # reserved: a grammar that the answer must follow
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name in RANGES:
+                value = getattr(self, field.name)
+                if not (value is None and field.name == "seed"):
+                    object.__setattr__(self, field.name, _checked(field.name, value))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in stop):
+            raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
+        object.__setattr__(self, "stop", stop)
+        if self.grammar is not None:
+            raise ChatError("grammar is not available yet; leave it out.")
+
+
+def _checked(name: str, value: object) -> int | float:
+    """The value as the int or float the setting needs, or ChatError."""
+    low, high = RANGES[name]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        inside = low <= value <= high and not (name in OPEN_BELOW and value == low)
+        if name not in WHOLE_NUMBERS and inside:
+            return float(value)
+        if inside and value == int(value):
+            return int(value)
+    kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
+    lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
+    upper = "2^63 - 1" if name == "seed" else f"{high:g}"
+    raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {str(value)[:40]!r}.")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one reply cost, in tokens and messages."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, already in the KV cache
+    dropped_messages: int = 0  # oldest messages left out because they no longer fit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast one reply was. Seconds from submit to first token; tokens per second after it."""
+
+    time_to_first_token_s: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Reply(Protocol):
+    """One answer on its way: an iterator of pieces of text, sync or async, and a context manager both ways.
+
+    Leaving the context, or close(), frees the model within one step. close() may be called from any thread,
+    any number of times, and wakes a reader that waits. A failed answer raises ChatError from the iteration, after
+    the pieces that came before it.
+    """
+
+    @property
+    def queue_position(self) -> int: ...  # requests ahead of this one; 0 once it runs
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...  # None while the answer is on its way
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def timing(self) -> Timing: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __next__(self) -> str: ...
+    def __aiter__(self) -> AsyncIterator[str]: ...
+    async def __anext__(self) -> str: ...
+    def __enter__(self) -> Reply: ...
+    def __exit__(self, *exc: object) -> None: ...
+    async def __aenter__(self) -> Reply: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the model is doing now, in words that the page and /healthz show as they stand."""
+
+    state: Literal["loading", "ready", "failed"] = "loading"
+    phase: Literal["choose", "download", "convert", "load"] = "choose"  # while loading
+    done_bytes: int = 0  # of the download
+    total_bytes: int = 0  # 0 while unknown
+    model: str = ""  # the Hub id, folder or name of the model
+    precision: str = ""  # "bfloat16", "int8", "nf4", ...
+    device: str = ""  # "cpu", "cuda:0", "2 x cuda"
+    why: str = ""  # why this model in this precision, one or two sentences
+    error: str = ""  # when failed: what happened and what to do, one or two sentences

@@ -1,0 +1,90 @@
+"""Every knob, read once from the command line and the environment into one frozen dataclass.
+
+A flag beats its environment variable, which beats the default. Secrets (HF_TOKEN) come from the environment only and
+are read by huggingface_hub itself, so they never stand in here. No other file reads os.environ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from chat_types import ChatError, SamplingParams
+
+QUANTIZATIONS = ("auto", "none", "int8", "nf4")
+SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+
+
+def _knob(default: Any, env: str, help: str) -> Any:
+    return field(default=default, metadata={"env": env.split(), "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where to serve, which model, and how it answers by default. Settings.read() is how a program gets them."""
+
+    host: str = _knob("127.0.0.1", "GRADIO_SERVER_NAME", "address to listen on; 0.0.0.0 lets the whole network in")
+    port: int = _knob(7860, "PORT GRADIO_SERVER_PORT", "where the page is served; 0 takes any free port")
+    root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
+    model_id: str | None = _knob(
+        None, "MODEL_ID", "Hub id or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model"
+    )
+    base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
+    quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
+    cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
+    queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; one more is told the line is full")
+    sampling: SamplingParams = SamplingParams()  # where the page's sliders start
+
+    def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
+        if not 0 <= self.port <= 65535:
+            raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
+        if self.queue_limit < 1:
+            raise ChatError(f"queue limit must be 1 or more; it was {self.queue_limit}.")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ChatError(f"root path must start with a slash; it was {self.root_path!r}.")
+
+    @classmethod
+    def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+        """The settings of this process. Ends the program with a sentence and exit code 2 if one makes no sense."""
+        parser = argparse.ArgumentParser(
+            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        for knob in fields(cls):
+            if knob.name != "sampling":
+                env = knob.metadata["env"]
+                given = next((environ[name] for name in env if environ.get(name)), None)
+                kind = type(knob.default) if isinstance(knob.default, (int, Path)) else str
+                _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
+        for name in SHOWN_SAMPLING:
+            default, env = getattr(SamplingParams(), name), name.upper()
+            kind = int if name == "seed" else type(default)
+            _add(parser, name, [env], kind, environ.get(env) or default, "where the setting on the page starts")
+        values = vars(parser.parse_args(argv))
+        try:
+            sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
+            values["cache_dir"] = values["cache_dir"].expanduser()
+            values["root_path"] = values["root_path"].rstrip("/")
+            return cls(sampling=sampling, **values)
+        except ChatError as error:
+            parser.error(str(error))
+
+
+def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type, default: Any, help: str) -> None:
+    parser.add_argument(
+        "--" + name.replace("_", "-"), type=kind, default=default, help=f"{help} [{', '.join(env)}]", metavar="..."
+    )
+
+
+def _default(knob: Field, environ: Mapping[str, str]) -> Any:
+    if knob.name == "host" and environ.get("SPACE_ID"):
+        return "0.0.0.0"  # a Space is reached from outside its container
+    if knob.name == "cache_dir" and environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]) / "llama2-chat"
+    return knob.default

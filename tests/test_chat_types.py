@@ -1,0 +1,62 @@
+"""What the shared words promise: sampling settings are checked where they are made."""
+
+import math
+
+import pytest
+
+from chat_types import ChatError, SamplingParams
+
+
+def test_the_defaults_are_the_ones_the_page_starts_with():
+    params = SamplingParams()
+    assert (params.max_new_tokens, params.temperature, params.top_p, params.top_k) == (1024, 0.6, 0.9, 50)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.1, 0, 0)
+    assert (params.seed, params.stop, params.grammar) == (None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest", "highest"),
+    [
+        ("max_new_tokens", 1, 4096),
+        ("temperature", 0, 5),
+        ("top_p", 1e-6, 1),
+        ("top_k", 0, 1000),
+        ("repetition_penalty", 0.5, 2),
+        ("presence_penalty", -2, 2),
+        ("frequency_penalty", -2, 2),
+        ("seed", 0, 2**63 - 1),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it_and_beyond_them_is_refused_by_name(name, lowest, highest):
+    for value in (lowest, highest):
+        assert getattr(SamplingParams(**{name: value}), name) == value
+    for value in (lowest - 1, highest + 1, math.nan, math.inf, -math.inf, "1", True, [1]):
+        with pytest.raises(ChatError, match=name):
+            SamplingParams(**{name: value})
+
+
+def test_whole_numbers_may_arrive_as_floats_but_not_with_a_fraction():
+    assert SamplingParams(top_k=40.0).top_k == 40
+    assert isinstance(SamplingParams(max_new_tokens=5.0).max_new_tokens, int)
+    with pytest.raises(ChatError, match="max_new_tokens"):
+        SamplingParams(max_new_tokens=5.5)
+
+
+def test_only_the_seed_may_be_missing():
+    assert SamplingParams(seed=None).seed is None
+    with pytest.raises(ChatError, match="temperature"):
+        SamplingParams(temperature=None)
+
+
+def test_stop_takes_one_string_or_up_to_eight():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None).stop == ()
+    for stop in (["x"] * 9, [""], [1], ["a", None]):
+        with pytest.raises(ChatError, match="stop"):
+            SamplingParams(stop=stop)
+
+
+def test_a_grammar_is_refused_until_there_is_one():
+    with pytest.raises(ChatError, match="grammar"):
+        SamplingParams(grammar="root ::= [0-9]+")

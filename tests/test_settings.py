@@ -1,0 +1,62 @@
+"""What the settings promise: flags beat the environment, and nonsense ends the program with a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from settings import Settings
+
+
+def test_without_flags_and_environment_the_page_is_for_this_machine_only():
+    settings = Settings.read([], {})
+    assert (settings.host, settings.port, settings.model_id, settings.quantization) == ("127.0.0.1", 7860, None, "auto")
+
+
+def test_a_flag_beats_its_environment_variable():
+    environ = {"PORT": "8001", "MODEL_ID": "from/environment", "TEMPERATURE": "0.1", "QUANTIZATION": "int8"}
+    settings = Settings.read(["--port", "8002", "--model-id", "from/flag", "--temperature", "1.5"], environ)
+    assert (settings.port, settings.model_id, settings.quantization) == (8002, "from/flag", "int8")
+    assert settings.sampling.temperature == 1.5
+
+
+def test_port_beats_gradios_own_variable():
+    assert Settings.read([], {"PORT": "1", "GRADIO_SERVER_PORT": "2"}).port == 1
+    assert Settings.read([], {"GRADIO_SERVER_PORT": "2"}).port == 2
+
+
+def test_an_empty_variable_counts_as_not_set():
+    assert Settings.read([], {"PORT": "", "MODEL_ID": "", "SEED": ""}) == Settings.read([], {})
+
+
+def test_a_space_listens_to_the_outside():
+    assert Settings.read([], {"SPACE_ID": "someone/chat"}).host == "0.0.0.0"
+    assert Settings.read([], {"SPACE_ID": "someone/chat", "GRADIO_SERVER_NAME": "127.0.0.1"}).host == "127.0.0.1"
+
+
+def test_the_cache_follows_the_users_cache_folder():
+    assert Settings.read([], {"XDG_CACHE_HOME": "/big"}).cache_dir == Path("/big/llama2-chat")
+    assert Settings.read([], {}).cache_dir == Path("~/.cache/llama2-chat").expanduser()
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "sentence"),
+    [
+        (["--quantization", "int3"], {}, "quantization must be one of auto, none, int8, nf4"),
+        ([], {"QUANTIZATION": "int3"}, "quantization must be one of"),
+        ([], {"PORT": "http"}, "--port: invalid int value: 'http'"),
+        (["--port", "70000"], {}, "port must be from 0 to 65535"),
+        (["--temperature", "9"], {}, "temperature must be a number from 0 to 5"),
+        ([], {"TOP_P": "nan"}, "top_p must be a number above 0 to 1"),
+        (["--queue-limit", "0"], {}, "queue limit must be 1 or more"),
+        (["--root-path", "chat"], {}, "root path must start with a slash"),
+    ],
+)
+def test_nonsense_ends_the_program_with_a_sentence(argv, environ, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        Settings.read(argv, environ)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_no_secret_is_part_of_the_settings():
+    assert "hf_secret" not in repr(Settings.read([], {"HF_TOKEN": "hf_secret"}))
