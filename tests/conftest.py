@@ -1,0 +1,66 @@
+"""What the tests share: the embedded model, loaded once, and the tokenizers.
+
+The embedded model is fetched on the first run ever and lies in the user's cache from then on. Hypothesis draws the
+same examples every time, so that a green run stays green.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from transformers import AutoTokenizer
+
+import weights
+from model import ChatModel
+from settings import Settings
+
+hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
+hypothesis_settings.load_profile("same-every-time")
+
+
+def ignore(phase, done_bytes, total_bytes):
+    """Progress that nobody looks at."""
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """The settings of somebody who set nothing, whatever stands in this shell's environment."""
+    return Settings.read([], {name: os.environ[name] for name in ("CACHE_DIR", "XDG_CACHE_HOME") if name in os.environ})
+
+
+@pytest.fixture(scope="session")
+def chat(settings):
+    """The embedded model as a visitor without a GPU gets it."""
+    chat = ChatModel(settings).load()
+    assert chat.state == "ready", chat.status.error
+    yield chat
+    chat.close()
+
+
+@pytest.fixture(scope="session")
+def loaded_float32(settings):
+    """The embedded model in float32, where answers can be compared token for token."""
+    plan = weights.fetch(weights.choose(settings), ignore)
+    return weights.load(replace(plan, quantization="float32"), ignore)
+
+
+@pytest.fixture(scope="session")
+def chat_float32(settings, loaded_float32):
+    tokenizer = weights.load_tokenizer(weights.fetch(weights.choose(settings), ignore))
+    chat = ChatModel(settings).serve(tokenizer, loaded_float32)
+    yield chat
+    chat.close()
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer():
+    """Llama 2's own tokenizer: the folder LLAMA2_TOKENIZER, or what the Hub cache holds."""
+    folder = os.environ.get("LLAMA2_TOKENIZER")
+    if folder and not Path(folder).is_dir():
+        pytest.fail(f"LLAMA2_TOKENIZER is {folder}, which is not a folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder or "meta-llama/Llama-2-13b-chat-hf", local_files_only=True)
+    except OSError:
+        pytest.skip("Llama 2's tokenizer is not here; set LLAMA2_TOKENIZER to a folder that holds it")
