@@ -17,19 +17,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import prompt
 from tokenizers.decoders import DecodeStream
 from transformers import TextIteratorStreamer
 
+import prompt
 from chat_types import FinishReason, Message, ModelUnavailable, PromptTooLong, SamplingParams, Status, Timing, Usage
 from settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a page that is already up
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from weights import Loaded
 
     from engine import Engine, Request
+    from weights import Loaded
 
 log = logging.getLogger(__name__)
 

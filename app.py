@@ -1,0 +1,461 @@
+"""The page: a chat with its settings, every word a visitor reads, and the server that shows it.
+
+    python app.py               then open http://127.0.0.1:7860
+
+Gradio's history becomes plain messages here, and pieces of text become what the page shows. The page is up before the
+model is; a message sent meanwhile waits. What a model does with a message is model.py's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import html
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+# Both libraries read these while they are imported: nothing about a visit is reported to anyone.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import anyio.to_thread
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+
+from api import guard, health_router
+from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
+from model import ChatModel
+from settings import Settings
+
+log = logging.getLogger(__name__)
+PAGE = Path(__file__).parent / "page"
+TITLE = "Llama 2 Chat"
+SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
+SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
+SIGN_OF_LIFE_S = 0.4  # while there is no text yet; Stop and a closed tab are noticed at once all the same
+
+SYSTEM_PROMPT = "You are a helpful assistant. Answer clearly and briefly, and say so when you are not sure."
+# The default that Meta published with Llama 2 in July 2023, word for word.
+META_SYSTEM_PROMPT = """\
+You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your \
+answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure \
+that your responses are socially unbiased and positive in nature.
+
+If a question does not make any sense, or is not factually coherent, explain why instead of answering something not \
+correct. If you don't know the answer to a question, please don't share false information."""
+EXAMPLES = [
+    "Explain in simple words why the sky is blue.",
+    "Write a short poem about a lighthouse in winter.",
+    "What should I pack for three days of hiking?",
+    "Write a Python function that tells whether a word is a palindrome.",
+]
+LATEX_DELIMITERS = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+
+
+# What most events here need: no spinner over the page, no place in the API, no waiting behind others.
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET = {**HIDDEN, "queue": False}
+
+
+def main() -> int:
+    settings = Settings.read()
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for ours in (__name__, "model", "weights", "engine"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    try:
+        listener = socket.create_server((settings.host, settings.port))
+    except OSError as error:
+        log.error("Cannot listen on %s port %s: %s.", settings.host, settings.port, error.strerror)
+        return 1
+    chat = ChatModel(settings)
+    config = uvicorn.Config(
+        create_app(chat, settings),
+        log_level="warning",
+        timeout_graceful_shutdown=5,  # an open page keeps a stream open for as long as it is open
+    )
+    log.info("The page is at http://%s:%s%s", settings.host, listener.getsockname()[1], settings.root_path)
+    # uvicorn stops at SIGTERM, then raises it again for whoever was there before: us, who have a model to close.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            chat.start()
+            uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        chat.close()
+    if chat.state == "loading":
+        os._exit(0)  # a download in huggingface_hub's threads would be waited for
+    return 0
+
+
+def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
+    """The whole site: the page at /, health beside it. The chat may still be loading."""
+    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
+    guard(app)
+    app.include_router(health_router(chat))
+    return gr.mount_gradio_app(
+        app,
+        build_page(chat, settings.sampling),
+        path="/",
+        root_path=settings.root_path or None,
+        theme=gr.themes.Default(
+            primary_hue="indigo",
+            neutral_hue="slate",
+            # Bundled with Gradio; of the other weights only a few letters are.
+            font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+        ),
+        css_paths=PAGE / "page.css",
+        js=(PAGE / "page.js").read_text(encoding="utf-8"),
+        footer_links=[],
+        show_error=False,  # what goes wrong inside is for the log
+        max_file_size=1,  # byte: nothing here takes files
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+
+
+def build_page(chat: ChatModel, defaults: SamplingParams) -> gr.Blocks:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.HTML(f"<h1>{TITLE}</h1>")
+        status = gr.HTML(elem_id="status")
+        timer = gr.Timer(1)
+        gr.on(
+            [page.load, timer.tick],
+            lambda: (status_line(chat.status), gr.Timer(active=chat.state == "loading")),
+            outputs=[status, timer],
+            **QUIET,
+        )
+        conversation = gr.Column()  # shown above the settings, made after them
+        with gr.Accordion("Settings", open=False):
+            settings = _settings(defaults)
+        with conversation:
+            chatbot = gr.Chatbot(
+                show_label=False,
+                elem_id="conversation",
+                editable="user",
+                buttons=["copy", "copy_all"],
+                feedback_options=None,
+                latex_delimiters=LATEX_DELIMITERS,
+            )
+            chatbot.postprocess = _verbatim(chatbot.postprocess)
+            box = gr.Textbox(
+                label="Message",
+                placeholder="Type a message",
+                elem_id="message",
+                max_lines=12,
+                autofocus=True,
+                submit_btn="Send",
+                stop_btn="Stop",
+            )
+            # ChatInterface locks the box too, but a round trip later: a second Enter or click would ask twice.
+            # Listeners run in the order in which they were made, so this one comes before its own.
+            gr.on(
+                [box.submit, chatbot.retry, chatbot.edit, chatbot.example_select],
+                fn=None,
+                outputs=box,
+                js="() => ({ __type__: 'update', interactive: false })",
+                **QUIET,
+            )
+            reply = make_reply(chat)
+            interface = gr.ChatInterface(
+                reply,
+                chatbot=chatbot,
+                textbox=box,
+                additional_inputs=settings,
+                api_name="chat",
+                concurrency_limit=None,  # the engine has the only line
+                show_progress="hidden",
+                cache_examples=False,
+            )
+            # ChatInterface would answer an example with the box left open for a second question; _wire does not.
+            chatbot.examples = [{"text": example} for example in EXAMPLES]
+        _wire(interface, reply)
+    return page
+
+
+def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
+    """What stands in the accordion, in the order in which reply() takes it."""
+
+    def slider(name: str, label: str, info: str, step: float) -> gr.Slider:
+        low, high = RANGES[name]
+        lowest = step if name in OPEN_BELOW else low
+        value = getattr(defaults, name)
+        return gr.Slider(lowest, high, value, step=step, label=label, info=info, min_width=SETTING_WIDTH)
+
+    system_prompt = gr.Textbox(
+        SYSTEM_PROMPT,
+        label="System prompt",
+        info="What the model is told before the conversation; may be empty.",
+        lines=3,
+    )
+    with gr.Row():
+        for label, text in (("Use Meta's prompt of 2023", META_SYSTEM_PROMPT), ("Use the short prompt", SYSTEM_PROMPT)):
+            gr.Button(label, size="sm").click(functools.partial(str, text), None, system_prompt, **QUIET)
+    with gr.Row():
+        numbers = [
+            slider("max_new_tokens", "Max new tokens", "An answer ends here at the latest.", 1),
+            slider("temperature", "Temperature", "0 always takes the likeliest word; more is more varied.", 0.05),
+            slider("top_p", "Top-p", "Choose among the likeliest words that make up this share.", 0.01),
+            slider("top_k", "Top-k", "Choose among this many likeliest words; 0 is all.", 1),
+            slider("repetition_penalty", "Repetition penalty", "Above 1, words already used become less likely.", 0.05),
+        ]
+        seed = gr.Textbox(  # an empty gr.Number turns into 0 when the accordion opens
+            "" if defaults.seed is None else str(defaults.seed),
+            label="Seed",
+            info="Same seed, same conversation: same answer.",
+            placeholder="random",
+            min_width=SETTING_WIDTH,
+        )
+    for number in numbers:
+        # What Gradio's own check raises never reaches reply() and locks the page. SamplingParams checks, in words.
+        number.preprocess = lambda value: value
+    return [system_prompt, *numbers, seed]
+
+
+def _wire(interface: gr.ChatInterface, reply: Callable[..., AsyncIterator]) -> None:
+    """Edits and examples are answered as typed messages are: the box locks, Stop shows, and at the end all is back.
+
+    ChatInterface by itself gives an edit no Stop button and leaves the box open while it answers an example.
+    """
+    box, chatbot = interface.textbox, interface.chatbot
+    history, message = interface.chatbot_state, interface.saved_input
+
+    def edited(turns: list[dict], edit: gr.EditData) -> tuple[list[dict], str]:
+        index = edit.index[0] if isinstance(edit.index, (list, tuple)) else edit.index
+        return turns[:index], edit.value
+
+    def picked(example: gr.SelectData) -> tuple[list[dict], str]:
+        return [], example.value["text"]
+
+    def ask(message: str, history: list[dict]) -> tuple[list[dict], gr.Textbox]:
+        return [*history, _turn("user", message)], gr.Textbox(interactive=False, submit_btn=False, stop_btn="Stop")
+
+    @functools.wraps(reply)
+    async def answer(message: str, history: list[dict], *settings: Any) -> AsyncIterator[list[dict]]:
+        async with contextlib.aclosing(reply(message, history, *settings)) as answers:
+            async for turns in answers:
+                yield [*history, _turn("user", message), *turns]
+
+    def finish(turns: list[dict]) -> tuple[list[dict], gr.Textbox]:
+        return turns, gr.Textbox(interactive=True, submit_btn="Send", stop_btn=False)
+
+    for chosen in (
+        chatbot.edit(edited, chatbot, [history, message], **QUIET),
+        chatbot.example_select(picked, None, [history, message], **QUIET),
+    ):
+        asked = chosen.then(ask, [message, history], [chatbot, box], **QUIET)
+        inputs = [message, history, *interface.additional_inputs]
+        answered = asked.then(answer, inputs, chatbot, concurrency_limit=None, **HIDDEN)
+        answered.then(finish, chatbot, [history, box], **QUIET)
+        box.stop(None, cancels=[answered])
+    # Words still on their way would bring a cleared conversation back: the answer ends first.
+    chatbot.clear(lambda: ([], []), None, [chatbot, history], js="() => endAnswer()", **QUIET)
+
+
+def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
+    async def reply(
+        message: str,
+        history: list[dict],
+        system_prompt: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        repetition_penalty: float,
+        seed: str | None,
+        request: gr.Request,
+    ) -> AsyncIterator[str | list[dict]]:
+        """The answer as it grows. The server remembers each client's conversation."""
+        # Gradio's page signs as "app". It gets turns: the answer, and remarks beside it. Programs get plain text.
+        on_page = request.headers.get("x-gradio-user") == "app"
+        text, answer = "", None
+        try:
+            messages = plain_messages(message, history, system_prompt)
+            params = SamplingParams(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                repetition_penalty=repetition_penalty,
+                seed=_seed(seed),
+            )
+            while chat.state == "loading":
+                yield _turns("", waiting=_progress(chat.status)) if on_page else ""
+                await asyncio.sleep(SIGN_OF_LIFE_S)
+            async with await _submit(chat, messages, params) as answer:
+                async for text in _texts(answer):
+                    yield _turns(text, waiting=_place(answer)) if on_page else text
+            yield _turns(text, remark=_remark(text, answer)) if on_page else text
+        except Exception as error:  # none may leave: on the page it would lock the box until a reload
+            sentence = _sentence(error)
+            if not on_page:
+                raise gr.Error(sentence, print_exception=False) from None
+            gr.Warning(html.escape(sentence))
+            refused = answer is None and isinstance(error, ChatError) and not isinstance(error, ModelUnavailable)
+            yield _turns(text, remark=sentence, kind="refused" if refused else "remark")
+
+    return reply
+
+
+async def _submit(chat: ChatModel, messages: list[Message], params: SamplingParams) -> Reply:
+    """chat.stream_reply in a thread: a long text takes a while to encode. Cancelled, it leaves nothing running."""
+    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(chat.stream_reply, messages, params))
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        submitting.add_done_callback(lambda done: done.exception() or done.result().close())
+        raise
+
+
+async def _texts(answer: Reply) -> AsyncIterator[str]:
+    """The whole text so far, at a pace for the eye; the same text again when nothing new comes for a while."""
+    text = ""
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SIGN_OF_LIFE_S):
+                    text += await anext(answer)
+            yield text
+            await asyncio.sleep(SHOW_EVERY_S if text else 0)
+
+
+def _seed(text: str | None) -> int | str | None:
+    """The number in it; None for an empty text. SamplingParams refuses whatever else it holds."""
+    try:
+        return int(text) if text and text.strip() else None
+    except ValueError:
+        return text
+
+
+def plain_messages(message: str, history: list[dict], system_prompt: str | None) -> list[Message]:
+    """The conversation as a model takes it. Remarks of the page stay out, and so do messages that were refused."""
+    if not isinstance(message, str) or not message.strip():
+        raise ChatError("Please type a message first.")
+    messages: list[Message] = []
+    for turn in history:
+        kind = (turn.get("metadata") or {}).get("id")
+        if kind == "refused" and messages:
+            messages.pop()
+        if kind in ("refused", "remark"):
+            continue
+        if turn.get("role") not in ("user", "assistant"):
+            raise ChatError(f"A conversation is between user and assistant, not {turn.get('role')!r}.")
+        messages.append({"role": turn["role"], "content": _text_of(turn.get("content"))})
+    system = [Message(role="system", content=system_prompt)] if system_prompt else []
+    return [*system, *messages, {"role": "user", "content": message}]
+
+
+def _text_of(content: object) -> str:
+    """Gradio's page sends a list of parts, its API plain text."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ChatError("This chat reads text only; please leave out files and other parts.")
+    return "\n".join(texts)
+
+
+# What the page says.
+
+
+def status_line(status: Status) -> str:
+    """One small line under the title: what answers here and why, or how far loading is, or what went wrong."""
+    if status.state == "failed":
+        words = f"<strong>No model.</strong> {html.escape(status.error)}"
+    elif status.state == "loading":
+        words = html.escape(_progress(status))
+    else:
+        model = f"<strong>{html.escape(status.model)}</strong>"
+        words = f"{model} · {html.escape(status.precision)} on {html.escape(status.device)}. {html.escape(status.why)}"
+    return f'<p role="status" class="{status.state}">{words}</p>'
+
+
+def _progress(status: Status) -> str:
+    doing = {
+        "choose": "Choosing the model",
+        "download": "Downloading the model",
+        "convert": "Preparing the model, once only",
+        "load": "Loading the model",
+    }[status.phase]
+    if status.total_bytes:
+        return f"{doing}: {status.done_bytes / 1e6:,.0f} of {status.total_bytes / 1e6:,.0f} MB"
+    return f"{doing} …"
+
+
+def _place(answer: Reply) -> str:
+    ahead = answer.queue_position
+    return f"Waiting in line: {ahead} ahead of you …" if ahead else "Reading …"
+
+
+def _remark(text: str, answer: Reply) -> str:
+    """What a visitor should know about an answer that has ended."""
+    remarks = []
+    if dropped := answer.usage.dropped_messages:
+        remarks.append(f"The oldest messages ({dropped}) no longer fit and were left out.")
+    if answer.finish_reason == "length":
+        remarks.append("The answer reached 'Max new tokens'.")
+    elif answer.finish_reason == "stop" and not text.strip():
+        remarks.append("The model had nothing to say. Try again, or put it differently.")
+    return " ".join(remarks)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ChatError):
+        return str(error)
+    log.error("Answering failed", exc_info=error)
+    return "Something went wrong on the server, and its log says what. Please try again."
+
+
+def _turns(text: str, waiting: str = "", remark: str = "", kind: str = "remark") -> list[dict]:
+    """The assistant's answer and a small remark below it, each a turn of its own.
+
+    The remark's metadata keeps it out of what the model reads later, whatever is retried, undone or edited.
+    """
+    turns = [_turn("assistant", text)] if text else []
+    if waiting and not text:
+        # Stop leaves this turn behind; page.css then shows its second half.
+        stopped = "Stopped before an answer began."
+        remark = f"<span class=waiting>{html.escape(waiting)}</span><span class=stopped>{stopped}</span>"
+    elif remark:
+        remark = html.escape(remark)
+    if remark:
+        turns.append({**_turn("assistant", f'<small class="{kind}">{remark}</small>'), "metadata": {"id": kind}})
+    return turns
+
+
+def _turn(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _verbatim(postprocess: Callable) -> Callable:
+    """Chatbot.postprocess, except that texts keep their indentation and hold nothing that JSON in UTF-8 cannot.
+
+    Given a plain str, Gradio takes the common indentation out: pasted code would lose it, for the model too.
+    """
+
+    def verbatim(turns: list[dict] | None) -> Any:
+        texts = [(turn, _text_of(turn["content"])) for turn in turns or []]
+        return postprocess([{**turn, **_turn(turn["role"], _unicode(text))} for turn, text in texts])
+
+    return verbatim
+
+
+def _unicode(text: str) -> str:
+    """The text, with U+FFFD for halves of characters, which a browser can send and UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

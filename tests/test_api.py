@@ -1,0 +1,130 @@
+"""What stands beside the page: health, headers, closed doors, and a process that comes and goes politely."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from app import create_app
+from chat_types import Status
+from model import ChatModel
+
+# Gradio 6.31 uses what pandas 3 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+ROOT = Path(__file__).parent.parent
+FOREIGN = {"Origin": "https://evil.example", "Host": "chat.example.org"}
+
+
+@pytest.fixture(scope="module")
+def loading(settings):
+    """A chat that was never started: it is loading, and stays so."""
+    return ChatModel(settings)
+
+
+@pytest.fixture(scope="module")
+def client(loading, settings):
+    return TestClient(app_of(loading, settings))
+
+
+def app_of(chat, settings):
+    async def build():
+        return create_app(chat, settings)
+
+    return asyncio.run(build())  # without a running loop, Gradio makes loops of its own and never closes them
+
+
+def test_health_says_how_far_loading_is(client, loading):
+    loading.status = Status(phase="download", done_bytes=1, total_bytes=2)
+    answer = client.get("/healthz")
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "loading", "phase": "download", "done_bytes": 1, "total_bytes": 2}
+
+
+def test_health_names_the_model_once_it_is_ready(client, loading):
+    loading.status = Status(state="ready", model="m", precision="int8", device="cpu")
+    answer = client.get("/healthz")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "ready", "model": "m", "precision": "int8", "device": "cpu"}
+
+
+def test_health_says_why_loading_failed_in_a_sentence(client, loading):
+    loading.status = Status(state="failed", error="No such model.")
+    answer = client.get("/healthz")
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "failed", "error": "No such model."}
+
+
+def test_the_process_is_alive_whatever_the_model_does(client, loading):
+    loading.status = Status(state="failed", error="No such model.")
+    assert client.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/config", "/theme.css", "/no-such-page"])
+def test_every_answer_carries_the_security_headers(client, path):
+    headers = client.get(path).headers
+    policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
+    assert policy["img-src"] == "'self' data: blob:"
+    assert policy["form-action"] == policy["connect-src"] == "'self'"
+    assert "https://*.hf.space" in policy["frame-ancestors"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/config", "/gradio_api/info"])
+def test_other_sites_cannot_read_answers(client, path):
+    assert "Access-Control-Allow-Origin" not in client.get(path, headers=FOREIGN).headers
+
+
+def test_other_sites_are_not_allowed_to_send_questions(client):
+    preflight = {**FOREIGN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    answer = client.options("/gradio_api/queue/join", headers=preflight)
+    assert answer.status_code == 400
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_nobody_can_leave_files_here(client):
+    assert client.post("/gradio_api/upload", files={"files": ("a.txt", b"hello")}).status_code == 413
+
+
+def test_behind_a_proxy_the_page_asks_for_its_parts_under_the_root_path(loading, settings):
+    client = TestClient(app_of(loading, replace(settings, root_path="/chat")))
+    assert client.get("/config").json()["root"] == "http://testserver/chat"
+    assert client.get("/livez").status_code == 200
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`python app.py` on a free port, with a model that does not exist, and its address once the page answers."""
+    missing = str(tmp_path / "no-such-model")
+    command = [sys.executable, "app.py", "--port", "0", "--model-id", missing]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    line = process.stderr.readline()
+    yield process, re.search(r"http://\S+", line)[0]
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_server_leaves_quietly_even_while_a_page_is_open(process, ending):
+    process, address = process
+    with httpx.stream("GET", f"{address}/gradio_api/heartbeat/somebody", timeout=20) as heartbeat:
+        next(heartbeat.iter_lines())
+        while "failed" not in httpx.get(f"{address}/healthz").text:
+            time.sleep(0.1)
+        process.send_signal(ending)
+        began = time.monotonic()
+        assert process.wait(timeout=15) == 0
+        assert time.monotonic() - began < 10
+    assert "Traceback" not in process.stderr.read()
