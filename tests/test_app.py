@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect, sync_playwright
 
-from app import META_SYSTEM_PROMPT, create_app, plain_messages, status_line
+from app import META_SYSTEM_PROMPT, SYSTEM_PROMPT, create_app, plain_messages, status_line
 from chat_types import Busy, ChatError, SamplingParams, Status, Usage
 from model import ChatModel
 
@@ -21,7 +22,8 @@ CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # Gradio 6.31 uses what pandas 3 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 SHORT = "Say hello."
-LONG = "Count from one to five hundred in words, one number per line."
+LONG = "Print the first 500 prime numbers."  # the likeliest words of the small model go on for a thousand tokens
+LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def serving(chat, settings):
 
 @pytest.fixture(scope="module")
 def address(chat, settings):
-    with serving(chat, settings) as address:
+    with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
         yield address
 
 
@@ -101,7 +103,8 @@ def stop(page: Page) -> None:
 @contextmanager
 def busy_model(chat):
     """Somebody else's long answer keeps the model busy."""
-    with chat.stream_reply([{"role": "user", "content": LONG}], SamplingParams(max_new_tokens=4096)) as reply:
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": LONG}]
+    with chat.stream_reply(messages, replace(LIKELIEST, max_new_tokens=4096)) as reply:
         next(reply)
         yield
 
@@ -220,7 +223,7 @@ def test_the_answer_to_an_edited_message_can_be_stopped(page):
     send(page, LONG)
     expect(answers(page).last).to_have_text(re.compile(r"\w+"), timeout=20_000)
     stop(page)
-    edit(page, 0, LONG + " Again.")
+    edit(page, 0, LONG.replace("500", "400"))
     expect(box(page)).not_to_be_editable()
     stop(page)
 
@@ -490,11 +493,11 @@ def test_chat_is_the_only_endpoint_that_programs_see(address):
     assert list(Client(address, verbose=False).view_api(return_format="dict")["named_endpoints"]) == ["/chat"]
 
 
-def test_two_visitors_never_see_each_others_words(page, browser, address, chat, monkeypatch):
+def test_two_visitors_never_see_each_others_words(short_answers, browser, address, chat, monkeypatch):
     asked = spy(chat, monkeypatch)
     with browser.new_page() as other:
         other.goto(address)
-        ask(page, "My secret is 4711. Reply with one word.")
+        ask(short_answers, "My secret is 4711. Reply with one word.")
         ask(other, SHORT)
         expect(other.get_by_text("4711")).to_have_count(0)
     assert "4711" in str(asked[0])
