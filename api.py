@@ -29,7 +29,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-src 'none'",
         "object-src 'none'",
         "base-uri 'self'",
-        "form-action 'self'",
+        "form-action 'none'",
         "frame-ancestors 'self' https://huggingface.co https://*.huggingface.co https://*.hf.space",
     )
 )

@@ -14,6 +14,8 @@ import functools
 import html
 import logging
 import os
+import re
+import secrets
 import signal
 import socket
 import sys
@@ -57,6 +59,8 @@ EXAMPLES = [
     "What should I pack for three days of hiking?",
     "Write a Python function that tells whether a word is a palindrome.",
 ]
+# The class of a remark that hands the message back. An answer may hold any HTML, but cannot guess this.
+REFUSED = f"refused-{secrets.token_hex(8)}"
 LATEX_DELIMITERS = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -77,26 +81,36 @@ def main() -> int:
     try:
         listener = socket.create_server((settings.host, settings.port))
     except OSError as error:
-        log.error("Cannot listen on %s port %s: %s.", settings.host, settings.port, error.strerror)
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        log.error("Cannot listen on %s port %s: %s.", settings.host, settings.port, reason)
         return 1
     chat = ChatModel(settings)
-    config = uvicorn.Config(
-        create_app(chat, settings),
-        log_level="warning",
-        timeout_graceful_shutdown=5,  # an open page keeps a stream open for as long as it is open
-    )
-    log.info("The page is at http://%s:%s%s", settings.host, listener.getsockname()[1], settings.root_path)
+    config = uvicorn.Config(create_app(chat, settings), log_level="warning", timeout_graceful_shutdown=2)
+    server = Server(config, chat)
+    log.info("The page is at http://%s:%s%s/", settings.host, listener.getsockname()[1], settings.root_path)
     # uvicorn stops at SIGTERM, then raises it again for whoever was there before: us, who have a model to close.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            chat.start()
-            uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        chat.close()
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        chat.start()
+        server.run(sockets=[listener])
+    chat.close()
     if chat.state == "loading":
-        os._exit(0)  # a download in huggingface_hub's threads would be waited for
-    return 0
+        os._exit(0)  # its thread may be deep inside a download or PyTorch, and Python would wait for it or crash on it
+    return 0 if server.started else 1
+
+
+class Server(uvicorn.Server):
+    """Ends the running answers when it is told to stop; each reaches its page with the words it has."""
+
+    def __init__(self, config: uvicorn.Config, chat: ChatModel) -> None:
+        super().__init__(config)
+        self.chat = chat
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await anyio.to_thread.run_sync(self.chat.close)
+        # An open page keeps a stream open for good; cutting it is no error worth a traceback.
+        logging.getLogger("uvicorn.error").disabled = True
+        await super().shutdown(sockets)
 
 
 def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
@@ -112,11 +126,12 @@ def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
         theme=gr.themes.Default(
             primary_hue="indigo",
             neutral_hue="slate",
+            radius_size=gr.themes.sizes.radius_lg,
             # Bundled with Gradio; of the other weights only a few letters are.
             font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
         ),
         css_paths=PAGE / "page.css",
-        js=(PAGE / "page.js").read_text(encoding="utf-8"),
+        js=(PAGE / "page.js").read_text(encoding="utf-8").replace("REFUSED", REFUSED),
         footer_links=[],
         show_error=False,  # what goes wrong inside is for the log
         max_file_size=1,  # byte: nothing here takes files
@@ -203,7 +218,7 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
     )
     with gr.Row():
         for label, text in (("Use Meta's prompt of 2023", META_SYSTEM_PROMPT), ("Use the short prompt", SYSTEM_PROMPT)):
-            gr.Button(label, size="sm").click(functools.partial(str, text), None, system_prompt, **QUIET)
+            gr.Button(label, size="md").click(functools.partial(str, text), None, system_prompt, **QUIET)
     with gr.Row():
         numbers = [
             slider("max_new_tokens", "Max new tokens", "An answer ends here at the latest.", 1),
@@ -233,33 +248,40 @@ def _wire(interface: gr.ChatInterface, reply: Callable[..., AsyncIterator]) -> N
     box, chatbot = interface.textbox, interface.chatbot
     history, message = interface.chatbot_state, interface.saved_input
 
-    def edited(turns: list[dict], edit: gr.EditData) -> tuple[list[dict], str]:
+    before, returned = gr.State(), gr.State()  # what a refusal gives back: the conversation, the message
+
+    def edited(turns: list[dict], edit: gr.EditData) -> tuple[list[dict], list[dict], str]:
         index = edit.index[0] if isinstance(edit.index, (list, tuple)) else edit.index
-        return turns[:index], edit.value
+        before = [*turns[:index], _turn("user", edit.previous_value), *turns[index + 1 :]]
+        return before, turns[:index], edit.value
 
-    def picked(example: gr.SelectData) -> tuple[list[dict], str]:
-        return [], example.value["text"]
+    def picked(turns: list[dict], example: gr.SelectData) -> tuple[list[dict], list[dict], str]:
+        return turns, [], example.value["text"]
 
-    def ask(message: str, history: list[dict]) -> tuple[list[dict], gr.Textbox]:
-        return [*history, _turn("user", message)], gr.Textbox(interactive=False, submit_btn=False, stop_btn="Stop")
+    def ask(message: str, history: list[dict]) -> tuple[list[dict], str, gr.Textbox]:
+        locked = gr.Textbox(interactive=False, submit_btn=False, stop_btn="Stop")
+        return [*history, _turn("user", message)], "", locked
 
-    @functools.wraps(reply)
-    async def answer(message: str, history: list[dict], *settings: Any) -> AsyncIterator[list[dict]]:
-        async with contextlib.aclosing(reply(message, history, *settings)) as answers:
+    async def answer(
+        request: gr.Request, before: list[dict], message: str, history: list[dict], *settings: Any
+    ) -> AsyncIterator[tuple[list[dict], str]]:
+        async with contextlib.aclosing(reply(message, history, *settings, request)) as answers:
             async for turns in answers:
-                yield [*history, _turn("user", message), *turns]
+                refused = turns and (turns[-1].get("metadata") or {}).get("id") == "refused"
+                yield (before, message) if refused else ([*history, _turn("user", message), *turns], "")
 
-    def finish(turns: list[dict]) -> tuple[list[dict], gr.Textbox]:
-        return turns, gr.Textbox(interactive=True, submit_btn="Send", stop_btn=False)
+    def finish(turns: list[dict], returned: str, draft: str) -> tuple[list[dict], gr.Textbox]:
+        value = "\n\n".join(filter(None, [returned, draft]))
+        return turns, gr.Textbox(value, interactive=True, submit_btn="Send", stop_btn=False)
 
     for chosen in (
-        chatbot.edit(edited, chatbot, [history, message], **QUIET),
-        chatbot.example_select(picked, None, [history, message], **QUIET),
+        chatbot.edit(edited, chatbot, [before, history, message], **QUIET),
+        chatbot.example_select(picked, chatbot, [before, history, message], **QUIET),
     ):
-        asked = chosen.then(ask, [message, history], [chatbot, box], **QUIET)
-        inputs = [message, history, *interface.additional_inputs]
-        answered = asked.then(answer, inputs, chatbot, concurrency_limit=None, **HIDDEN)
-        answered.then(finish, chatbot, [history, box], **QUIET)
+        asked = chosen.then(ask, [message, history], [chatbot, returned, box], **QUIET)
+        inputs = [before, message, history, *interface.additional_inputs]
+        answered = asked.then(answer, inputs, [chatbot, returned], concurrency_limit=None, **HIDDEN)
+        answered.then(finish, [chatbot, returned, box], [history, box], **QUIET)
         box.stop(None, cancels=[answered])
     # Words still on their way would bring a cleared conversation back: the answer ends first.
     chatbot.clear(lambda: ([], []), None, [chatbot, history], js="() => endAnswer()", **QUIET)
@@ -305,7 +327,9 @@ def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
                 raise gr.Error(sentence, print_exception=False) from None
             gr.Warning(html.escape(sentence))
             refused = answer is None and isinstance(error, ChatError) and not isinstance(error, ModelUnavailable)
-            yield _turns(text, remark=sentence, kind="refused" if refused else "remark")
+            yield _turns(
+                text, remark=f"Not sent: {sentence}" if refused else sentence, kind="refused" if refused else "remark"
+            )
 
     return reply
 
@@ -334,10 +358,8 @@ async def _texts(answer: Reply) -> AsyncIterator[str]:
 
 def _seed(text: str | None) -> int | str | None:
     """The number in it; None for an empty text. SamplingParams refuses whatever else it holds."""
-    try:
-        return int(text) if text and text.strip() else None
-    except ValueError:
-        return text
+    text = (text or "").strip()
+    return int(text) if re.fullmatch("[0-9]{1,40}", text) else text or None
 
 
 def plain_messages(message: str, history: list[dict], system_prompt: str | None) -> list[Message]:
@@ -431,7 +453,8 @@ def _turns(text: str, waiting: str = "", remark: str = "", kind: str = "remark")
     elif remark:
         remark = html.escape(remark)
     if remark:
-        turns.append({**_turn("assistant", f'<small class="{kind}">{remark}</small>'), "metadata": {"id": kind}})
+        css = f"refused {REFUSED}" if kind == "refused" else kind
+        turns.append({**_turn("assistant", f'<small class="{css}">{remark}</small>'), "metadata": {"id": kind}})
     return turns
 
 

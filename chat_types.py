@@ -5,7 +5,6 @@ Only the standard library is used here, so anything may import it. No behaviour 
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypedDict
@@ -76,10 +75,11 @@ class SamplingParams:
                 value = getattr(self, field.name)
                 if not (value is None and field.name == "seed"):
                     object.__setattr__(self, field.name, _checked(field.name, value))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        whole = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
+        if not whole or len(stop) > MAX_STOP_STRINGS:
             raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", tuple(stop))
         if self.grammar is not None:
             raise ChatError("grammar is not available yet; leave it out.")
 
@@ -87,16 +87,21 @@ class SamplingParams:
 def _checked(name: str, value: object) -> int | float:
     """The value as the int or float the setting needs, or ChatError."""
     low, high = RANGES[name]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        inside = low <= value <= high and not (name in OPEN_BELOW and value == low)
-        if name not in WHOLE_NUMBERS and inside:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and low <= value <= high and not (name in OPEN_BELOW and value == low):  # never true for NaN
+        if name not in WHOLE_NUMBERS:
             return float(value)
-        if inside and value == int(value):
+        if value == int(value):
             return int(value)
     kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
     upper = "2^63 - 1" if name == "seed" else f"{high:g}"
-    raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {str(value)[:40]!r}.")
+    raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
+
+
+def _short(value: object) -> str:
+    # Python refuses to print a whole number of more than 4,300 digits.
+    return "far too large" if isinstance(value, int) and abs(value) > 10**40 else repr(value)[:40]
 
 
 @dataclass(frozen=True)

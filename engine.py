@@ -85,14 +85,14 @@ class Engine:
 
         Raises Busy when the line is full, ModelUnavailable after close(), ChatError for ids the model does not know.
         """
-        if not input_ids or not all(0 <= token < self._vocab_size for token in input_ids):
+        if not input_ids or not all(type(token) is int and 0 <= token < self._vocab_size for token in input_ids):
             raise ChatError(f"input_ids must be one or more whole numbers from 0 to {self._vocab_size - 1}.")
         request = Request(self, list(input_ids), params, streamer)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
             if len(self._waiting) >= self._queue_limit:
-                raise Busy(f"{len(self._waiting)} people are waiting already. Please try again in a minute.")
+                raise Busy(f"The line is full ({len(self._waiting)} waiting). Please try again in a minute.")
             self._waiting.append(request)
             self._changed.notify()
         return request

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from chat_types import ChatError, SamplingParams
+from chat_types import RANGES, ChatError, SamplingParams
 
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
 SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -53,8 +53,7 @@ class Settings:
     def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
         """The settings of this process. Ends the program with a sentence and exit code 2 if one makes no sense."""
         parser = argparse.ArgumentParser(
-            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN."
         )
         for knob in fields(cls):
             if knob.name != "sampling":
@@ -65,7 +64,9 @@ class Settings:
         for name in SHOWN_SAMPLING:
             default, env = getattr(SamplingParams(), name), name.upper()
             kind = int if name == "seed" else type(default)
-            _add(parser, name, [env], kind, environ.get(env) or default, "where the setting on the page starts")
+            low, high = RANGES[name]
+            help = f"where the page's setting starts, {low:g} to {high:g}"
+            _add(parser, name, [env], kind, environ.get(env) or default, help)
         values = vars(parser.parse_args(argv))
         try:
             sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
@@ -77,9 +78,9 @@ class Settings:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type, default: Any, help: str) -> None:
-    parser.add_argument(
-        "--" + name.replace("_", "-"), type=kind, default=default, help=f"{help} [{', '.join(env)}]", metavar="..."
-    )
+    known = "" if default in (None, "") else f" (default: {default})"
+    help = f"{help} [{', '.join(env)}]{known}".replace("%", "%%")
+    parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=help, metavar="...")
 
 
 def _default(knob: Field, environ: Mapping[str, str]) -> Any:

@@ -101,7 +101,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         _refuse_known_base(settings.model_id)
         return replace(plan, model_id=settings.model_id, why="MODEL_ID asks for this model.")
     if not (torch.cuda.is_available() if has_gpu is None else has_gpu):
-        return replace(plan, why="There is no CUDA GPU here; with one, and access, Llama 2 is served.")
+        return replace(plan, why="Llama 2 needs a CUDA GPU, and there is none here.")
     try:
         download.check_reachable(LLAMA_2)
     except ModelUnavailable as error:
@@ -222,7 +222,7 @@ def choose_precision(asked: str, own: str | None, size: Size, gpus: Sequence[Gpu
     if asked != "auto":
         return full if asked == "none" else asked, f"QUANTIZATION={asked}."
     if not gpus:
-        return "int8", "int8 is the fastest on a CPU and answers nearly as well as bfloat16."
+        return "int8", "int8 is fastest on a CPU."
     needed, free = size.needed(full, size.context), sum(gpu.free_bytes for gpu in gpus)
     why = f"{full} takes {needed / GB:.1f} GB with a full context, and {free / GB:.1f} GB of GPU memory are free."
     return (full if needed <= free else "nf4"), why

@@ -11,7 +11,7 @@
     if (!box().placeholder) box().placeholder = hint;
     if (locked && !disabled) {
       const last = [...document.querySelectorAll("[data-testid=bot]")].at(-1);
-      if (last?.querySelector(".refused") && !box().value) document.querySelector("button[aria-label=Undo]")?.click();
+      if (last?.querySelector(".REFUSED") && !box().value) document.querySelector("button[aria-label=Undo]")?.click();
       if (document.activeElement === document.body) box().focus();
     }
     locked = disabled;

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from gradio_client import Client
 
 from app import create_app
 from chat_types import Status
@@ -73,7 +75,8 @@ def test_every_answer_carries_the_security_headers(client, path):
     headers = client.get(path).headers
     policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
     assert policy["img-src"] == "'self' data: blob:"
-    assert policy["form-action"] == policy["connect-src"] == "'self'"
+    assert policy["connect-src"] == "'self'"
+    assert policy["form-action"] == "'none'"
     assert "https://*.hf.space" in policy["frame-ancestors"]
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
@@ -101,30 +104,66 @@ def test_behind_a_proxy_the_page_asks_for_its_parts_under_the_root_path(loading,
     assert client.get("/livez").status_code == 200
 
 
-@pytest.fixture
-def process(tmp_path):
-    """`python app.py` on a free port, with a model that does not exist, and its address once the page answers."""
-    missing = str(tmp_path / "no-such-model")
-    command = [sys.executable, "app.py", "--port", "0", "--model-id", missing]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    line = process.stderr.readline()
-    yield process, re.search(r"http://\S+", line)[0]
-    process.kill()
-    process.wait()
-    process.stderr.close()
+@contextmanager
+def process(*arguments):
+    """`python app.py` on a free port, and its address once the page answers."""
+    command = [sys.executable, "app.py", "--port", "0", *arguments]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            yield process, re.search(r"http://[^/\s]+", process.stderr.readline())[0]
+        finally:
+            process.kill()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_the_server_leaves_quietly_even_while_a_page_is_open(process, ending):
-    process, address = process
-    with httpx.stream("GET", f"{address}/gradio_api/heartbeat/somebody", timeout=20) as heartbeat:
+def health(address):
+    return httpx.get(f"{address}/healthz").json()
+
+
+def end(process, signal_number):
+    """Seconds until the process has left, and what it had to say."""
+    began = time.monotonic()
+    process.send_signal(signal_number)
+    said = process.stderr.read()  # ends with the process
+    assert process.wait(timeout=15) == 0, said
+    return time.monotonic() - began, said
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_path):
+    with (
+        process("--model-id", str(tmp_path / "no-such-model")) as (server, address),
+        httpx.stream("GET", f"{address}/gradio_api/heartbeat/somebody", timeout=20) as heartbeat,
+    ):
         next(heartbeat.iter_lines())
-        while "failed" not in httpx.get(f"{address}/healthz").text:
+        while health(address)["status"] != "failed":
             time.sleep(0.1)
-        process.send_signal(ending)
-        began = time.monotonic()
-        assert process.wait(timeout=15) == 0
-        assert time.monotonic() - began < 10
-    assert "Traceback" not in process.stderr.read()
+        seconds, said = end(server, signal_number)
+    assert seconds < 10
+    assert "Traceback" not in said
+    assert "task(s)" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_server_leaves_quietly_while_the_model_loads(chat, signal_number):  # `chat`: the model is here
+    with process() as (server, address):
+        while health(address).get("phase") == "choose":
+            time.sleep(0.02)
+        seconds, said = end(server, signal_number)
+    assert seconds < 10
+    assert "Traceback" not in said
+    assert "terminate" not in said
+
+
+@pytest.mark.slow
+def test_a_running_answer_ends_with_the_words_it_has_when_the_server_is_stopped(chat):
+    with process() as (server, address):
+        while health(address)["status"] != "ready":
+            time.sleep(0.1)
+        job = Client(address, verbose=False).submit("Write a very long story about the sea.", api_name="/chat")
+        words = next(filter(None, job))
+        seconds, said = end(server, signal.SIGTERM)
+        assert seconds < 10
+        assert "Traceback" not in said
+        assert job.outputs()[-1].startswith(words)

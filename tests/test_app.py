@@ -304,6 +304,39 @@ def test_a_message_that_finds_the_line_full_goes_back_into_the_box(page, chat, m
     expect(page.get_by_test_id("user")).to_have_count(0)
 
 
+def test_a_refused_edit_leaves_the_conversation_as_it_was(short_answers, chat, monkeypatch):
+    ask(short_answers)
+    ask(short_answers, "And now goodbye.")
+    shown = short_answers.get_by_role("log").inner_text()
+    monkeypatch.setattr(chat, "stream_reply", raising(Busy("The line is full.")))
+    edit(short_answers, 0, "Say good night.")
+    expect(short_answers.get_by_test_id("toast-body")).to_contain_text("The line is full.")
+    expect_unlocked(short_answers)
+    expect(box(short_answers)).to_have_value("Say good night.")
+    assert short_answers.get_by_role("log").inner_text() == shown
+
+
+def test_an_example_that_is_refused_comes_back_as_text(page, chat, monkeypatch):
+    monkeypatch.setattr(chat, "stream_reply", raising(Busy("The line is full.")))
+    page.get_by_role("button", name="Explain in simple words").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("The line is full.")
+    expect_unlocked(page)
+    expect(box(page)).to_have_value(re.compile("Explain in simple words"))
+
+
+def test_markup_in_an_answer_cannot_act_as_the_page_or_cover_it(page, chat, monkeypatch):
+    cover = '<div style="position:fixed;inset:0;background:red;z-index:99999">LOGIN</div>'
+    pieces = f'fine <b class="refused REFUSED">words</b> {cover}'
+    monkeypatch.setattr(chat, "stream_reply", lambda *_: Scripted(pieces))
+    send(page, SHORT)
+    expect_unlocked(page)
+    expect(page.get_by_test_id("user")).to_have_count(1)
+    expect(page.get_by_text("fine words")).to_be_visible()
+    page.get_by_role("button", name="Send").click(trial=True)  # fails if something lies over it
+    title = page.get_by_role("heading", name="Llama 2 Chat")
+    title.click(trial=True)
+
+
 def raising(error):
     def stream_reply(*_):
         raise error
@@ -486,7 +519,7 @@ def test_not_a_number_is_refused_in_words(address):
         headers={"Content-Type": "application/json"},
     )
     answer = httpx.get(f"{address}gradio_api/call/chat/{asked.json()['event_id']}")
-    assert "temperature must be a number from 0 to 5; it was 'nan'." in answer.text
+    assert "temperature must be a number from 0 to 5; it was nan." in answer.text
 
 
 def test_chat_is_the_only_endpoint_that_programs_see(address):

@@ -30,7 +30,7 @@ def test_the_defaults_are_the_ones_the_page_starts_with():
 def test_the_ends_of_a_range_are_in_it_and_beyond_them_is_refused_by_name(name, lowest, highest):
     for value in (lowest, highest):
         assert getattr(SamplingParams(**{name: value}), name) == value
-    for value in (lowest - 1, highest + 1, math.nan, math.inf, -math.inf, "1", True, [1]):
+    for value in (lowest - 1, highest + 1, math.nan, math.inf, -math.inf, 10**5000, "1", True, [1]):
         with pytest.raises(ChatError, match=name):
             SamplingParams(**{name: value})
 
@@ -52,7 +52,7 @@ def test_stop_takes_one_string_or_up_to_eight():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=None).stop == ()
-    for stop in (["x"] * 9, [""], [1], ["a", None]):
+    for stop in (["x"] * 9, [""], [1], ["a", None], 5):
         with pytest.raises(ChatError, match="stop"):
             SamplingParams(stop=stop)
 
