@@ -31,11 +31,13 @@ import anyio.to_thread
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import FileResponse
 
 from api import guard, health_router
 from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
 from model import ChatModel
 from settings import Settings
+from tls import CERTS, announcement, get_certificate, server_context
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -76,8 +78,14 @@ QUIET = {**HIDDEN, "queue": False}
 def main() -> int:
     settings = Settings.read()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for ours in (__name__, "model", "weights", "engine"):
+    for ours in (__name__, "model", "weights", "download", "engine", "tls"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
+    try:
+        context = server_context(certificate) if settings.https else None
+    except ChatError as error:
+        log.error("%s", error)
+        return 1
     try:
         listener = socket.create_server((settings.host, settings.port))
     except OSError as error:
@@ -85,9 +93,19 @@ def main() -> int:
         log.error("Cannot listen on %s port %s: %s.", settings.host, settings.port, reason)
         return 1
     chat = ChatModel(settings)
-    config = uvicorn.Config(create_app(chat, settings), log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        create_app(chat, settings),
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        ssl_context_factory=(lambda *_: context) if context else None,
+    )
     server = Server(config, chat)
-    log.info("The page is at http://%s:%s%s/", settings.host, listener.getsockname()[1], settings.root_path)
+    scheme, port = "https" if context else "http", listener.getsockname()[1]
+    log.info("The page is at %s://%s:%s%s/", scheme, settings.host, port, settings.root_path)
+    if context:
+        print(
+            announcement(certificate(), settings.host, port, colours=sys.stderr.isatty()), file=sys.stderr, flush=True
+        )
     # uvicorn stops at SIGTERM, then raises it again for whoever was there before: us, who have a model to close.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
@@ -118,6 +136,13 @@ def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
     guard(app)
     app.include_router(health_router(chat))
+    if settings.https and not settings.certfile:
+
+        @app.get("/ca.crt")
+        async def ca() -> FileResponse:
+            # No file name: with one, an iPhone would save it and not offer to install it.
+            return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
+
     return gr.mount_gradio_app(
         app,
         build_page(chat, settings.sampling),

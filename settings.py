@@ -27,8 +27,16 @@ def _knob(default: Any, env: str, help: str) -> Any:
 class Settings:
     """Where to serve, which model, and how it answers by default. Settings.read() is how a program gets them."""
 
-    host: str = _knob("127.0.0.1", "GRADIO_SERVER_NAME", "address to listen on; 0.0.0.0 lets the whole network in")
+    host: str = _knob(
+        "127.0.0.1",
+        "GRADIO_SERVER_NAME",
+        "address to listen on; 127.0.0.1 unless told, 0.0.0.0 with HTTPS or on a Space",
+    )
     port: int = _knob(7860, "PORT GRADIO_SERVER_PORT", "where the page is served; 0 takes any free port")
+    https: bool = _knob(False, "HTTPS", "serve over HTTPS with a certificate made in certs/, to the whole network")
+    certfile: Path | None = _knob(None, "CERTFILE", "a certificate of your own, PEM, instead of the one in certs/")
+    keyfile: Path | None = _knob(None, "KEYFILE", "its private key, PEM; KEY_PASSWORD is for an encrypted one")
+    key_password: str | None = field(default=None, repr=False)  # from the environment only
     root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
     model_id: str | None = _knob(
         None, "MODEL_ID", "Hub id or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model"
@@ -56,10 +64,11 @@ class Settings:
             description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN."
         )
         for knob in fields(cls):
-            if knob.name != "sampling":
+            if knob.metadata:
                 env = knob.metadata["env"]
                 given = next((environ[name] for name in env if environ.get(name)), None)
                 kind = type(knob.default) if isinstance(knob.default, (int, Path)) else str
+                kind = Path if knob.name in ("certfile", "keyfile") else kind
                 _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
         for name in SHOWN_SAMPLING:
             default, env = getattr(SamplingParams(), name), name.upper()
@@ -71,6 +80,9 @@ class Settings:
         try:
             sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
             values["cache_dir"] = values["cache_dir"].expanduser()
+            values["key_password"] = environ.get("KEY_PASSWORD") or None
+            values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
+            values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)
             values["root_path"] = values["root_path"].rstrip("/")
             return cls(sampling=sampling, **values)
         except ChatError as error:
@@ -78,14 +90,19 @@ class Settings:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type, default: Any, help: str) -> None:
-    known = "" if default in (None, "") else f" (default: {default})"
+    flag = "--" + name.replace("_", "-")
+    known = "" if default in (None, "", False) else f" (default: {default})"
     help = f"{help} [{', '.join(env)}]{known}".replace("%", "%%")
-    parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=help, metavar="...")
+    if kind is bool:
+        default = str(default).lower() in ("1", "true", "yes", "on")
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+    else:
+        parser.add_argument(flag, type=kind, default=default, help=help, metavar="...")
 
 
 def _default(knob: Field, environ: Mapping[str, str]) -> Any:
-    if knob.name == "host" and environ.get("SPACE_ID"):
-        return "0.0.0.0"  # a Space is reached from outside its container
+    if knob.name == "host":  # a Space is reached from outside its container; None until HTTPS is known
+        return "0.0.0.0" if environ.get("SPACE_ID") else None
     if knob.name == "cache_dir" and environ.get("XDG_CACHE_HOME"):
         return Path(environ["XDG_CACHE_HOME"]) / "llama2-chat"
     return knob.default

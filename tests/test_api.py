@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -111,7 +112,8 @@ def process(*arguments):
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ) as process:
         try:
-            yield process, re.search(r"http://[^/\s]+", process.stderr.readline())[0]
+            lines = (re.search(r"page is at (https?://[^/\s]+)", line) for line in process.stderr)
+            yield process, next(filter(None, lines))[1]
         finally:
             process.kill()
 
@@ -167,3 +169,18 @@ def test_a_running_answer_ends_with_the_words_it_has_when_the_server_is_stopped(
         assert seconds < 10
         assert "Traceback" not in said
         assert job.outputs()[-1].startswith(words)
+
+
+@pytest.mark.slow
+def test_with_https_the_page_and_the_authority_to_trust_are_served_encrypted(tmp_path):
+    arguments = ("--https", "--host", "127.0.0.1", "--model-id", str(tmp_path / "no-such-model"))
+    with process(*arguments) as (server, address):
+        assert address.startswith("https://127.0.0.1")
+        authority = ssl.create_default_context(cafile=ROOT / "certs" / "ca.crt")
+        with httpx.Client(base_url=address, verify=authority) as client:
+            assert client.get("/livez").json() == {"status": "alive"}
+            assert "Llama 2 Chat" in client.get("/").text
+            assert client.get("/ca.crt").content == (ROOT / "certs" / "ca.crt").read_bytes()
+        _, said = end(server, signal.SIGTERM)
+    assert "SHA-256" in said
+    assert "PRIVATE KEY" not in said

@@ -60,3 +60,18 @@ def test_nonsense_ends_the_program_with_a_sentence(argv, environ, sentence, caps
 
 def test_no_secret_is_part_of_the_settings():
     assert "hf_secret" not in repr(Settings.read([], {"HF_TOKEN": "hf_secret"}))
+
+
+def test_https_is_for_the_whole_network_and_a_certificate_of_ones_own_asks_for_it():
+    assert Settings.read(["--https"], {}).host == "0.0.0.0"
+    assert Settings.read([], {"HTTPS": "1"}).https
+    assert not Settings.read([], {"HTTPS": "0"}).https
+    assert not Settings.read(["--no-https"], {"HTTPS": "1"}).https
+    assert Settings.read(["--certfile", "server.crt", "--host", "127.0.0.1"], {}).https
+    assert Settings.read(["--certfile", "server.crt", "--host", "127.0.0.1"], {}).host == "127.0.0.1"
+
+
+def test_the_password_of_a_key_comes_from_the_environment_and_is_never_printed():
+    settings = Settings.read([], {"KEY_PASSWORD": "sesame"})
+    assert settings.key_password == "sesame"
+    assert "sesame" not in repr(settings)
