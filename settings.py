@@ -45,6 +45,8 @@ class Settings:
     quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
     cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; one more is told the line is full")
+    check: bool = _knob(False, "", "start nothing; say what would go wrong, and what to do about it")
+    json: bool = _knob(False, "", "with --check: one JSON document, for programs")
     sampling: SamplingParams = SamplingParams()  # where the page's sliders start
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class Settings:
             raise ChatError(f"queue limit must be 1 or more; it was {self.queue_limit}.")
         if self.root_path and not self.root_path.startswith("/"):
             raise ChatError(f"root path must start with a slash; it was {self.root_path!r}.")
+        if self.json and not self.check:
+            raise ChatError("--json is how --check prints; add --check.")
 
     @classmethod
     def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -92,10 +96,12 @@ class Settings:
 def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type, default: Any, help: str) -> None:
     flag = "--" + name.replace("_", "-")
     known = "" if default in (None, "", False) else f" (default: {default})"
-    help = f"{help} [{', '.join(env)}]{known}".replace("%", "%%")
+    variables = f" [{', '.join(env)}]" if env else ""
+    help = f"{help}{variables}{known}".replace("%", "%%")
     if kind is bool:
         default = str(default).lower() in ("1", "true", "yes", "on")
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+        action = argparse.BooleanOptionalAction if env else "store_true"  # --no-flag is there to beat a variable
+        parser.add_argument(flag, action=action, default=default, help=help)
     else:
         parser.add_argument(flag, type=kind, default=default, help=help, metavar="...")
 

@@ -15,8 +15,9 @@ import os
 import re
 import socket
 import ssl
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -123,18 +124,33 @@ def local_certificate(
     """
     hosts = own_hosts() if hosts is None else tuple(hosts)
     now = now or datetime.now(UTC)
-    try:
+    with _folder_told(folder):
         leaf = _usable_leaf(folder, hosts, now)  # a folder where nothing is to be done may be read-only
         if leaf is None:
             _make_folder(folder)
             with FileLock(folder / ".lock", timeout=10):
                 leaf = _usable_leaf(folder, hosts, now) or _make_leaf(folder, hosts, now)
+    return Certificate(folder / "server.crt", folder / "server.key", hosts, leaf.not_valid_after_utc, folder / "ca.crt")
+
+
+def needs_new_certificate(folder: Path = CERTS) -> bool:
+    """Whether local_certificate() would make one. Makes none, but raises ChatError where that would."""
+    with _folder_told(folder):
+        needed = _usable_leaf(folder, own_hosts(), datetime.now(UTC)) is None
+        if needed:
+            tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
+    return needed
+
+
+@contextlib.contextmanager
+def _folder_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ChatError(
             f"The certificates in {folder} cannot be read or written: {error.strerror or error}. Make the folder "
             "yours, or use a certificate of your own with --certfile and --keyfile."
         ) from error
-    return Certificate(folder / "server.crt", folder / "server.key", hosts, leaf.not_valid_after_utc, folder / "ca.crt")
 
 
 def own_hosts() -> tuple[str, ...]:

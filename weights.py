@@ -210,6 +210,15 @@ class Size:
         return int(weights + self.kv_bytes_per_token * min(context, self.context) + HEADROOM_BYTES)
 
 
+def measure(files: Files) -> tuple[Size, str | None]:
+    """What the model will weigh, and the quantisation that its checkpoint brings, if any. Needs no weights."""
+    with _told(files):
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        size = Size.of(config)
+    own = _own_quantization(config)
+    return (replace(size, own_bytes=sum(files.weights().values())) if own else size), own
+
+
 def choose_precision(asked: str, own: str | None, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:
     """The precision to load in, and why. No GPUs means the CPU.
 
@@ -255,12 +264,7 @@ def place(precision: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str | dict[s
 def load(plan: Plan, progress: Progress) -> Loaded:
     """Download the weights if they are not here, after checking that they will fit, and load them."""
     files, found = plan.base, gpus()
-    with _told(files):
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-        size = Size.of(config)
-    own = _own_quantization(config)
-    if own:
-        size = replace(size, own_bytes=sum(files.weights().values()))
+    size, own = measure(files)
     precision, why = choose_precision(plan.quantization, own, size, found)
     check_memory(plan.model_id, precision, size, found)
     download.fetch_weights(files, progress)
