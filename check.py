@@ -416,7 +416,7 @@ def certificate(start: Start) -> str:
         raise Skip("not needed without --https")
     import tls
 
-    if not settings.certfile and not settings.keyfile and tls.needs_new_certificate():
+    if not settings.certfile and not settings.keyfile and tls.needs_new_certificate(tls.CERTS):
         return f"the start will make one in {tls.CERTS}"
     found = tls.get_certificate(settings.certfile, settings.keyfile, settings.key_password)
     tls.server_context(lambda: found)
@@ -430,7 +430,7 @@ class _Probe(NamedTuple):
     if_late: str = "Try once more."
 
 
-DRIVER = "See whether nvidia-smi answers; if not, restart the computer. Then reinstall PyTorch."
+DRIVER = "Run nvidia-smi; if that hangs too, restart the computer."
 NETWORK = "Check the network connection, and whether the disk answers."
 PROBES = {
     "Python": _Probe(python, 30),

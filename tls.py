@@ -133,7 +133,7 @@ def local_certificate(
     return Certificate(folder / "server.crt", folder / "server.key", hosts, leaf.not_valid_after_utc, folder / "ca.crt")
 
 
-def needs_new_certificate(folder: Path = CERTS) -> bool:
+def needs_new_certificate(folder: Path) -> bool:
     """Whether local_certificate() would make one. Makes none, but raises ChatError where that would."""
     with _folder_told(folder):
         needed = _usable_leaf(folder, own_hosts(), datetime.now(UTC)) is None

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded model, loaded once, and the tokenizers.
+"""What the tests share: the embedded model, loaded once, the tokenizers, a tiny model and a Hub that has it.
 
 The embedded model is fetched on the first run ever and lies in the user's cache from then on. Hypothesis draws the
 same examples every time, so that a green run stays green.
@@ -8,8 +8,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from hub import Hub
 from hypothesis import settings as hypothesis_settings
+from small_model import save_model
 from transformers import AutoTokenizer
 
 import weights
@@ -64,3 +67,24 @@ def llama2_tokenizer():
         return AutoTokenizer.from_pretrained(folder or "meta-llama/Llama-2-13b-chat-hf", local_files_only=True)
     except OSError:
         pytest.skip("Llama 2's tokenizer is not here; set LLAMA2_TOKENIZER to a folder that holds it")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a model of 100,000 random parameters."""
+    return save_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, tiny):
+    """A Hub with one model, an empty cache, and nobody logged in."""
+    hub = Hub()
+    hub.repos["someone/tiny"] = tiny
+    constants = huggingface_hub.constants  # what HF_ENDPOINT, HF_HOME and a login set when the library is imported
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield hub
+    hub.close()

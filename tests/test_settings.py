@@ -49,6 +49,7 @@ def test_the_cache_follows_the_users_cache_folder():
         ([], {"TOP_P": "nan"}, "top_p must be a number above 0 to 1"),
         (["--queue-limit", "0"], {}, "queue limit must be 1 or more"),
         (["--root-path", "chat"], {}, "root path must start with a slash"),
+        (["--json"], {}, "--json is how --check prints"),
     ],
 )
 def test_nonsense_ends_the_program_with_a_sentence(argv, environ, sentence, capsys):

@@ -17,9 +17,8 @@ import huggingface_hub
 import peft
 import pytest
 import torch
-from hub import Hub
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_model import save_model, save_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import download
 import weights
@@ -64,26 +63,6 @@ def sentence(call, *args):
     return text
 
 
-def save_model(folder, words=("a", "b", "c"), **config):
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape | config)).to(torch.bfloat16).save_pretrained(folder)
-    return save_tokenizer(folder, words)
-
-
-def save_tokenizer(folder, words):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(("<unk>", *words))}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A Llama of 100,000 random parameters, as people publish them."""
-    return save_model(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture(scope="session")
 def adapter(tiny, tmp_path_factory):
     """A LoRA adapter for `tiny` that changes what it says."""
@@ -91,21 +70,6 @@ def adapter(tiny, tmp_path_factory):
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(LlamaForCausalLM.from_pretrained(tiny), config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, tiny):
-    """A Hub with one model, an empty cache, and nobody logged in."""
-    hub = Hub()
-    hub.repos["someone/tiny"] = tiny
-    constants = huggingface_hub.constants  # what HF_ENDPOINT, HF_HOME and a login set when the library is imported
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield hub
-    hub.close()
 
 
 def asking_for(model_id, **settings):
