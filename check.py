@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from chat_types import ChatError
 from settings import Settings
@@ -58,8 +58,7 @@ class Skip(Exception):
 def main(settings: Settings) -> int:
     """Print the findings as they come, or as one JSON document. 1 if one of them is bad, else 0."""
     findings = []
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # a path may hold what this terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # a path may hold what this terminal cannot show
     for finding in run(settings):
         findings.append(finding)
         if not settings.json:
@@ -70,27 +69,18 @@ def main(settings: Settings) -> int:
 
 
 def run(settings: Settings, names: Iterable[str] | None = None) -> Iterator[Finding]:
-    """The findings of these probes, by default all, in the order of PROBES. A probe that overruns is a bad finding."""
-    worker, without = None, set()  # names of probes that later ones have to do without
-    try:
+    """The findings of these probes, by default of all, one after another, each within its time limit."""
+    unwell: set[str] = set()
+    with contextlib.closing(_Worker(settings)) as worker:
         for name in names or PROBES:
-            probe, started = PROBES[name], time.monotonic()
-            if probe.needs in without:
-                finding = Finding(name, None, f"not looked at, as it needs: {probe.needs}")
-                without.add(name)
+            started, needs = time.monotonic(), PROBES[name].needs
+            if needs in unwell:
+                finding = Finding(name, None, f"not looked at before {needs} is well")
             else:
-                worker = worker or _Worker(settings)
-                try:
-                    finding = worker.ask(name, probe.limit_s)
-                except ChatError as error:
-                    worker.kill()
-                    worker, finding = None, _bad(name, error)
-            if finding.ok is False:
-                without.add(name)
+                finding = worker.ask(name)
+            if needs in unwell or finding.ok is False:
+                unwell.add(name)
             yield replace(finding, seconds=round(time.monotonic() - started, 2))
-    finally:
-        if worker:
-            worker.kill()
 
 
 def look(name: str, start: Start) -> Finding:
@@ -100,20 +90,18 @@ def look(name: str, start: Start) -> Finding:
     except Skip as reason:
         return Finding(name, None, str(reason))
     except ChatError as error:
-        return _bad(name, error)
+        return _bad(name, str(error))
     except ImportError as error:
         what = f"The package {error.name}" if error.name else "A package"
-        return Finding(
-            name, False, f"{what} is missing or broken ({_short(error)}).", "Run: pip install -r requirements.txt"
-        )
+        return _bad(name, f"{what} is missing or broken ({_short(error)}). Run: pip install -r requirements.txt")
     except Exception as error:
-        what = f"This probe ended with an unexpected {type(error).__name__} ({_short(error)})."
-        return Finding(name, False, what, "Start without --check: the log then says where it comes from.")
+        what = f"This probe ended with an unexpected {type(error).__name__} ({_short(error)})"
+        return _bad(name, f"{what}. Start without --check: the log then says where it comes from.")
 
 
-def _bad(name: str, error: ChatError) -> Finding:
-    """Everybody's sentences are made alike: first what is wrong, then what to do."""
-    what, stop, step = str(error).partition(". ")
+def _bad(name: str, sentences: str) -> Finding:
+    """Everybody's are made alike: first what is wrong, then what to do."""
+    what, stop, step = sentences.partition(". ")
     return Finding(name, False, what + stop.strip(), step)
 
 
@@ -122,75 +110,78 @@ def _short(error: Exception) -> str:
     return (str(error).strip().split("\n")[0][:160] or type(error).__name__).rstrip(".").replace(". ", "; ")
 
 
-# ---- The screen ----
-
-
 def _lines(finding: Finding) -> str:
     marks = {True: "✓", False: "✗", None: "–", "then": "→"}
     try:
-        "".join(marks.values()).encode(sys.stdout.encoding or "ascii")
+        "".join(marks.values()).encode(sys.stdout.encoding)
     except UnicodeEncodeError:
         marks = {True: "ok", False: "NO", None: "--", "then": "->"}
     indent = " " * (len(marks[True]) + 14)
-    first = f"{marks[finding.ok]} {finding.name:<13}{finding.detail}"
-    then = [f"{indent}{marks['then']} {finding.next_step}"] if finding.next_step else []
-    # Where nobody watches, as in a pipe, a line stays whole.
-    width = shutil.get_terminal_size((100_000, 24)).columns
+    lines = [f"{marks[finding.ok]} {finding.name:<13}{finding.detail}"]
+    lines += [f"{indent}{marks['then']} {finding.next_step}"] if finding.next_step else []
+    width = shutil.get_terminal_size((100_000, 24)).columns  # where nobody watches, as in a pipe, lines stay whole
     wrap = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrap.fill(line) for line in [first, *then])
+    return "\n".join(map(wrap.fill, lines))
 
 
 # ---- The process that does the looking ----
 
 
 class _Worker:
-    """Answers one question at a time. It can be killed in the middle of any C call, which no thread can."""
+    """Answers one question at a time, in a process that can be ended inside any C call, as no thread can.
+
+    After an answer that did not come the next question gets a new process.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        command = [sys.executable, __file__]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self._send(settings)
+        self._settings = settings
+        self._process: subprocess.Popen | None = None
 
-    def ask(self, name: str, limit_s: float) -> Finding:
-        """The finding; ChatError if there is none in time, or ever."""
+    def ask(self, name: str) -> Finding:
+        if self._process is None:
+            self._start()
         self._send(name)
+        limit_s, if_late = PROBES[name].limit_s, PROBES[name].if_late
         try:
             answer = self._answers.get(timeout=limit_s)
         except queue.Empty:
-            raise ChatError(f"No answer within {limit_s:g} seconds. {PROBES[name].if_late}") from None
+            self.close()
+            return _bad(name, f"No answer within {limit_s:g} s. {if_late}")
         if answer is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
-            code = self._process.returncode
-            raise ChatError(f"Looking crashed Python (exit code {code}), as a start may. {PROBES[name].if_late}")
+            self.close()
+            return _bad(name, f"Looking at it crashed Python, as the start would. {if_late}")
         return Finding(**answer)
 
-    def kill(self) -> None:
-        self._process.kill()
-        with contextlib.suppress(
-            OSError, subprocess.TimeoutExpired
-        ):  # one that is stuck in the kernel ends when it can
-            self._process.stdin.close()
-            self._process.wait(1)
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):  # stuck in the kernel, it ends when it can
+                process.wait(1)
+                process.stdin.close()
+
+    def _start(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, __file__], **pipes)
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+        self._send(self._settings)
 
     def _send(self, what: object) -> None:
-        with contextlib.suppress(OSError):  # it has died, and ask() will say so
+        with contextlib.suppress(OSError):  # the process has died, and ask() will say so
             pickle.dump(what, self._process.stdin)
             self._process.stdin.flush()
 
-    def _read(self) -> None:
-        with self._process.stdout as pipe, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-            while True:
-                self._answers.put(pickle.load(pipe))
-        self._answers.put(None)
+
+def _read(pipe: IO[bytes], answers: queue.SimpleQueue) -> None:
+    with pipe, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+        while True:
+            answers.put(pickle.load(pipe))
+    answers.put(None)
 
 
 def _answer() -> None:
-    """What the process runs: takes settings, then names of probes, from stdin; puts findings to stdout."""
+    """What the process runs: settings and then names of probes come in at stdin, findings go out at stdout."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print what they like, elsewhere
     start = Start(pickle.load(sys.stdin.buffer))
