@@ -415,7 +415,9 @@ def unreadable(files: Files) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelUnavailable(f"A file of {files} is damaged or not in a format this program knows.") from error
+        raise ModelUnavailable(
+            f"A file of {files} is damaged or not in a format this program knows. Copy or download it once more."
+        ) from error
 
 
 def _check_disk(name: str, needed: int, folder: Path, remedy: str) -> None:

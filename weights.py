@@ -140,7 +140,9 @@ def fetch(plan: Plan, progress: Progress) -> Plan:
 
 def _transformers_model(files: Files) -> Files:
     if not (files.folder / "config.json").is_file():
-        raise ModelUnavailable(f"{files} holds no config.json, so it is not a model in the format of transformers.")
+        raise ModelUnavailable(
+            f"{files} holds no config.json, so it is not a model in the format of transformers. Choose another model."
+        )
     return files
 
 
@@ -321,7 +323,7 @@ def _with_adapter(model: PreTrainedModel, plan: Plan, merge: bool) -> PreTrained
     adapted = PeftModel.from_pretrained(model, plan.adapter.folder)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
-            f"{plan.adapter} is a prompt, not LoRA or a similar adapter; this program cannot use it."
+            f"{plan.adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 

@@ -377,6 +377,10 @@ def test_a_folder_without_weights_is_told(shape_of_13b):
     assert "holds no weights" in bad("model", model_id=str(shape_of_13b)).detail
 
 
+def test_a_folder_that_is_no_model_is_told(tmp_path):
+    assert "holds no config.json" in bad("model", model_id=str(tmp_path)).detail
+
+
 def test_a_damaged_configuration_is_told(tmp_path):
     folder = save_model(tmp_path / "model")
     (folder / "config.json").write_text("{")
