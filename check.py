@@ -56,16 +56,17 @@ class Skip(Exception):
 
 
 def main(settings: Settings) -> int:
-    """Print the findings as they come, or as one JSON document. 1 if one of them is bad, else 0."""
+    """Print the findings as they come, or as one JSON document. 0 if all are there and none is bad, else 1."""
     findings = []
     sys.stdout.reconfigure(errors="replace")  # a path may hold what this terminal cannot show
-    for finding in run(settings):
-        findings.append(finding)
-        if not settings.json:
-            print(_lines(finding), flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for finding in run(settings):
+            findings.append(finding)
+            if not settings.json:
+                print(_lines(finding), flush=True)
     if settings.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
-    return int(any(finding.ok is False for finding in findings))
+    return int(len(findings) < len(PROBES) or any(finding.ok is False for finding in findings))
 
 
 def run(settings: Settings, names: Iterable[str] | None = None) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ Whole checks run as a program, in an environment of their own; single probes are
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -98,7 +99,8 @@ def test_where_the_small_model_runs_all_is_well(settings):
     ("encoding", "marks"), [("utf-8", "✓✗–→"), ("cp1252", "ok NO -- ->"), ("ascii", "ok NO -- ->")]
 )
 def test_the_screen_says_what_is_wrong_and_the_next_step_in_letters_that_it_can_show(fake, encoding, marks):
-    path = fake("torch", "raise OSError('libcudart.so.13: cannot open shared object file')")
+    noise = "import os; os.write(1, b'noise'); print('more noise')"
+    path = fake("torch", f"{noise}; raise OSError('libcudart.so.13: cannot open shared object file')")
     done = start_check(PYTHONPATH=path, PYTHONIOENCODING=encoding, LANG="C")
     good, wrong, neither, then = marks.split() if " " in marks else marks
     lines = done.stdout.splitlines()
@@ -149,6 +151,18 @@ def test_a_driver_that_hangs_inside_a_c_call_costs_one_line_and_the_program_stil
     assert "not looked at before GPU is well" in lines[at + 2]
     assert "✓ port" in done.stdout
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ctrl_c_ends_the_check_without_a_traceback(fake):
+    path = fake("torch", "import ctypes; ctypes.PyDLL(None).sleep(1000)")
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path}
+    with subprocess.Popen(
+        [sys.executable, "app.py", "--check"], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()  # the line about Python
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 1
+        assert process.stderr.read() == b""
 
 
 @pytest.mark.slow  # for a Hub that says nothing, huggingface_hub waits a minute and more
@@ -428,9 +442,9 @@ def test_a_full_disk_is_told_as_loading_tells_it(hub, tmp_path, monkeypatch):
     assert "CACHE_DIR" in bad("disk", cache_dir=tmp_path).next_step
 
 
-def test_a_cache_folder_that_cannot_be_written_is_told(tmp_path):
-    (tmp_path / "file").touch()
-    assert "cannot be written" in bad("disk", cache_dir=tmp_path / "file" / "cache").detail
+@pytest.mark.parametrize("folder", ["/proc", "/proc/new"])  # not even root can write there
+def test_a_cache_folder_that_cannot_be_written_is_told(folder):
+    assert "cannot be written" in bad("disk", cache_dir=Path(folder)).detail
 
 
 def test_a_port_that_is_taken_is_told_as_a_start_tells_it():
@@ -471,7 +485,7 @@ def test_the_local_certificate_is_looked_at_and_never_made(tmp_path, monkeypatch
     start = Start(Settings(https=True))
     assert "will make one" in look("certificate", start).detail
     assert not tls.CERTS.exists()
-    tls.CERTS.write_text("a file")
+    monkeypatch.setattr(tls, "CERTS", Path("/proc/certs"))
     assert "cannot be read or written" in calm(look("certificate", start)).detail
 
 
