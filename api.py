@@ -15,7 +15,6 @@ from model import ChatModel
 
 # An answer is shown as Markdown and may hold images, forms and links that a model made up or a visitor asked for:
 # nothing in it may reach another host. Gradio itself needs inline code and, for its event handlers, eval.
-# A Space shows the page in a frame on huggingface.co.
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -30,14 +29,11 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "object-src 'none'",
         "base-uri 'self'",
         "form-action 'none'",
-        "frame-ancestors 'self' https://huggingface.co https://*.huggingface.co https://*.hf.space",
+        "frame-ancestors 'self'",
     )
 )
-SECURITY_HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+# A Space is shown in a frame on huggingface.co. Elsewhere anybody's Space could frame this page to steer clicks on it.
+HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
 
 
 def health_router(chat: ChatModel) -> APIRouter:
@@ -62,23 +58,28 @@ def health_router(chat: ChatModel) -> APIRouter:
     return router
 
 
-def guard(app: FastAPI) -> None:
+def guard(app: FastAPI, on_space: bool) -> None:
     """No other site may read from or act on this server, nor may an answer reach out from the page."""
+    headers = {
+        "Content-Security-Policy": f"{CONTENT_SECURITY_POLICY} {HUGGING_FACE if on_space else ''}".strip(),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
     # Gradio allows every origin, with credentials, unless the app around it has a CORSMiddleware.
     app.add_middleware(CORSMiddleware, allow_origins=[])
-    app.add_middleware(_SecurityHeaders)
+    app.add_middleware(_SecurityHeaders, headers=headers)
 
 
 class _SecurityHeaders:
     """Plain ASGI, because Starlette's BaseHTTPMiddleware gets in the way of streams that the reader cuts."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
+        self.app, self.headers = app, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         await self.app(scope, receive, send_guarded if scope["type"] == "http" else send)

@@ -67,6 +67,11 @@ EXAMPLES = [
     "What should I pack for three days of hiking?",
     "Write a Python function that tells whether a word is a palindrome.",
 ]
+# Shown by page.js where the browser sees no secure context. Copying a message or code works there all the same.
+INSECURE = (
+    "Not encrypted: others on this network can read along, and 'Copy conversation' does not work. "
+    "<code>python app.py --https</code> mends both."
+)
 # The class of a remark that hands the message back. An answer may hold any HTML, but cannot guess this.
 REFUSED = f"refused-{secrets.token_hex(8)}"
 LATEX_DELIMITERS = [
@@ -135,7 +140,7 @@ class Server(uvicorn.Server):
 def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
     """The whole site: the page at /, health beside it. The chat may still be loading."""
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
-    guard(app)
+    guard(app, settings.on_space)
     app.include_router(health_router(chat))
     if settings.https and not settings.certfile:
 
@@ -172,6 +177,7 @@ def build_page(chat: ChatModel, defaults: SamplingParams) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{TITLE}</h1>")
         status = gr.HTML(elem_id="status")
+        gr.HTML(f"<p>{INSECURE}</p>", elem_id="insecure")
         timer = gr.Timer(1)
         gr.on(
             [page.load, timer.tick],

@@ -62,11 +62,18 @@ class Files:
     def __str__(self) -> str:
         return self.repo or str(self.folder)
 
+    @property
+    def cache_dir(self) -> Path:
+        """Of a snapshot, which lies in cache_dir/models--owner--name/snapshots/revision."""
+        return self.folder.parents[2]
+
     def sizes(self) -> dict[str, int]:
         """Name and bytes of each file, those included that are on the Hub and not here yet."""
         if self.repo:
             try:
-                tree = huggingface_hub.get_cached_repo_tree(self.repo, revision=self.folder.name)
+                tree = huggingface_hub.get_cached_repo_tree(
+                    self.repo, revision=self.folder.name, cache_dir=self.cache_dir
+                )
                 return {file.path: file.size for file in tree}
             except errors.CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub, and now we are offline
                 pass
@@ -101,21 +108,24 @@ class Files:
 # ---- The Hub ----
 
 
-def small_files(source: str, progress: Progress) -> Files:
-    """Configuration and tokenizer of a local folder or a Hub id: the newest, or the cached ones if the Hub is away."""
+def small_files(source: str, progress: Progress, cache_dir: Path | None = None) -> Files:
+    """Configuration and tokenizer of a local folder or a Hub id: the newest, or the cached ones if the Hub is away.
+
+    cache_dir: where repositories are kept, or None for huggingface_hub's own place.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Files(folder)
     if source.startswith((".", "/", "~")) or folder.is_absolute():
         raise ModelUnavailable(f"There is no folder {source}. Check the path, or give the id of a model on the Hub.")
-    return Files(_snapshot(source, "main", SMALL_FILES, 0, progress), source)
+    return Files(_snapshot(source, "main", SMALL_FILES, 0, progress, cache_dir), source)
 
 
 def fetch_weights(files: Files, progress: Progress, stem: str = "model") -> None:
     """Download what is missing of the weights, if there is room for it on the disk."""
     missing = to_download(files, stem)
     if missing:
-        _snapshot(files.repo, files.folder.name, list(missing), sum(missing.values()), progress)
+        _snapshot(files.repo, files.folder.name, list(missing), sum(missing.values()), progress, files.cache_dir)
 
 
 def to_download(files: Files, stem: str = "model") -> dict[str, int]:
@@ -125,14 +135,14 @@ def to_download(files: Files, stem: str = "model") -> dict[str, int]:
     return missing
 
 
-def check_reachable(repo: str, name: str = "config.json") -> None:
+def check_reachable(repo: str, name: str = "config.json", cache_dir: Path | None = None) -> None:
     """Raise ModelUnavailable unless this account may download `name` of `repo` now, or the cache holds the model."""
     try:
         # The model's page is public even where its files are not: only asking for a file tells.
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, name))
     except (OSError, httpx2.HTTPError) as error:
         try:
-            folder = _cached(repo, "main", SMALL_FILES)
+            folder = _cached(repo, "main", SMALL_FILES, cache_dir)
             complete = folder is not None and not Files(folder, repo).missing()
         except ModelUnavailable:  # not even the names of the weights are known
             complete = False
@@ -140,19 +150,26 @@ def check_reachable(repo: str, name: str = "config.json") -> None:
             raise ModelUnavailable(_hub_sentence(repo, error)) from error
 
 
-def _cached(repo: str, revision: str, patterns: list[str]) -> Path | None:
+def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | None) -> Path | None:
     """The folder of a repository's files that match `patterns`, if the cache holds all of them."""
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS, local_files_only=True
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=patterns,
+                ignore_patterns=SUBFOLDERS,
+                local_files_only=True,
             )
         )
     except (OSError, ValueError):
         return None
 
 
-def _snapshot(repo: str, revision: str, patterns: list[str], total: int, progress: Progress) -> Path:
+def _snapshot(
+    repo: str, revision: str, patterns: list[str], total: int, progress: Progress, cache_dir: Path | None
+) -> Path:
     """The folder of a repository's files that match `patterns`, downloaded where the cache does not have them."""
     bars, stop = [], threading.Event()
 
@@ -175,14 +192,19 @@ def _snapshot(repo: str, revision: str, patterns: list[str], total: int, progres
 
     def download() -> str:
         return huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS, tqdm_class=Bar
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            ignore_patterns=SUBFOLDERS,
+            tqdm_class=Bar,
         )
 
     try:
         return Path(_beside(download, report))
     except (OSError, ValueError, httpx2.HTTPError) as error:  # ValueError: no id, or a login page instead of JSON
         # huggingface_hub falls back to the cache itself, but not after a proxy's error or a cut connection.
-        if folder := _cached(repo, revision, patterns):
+        if folder := _cached(repo, revision, patterns, cache_dir):
             return folder
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise _disk_trouble(error, "set HF_HOME to a folder that has room and is yours") from error

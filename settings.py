@@ -16,6 +16,7 @@ from typing import Any
 from chat_types import RANGES, ChatError, SamplingParams
 
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
+PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
 SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -44,6 +45,9 @@ class Settings:
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
     quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
     cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
+    hub_cache_dir: Path | None = None  # None is huggingface_hub's own place, HF_HOME; /data on a Space that has storage
+    on_space: bool = False
+    zero_gpu: bool = False  # a Space on ZeroGPU hardware
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; one more is told the line is full")
     check: bool = _knob(False, "", "start nothing; say what would go wrong, and what to do about it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
@@ -88,7 +92,7 @@ class Settings:
             values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
             values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)
             values["root_path"] = values["root_path"].rstrip("/")
-            return cls(sampling=sampling, **values)
+            return cls(sampling=sampling, **values, **_space(environ))
         except ChatError as error:
             parser.error(str(error))
 
@@ -99,9 +103,8 @@ def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type,
     variables = f" [{', '.join(env)}]" if env else ""
     help = f"{help}{variables}{known}".replace("%", "%%")
     if kind is bool:
-        default = str(default).lower() in ("1", "true", "yes", "on")
         action = argparse.BooleanOptionalAction if env else "store_true"  # --no-flag is there to beat a variable
-        parser.add_argument(flag, action=action, default=default, help=help)
+        parser.add_argument(flag, action=action, default=_is_true(default), help=help)
     else:
         parser.add_argument(flag, type=kind, default=default, help=help, metavar="...")
 
@@ -111,4 +114,25 @@ def _default(knob: Field, environ: Mapping[str, str]) -> Any:
         return "0.0.0.0" if environ.get("SPACE_ID") else None
     if knob.name == "cache_dir" and environ.get("XDG_CACHE_HOME"):
         return Path(environ["XDG_CACHE_HOME"]) / "llama2-chat"
+    if knob.name == "cache_dir" and _has_storage(environ):
+        return PERSISTENT / "llama2-chat"
     return knob.default
+
+
+def _space(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What only a Hugging Face Space decides; its variables are set by the platform, not by people."""
+    told = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    return {
+        "on_space": bool(environ.get("SPACE_ID")),
+        "zero_gpu": _is_true(environ.get("SPACES_ZERO_GPU")),
+        # The folder that HF_HOME=/data/.huggingface would give, as the Hub's documentation advises.
+        "hub_cache_dir": PERSISTENT / ".huggingface" / "hub" if _has_storage(environ) and not told else None,
+    }
+
+
+def _has_storage(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("SPACE_ID")) and PERSISTENT.is_dir() and os.access(PERSISTENT, os.W_OK)
+
+
+def _is_true(text: Any) -> bool:
+    return str(text).lower() in ("1", "true", "yes", "on")

@@ -43,6 +43,10 @@ GB = 1_000_000_000
 HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill
 FULL = ("float32", "bfloat16", "float16")  # the precisions of unquantised weights
 CONTEXT_AT_LEAST = 4_096  # tokens of KV cache that must fit; models with longer windows may run with part of theirs
+ZERO_GPU = (
+    "ZeroGPU is not supported: it lends a GPU for one function call, and this program keeps its model on one. "
+    "Choose other hardware in the Space's settings."
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Plan:
     why: str
     quantization: str
     cache_dir: Path
+    hub_cache_dir: Path | None = None
     base_model: str | None = None  # overrides what an adapter names
     base: Files | None = None
     adapter: Files | None = None
@@ -96,14 +101,25 @@ def gpus() -> list[Gpu]:
 
 def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
     """The model that the settings ask for, or else the best one this machine can reach. May ask the Hub."""
-    plan = Plan(download.EMBEDDED, "", settings.quantization, settings.cache_dir.expanduser(), settings.base_model)
+    plan = Plan(
+        download.EMBEDDED,
+        "",
+        settings.quantization,
+        settings.cache_dir.expanduser(),
+        settings.hub_cache_dir,
+        settings.base_model,
+    )
+    if settings.zero_gpu:
+        log.warning("%s", ZERO_GPU)
     if settings.model_id:
         _refuse_known_base(settings.model_id)
         return replace(plan, model_id=settings.model_id, why="MODEL_ID asks for this model.")
+    if settings.zero_gpu:
+        return replace(plan, why=ZERO_GPU)
     if not (torch.cuda.is_available() if has_gpu is None else has_gpu):
         return replace(plan, why="Llama 2 needs a CUDA GPU, and there is none here.")
     try:
-        download.check_reachable(LLAMA_2)
+        download.check_reachable(LLAMA_2, plan.hub_cache_dir)
     except ModelUnavailable as error:
         return replace(plan, why=f"This is the small model instead of Llama 2: {error}")
     return replace(plan, model_id=LLAMA_2, why="There is a CUDA GPU and Llama 2 can be reached.")
@@ -122,7 +138,7 @@ def fetch(plan: Plan, progress: Progress) -> Plan:
     """The plan with its folders: configuration and tokenizer are there; of the weights only the embedded model's."""
     if plan.embedded:
         return replace(plan, base=Files(download.embedded_folder(plan.cache_dir, progress, _convert_gguf)))
-    files = download.small_files(plan.model_id, progress)
+    files = download.small_files(plan.model_id, progress, plan.hub_cache_dir)
     if not (files.folder / "adapter_config.json").is_file():
         return replace(plan, base=_transformers_model(files))
     with download.unreadable(files):
@@ -131,7 +147,9 @@ def fetch(plan: Plan, progress: Progress) -> Plan:
     if not base:
         raise ModelUnavailable(f"The adapter {plan.model_id} does not name its base model. Set BASE_MODEL to it.")
     try:
-        return replace(plan, base=_transformers_model(download.small_files(base, progress)), adapter=files)
+        return replace(
+            plan, base=_transformers_model(download.small_files(base, progress, plan.hub_cache_dir)), adapter=files
+        )
     except ModelUnavailable as error:
         raise ModelUnavailable(
             f"The base model of the adapter {plan.model_id}: {error} BASE_MODEL overrides it."

@@ -4,6 +4,9 @@
   const hint = box().placeholder;
   let locked = false;
 
+  // Plain HTTP, except on this machine itself.
+  document.body.classList.toggle("insecure", !isSecureContext);
+
   // When an answer ends, the box has its hint and the keyboard back, and a message that was refused (too long, say, or
   // one too many in line) returns to it, so that nothing typed is lost.
   new MutationObserver(() => {
