@@ -78,9 +78,15 @@ def test_every_answer_carries_the_security_headers(client, path):
     assert policy["img-src"] == "'self' data: blob:"
     assert policy["connect-src"] == "'self'"
     assert policy["form-action"] == "'none'"
-    assert "https://*.hf.space" in policy["frame-ancestors"]
+    assert policy["frame-ancestors"] == "'self'"
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_only_on_a_space_hugging_face_may_show_the_page_in_a_frame(loading, settings):
+    client = TestClient(app_of(loading, replace(settings, on_space=True)))
+    ancestors = client.get("/").headers["Content-Security-Policy"].partition("frame-ancestors ")[2]
+    assert ancestors.split() == ["'self'", "https://huggingface.co", "https://*.huggingface.co", "https://*.hf.space"]
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/config", "/gradio_api/info"])

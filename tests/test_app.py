@@ -49,7 +49,9 @@ def address(chat, settings):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        # chat.lan is this machine as a browser elsewhere on the network sees it: plain HTTP is no secure context there.
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-proxy-server"]
+        arguments += ["--host-resolver-rules=MAP chat.lan 127.0.0.1"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
@@ -420,6 +422,31 @@ def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_quest
         send(page, SHORT)
         expect(answers(page).last).to_contain_text("The licence of Llama 2 is not accepted yet.")
         expect_unlocked(page)
+
+
+def pasted(page: Page) -> str:
+    page.wait_for_timeout(200)
+    box(page).fill("")
+    box(page).press("Control+V")
+    page.wait_for_timeout(200)
+    return box(page).input_value()
+
+
+@pytest.mark.parametrize(
+    ("host", "works"), [("chat.lan", False), ("127.0.0.1", True)], ids=["on the network", "on this machine"]
+)
+def test_without_https_the_page_says_what_does_not_work_and_that_is_so(browser, address, host, works):
+    with browser.new_page() as page:
+        page.goto(address.replace("127.0.0.1", host))
+        expect(page.locator("#insecure")).to_be_visible(visible=not works)
+        expect(page.locator("#insecure")).to_contain_text("'Copy conversation' does not work. python app.py --https")
+        open_settings(page)
+        page.get_by_role("spinbutton", name="Max new tokens").fill("8")
+        ask(page)
+        page.get_by_role("button", name="Copy conversation").click()
+        assert ("assistant:" in pasted(page)) is works
+        page.get_by_role("button", name="Copy message").last.click()
+        assert pasted(page).startswith(answers(page).first.inner_text().strip())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import settings
 from settings import Settings
 
 
@@ -36,6 +37,39 @@ def test_a_space_listens_to_the_outside():
 def test_the_cache_follows_the_users_cache_folder():
     assert Settings.read([], {"XDG_CACHE_HOME": "/big"}).cache_dir == Path("/big/llama2-chat")
     assert Settings.read([], {}).cache_dir == Path("~/.cache/llama2-chat").expanduser()
+
+
+SPACE = {"SPACE_ID": "someone/chat"}
+
+
+def test_a_space_with_storage_keeps_its_models_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "PERSISTENT", tmp_path)
+    there = Settings.read([], SPACE)
+    assert there.cache_dir == tmp_path / "llama2-chat"
+    assert there.hub_cache_dir == tmp_path / ".huggingface" / "hub"
+
+
+@pytest.mark.parametrize("mine", ["HF_HOME", "HF_HUB_CACHE", "CACHE_DIR"])
+def test_a_folder_that_somebody_chose_beats_the_storage_of_a_space(monkeypatch, tmp_path, mine):
+    monkeypatch.setattr(settings, "PERSISTENT", tmp_path)
+    there = Settings.read([], {**SPACE, mine: "/mine"})
+    assert (there.cache_dir if mine == "CACHE_DIR" else there.hub_cache_dir) in (Path("/mine"), None)
+
+
+@pytest.mark.parametrize("lack", ["no storage", "read-only", "no Space"])
+def test_without_storage_that_can_be_written_models_go_where_they_always_go(monkeypatch, tmp_path, lack):
+    monkeypatch.setattr(settings, "PERSISTENT", tmp_path / "data")
+    if lack != "no storage":
+        (tmp_path / "data").mkdir()
+    if lack == "read-only":  # asked of the system, because root may write what others may not
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    there = Settings.read([], {} if lack == "no Space" else SPACE)
+    assert (there.cache_dir, there.hub_cache_dir) == (Settings.read([], {}).cache_dir, None)
+
+
+@pytest.mark.parametrize("value", ["true", "1", "false", ""])
+def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
+    assert Settings.read([], {**SPACE, "SPACES_ZERO_GPU": value}).zero_gpu is (value in ("true", "1"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """HTTPS from outside: curl, httpx, OpenSSL and a real Chromium decide whom they trust; a moved clock decides when."""
 
+import asyncio
 import ipaddress
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,11 +20,13 @@ import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from gradio_client import Client
 from playwright.sync_api import Error as BrowserError
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 import tls
-from chat_types import ChatError
+from app import create_app
+from chat_types import ChatError, SamplingParams
 from tls import Certificate, announcement, local_certificate, own_certificate, own_hosts, server_context, urls
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -37,16 +41,23 @@ def folder(tmp_path):
     return tmp_path / "certs"
 
 
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+    await send({"type": "http.response.body", "body": b"<title>Hello</title>"})
+
+
 @contextmanager
-def serving(get, look_every_s=60):
+def serving(get, look_every_s=60, app=hello):
     """The port of a server with the certificate that get() returns."""
-
-    async def hello(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
-        await send({"type": "http.response.body", "body": b"<title>Hello</title>"})
-
     context = server_context(get, look_every_s)
-    config = uvicorn.Config(hello, host="0.0.0.0", port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        app,
+        host="0.0.0.0",
+        port=0,
+        log_level="error",
+        timeout_graceful_shutdown=1,
+        lifespan="off" if app is hello else "on",
+    )
     config.ssl_context_factory = lambda *_: context
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -206,6 +217,53 @@ def test_chromium_that_trusts_the_ca_opens_every_host_without_a_warning_and_no_o
             page.goto(f"https://127.0.0.3:{port}/")
         with pytest.raises(BrowserError, match="ERR_CERT"):
             page.goto(f"https://bank.example:{stolen_port}/")
+
+
+# ---- chatting through it ----
+
+# Gradio 6.31 uses what pandas 3 is about to drop.
+gradios_warnings = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+
+
+@pytest.fixture
+def site(folder, chat, settings):
+    """The port of the whole site over HTTPS."""
+    local_certificate(folder, hosts=HOSTS)
+    short = replace(settings, sampling=SamplingParams(temperature=0, max_new_tokens=8))
+
+    async def build():
+        return create_app(chat, short)
+
+    app = asyncio.run(build())  # without a running loop, Gradio makes loops of its own and never closes them
+    with serving(local(folder), app=app) as port:
+        yield port
+
+
+@gradios_warnings
+def test_chromium_that_trusts_the_ca_chats_on_every_host(site, folder, tmp_path):
+    with browser_that_trusts(folder / "ca.crt", tmp_path / "home") as browser:
+        for host in ("localhost", "127.0.0.2"):
+            page = browser.new_page()
+            page.goto(f"https://{host}:{site}/")
+            page.get_by_role("textbox", name="Message").fill("Say hello.")
+            page.get_by_role("textbox", name="Message").press("Enter")
+            expect(page.get_by_text("The answer reached 'Max new tokens'.")).to_be_visible(timeout=30_000)
+            expect(page.locator("#insecure")).to_be_hidden()
+
+
+@gradios_warnings
+@pytest.mark.filterwarnings("ignore:`verify=<str>`:DeprecationWarning")  # how gradio_client 2.7 hands it to httpx
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2"])
+def test_gradio_client_chats_once_it_is_given_the_ca(site, folder, host):
+    client = Client(f"https://{host}:{site}", ssl_verify=str(folder / "ca.crt"), verbose=False)
+    assert client.predict("Say hello.", api_name="/chat", max_new_tokens=8).strip()
+
+
+@gradios_warnings
+def test_gradio_client_without_the_ca_sends_nothing(site, chat, monkeypatch):
+    monkeypatch.setattr(chat, "stream_reply", lambda *_: pytest.fail("a question arrived"))
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        Client(f"https://localhost:{site}", verbose=False)
 
 
 # ---- what is in it, and when it changes ----

@@ -110,6 +110,13 @@ def test_without_network_llama_2_is_chosen_if_all_of_it_is_in_the_cache(settings
     assert weights.choose(settings, has_gpu=True).embedded is not complete
 
 
+def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplog):
+    plan = weights.choose(replace(settings, zero_gpu=True), has_gpu=True)
+    assert plan.embedded
+    assert plan.why == weights.ZERO_GPU
+    assert weights.ZERO_GPU in caplog.text  # at once: the platform may end the program before the model is there
+
+
 @pytest.mark.parametrize(
     ("base", "chat"),
     [
@@ -140,6 +147,32 @@ def test_a_model_comes_from_the_hub_with_progress_in_bytes_and_later_from_the_ca
     assert loaded.precision == "int8"
     hub.close()
     assert get(asking_for("someone/tiny")).device == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_on_a_space_with_storage_everything_from_the_hub_lands_there(hub, tiny, adapter, tmp_path, kind):
+    hub.repos["someone/lora"] = adapter
+    storage = tmp_path / "data"
+    asked = {
+        "model": {"model_id": "someone/tiny"},
+        "adapter": {"model_id": "someone/lora", "base_model": "someone/tiny"},
+    }
+    mine = Settings(hub_cache_dir=storage, **asked[kind])
+    get(mine)
+    names = {"models--someone--tiny"} | ({"models--someone--lora"} if kind == "adapter" else set())
+    assert {path.name for path in storage.glob("models--*")} == names
+    assert not (tmp_path / "hub").exists()
+    hub.close()
+    assert get(mine).device == "cpu"  # a restart needs no network
+
+
+def test_without_network_llama_2_is_found_in_the_storage_of_a_space(settings, hub, tiny, tmp_path):
+    hub.repos[weights.LLAMA_2] = tiny
+    storage = tmp_path / "data"
+    download.fetch_weights(download.small_files(weights.LLAMA_2, ignore, storage), ignore)
+    hub.close()
+    assert not weights.choose(replace(settings, hub_cache_dir=storage), has_gpu=True).embedded
+    assert weights.choose(settings, has_gpu=True).embedded
 
 
 def test_the_tokenizer_is_there_before_any_weights_are_asked_for(hub):
