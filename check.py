@@ -312,15 +312,15 @@ def model(start: Start) -> str:
 
     plan = start.plan
     if plan.embedded:
-        if weights.gpus() and not start.settings.model_id:
-            download.check_reachable(weights.LLAMA_2)  # what a start would log and go on
+        if weights.gpus() and not start.settings.model_id and not start.settings.zero_gpu:
+            download.check_reachable(weights.LLAMA_2, cache_dir=plan.hub_cache_dir)  # what a start would log and go on
         if plan.base is None:
             download.check_index()
         return f"{plan.model_id}. {plan.why}"
     weights.measure(plan.base)
     for files, stem in start.files:
         if missing := files.missing(stem):
-            download.check_reachable(files.repo, next(iter(missing)))
+            download.check_reachable(files.repo, next(iter(missing)), files.cache_dir)
             return f"{plan.model_id}. The Hub lets this account download it."
     return f"{plan.model_id}. All of it is here."
 

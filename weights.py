@@ -119,7 +119,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
     if not (torch.cuda.is_available() if has_gpu is None else has_gpu):
         return replace(plan, why="Llama 2 needs a CUDA GPU, and there is none here.")
     try:
-        download.check_reachable(LLAMA_2, plan.hub_cache_dir)
+        download.check_reachable(LLAMA_2, cache_dir=plan.hub_cache_dir)
     except ModelUnavailable as error:
         return replace(plan, why=f"This is the small model instead of Llama 2: {error}")
     return replace(plan, model_id=LLAMA_2, why="There is a CUDA GPU and Llama 2 can be reached.")
