@@ -107,7 +107,8 @@ def main() -> int:
     )
     server = Server(config, chat)
     scheme, port = "https" if context else "http", listener.getsockname()[1]
-    log.info("The page is at %s://%s:%s%s/", scheme, settings.host, port, settings.root_path)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info("The page is at %s://%s:%s%s/", scheme, host, port, settings.root_path)
     if context:
         print(
             announcement(certificate(), settings.host, port, colours=sys.stderr.isatty()), file=sys.stderr, flush=True

@@ -388,10 +388,13 @@ def disk(start: Start) -> str:
 
 def listen(settings: Settings) -> socket.socket:
     """The socket that the page is served on. Raises ChatError if this address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    both = settings.host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
     try:
-        return socket.create_server((settings.host, settings.port))
+        socket.getaddrinfo(settings.host, settings.port, family)  # why a name has no address, in fewer words
+        return socket.create_server((settings.host, settings.port), family=family, dualstack_ipv6=both)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
         raise ChatError(
             f"Cannot listen on {settings.host} port {settings.port}: {reason}. Choose another with --host or --port."
         ) from error

@@ -463,6 +463,22 @@ def test_an_address_of_another_computer_is_told():
     assert "192.0.2.1" in bad("port", host="192.0.2.1", port=0).detail
 
 
+def test_a_name_that_leads_nowhere_is_told_in_few_words():
+    told = bad("port", host="nowhere.invalid", port=0)
+    assert told.detail.startswith("Cannot listen on nowhere.invalid port 0: ")
+    assert "(" not in told.detail
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+@pytest.mark.parametrize(("host", "reached"), [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])])
+def test_the_page_can_be_served_over_ipv6(host, reached):
+    settings = Settings(host=host, port=0)
+    assert look("port", Start(settings)).ok
+    with check.listen(settings) as listener:
+        for address in reached:
+            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
+
+
 def test_an_expired_certificate_is_told_as_a_start_tells_it(tmp_path):
     tls.local_certificate(tmp_path, hosts=["localhost"], now=datetime.now(UTC) - timedelta(days=500))
     own = {"certfile": tmp_path / "server.crt", "keyfile": tmp_path / "server.key"}
