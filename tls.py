@@ -72,7 +72,7 @@ def get_certificate(certfile: Path | None, keyfile: Path | None, password: str |
     """One's own certificate if files are named, else the local one. Raises ChatError, saying what to do."""
     if certfile is None:
         if keyfile is not None:
-            raise ChatError("A keyfile needs its certificate: set --certfile too.")
+            raise ChatError("A keyfile needs its certificate. Set --certfile too.")
         return local_certificate()
     return own_certificate(certfile, keyfile, password)
 
@@ -380,7 +380,7 @@ def own_certificate(
     leaf = chain[0]
     if leaf.public_key() != key.public_key():
         if any(other.public_key() == key.public_key() for other in chain):
-            raise ChatError(f"The certificates in {certfile} are in the wrong order: put the server's own first.")
+            raise ChatError(f"The certificates in {certfile} are in the wrong order. Put the server's own first.")
         raise ChatError(f"The key in {keyfile} is not the key of {certfile}. Name the two that were made together.")
     if now < leaf.not_valid_before_utc:
         raise ChatError(

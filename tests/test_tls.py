@@ -513,7 +513,7 @@ def test_an_encrypted_key_and_a_file_that_holds_both_are_taken(own, certfile, ke
         ("server.crt", "server.crt", None, 0 * DAY, r"holds no private key in PEM form.*in --keyfile"),
         ("server.crt", None, None, 0 * DAY, "holds no private key in PEM form"),
         ("server.crt", "other.key", None, 0 * DAY, "is not the key of .*made together"),
-        ("upside_down.crt", "server.key", None, 0 * DAY, "wrong order: put the server's own first"),
+        ("upside_down.crt", "server.key", None, 0 * DAY, r"wrong order\. Put the server's own first"),
         ("server.crt", "secret.key", None, 0 * DAY, "is encrypted.*KEY_PASSWORD"),
         ("server.crt", "secret.key", "open barley", 0 * DAY, "KEY_PASSWORD does not open"),
         ("server.crt", "secret_old.key", "open barley", 0 * DAY, "KEY_PASSWORD does not open"),
@@ -535,7 +535,7 @@ def test_a_key_that_openssl_finds_too_weak_is_refused_before_the_start(tmp_path)
 
 
 def test_a_keyfile_alone_is_refused(own):
-    with pytest.raises(ChatError, match="set --certfile too"):
+    with pytest.raises(ChatError, match=r"certificate\. Set --certfile too"):
         tls.get_certificate(None, own / "server.key", None)
 
 
