@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 PYTHONS = ("3.11", "3.12")
+NVIDIA_SMI_LIMIT_S = 30  # below the probe's own limit, which would leave the tool running
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ def main(settings: Settings) -> int:
     """Print the findings as they come, or as one JSON document. 0 if all are there and none is bad, else 1."""
     findings = []
     sys.stdout.reconfigure(errors="replace")  # a path may hold what this terminal cannot show
-    with contextlib.suppress(KeyboardInterrupt):
-        for finding in run(settings):
-            findings.append(finding)
-            if not settings.json:
-                print(_lines(finding), flush=True)
-    if settings.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            for finding in run(settings):
+                findings.append(finding)
+                if not settings.json:
+                    print(_lines(finding), flush=True)
+        if settings.json:
+            print(json.dumps([asdict(finding) for finding in findings], indent=1), flush=True)
+    except BrokenPipeError:  # the reader has what it wanted, as `| head` has; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(len(findings) < len(PROBES) or any(finding.ok is False for finding in findings))
 
 
@@ -297,7 +301,10 @@ def _nvidia_smi() -> tuple[_Card | None, str]:
     if not (tool := shutil.which("nvidia-smi")):
         return None, ""
     query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, errors="replace")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {NVIDIA_SMI_LIMIT_S:g} s"
     said = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
     if "No devices were found" in said:
         return None, ""

@@ -165,6 +165,21 @@ def test_ctrl_c_ends_the_check_without_a_traceback(fake):
         assert process.stderr.read() == b""
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback(fake):
+    path = fake("torch", "raise ImportError('not needed here')")
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path}
+    for flags in ([], ["--json"]):
+        with subprocess.Popen(
+            [sys.executable, "app.py", "--check", "--port", "0", *flags],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+
 @pytest.mark.slow  # for a Hub that says nothing, huggingface_hub waits a minute and more
 def test_a_hub_that_hangs_costs_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(check.PROBES, "model", check.PROBES["model"]._replace(limit_s=15))
@@ -265,6 +280,16 @@ def test_a_gpu_beside_a_pytorch_for_the_cpu_is_told_which_pytorch_to_install(nvi
 def test_a_driver_that_does_not_work_is_told(nvidia_smi):
     nvidia_smi("Failed to initialize NVML: Driver/library version mismatch", 18)
     assert "version mismatch" in bad("GPU").detail
+
+
+def test_a_tool_that_hangs_is_told_and_ended(nvidia_smi, tmp_path, monkeypatch):
+    nvidia_smi("")
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/id\nexec sleep 1000\n")
+    monkeypatch.setattr(check, "NVIDIA_SMI_LIMIT_S", 1)
+    assert "no answer within 1 s" in bad("GPU").detail
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "id").read_text()), 0)
 
 
 def test_a_machine_without_a_gpu_passes_though_it_has_nvidias_tools(nvidia_smi):
