@@ -445,9 +445,16 @@ Chrome on Linux  certutil -d sql:$HOME/.pki/nssdb -A -t C,, -n "Llama 2 Chat" -i
 def urls(certificate: Certificate, host: str, port: int) -> list[str]:
     """Where other devices find a server that listens on this host, the likeliest to work first."""
     if host not in EVERYWHERE:
-        return [f"https://{_bracketed(host)}:{port}"]
+        address = _address(host)
+        names = [name for name in certificate.hosts if _address(name) is None and _is_reached_from_outside(name, False)]
+        elsewhere = address is not None and not address.is_loopback and not _is_in(certificate, host)
+        return [f"https://{_bracketed(name)}:{port}" for name in (elsewhere and names) or [host]]
     likeliest = sorted(certificate.hosts, key=lambda name: _address(name) is None)  # addresses; stable otherwise
     return [f"https://{_bracketed(name)}:{port}" for name in likeliest if _is_reached_from_outside(name, host == "::")]
+
+
+def _is_in(certificate: Certificate, host: str) -> bool:
+    return (_address(host) or host.lower()) in [_address(name) or name.lower() for name in certificate.hosts]
 
 
 def _is_reached_from_outside(host: str, over_ipv6: bool) -> bool:
@@ -481,10 +488,13 @@ def announcement(certificate: Certificate, host: str, port: int, colours: bool =
     addresses = urls(certificate, host, port) or [f"https://localhost:{port}"]
     parts = ["\n".join(addresses), qr_code(addresses[0], colours)]
     if certificate.ca is not None:
-        public = [a for a in dict.fromkeys(_own_addresses()) if _address(a).version == 4 and not _is_private(a)]
-        if public and host in EVERYWHERE:
-            left_out = f"Left out: {', '.join(public)}. ca.crt is good for private addresses only; for others there is "
-            parts.append(left_out + "--certfile with a certificate of your own.")
+        served = dict.fromkeys(_own_addresses() if host in EVERYWHERE else [host])
+        left_out = [a for a in served if not _is_in(certificate, a) and (":" not in a or host not in EVERYWHERE)]
+        if left_out:
+            parts.append(
+                f"Not in the certificate: {', '.join(left_out)}. It is for this computer's names and private addresses "
+                "only; for others there is --certfile with a certificate of your own."
+            )
         parts.append(
             f"Once, every device has to trust {certificate.ca}. It is also at {addresses[0]}/ca.crt, where the browser "
             "still warns.\nIt is good for this computer, .local and private addresses only. Compare its SHA-256 "

@@ -560,6 +560,9 @@ def test_nothing_older_than_tls_1_2_is_spoken(folder):
         ),
         ("127.0.0.1", ["https://127.0.0.1:7860"]),
         ("::1", ["https://[::1]:7860"]),
+        ("192.168.7.7", ["https://192.168.7.7:7860"]),
+        ("fd00:0::7", ["https://[fd00:0::7]:7860"]),
+        ("203.0.113.9", ["https://llama.local:7860", "https://llama:7860"]),  # which the certificate does not have
     ],
 )
 def test_the_urls_are_those_that_other_devices_can_open(folder, host, expected):
@@ -573,6 +576,14 @@ def test_the_announcement_has_all_that_another_device_needs(folder):
     assert "https://192.168.7.7:7860/ca.crt" in text
     for platform in ("Windows", "macOS", "iPhone", "full trust", "Android", "Debian", "Firefox", "Chrome on Linux"):
         assert platform in text
+
+
+@pytest.mark.parametrize("host", ["203.0.113.9", "llama.example", "0.0.0.0"])
+def test_an_address_that_no_certificate_made_here_is_good_for_is_named(folder, host, monkeypatch):
+    monkeypatch.setattr(tls, "_own_addresses", lambda: ["203.0.113.9", "192.168.7.7", "2001:db8::9"])
+    left_out = "203.0.113.9" if host == "0.0.0.0" else host
+    assert f"Not in the certificate: {left_out}. " in announcement(local(folder)(), host, 7860)
+    assert "Not in the certificate" not in announcement(local(folder)(), "192.168.7.7", 7860)
 
 
 def test_the_announcement_of_ones_own_certificate_asks_nobody_to_trust_a_ca(own):
