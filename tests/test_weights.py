@@ -264,6 +264,18 @@ def test_trouble_with_the_hub_is_a_sentence_with_the_next_step(hub, monkeypatch,
     assert [fact for fact in facts if fact not in told] == []
 
 
+def test_a_hub_cache_that_cannot_be_written_is_told(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "hub", Path("/proc/hub")):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+        assert "set HF_HOME to a folder" in sentence(get, asking_for("someone/tiny"))
+
+
+def test_a_token_that_no_header_can_hold_is_told(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_ré")
+    assert "HF_TOKEN holds a letter" in sentence(get, asking_for("someone/tiny"))
+
+
 def test_a_full_disk_is_told_in_both_numbers_before_the_weights_are_asked_for(hub, tiny, monkeypatch):
     plan = weights.fetch(weights.choose(asking_for("someone/tiny")), ignore)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 12_000_000))
