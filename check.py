@@ -326,6 +326,8 @@ def model(start: Start) -> str:
         return f"{plan.model_id}. {plan.why}"
     weights.measure(plan.base)
     for files, stem in start.files:
+        weights.check_whole(files, stem)
+    for files, stem in start.files:
         if missing := files.missing(stem):
             download.check_reachable(files.repo, next(iter(missing)), files.cache_dir)
             return f"{plan.model_id}. The Hub lets this account download it."

@@ -208,7 +208,7 @@ def _snapshot(
         # huggingface_hub falls back to the cache itself, but not after a proxy's error or a cut connection.
         if folder := _cached(repo, revision, patterns, cache_dir):
             return folder
-        if getattr(error, "errno", None) in NOT_WRITABLE:
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) in NOT_WRITABLE:
             raise _disk_trouble(error, "set HF_HOME to a folder that has room and is yours") from error
         raise ModelUnavailable(_hub_sentence(repo, error)) from error
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -237,6 +237,15 @@ def measure(files: Files) -> tuple[Size, str | None]:
         size = Size.of(config)
     own = _own_quantization(config)
     return (replace(size, own_bytes=sum(files.weights().values())) if own else size), own
+
+
+def check_whole(files: Files, stem: str = "model") -> None:
+    """Raise ModelUnavailable if a file of weights is here but cut off or a Git LFS pointer. Reads only its header."""
+    with _told(files):
+        for name in files.weights(stem):
+            if name.endswith(".safetensors") and (files.folder / name).is_file():
+                with safe_open(files.folder / name, "pt"):
+                    pass
 
 
 def choose_precision(asked: str, own: str | None, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:

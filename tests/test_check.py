@@ -420,6 +420,24 @@ def test_a_folder_that_is_no_model_is_told(tmp_path):
     assert "holds no config.json" in bad("model", model_id=str(tmp_path)).detail
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:50_000], lambda _: b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_weights_that_are_cut_off_or_not_there_but_by_name_are_told_as_loading_tells_it(tmp_path, damage):
+    folder = save_model(tmp_path / "model")
+    whole_file = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(damage(whole_file))
+    told = bad("model", model_id=str(folder))
+    with pytest.raises(ModelUnavailable) as refused:
+        weights.load(Start(Settings(model_id=str(folder))).plan, lambda *_: None)
+    assert whole(told) == str(refused.value)
+
+
+def test_an_adapter_without_its_weights_is_told_before_its_base_is_fetched(hub, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/tiny"}')
+    assert "adapter_model.safetensors" in bad("model", model_id=str(tmp_path)).detail
+
+
 def test_a_damaged_configuration_is_told(tmp_path):
     folder = save_model(tmp_path / "model")
     (folder / "config.json").write_text("{")
