@@ -87,7 +87,8 @@ class Settings:
         values = vars(parser.parse_args(argv))
         try:
             sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
-            values["cache_dir"] = values["cache_dir"].expanduser()
+            for name in ("cache_dir", "certfile", "keyfile"):  # a shell leaves the ~ of --flag=~/folder as it is
+                values[name] = values[name] and values[name].expanduser()
             values["key_password"] = environ.get("KEY_PASSWORD") or None
             values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
             values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)

@@ -110,3 +110,9 @@ def test_the_password_of_a_key_comes_from_the_environment_and_is_never_printed()
     settings = Settings.read([], {"KEY_PASSWORD": "sesame"})
     assert settings.key_password == "sesame"
     assert "sesame" not in repr(settings)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path():
+    read = Settings.read(["--certfile=~/server.crt", "--keyfile=~/server.key", "--cache-dir=~/models"], {})
+    assert (read.certfile, read.keyfile) == (Path.home() / "server.crt", Path.home() / "server.key")
+    assert read.cache_dir == Path.home() / "models"
