@@ -44,7 +44,7 @@ def health_router(chat: ChatModel) -> APIRouter:
     async def healthz() -> JSONResponse:
         status = chat.status
         if status.state == "ready":
-            ready = {"model": status.model, "precision": status.precision, "device": status.device}
+            ready = {"model": status.model, "precision": status.precision, "device": status.device, "mode": chat.mode}
             return JSONResponse({"status": "ready", **ready})
         if status.state == "failed":
             return JSONResponse({"status": "failed", "error": status.error}, 503)

@@ -450,8 +450,8 @@ def _progress(status: Status) -> str:
 
 
 def _place(answer: Reply) -> str:
-    ahead = answer.queue_position
-    return f"Waiting in line: {ahead} ahead of you …" if ahead else "Reading …"
+    place = answer.queue_position
+    return f"Waiting in line at place {place} …" if place else "Reading …"
 
 
 def _remark(text: str, answer: Reply) -> str:

@@ -131,7 +131,7 @@ class Reply(Protocol):
     """
 
     @property
-    def queue_position(self) -> int: ...  # requests ahead of this one; 0 once it runs
+    def queue_position(self) -> int: ...  # place in line, 1 for the next; 0 once it runs
 
     @property
     def finish_reason(self) -> FinishReason | None: ...  # None while the answer is on its way

@@ -1,35 +1,47 @@
-"""The decode loop: one thread owns the model, and requests take their turn on it in order of arrival.
+"""The decode loop: one thread owns the model, and all requests that fit share every step of it.
 
-Ids go in, ids come out, one step at a time, through a streamer with put() and end() as `generate` calls them. Prefill
-runs in chunks so that a request can be cancelled inside it, and the KV cache of recent conversations is kept, so that
-the next turn of each only computes what is new. This file has never heard of text, roles or pages.
+Ids go in, ids come out, one step at a time, through a streamer with put() and end() as `generate` calls them. A turn of
+the loop admits who waits, computes a chunk of the prompts that are new, and one token of every answer. Where keys and
+values lie is kv_cache's business, choosing tokens is sampler's, speed on a GPU is compiled's. This file has never heard
+of text, roles or pages of the web kind.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from chat_types import Busy, ChatError, FinishReason, ModelUnavailable, SamplingParams
+from chat_types import RANGES, Busy, ChatError, FinishReason, ModelUnavailable, SamplingParams
+from compiled import CompiledModel, Part, decode_kernel
+from kv_cache import ATTENTION, PAGE_TOKENS, DecodeStep, Pages, PageTree, PrefillStep, SharedPages
+from sampler import NARROW, Rows, draws, is_narrow
 
 log = logging.getLogger(__name__)
 
-PAGE_TOKENS = 256  # a KV cache grows by this much at a time
-CPU_PREFILL_CHUNK = 256  # half a second of a 135M model on two cores; Stop waits no longer than one chunk
-GPU_PREFILL_CHUNK = 1024
-CPU_KEPT_BYTES = 512 * 2**20  # 20,000 tokens of the embedded model
+CPU_BATCH, GPU_BATCH = 8, 32  # answers computed at once
+CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per turn; Stop waits no longer than one chunk
+SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512  # below, the weights are read for too few tokens
+CHUNK_S = 0.1  # while others are being answered a chunk takes about so long, and no longer is the gap in their text
+RESERVED_PAGES = 2  # left for each running request to grow into when another comes in
+CHECK_IDS = 24  # of the prompt with which the engine is compared with the model itself
+FAILED = "Something went wrong while answering. Please try again."
+OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
+GPU_LOST = "The GPU stopped working in the middle of an answer. The program has to be started again."
 
 
 class Streamer(Protocol):
     """Where ids go: any of transformers' streamers that skips no prompt. Called from the engine's thread."""
 
-    def put(self, value: torch.Tensor) -> None: ...  # int64 [1], on the CPU
+    def put(self, value: Tensor) -> None: ...  # int64 [1], on the CPU
     def end(self) -> None: ...  # always called, once, whatever happened; the request then says why
 
 
@@ -37,18 +49,30 @@ class Request:
     """One prompt on its way through the engine. Everything that belongs to it is born and dies with it."""
 
     def __init__(self, engine: Engine, input_ids: list[int], params: SamplingParams, streamer: Streamer) -> None:
-        self.input_ids = input_ids
         self.params = params
         self.streamer = streamer
-        self.cached_tokens = 0  # of input_ids, found in a kept KV cache
+        self.cached_tokens = 0  # of the prompt, found in the KV cache
         self.finish_reason: FinishReason | None = None
         self.error: ChatError | None = None  # what to tell the visitor when finish_reason is "error"
         self.cancelled = False
         self._engine = engine
+        # What the engine's thread alone reads and writes:
+        self.ids = list(input_ids)  # prompt and answer so far
+        self.prompt_tokens = len(input_ids)
+        self.limit = min(params.max_new_tokens, engine.context_length - len(input_ids))  # tokens of its answer
+        self.computed = 0  # ids whose keys and values are in the pages
+        self.row = -1  # where it runs; -1 while it waits and after the end
+        self.sampled = 0  # tokens of its answer chosen so far, some perhaps still on their way; 0 before and in prefill
+        self.pages = SharedPages()
+        self.draws = draws(params)
+
+    @property
+    def answered(self) -> int:
+        return len(self.ids) - self.prompt_tokens
 
     @property
     def queue_position(self) -> int:
-        """How many requests are ahead of this one; 0 once it runs."""
+        """Its place in line, 1 for the next; 0 once it runs."""
         return self._engine.position(self)
 
     def cancel(self) -> None:
@@ -56,38 +80,118 @@ class Request:
         self._engine.cancel(self)
 
 
+@dataclass
+class Launched:
+    """A decode step on its way: whose, and where its tokens arrive."""
+
+    requests: list[Request]
+    tokens: Tensor  # int64 [N] on the CPU, valid after `arrived`
+    arrived: torch.cuda.Event | None
+
+    def result(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # the only wait for the GPU in a step
+        return self.tokens.tolist()
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    running: int  # requests
+    waiting: int
+    tokens: int  # whose keys and values running requests hold, in whole pages
+    tokens_in_all: int  # that there is memory for
+
+
 class Engine:
     """Runs requests on one model, in a thread of its own.
 
     model: a causal LM in eval mode, on its device or devices.
     stop_ids: ids that end an answer; they are not streamed.
+    free_bytes: for each device of the model what the KV cache may take there.
+    context_length: tokens of prompt and answer that one request may have; more memory than that for each is not taken.
     queue_limit: requests that may wait; one more raises Busy.
+    max_batch: requests answered at once.
+    compile: make a Llama on a single GPU faster, in the background.
+    on_lost: called when the GPU has failed for good, after every request has ended.
+
+    Raises ModelUnavailable if the model attends in a way that cannot be shared by pages.
     """
 
-    def __init__(self, model: PreTrainedModel, stop_ids: set[int], queue_limit: int = 64) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_ids: set[int],
+        free_bytes: Mapping[torch.device, int],
+        context_length: int,
+        queue_limit: int = 64,
+        max_batch: int | None = None,
+        compile: bool = True,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._model = model
         self._stop_ids = stop_ids
         self._queue_limit = queue_limit
-        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._on_lost = on_lost
         self._device = model.get_input_embeddings().weight.device
-        on_gpu = self._device.type == "cuda"
-        self._chunk = GPU_PREFILL_CHUNK if on_gpu else CPU_PREFILL_CHUNK
-        self._kept = KeptCaches(_free_gpu_bytes() // 3 if on_gpu else CPU_KEPT_BYTES)
+        self._on_gpu = self._device.type == "cuda"
+        self._shortest_chunk = SHORTEST_GPU_CHUNK if self._on_gpu else SHORTEST_CPU_CHUNK
+        self._max_batch = max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
+        model.set_attn_implementation(ATTENTION)
+        self._pages = Pages(model, free_bytes, context_length, self._max_batch)
+        self._context_length = context_length
+        self._most_pages = -(-context_length // PAGE_TOKENS)
+        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
+        self._rows = Rows(self._max_batch, self._vocab_size, int(RANGES["max_new_tokens"][1]), self._device)
         self._waiting: deque[Request] = deque()
-        self._running: Request | None = None
         self._closed = False
         self._changed = threading.Condition()
+        self._tokens_per_s = 0.0  # of prefill, as last measured
+        self._compiled: CompiledModel | None = None
+        self._kernel = decode_kernel(model)
+        self._open_books()
+        self._compare_with_the_model()
+        if compile and self._kernel is not None and CompiledModel.supports(model):
+            self._compiled = CompiledModel(model, self._pages, self._rows, self._most_pages)
+            self._compiled.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that one request can have, prompt and answer together; fewer than asked for if memory is short."""
+        return min(self._context_length, self._pages.tokens)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._pages.bytes
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """What is going on right now."""
+        with self._changed:
+            tokens = (self._pages.count - 1 - self._tree.available) * PAGE_TOKENS
+            return Occupancy(len(self._running), len(self._waiting), tokens, self._pages.tokens)
+
+    @property
+    def mode(self) -> str:
+        """How a step runs, in words: "eager", or what has been compiled so far."""
+        return self._compiled.progress if self._compiled else "eager"
 
     def submit(self, input_ids: list[int], params: SamplingParams, streamer: Streamer) -> Request:
         """The request, placed last in line. Its ids go to the streamer, then streamer.end() is called.
 
-        Raises Busy when the line is full, ModelUnavailable after close(), ChatError for ids the model does not know.
+        Raises Busy when the line is full, ModelUnavailable after close(), ChatError for ids the model does not know
+        or that its memory cannot hold.
         """
         if not input_ids or not all(type(token) is int and 0 <= token < self._vocab_size for token in input_ids):
             raise ChatError(f"input_ids must be one or more whole numbers from 0 to {self._vocab_size - 1}.")
-        request = Request(self, list(input_ids), params, streamer)
+        if len(input_ids) >= self.context_length:
+            raise ChatError(
+                f"This prompt is {len(input_ids):,} tokens and there is room for {self.context_length - 1:,}. "
+                "Shorten it, or start a new chat."
+            )
+        request = Request(self, input_ids, params, streamer)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
@@ -99,253 +203,412 @@ class Engine:
 
     def position(self, request: Request) -> int:
         with self._changed:
-            if request not in self._waiting:
-                return 0
-            return self._waiting.index(request) + (self._running is not None)
+            return self._waiting.index(request) + 1 if request in self._waiting else 0
 
     def cancel(self, request: Request) -> None:
         with self._changed:
             request.cancelled = True
             if request not in self._waiting:
                 return  # running: the loop looks before each step; ended: nothing to do
+            if request is self._waiting[0]:
+                self._full = False  # there may be room for the next
             self._waiting.remove(request)
-        _end(request, "cancelled")
+        self._end(request, "cancelled")
 
     def close(self, timeout_s: float = 5) -> None:
         """Cancel every request and end the thread; waits for the step that is being computed."""
         with self._changed:
             self._closed = True
-            requests = [*self._waiting, *([self._running] if self._running else [])]
+            requests = list(self._waiting)
             self._changed.notify()
         for request in requests:
             self.cancel(request)
+        if self._compiled:
+            self._compiled.close()
         self._thread.join(timeout_s)
 
     # Everything below runs in the engine's thread.
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._running = None
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                request = self._running = self._waiting.popleft()
+        if self._on_gpu:
+            torch.cuda.set_device(self._device)  # for events, graphs and kernels; else they take the first GPU
+        while not self._closed:
             try:
-                _end(request, self._answer(request))
-            except torch.OutOfMemoryError:
-                log.exception("Out of GPU memory at a prompt of %d tokens", len(request.input_ids))
-                self._kept.clear()
-                torch.cuda.empty_cache()
-                request.error = ChatError("The GPU ran out of memory for this answer. Try again, or start a new chat.")
-                _end(request, "error")
-            except Exception:
-                log.exception("A request with a prompt of %d tokens failed", len(request.input_ids))
-                request.error = ChatError("Something went wrong while answering. Please try again.")
-                _end(request, "error")
+                self._loop()
+            except BaseException:
+                # What one request does wrong never comes here: the books themselves may be. All that runs ends.
+                log.exception("The decode loop failed and starts again")
+                running, works = self._running, self._gpu_works()
+                self._open_books()
+                if works:
+                    self._pages.wipe(slice(None))
+                for request in running:
+                    self._fail(request, FAILED if works else GPU_LOST)
+                if not works:
+                    self._give_up()
+        for request in self._running:
+            self._end(request, "cancelled")
+
+    def _open_books(self) -> None:
+        """Nobody runs, and all rows and pages are free."""
+        self._tree = PageTree(self._pages.count)
+        self._free_rows = list(range(self._max_batch - 1, -1, -1))
+        self._running: list[Request] = []  # in order of arrival
+        self._launched: deque[Launched] = deque()
+        self._full = False  # memory ran out: nobody comes in before somebody has left
+        self._batch_limit, self._chunk_limit = self._max_batch, GPU_CHUNK if self._on_gpu else CPU_CHUNK
 
     @torch.inference_mode()
-    def _answer(self, request: Request) -> FinishReason:
-        """Prefill what is not cached, then one token per step. Returns why it ended."""
-        ids, cache = self._kept.take(request.input_ids, self._new_cache)
-        request.cached_tokens = len(ids)
-        sampler = Sampler(request.params, request.input_ids, self._vocab_size, self._device)
-        new_ids = request.input_ids[len(ids) :]
-        answered = 0
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closed or self._unrecorded())
+                if self._closed:
+                    return
+            if self._compiled:
+                self._compiled.record()
+            for request in [request for request in self._running if request.cancelled]:
+                self._leave(request, "cancelled")
+            self._admit()
+            self._attempt(self._prefill, [request for request in self._running if not request.sampled])
+            self._attempt(self._decode, [request for request in self._running if request.sampled])
+
+    def _unrecorded(self) -> bool:
+        return self._compiled is not None and self._compiled.unrecorded
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    # ---- Who runs ----
+
+    def _admit(self) -> None:
+        """Let requests in, first come first served, as long as there are rows and pages for what is known of them."""
+        if not self._running:
+            self._full = False
+        with self._changed:
+            while (
+                self._waiting
+                and not self._full
+                and len(self._running) < self._batch_limit
+                and self._find_pages(self._waiting[0])
+            ):
+                request = self._waiting.popleft()
+                request.row = self._free_rows.pop()
+                self._running.append(request)
+                if self._compiled:
+                    self._compiled.set_pages(request.row, 0, request.pages.pages)
+
+    def _find_pages(self, request: Request) -> bool:
+        """Give the request the pages that begin as it does, and new ones for the rest of its ids and one more."""
+        pages, nearest, common = self._tree.take(request.ids)
+        needed = len(request.ids) // PAGE_TOKENS + 1 - len(pages)
+        if needed + RESERVED_PAGES * len(self._running) > self._tree.available and self._running:
+            self._tree.give_back(pages, [])
+            return False
+        request.pages, request.computed = pages, len(pages) * PAGE_TOKENS
+        for _ in range(needed):
+            page = self._tree.allocate()
+            if nearest is not None:  # if just this page was taken back, what it holds is still there
+                self._pages.copy(nearest.page, page)
+                request.computed += common
+                nearest = None
+            pages.own.append(page)
+        if not request.answered:
+            request.cached_tokens = request.computed
+        return True
+
+    def _leave(self, request: Request, reason: FinishReason) -> None:
+        if request in self._running:
+            if reason == "cancelled" and not self._pages.are_finite(request.pages.pages):
+                self._pages.wipe(self._tree.discard(request.pages))  # it left before its logits told
+            self._vacate(request)
+            self._batch_limit = min(self._batch_limit + 1, self._max_batch)
+        self._end(request, reason)
+
+    def _vacate(self, request: Request) -> None:
+        """Take the request's row and pages; what the pages hold stays known as long as nobody needs them."""
+        self._running.remove(request)
+        self._full = False
+        self._tree.give_back(request.pages, request.ids[: request.computed])
+        self._free_rows.append(request.row)
+        request.row, request.computed, request.sampled = -1, 0, 0
+
+    def _requeue(self, request: Request) -> None:
+        """Back to the head of the line with all its text: it goes on where it was once there is room."""
+        self._deliver_all()
+        if request.row < 0:
+            return  # it has ended with what was delivered
+        self._vacate(request)
+        self._full = True
+        with self._changed:
+            self._waiting.appendleft(request)
+        if request.cancelled or self._closed:  # meanwhile, by someone who did not find it in the line
+            self.cancel(request)
+
+    def _fail(self, request: Request, sentence: str) -> None:
+        request.error = ChatError(sentence)
+        if request in self._running:
+            self._pages.wipe(self._tree.discard(request.pages))
+        self._leave(request, "error")
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        if request.finish_reason is not None:
+            return
+        request.finish_reason, request.row = reason, -1
         try:
-            while True:
-                for start in range(0, len(new_ids), self._chunk):
-                    if request.cancelled:
-                        return "cancelled"
-                    chunk = new_ids[start : start + self._chunk]
-                    logits = self._forward(chunk, cache)
-                    ids += chunk
-                token = sampler.next_token(logits)
-                if request.cancelled:
-                    return "cancelled"
-                if token in self._stop_ids:
-                    return "stop"
-                request.streamer.put(torch.tensor([token]))
-                answered += 1
-                if answered == request.params.max_new_tokens:
-                    return "length"
-                new_ids = [token]
-        finally:
-            # A forward that raised has left its layers uneven; such a cache would give silently wrong text.
-            if cache.is_even(len(ids)):
-                self._kept.put(ids, cache)
+            request.streamer.end()
+        except Exception:
+            log.exception("A reader could not be told that its request has ended")
 
-    def _forward(self, ids: list[int], cache: KVCache) -> torch.Tensor:
-        """float32 logits [V] of the token after ids, whose keys and values join the cache."""
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+    # ---- What a turn computes ----
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """One chunk of the prompts that are new, in order of arrival; the first token of each that is complete."""
+        room = self._chunk_tokens()
+        chunk: list[tuple[Request, int, int]] = []
+        for request in requests:
+            end = min(len(request.ids), request.computed + room)
+            if end > request.computed:
+                chunk.append((request, request.computed, end))
+                room -= end - request.computed
+        started = time.perf_counter()
+        complete = [request for request, _, end in chunk if end == len(request.ids)]
+        logits = self._forward(chunk)
+        for request, _, end in chunk:
+            request.computed = end
+            self._tree.share(request.pages, request.ids[:end])
+        for request in complete:
+            self._rows.join(request.row, request.ids, request.answered, request.params, request.draws)
+            request.sampled = request.answered
+        if complete:
+            rows = torch.tensor([request.row for request in complete], device=self._device)
+            self._launch(complete, self._sample(complete, logits, rows))
+            self._deliver_all()
+        elif self._on_gpu:
+            torch.cuda.synchronize(self._device)  # a chunk is measured whole
+        tokens = sum(end - start for _, start, end in chunk)
+        if tokens >= self._shortest_chunk:
+            self._tokens_per_s = tokens / (time.perf_counter() - started)
+
+    def _chunk_tokens(self) -> int:
+        if not any(request.sampled for request in self._running):
+            return self._chunk_limit
+        return min(self._chunk_limit, max(int(self._tokens_per_s * CHUNK_S), self._shortest_chunk))
+
+    def _forward(self, chunk: list[tuple[Request, int, int]]) -> Tensor:
+        """Logits [n, V] after those requests whose last id is in the chunk, of (request, first, one past last)."""
+        if self._compiled and self._compiled.can_prefill(max(end - start for _, start, end in chunk)):
+            logits = self._compiled.prefill([Part(r.row, start, r.ids[start:end]) for r, start, end in chunk])
+            return logits[[index for index, (r, _, end) in enumerate(chunk) if end == len(r.ids)]]
+        ids, positions, slots, parts, last, at = [], [], [], [], [], 0
+        tables = torch.zeros(len(chunk), self._most_pages, dtype=torch.long)
+        for index, (request, start, end) in enumerate(chunk):
+            pages = torch.tensor(request.pages.pages)
+            tables[index, : len(pages)] = pages
+            position = torch.arange(start, end)
+            ids += request.ids[start:end]
+            positions.append(position)
+            slots.append(pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
+            parts.append((at, at + end - start, start))
+            at += end - start
+            if end == len(request.ids):
+                last.append(at - 1)
+        ids, positions, slots, last = (
+            states.to(self._device)
+            for states in (torch.tensor(ids), torch.cat(positions), torch.cat(slots), torch.tensor(last).long())
         )
-        return output.logits[0, -1].to(self._device, torch.float32)
+        return self._eager(ids, positions, PrefillStep(self._pages.layers, slots, torch.tensor(parts), tables), last)
 
-    def _new_cache(self) -> KVCache:
-        return KVCache(config=self._model.config)
+    def _eager(self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep, last: Tensor) -> Tensor:
+        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T], through transformers' own forward."""
+        output = self._model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=self._mask,
+            use_cache=False,
+            logits_to_keep=last,
+            step=step,
+        )
+        return output.logits[0].to(self._device)
 
+    def _decode(self, requests: list[Request]) -> None:
+        """One more token of each answer. On a GPU the step before is delivered while this one is computed."""
+        requests = [request for request in requests if request.sampled < request.limit]
+        for request in requests:
+            self._grow(request)
+        requests = [request for request in requests if request.row >= 0]
+        if requests:
+            rows = [request.row for request in requests]
+            graph = self._compiled.decode(rows) if self._compiled else None
+            if graph is None:
+                on_device = torch.tensor(rows, device=self._device)
+                tokens = self._sample(requests, self._decode_eagerly(requests, on_device), on_device)
+            elif all(is_narrow(request.params) for request in requests):
+                graph.sample.replay()
+                tokens = graph.tokens[: len(rows)]
+            else:
+                tokens = self._sample(requests, graph.logits[: len(rows)], graph.inputs[: len(rows)])
+            for request in requests:
+                request.computed += 1
+            self._launch(requests, tokens)
+        while len(self._launched) > (1 if requests and self._on_gpu else 0):
+            self._deliver(self._launched.popleft())
 
-def _end(request: Request, reason: FinishReason) -> None:
-    request.finish_reason = reason
-    try:
-        request.streamer.end()
-    except Exception:
-        log.exception("A reader could not be told that its request has ended")
+    def _grow(self, request: Request) -> None:
+        """Room for one more token. When memory is full the youngest goes back to the line; alone, each has room."""
+        while request.row >= 0 and len(request.pages) * PAGE_TOKENS <= request.computed:
+            page = self._tree.allocate()
+            if page is not None:
+                request.pages.own.append(page)
+                if self._compiled:
+                    self._compiled.set_pages(request.row, len(request.pages) - 1, [page])
+            else:
+                self._requeue(self._running[-1])
 
+    def _decode_eagerly(self, requests: list[Request], rows: Tensor) -> Tensor:
+        lengths = [request.computed for request in requests]
+        width = max(lengths) // PAGE_TOKENS + 1
+        tables = torch.zeros(len(requests), width, dtype=torch.long)
+        for table, request in zip(tables, requests, strict=True):
+            pages = request.pages.pages[:width]
+            table[: len(pages)] = torch.tensor(pages)
+        step = DecodeStep(self._pages.layers, lengths, tables.to(self._device), self._kernel)
+        everyone = torch.arange(len(requests), device=self._device)
+        return self._eager(self._rows.tokens[rows], step.positions, step, everyone)
 
-def _free_gpu_bytes() -> int:
-    return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+    def _sample(self, requests: list[Request], logits: Tensor, rows: Tensor) -> Tensor:
+        """The next token of each request, int64 [N]. Who shares a step changes nobody's way of being sorted."""
+        narrow = [index for index, request in enumerate(requests) if is_narrow(request.params)]
+        wide = [index for index, request in enumerate(requests) if not is_narrow(request.params)]
+        if not wide or not narrow:
+            return self._rows.sample(logits, rows, NARROW if narrow else self._vocab_size)
+        tokens = torch.empty_like(rows)
+        for which, kept in ((narrow, NARROW), (wide, self._vocab_size)):
+            which = torch.tensor(which, device=self._device)
+            tokens[which] = self._rows.sample(logits[which], rows[which], kept)
+        return tokens
 
+    # ---- What comes out ----
 
-class Sampler:
-    """Chooses the tokens of one request: penalties, temperature, top-k, top-p, in the order `generate` has them.
+    def _launch(self, requests: list[Request], tokens: Tensor) -> None:
+        for request in requests:
+            request.sampled += 1
+        arrived = None
+        if self._on_gpu:
+            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._launched.append(Launched(requests, tokens, arrived))
 
-    The random numbers come from a generator of the request's own on the CPU, one per token, so that a seed gives
-    the same answer on any device and whoever else is talking.
-    """
+    def _deliver_all(self) -> None:
+        while self._launched:
+            self._deliver(self._launched.popleft())
 
-    def __init__(self, params: SamplingParams, input_ids: list[int], vocab_size: int, device: torch.device) -> None:
-        self._params = params
-        self._generator = torch.Generator()
-        self._generator.manual_seed(params.seed) if params.seed is not None else self._generator.seed()
-        self._penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        self._counts = torch.zeros(vocab_size, device=device)  # how often each token stands in the answer
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or answer
-        self._seen[torch.tensor(input_ids, dtype=torch.long, device=device)] = True
+    def _deliver(self, launched: Launched) -> None:
+        for request, token in zip(launched.requests, launched.result(), strict=True):
+            if request.row < 0:
+                continue  # ended while this step was on its way
+            if token < 0:
+                log.error("The model computed logits that are not finite, at %d tokens", len(request.ids))
+                self._fail(request, FAILED)
+            elif request.cancelled:
+                self._leave(request, "cancelled")
+            elif token in self._stop_ids:
+                self._leave(request, "stop")
+            else:
+                self._hand_out(request, token)
 
-    def next_token(self, logits: torch.Tensor) -> int:
-        """One token id. logits: float32 [V]. Raises FloatingPointError if they are not numbers."""
-        token = self._choose(self._penalise(logits[: self._counts.shape[0]]))
-        self._counts[token] += 1
-        self._seen[token] = True
-        return token
+    def _hand_out(self, request: Request, token: int) -> None:
+        request.ids.append(token)
+        try:
+            request.streamer.put(torch.tensor([token]))
+        except Exception:
+            log.exception("A reader failed")
+            self._fail(request, FAILED)
+        else:
+            if request.answered == request.limit:
+                self._leave(request, "length")
 
-    def _penalise(self, scores: torch.Tensor) -> torch.Tensor:
-        params = self._params
-        if not self._penalised:
-            return scores
-        pushed = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-        scores = torch.where(self._seen, pushed, scores)
-        return scores - params.presence_penalty * (self._counts > 0) - params.frequency_penalty * self._counts
+    # ---- What goes wrong ----
 
-    def _choose(self, scores: torch.Tensor) -> int:
-        params = self._params
-        kept = 1 if params.temperature == 0 else min(params.top_k or len(scores), len(scores))
-        scores, ids = scores.topk(kept)  # from the likeliest down; NaN would come first
-        if not torch.isfinite(scores[0]):
-            raise FloatingPointError("The model computed logits that are not finite numbers.")
-        if kept == 1:
-            return int(ids[0])
-        # Below 1e-6 the division would overflow float32, and the likeliest token takes everything anyway.
-        probs = torch.softmax((scores - scores[0]) / max(params.temperature, 1e-6), dim=-1)
-        cumulative = probs.cumsum(dim=-1)
-        nucleus = cumulative[: int((cumulative - probs < params.top_p).sum().clamp(min=1))]
-        threshold = torch.rand((), generator=self._generator) * nucleus[-1]
-        return int(ids[(nucleus <= threshold).sum().clamp(max=len(nucleus) - 1)])
+    def _attempt(self, compute: Callable[[list[Request]], None], requests: list[Request]) -> None:
+        """compute(requests). If it fails, each is tried alone, so that only the one to blame ends with an error."""
+        requests = [request for request in requests if request.row >= 0]
+        if not requests:
+            return
+        try:
+            compute(requests)
+        except torch.OutOfMemoryError:
+            log.exception("Out of GPU memory with %d requests", len(requests))
+            torch.cuda.empty_cache()
+            self._rewind(requests)
+            self._shrink(requests)
+        except Exception:
+            if not self._gpu_works():
+                raise
+            log.exception("A step with %d requests failed", len(requests))
+            self._rewind(requests)
+            if len(requests) > 1:
+                for request in requests:
+                    self._attempt(self._prefill, [request])
+            elif requests[0].row >= 0:
+                self._fail(requests[0], FAILED)
 
+    def _rewind(self, requests: list[Request]) -> None:
+        """Let requests go on from what was delivered: how far a step that failed has come nobody knows."""
+        self._deliver_all()
+        for request in requests:
+            request.computed, request.sampled = min(request.computed, len(request.ids) - 1), 0
 
-class KVLayer(DynamicLayer):
-    """Keys and values of one layer, [1, heads, T, head_dim], written in place into pages allocated ahead.
+    def _shrink(self, requests: list[Request]) -> None:
+        """Ask less of the next turn: fewer requests, then a shorter chunk; when nothing is left to give up, end one."""
+        if len(self._running) > 1:
+            self._batch_limit = len(self._running) - 1
+            self._requeue(self._running[-1])
+        elif min(self._chunk_limit, len(requests[0].ids) - requests[0].computed) > self._shortest_chunk:
+            self._chunk_limit //= 2
+        elif requests[0].row >= 0:
+            self._fail(requests[0], OUT_OF_MEMORY)
 
-    transformers' own dynamic layer copies the whole cache for each token; this one copies it once per page.
-    """
+    def _gpu_works(self) -> bool:
+        try:
+            for device in {keys.device for keys, _ in self._pages.layers}:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        except Exception:
+            return False
+        return True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
+    def _give_up(self) -> None:
+        """No restart of the loop can cure a GPU that has failed; the program can only be started anew."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for request in waiting:
+            self._fail(request, GPU_LOST)
+        self._on_lost()
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys = _write(self.keys, key_states, start)
-        self.values = _write(self.values, value_states, start)
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+    # ---- At the start ----
 
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-def _write(pages: torch.Tensor, states: torch.Tensor, start: int) -> torch.Tensor:
-    """The pages with states [1, heads, T, head_dim] at start, in larger ones if these are full."""
-    end = start + states.shape[-2]
-    if end > pages.shape[-2]:
-        room = -(-end // PAGE_TOKENS) * PAGE_TOKENS
-        larger = states.new_empty(*states.shape[:-2], room, states.shape[-1])
-        larger[..., :start, :] = pages[..., :start, :]
-        pages = larger
-    pages[..., start:end, :] = states
-    return pages
-
-
-class KVCache(DynamicCache):
-    """The KV cache of one conversation, which can be cut and copied at any token.
-
-    Models whose layers forget (sliding windows, recurrent states) keep transformers' own layers and start anew.
-    """
-
-    def __init__(self, config) -> None:
-        super().__init__(config=config)
-        self.reusable = all(type(layer) is DynamicLayer for layer in self.layers)
-        if self.reusable:
-            self.layers = [KVLayer() for _ in self.layers]
-
-    def is_even(self, length: int) -> bool:
-        return self.reusable and all(layer.length == length for layer in self.layers)
-
-    def cut(self, length: int) -> None:
-        for layer in self.layers:
-            layer.length = length
-
-    def copy_into(self, other: KVCache, length: int) -> KVCache:
-        """The other cache, filled with the first tokens of this one."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            theirs.update(mine.keys[..., :length, :], mine.values[..., :length, :])
-        return other
-
-    @property
-    def bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
-
-
-class KeptCaches:
-    """KV caches of recent conversations, found by the ids they begin with; the longest unused goes first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: list[tuple[list[int], KVCache]] = []  # the most recently used last
-
-    def take(self, input_ids: list[int], new_cache) -> tuple[list[int], KVCache]:
-        """Ids whose keys and values the cache holds, the longest prefix of input_ids known, and that cache.
-
-        The last id is always left to compute: its logits are needed.
-        """
-        matches = [_common_prefix(ids, input_ids[:-1]) for ids, _ in self._entries]
-        length = max(matches, default=0)
-        if length == 0:
-            return [], new_cache()
-        index = matches.index(length)
-        ids, cache = self._entries[index]
-        if 2 * length >= len(ids):  # the same conversation goes on, or is answered again
-            del self._entries[index]
-            cache.cut(length)
-        else:  # another one with the same beginning, such as the system prompt
-            cache = cache.copy_into(new_cache(), length)
-        return ids[:length], cache
-
-    def put(self, ids: list[int], cache: KVCache) -> None:
-        self._entries.append((ids, cache))
-        while self._entries and sum(cache.bytes for _, cache in self._entries) > self._max_bytes:
-            del self._entries[0]
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    def _compare_with_the_model(self) -> None:
+        """Run a short prompt through the pages, whole, in parts and token by token, and through the model alone."""
+        ids = [(7 * i + 3) % self._vocab_size for i in range(CHECK_IDS)]
+        request = Request(self, ids, SamplingParams(), streamer=None)
+        request.row = 0
+        with torch.inference_mode():
+            expected = self._model(torch.tensor([ids], device=self._device), use_cache=False).logits[0, -1].float()
+            self._find_pages(request)
+            self._forward([(request, 0, CHECK_IDS // 2)])
+            found = [self._forward([(request, CHECK_IDS // 2, CHECK_IDS)])]
+            request.computed = CHECK_IDS - 1
+            self._rows.tokens[0] = ids[-1]
+            found.append(self._decode_eagerly([request], torch.tensor([0], device=self._device)))
+        self._open_books()
+        for logits in found:
+            if not torch.linalg.norm(logits[0].float() - expected.to(self._device)) < 0.1 * torch.linalg.norm(expected):
+                raise ModelUnavailable(
+                    "This model does not attend to its past as Llama 2 does, so visitors cannot share it. "
+                    "Choose another model."
+                )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -33,6 +34,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
 
 log = logging.getLogger(__name__)
 
+CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
+EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 class ChatModel:
     """One model that all visitors share: tokenizer, context window, engine, and how far loading has come."""
@@ -51,6 +55,11 @@ class ChatModel:
     def state(self) -> str:
         """ "loading", "ready" or "failed"."""
         return self.status.state
+
+    @property
+    def mode(self) -> str:
+        """How fast a step runs, in words, once ready: "eager", or what has been compiled so far."""
+        return self._engine.mode if self._engine else ""
 
     def start(self) -> threading.Thread:
         """Load in a thread of its own; `status` tells how far it is."""
@@ -94,8 +103,20 @@ class ChatModel:
         stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.chat_format = prompt.recognise(tokenizer)
         self.model, self.tokenizer = loaded.model, tokenizer
-        self.context_length = config.max_position_embeddings
-        self._engine = Engine(loaded.model, stop_ids, self.settings.queue_limit)
+        # What is compiled for this GPU is found again at the next start.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "compiled"))
+        engine = Engine(
+            loaded.model,
+            stop_ids,
+            _free_bytes(self.settings.kv_headroom_gb),
+            context_length=config.max_position_embeddings,
+            queue_limit=self.settings.queue_limit,
+            max_batch=self.settings.max_batch,
+            compile=self.settings.compile,
+            on_lost=self._lost,
+        )
+        self.context_length = engine.context_length
+        self._engine = engine
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             self._engine.close()
             raise _Closed
@@ -147,10 +168,28 @@ class ChatModel:
                 "answer. Shorten it, or lower 'Max new tokens'."
             )
 
+    def _lost(self) -> None:
+        """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""
+        self.status = replace(self.status, state="failed", error="The GPU stopped working. The program starts again.")
+        log.critical("The GPU stopped working; this process ends with exit code %d", EXIT_GPU_LOST)
+        threading.Timer(2, os._exit, (EXIT_GPU_LOST,)).start()
+
     def _progress(self, phase: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
         if self._closing.is_set():
             raise _Closed
         self.status = replace(self.status, phase=phase, done_bytes=done_bytes, total_bytes=total_bytes)
+
+
+def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
+    """What the KV cache may take of each device."""
+    import torch
+
+    import weights
+
+    torch.cuda.empty_cache()  # what loading needed for a moment
+    headroom = int(headroom_gb * weights.GB)
+    free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(weights.gpus())}
+    return {torch.device("cpu"): CPU_KV_BYTES, **free}
 
 
 class _Closed(Exception):

@@ -49,6 +49,13 @@ class Settings:
     on_space: bool = False
     zero_gpu: bool = False  # a Space on ZeroGPU hardware
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; one more is told the line is full")
+    max_batch: int | None = _knob(
+        None, "MAX_BATCH", "answers computed at once, the others wait in line; 32 on a GPU and 8 on a CPU unless told"
+    )
+    kv_headroom_gb: float = _knob(
+        1.5, "KV_HEADROOM_GB", "GPU memory left alone for prefill; raise it if other programs share the card"
+    )
+    compile: bool = _knob(True, "COMPILE", "make decoding on a GPU faster, in the background after each start")
     check: bool = _knob(False, "", "start nothing; say what would go wrong, and what to do about it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
     sampling: SamplingParams = SamplingParams()  # where the page's sliders start
@@ -60,6 +67,10 @@ class Settings:
             raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
         if self.queue_limit < 1:
             raise ChatError(f"queue limit must be 1 or more; it was {self.queue_limit}.")
+        if self.max_batch is not None and not 1 <= self.max_batch <= 256:
+            raise ChatError(f"max batch must be from 1 to 256; it was {self.max_batch}.")
+        if not 0 <= self.kv_headroom_gb < float("inf"):
+            raise ChatError(f"kv headroom gb must be 0 or more; it was {self.kv_headroom_gb}.")
         if self.root_path and not self.root_path.startswith("/"):
             raise ChatError(f"root path must start with a slash; it was {self.root_path!r}.")
         if self.json and not self.check:
@@ -75,8 +86,8 @@ class Settings:
             if knob.metadata:
                 env = knob.metadata["env"]
                 given = next((environ[name] for name in env if environ.get(name)), None)
-                kind = type(knob.default) if isinstance(knob.default, (int, Path)) else str
-                kind = Path if knob.name in ("certfile", "keyfile") else kind
+                kind = type(knob.default) if isinstance(knob.default, (int, float, Path)) else str
+                kind = {"certfile": Path, "keyfile": Path, "max_batch": int}.get(knob.name, kind)
                 _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
         for name in SHOWN_SAMPLING:
             default, env = getattr(SamplingParams(), name), name.upper()

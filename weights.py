@@ -17,6 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -307,6 +308,8 @@ def load(plan: Plan, progress: Progress) -> Loaded:
             model = _with_adapter(model, plan, merge=precision in FULL or (precision == "int8" and not found))
     if precision == "int8" and not found:
         quantize_int8(model)
+    if precision == "nf4" and found:
+        speed_up_nf4(model)
     model.eval().requires_grad_(False)
     return Loaded(model, precision, _device(model), f"{plan.why} {why}")
 
@@ -335,6 +338,8 @@ def _load(files: Files, precision: str, own: str | None, size: Size, found: Sequ
     )
     if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
+    if isinstance(device_map, dict):
+        remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
     if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and found:
         raise torch.OutOfMemoryError("some layers did not fit on the GPUs")
     return model
@@ -448,3 +453,31 @@ class Int8Linear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+# ---- NF4 on a GPU ----
+
+
+def speed_up_nf4(model: nn.Module) -> None:
+    """Let bitsandbytes' layers take a few tokens at once through gpu_kernels.nf4_linear, on the same weights."""
+    try:
+        from bitsandbytes.nn import Linear4bit
+
+        import gpu_kernels  # noqa: F401 - registers the operator; needs Triton
+    except ImportError:
+        return
+
+    class Nf4Linear(Linear4bit):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.llama2_chat.nf4_linear(
+                x, self.packed, self.absmax, self.code, self.absmax_scale, self.offset, self.out_features
+            )
+
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if type(module) is Linear4bit and state.nested and module.bias is None and state.dtype == torch.bfloat16:
+            buffers = {"packed": module.weight.data, "absmax": state.absmax, "code": state.state2.code}
+            buffers |= {"absmax_scale": state.state2.absmax, "offset": state.offset}
+            for name, tensor in buffers.items():
+                module.register_buffer(name, tensor, persistent=False)
+            module.__class__ = Nf4Linear

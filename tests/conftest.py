@@ -5,6 +5,7 @@ same examples every time, so that a green run stays green.
 """
 
 import os
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,21 @@ from small_model import save_model
 from transformers import AutoTokenizer
 
 import weights
+from engine import CPU_BATCH
 from model import ChatModel
 from settings import Settings
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
 hypothesis_settings.load_profile("same-every-time")
+
+
+@contextmanager
+def busy(chat, question, params):
+    """Others' long answers to the question take all that the model does at once."""
+    with ExitStack() as stack:
+        for _ in range(CPU_BATCH):
+            next(stack.enter_context(chat.stream_reply(question, params)))
+        yield
 
 
 def ignore(phase, done_bytes, total_bytes):

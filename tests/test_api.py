@@ -56,7 +56,7 @@ def test_health_names_the_model_once_it_is_ready(client, loading):
     loading.status = Status(state="ready", model="m", precision="int8", device="cpu")
     answer = client.get("/healthz")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ready", "model": "m", "precision": "int8", "device": "cpu"}
+    assert answer.json() == {"status": "ready", "model": "m", "precision": "int8", "device": "cpu", "mode": ""}
 
 
 def test_health_says_why_loading_failed_in_a_sentence(client, loading):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import httpx
 import pytest
 import uvicorn
+from conftest import busy
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect, sync_playwright
@@ -102,15 +103,6 @@ def stop(page: Page) -> None:
     expect_unlocked(page)
 
 
-@contextmanager
-def busy_model(chat):
-    """Somebody else's long answer keeps the model busy."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": LONG}]
-    with chat.stream_reply(messages, replace(LIKELIEST, max_new_tokens=4096)) as reply:
-        next(reply)
-        yield
-
-
 def open_settings(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.wait_for_timeout(500)  # what is typed in the first instant is overwritten by the default
@@ -146,9 +138,10 @@ def test_the_next_question_after_a_stopped_one_is_answered(page, chat):
 
 
 def test_the_place_in_line_shows_and_stop_leaves_the_line(page, chat):
-    with busy_model(chat):
+    question = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": LONG}]
+    with busy(chat, question, replace(LIKELIEST, max_new_tokens=4096)):
         send(page, SHORT)
-        expect(page.get_by_text("Waiting in line: 1 ahead of you")).to_be_visible()
+        expect(page.get_by_text("Waiting in line at place 1 …")).to_be_visible()
         stop(page)
         expect(page.get_by_text("Stopped before an answer began.")).to_be_visible()
         expect(page.get_by_text("Waiting in line")).to_be_hidden()

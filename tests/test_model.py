@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import busy
 
 import prompt
 from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams, Usage
@@ -157,29 +158,23 @@ def test_closing_the_stream_frees_the_model_for_the_next_question(chat_float32):
 
 
 def test_close_from_another_thread_wakes_a_reader_and_may_be_called_twice(chat_float32):
-    blocker = chat_float32.stream_reply(user("Tell me a very long story."), ENDLESS)
-    next(blocker)
-    waiting = chat_float32.stream_reply(user("Say hi."), GREEDY)
-    assert waiting.queue_position == 1
-    threading.Timer(0.2, waiting.close).start()
-    assert list(waiting) == []
-    waiting.close()
-    assert waiting.finish_reason == "cancelled"
-    blocker.close()
-    assert list(blocker) == []
+    with busy(chat_float32, user("Tell me a very long story."), ENDLESS):
+        waiting = chat_float32.stream_reply(user("Say hi."), GREEDY)
+        assert waiting.queue_position == 1
+        threading.Timer(0.2, waiting.close).start()
+        assert list(waiting) == []
+        waiting.close()
+        assert waiting.finish_reason == "cancelled"
 
 
 def test_close_wakes_an_async_reader(chat_float32):
     async def read():
-        blocker = chat_float32.stream_reply(user("Tell me a very long story."), ENDLESS)
-        await anext(blocker)
         waiting = chat_float32.stream_reply(user("Say hi."), GREEDY)
         threading.Timer(0.2, waiting.close).start()
-        pieces = [piece async for piece in waiting]
-        blocker.close()
-        return pieces, waiting.finish_reason
+        return [piece async for piece in waiting], waiting.finish_reason
 
-    assert asyncio.run(read()) == ([], "cancelled")
+    with busy(chat_float32, user("Tell me a very long story."), ENDLESS):
+        assert asyncio.run(read()) == ([], "cancelled")
 
 
 def test_closing_after_the_end_changes_nothing(chat_float32):
@@ -235,7 +230,7 @@ def test_ids_can_be_continued_without_a_chat_format(chat_float32):
 
 
 def test_the_line_has_an_end(settings, chat_float32, loaded_float32):
-    short = ChatModel(replace(settings, queue_limit=1)).serve(chat_float32.tokenizer, loaded_float32)
+    short = ChatModel(replace(settings, queue_limit=1, max_batch=1)).serve(chat_float32.tokenizer, loaded_float32)
     with short.stream_reply(user("Tell me a very long story."), ENDLESS) as running:
         next(running)
         with short.stream_reply(user("Hi"), ENDLESS), pytest.raises(Busy):
