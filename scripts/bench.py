@@ -3,14 +3,17 @@
     python scripts/bench.py                                   the embedded model on the CPU, beside bfloat16 generate()
     python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
+    python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
+    python scripts/bench.py --soak                                       ten minutes of readers who come and go
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
-two things measured in the same run, because machines are shared and noisy.
+two things measured in the same run, because machines are shared and noisy. What users do and see is crowd.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -22,12 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import crowd  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
 
@@ -36,10 +41,14 @@ from model import ChatModel  # noqa: E402
 from settings import Settings  # noqa: E402
 
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
+    "tiny": (128, 256, 2, 4, 4),  # to try this file without a GPU
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),
     "70b": (8192, 28672, 80, 64, 8),
 }
+USERS = (1, 8, 32)
+PLOTTED_USERS = (1, 2, 4, 8, 16, 32)
+COMPILING_S = 600  # at most
 PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
 PERPLEXITY_TOKENS = 8192
 QUESTIONS = [
@@ -58,19 +67,45 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use with --shape")
     parser.add_argument("--gpu-memory-gb", type=float, help="pretend that each GPU has no more memory than this")
     parser.add_argument("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
+    parser.add_argument("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
+    parser.add_argument("--users", type=_counts, help="how many at once, such as 1,8,32")
+    parser.add_argument("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
+    parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
     args = parser.parse_args()
-    rows = bench_shape(args) if args.shape else bench_embedded()
+    args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape else ())
+    if args.soak:
+        rows = crowd.soak(load([]), args.soak)
+    elif args.shape:
+        rows = bench_shape(args)
+    else:
+        rows = bench_embedded(args)
+    if args.plot:
+        plot(rows, args.users, args.plot)
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         print(f"{name:<{width}}  {value:.3g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
     print(json.dumps(rows))
+    sys.exit(not rows.get("every promise kept", True))
 
 
-def bench_embedded() -> dict[str, object]:
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, text.split(","))))
+
+
+def load(argv: Sequence[str | Path]) -> ChatModel:
+    chat = ChatModel(Settings.read(list(map(str, argv)))).load()
+    if chat.state != "ready":
+        sys.exit(chat.status.error)
+    return chat
+
+
+def bench_embedded(args: argparse.Namespace) -> dict[str, object]:
     """The figures of the embedded model, in the precision that a machine without a GPU gets."""
     rows: dict[str, object] = {"cores": torch.get_num_threads(), "torch": torch.__version__}
     rows |= bench_start()
-    chat = ChatModel(Settings.read([])).load()
+    chat = load([])
+    rows |= bench_turns(chat)
+    crowd.ignore_stop_ids(chat)
     # generate() in a process of its own: two threads that compute in one process slow each other down, even in turn.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         speeds = [(decode_speed(chat), other.submit(plain_generate_speed).result()) for _ in range(4)]
@@ -78,7 +113,8 @@ def bench_embedded() -> dict[str, object]:
     rows["decode, ours, tokens/s"] = ours
     rows["decode, bfloat16 generate(), tokens/s"] = theirs
     rows["decode, ours / generate()"] = ours / theirs
-    rows |= bench_turns(chat)
+    rows |= crowd.together_and_in_turn(chat, users=8, prompt_tokens=64, answer_tokens=128)
+    rows |= bench_users(chat, args.users, prompt_tokens=64, answer_tokens=128)
     rows["perplexity text"] = f"{PERPLEXITY_TOKENS:,} tokens of {PERPLEXITY_TEXT}"
     rows[f"perplexity, {chat.status.precision}"] = ours_perplexity = perplexity(chat)
     rows["perplexity, bfloat16"] = plain_perplexity = perplexity(plain_model())
@@ -142,9 +178,24 @@ def bench_turns(chat: ChatModel) -> dict[str, object]:
     }
 
 
-def decode_speed(chat: ChatModel, prompt_tokens: int = 20, max_new_tokens: int = 128) -> float:
-    """Tokens per second after the first, greedy."""
-    params = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+def bench_users(chat: ChatModel, counts: Sequence[int], **tokens: int) -> dict[str, object]:
+    rows: dict[str, object] = {}
+    for users in counts:
+        figures = crowd.together(chat, users, **tokens)
+        figures["peak memory so far, GB"] = _gpu_gb(torch.cuda.max_memory_reserved)
+        rows |= {f"{_users(users)}, {name}": value for name, value in figures.items()}
+    return rows
+
+
+def _users(count: int) -> str:
+    return "1 user" if count == 1 else f"{count} users"
+
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=128)
+
+
+def decode_speed(chat: ChatModel, prompt_tokens: int = 20, params: SamplingParams = GREEDY) -> float:
+    """Tokens per second after the first."""
     with chat.stream_completion(_some_ids(chat, prompt_tokens), params) as reply:
         list(reply)
     return reply.timing.tokens_per_second
@@ -152,24 +203,51 @@ def decode_speed(chat: ChatModel, prompt_tokens: int = 20, max_new_tokens: int =
 
 @functools.cache
 def plain_model() -> ChatModel:
-    return ChatModel(Settings.read(["--quantization", "none"])).load()
+    return load(["--quantization", "none"])
 
 
 def plain_generate_speed() -> float:
-    return generate_speed(plain_model())
+    return generate_speeds(plain_model())[0]
 
 
-def generate_speed(chat: ChatModel, prompt_tokens: int = 20, max_new_tokens: int = 128) -> float:
-    """The same through transformers' generate(), on the same weights: its time less that of one token."""
+def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingParams = GREEDY) -> tuple[float, float]:
+    """The same through transformers' generate(), on the same weights: tokens/s after the first, and of it all."""
     ids = torch.tensor([_some_ids(chat, prompt_tokens)], device=chat.model.device)
+    sampling = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")} if params.temperature else {}
 
     def seconds(n: int) -> float:
         started = time.perf_counter()
-        chat.model.generate(ids, do_sample=False, repetition_penalty=1.1, max_new_tokens=n, min_new_tokens=n)
+        chat.model.generate(
+            ids,
+            do_sample=params.temperature > 0,
+            repetition_penalty=params.repetition_penalty,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            **sampling,
+        )
         return time.perf_counter() - started
 
-    with torch.inference_mode():
-        return (max_new_tokens - 1) / (seconds(max_new_tokens) - seconds(1))
+    with torch.inference_mode(), _plain_layers(chat.model):
+        first, whole = seconds(1), seconds(params.max_new_tokens)
+    return (params.max_new_tokens - 1) / (whole - first), params.max_new_tokens / whole
+
+
+@contextlib.contextmanager
+def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
+    """With bitsandbytes' own layers, where weights.py has put faster ones in their place."""
+    if not torch.cuda.is_available():  # importing bitsandbytes is loud there
+        yield
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    faster = [(module, type(module)) for module in model.modules() if isinstance(module, Linear4bit)]
+    for module, _ in faster:
+        module.__class__ = Linear4bit
+    try:
+        yield
+    finally:
+        for module, kind in faster:
+            module.__class__ = kind
 
 
 def _some_ids(chat: ChatModel, n: int) -> list[int]:
@@ -189,39 +267,58 @@ def perplexity(chat: ChatModel, window: int = 1024) -> float:
 
 
 def bench_shape(args: argparse.Namespace) -> dict[str, object]:
-    """A Llama 2 shape with random weights, loaded from disk as a real one is, then streaming."""
+    """A Llama 2 shape with random weights, loaded from disk as a real one is, then answering."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(args.gpus)))
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(args.shape, args.tokenizer, folder)
+    with contextlib.nullcontext(args.checkpoint) if args.checkpoint else tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(args.shape, args.tokenizer, Path(folder))
         for device in range(args.gpus if args.gpu_memory_gb else 0):
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(args.gpu_memory_gb * 1e9 / total, device)
         started = time.perf_counter()
-        chat = ChatModel(Settings.read(["--model-id", folder, "--quantization", args.quantization])).load()
-        if chat.state != "ready":
-            sys.exit(chat.status.error)
+        chat = load(["--model-id", folder, "--quantization", args.quantization])
     rows: dict[str, object] = {
         "shape": args.shape,
-        "gpu": f"{args.gpus} x {torch.cuda.get_device_name()}",
+        "gpu": f"{args.gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
         "memory cap, GB": args.gpu_memory_gb,
         "precision": chat.status.precision,
         "device": chat.status.device,
         "load, s": time.perf_counter() - started,
-        "memory after load, GB": _gpu_gb(torch.cuda.memory_allocated),
+        "memory after load, KV cache included, GB": _gpu_gb(torch.cuda.memory_allocated),
+        "KV cache, GB": chat._engine.kv_bytes / 1e9,
     }
-    with chat.stream_completion(
-        _some_ids(chat, 512), SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=256)
-    ) as reply:
-        list(reply)
-    rows["finish reason"] = reply.finish_reason
-    rows["prompt 512, time to first token, s"] = reply.timing.time_to_first_token_s
-    rows["decode, ours, tokens/s"] = reply.timing.tokens_per_second
-    rows["decode, generate(), tokens/s"] = generate_speed(chat, 512)
+    rows["compile, s"] = wait_for_compilation(chat)
+    rows["mode"] = chat.mode
+    rows |= bench_answers(chat, args.users)
     rows["peak memory, GB"] = _gpu_gb(torch.cuda.max_memory_allocated)
+    rows["peak memory with what PyTorch keeps, GB"] = _gpu_gb(torch.cuda.max_memory_reserved)
     return rows
 
 
-def make_checkpoint(shape: str, tokenizer: str, folder: str) -> None:
+def bench_answers(chat: ChatModel, counts: Sequence[int]) -> dict[str, object]:
+    crowd.ignore_stop_ids(chat)
+    crowd.together(chat, max(counts), prompt_tokens=512, answer_tokens=8)  # warms up
+    rows = bench_users(chat, counts)
+    waits = [crowd.first_token_s(chat, crowd.fresh_ids(chat, 512)) for _ in range(5)]
+    rows["prompt 512, time to first token, s"] = statistics.median(waits)
+    rows |= crowd.tenth_turn(chat)
+    rows |= crowd.joining(chat)
+    params = SamplingParams(**crowd.SAMPLING, max_new_tokens=256)
+    rows["decode, ours, tokens/s"] = decode_speed(chat, 512, params)
+    rows["decode, generate(), tokens/s"], rows["1 user, generate(), tokens/s"] = generate_speeds(chat, 512, params)
+    return rows
+
+
+def wait_for_compilation(chat: ChatModel) -> float:
+    """Seconds until the engine has all its faster steps."""
+    started = time.perf_counter()
+    time.sleep(1 if torch.cuda.is_available() else 0)  # the thread that compiles has just started
+    while "compiles" in chat.mode and time.perf_counter() - started < COMPILING_S:
+        time.sleep(0.2)
+    return time.perf_counter() - started
+
+
+def make_checkpoint(shape: str, tokenizer: str, folder: Path) -> None:
     """A folder such as the Hub would give: random weights in bfloat16, and Llama 2's tokenizer."""
     hidden, mlp, layers, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
@@ -234,15 +331,50 @@ def make_checkpoint(shape: str, tokenizer: str, folder: str) -> None:
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
-    with torch.device("cuda"):
+    if (folder / "tokenizer_config.json").is_file():  # written last
+        if LlamaConfig.from_pretrained(folder).hidden_size != hidden:
+            sys.exit(f"{folder} holds another shape than {shape}. Name another folder.")
+        return
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def _gpu_gb(measure) -> str:
-    return " + ".join(f"{measure(device) / 1e9:.1f}" for device in range(torch.cuda.device_count()))
+def plot(rows: dict[str, object], counts: Sequence[int], file: Path) -> None:
+    """Two calm panels on white, which a dark README shows as well."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    for axes, name, scale, title in zip(
+        panels,
+        ("tokens/s", "time to first token, median, s"),
+        (1, 1000),
+        ("tokens/s, all users together", "time to first token, median, ms"),
+        strict=True,
+    ):
+        values = [scale * rows[f"{_users(count)}, {name}"] for count in counts]
+        axes.plot(counts, values, color="#3465a4", marker="o", markersize=4, linewidth=1.5)
+        for count, value in zip(counts, values, strict=True):
+            axes.annotate(f"{value:,.0f}", (count, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.set_title(title, fontsize=10, loc="left", color="#333333")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, map(str, counts))
+        axes.set_xlabel("users who arrive together", fontsize=9, color="#333333")
+        axes.set_ylim(0, 1.15 * max(values))
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.tick_params(colors="#555555", labelsize=8, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(file, dpi=160)
+
+
+def _gpu_gb(measure) -> str | None:
+    """Of each GPU; None if there is none."""
+    return " + ".join(f"{measure(device) / 1e9:.1f}" for device in range(torch.cuda.device_count())) or None
 
 
 if __name__ == "__main__":
