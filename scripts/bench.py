@@ -13,6 +13,7 @@ two things measured in the same run, because machines are shared and noisy. What
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import json
@@ -94,6 +95,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def load(argv: Sequence[str | Path]) -> ChatModel:
     chat = ChatModel(Settings.read(list(map(str, argv)))).load()
+    atexit.register(chat.close)  # a thread that computes while Python ends would abort it
     if chat.state != "ready":
         sys.exit(chat.status.error)
     return chat
@@ -360,11 +362,12 @@ def plot(rows: dict[str, object], counts: Sequence[int], file: Path) -> None:
         values = [scale * rows[f"{_users(count)}, {name}"] for count in counts]
         axes.plot(counts, values, color="#3465a4", marker="o", markersize=4, linewidth=1.5)
         for count, value in zip(counts, values, strict=True):
-            axes.annotate(f"{value:,.0f}", (count, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(f"{value:,.0f}", (count, value), (-4, 4), textcoords="offset points", ha="right", fontsize=8)
         axes.set_title(title, fontsize=10, loc="left", color="#333333")
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, map(str, counts))
         axes.set_xlabel("users who arrive together", fontsize=9, color="#333333")
+        axes.margins(x=0.12)
         axes.set_ylim(0, 1.15 * max(values))
         axes.grid(axis="y", color="#e5e5e5")
         axes.tick_params(colors="#555555", labelsize=8, length=0)

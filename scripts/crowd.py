@@ -205,8 +205,8 @@ class Afternoon:
         return (time.perf_counter() - self.started) / 60
 
     def resident_mb(self, minute: float) -> float:
-        """The median of the fortieth of the afternoon before this minute: a step in progress takes some for itself."""
-        return statistics.median(mb for at, mb in self.resident if minute - self.minutes / 40 <= at <= minute)
+        """The median of the last samples before this minute: a step in progress takes some memory for itself."""
+        return statistics.median([mb for at, mb in self.resident if at <= minute][-5:])
 
 
 def soak(chat: ChatModel, minutes: float, readers: int = 32) -> dict[str, object]:
