@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,6 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noq
 from chat_types import SamplingParams  # noqa: E402
 from model import ChatModel  # noqa: E402
 from settings import Settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
     "tiny": (128, 256, 2, 4, 4),  # to try this file without a GPU
@@ -351,28 +355,27 @@ def plot(rows: dict[str, object], counts: Sequence[int], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 2)
-    for axes, name, scale, title in zip(
-        panels,
-        ("tokens/s", "time to first token, median, s"),
-        (1, 1000),
-        ("tokens/s, all users together", "time to first token, median, ms"),
-        strict=True,
-    ):
-        values = [scale * rows[f"{_users(count)}, {name}"] for count in counts]
-        axes.plot(counts, values, color="#3465a4", marker="o", markersize=4, linewidth=1.5)
-        for count, value in zip(counts, values, strict=True):
-            axes.annotate(f"{value:,.0f}", (count, value), (-4, 4), textcoords="offset points", ha="right", fontsize=8)
-        axes.set_title(title, fontsize=10, loc="left", color="#333333")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, map(str, counts))
-        axes.set_xlabel("users who arrive together", fontsize=9, color="#333333")
-        axes.margins(x=0.12)
-        axes.set_ylim(0, 1.15 * max(values))
-        axes.grid(axis="y", color="#e5e5e5")
-        axes.tick_params(colors="#555555", labelsize=8, length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+    left, right = figure.subplots(1, 2)
+    speeds = [rows[f"{_users(count)}, tokens/s"] for count in counts]
+    waits_ms = [1000 * rows[f"{_users(count)}, time to first token, median, s"] for count in counts]
+    _draw(left, "tokens/s, all users together", counts, speeds)
+    _draw(right, "time to first token, median, ms", counts, waits_ms)
     figure.savefig(file, dpi=160)
+
+
+def _draw(axes: Axes, title: str, counts: Sequence[int], values: Sequence[float]) -> None:
+    axes.plot(counts, values, color="#3465a4", marker="o", markersize=4, linewidth=1.5)
+    for count, value in zip(counts, values, strict=True):
+        axes.annotate(f"{value:,.0f}", (count, value), (-4, 4), textcoords="offset points", ha="right", fontsize=8)
+    axes.set_title(title, fontsize=10, loc="left", color="#333333")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_xlabel("users who arrive together", fontsize=9, color="#333333")
+    axes.margins(x=0.12)
+    axes.set_ylim(0, 1.15 * max(values))
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.tick_params(colors="#555555", labelsize=8, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _gpu_gb(measure) -> str | None:
