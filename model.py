@@ -319,8 +319,17 @@ class StreamedReply(TextIteratorStreamer):
             return piece
         for token in value.tolist():
             self.token_cache.append(token)
-            self._text += self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+            self._text += self._decode(token)
         return self._certain(held_back=max((_overlap(self._text[self._shown :], s) for s in self._stop), default=0))
+
+    def _decode(self, token: int) -> str:
+        """The characters that this id makes whole."""
+        try:
+            return self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+        except Exception:
+            # A stray byte token: with it the bytes before it, shown already as what they were, decode to U+FFFD.
+            self._decoder = DecodeStream(ids=[token], skip_special_tokens=True)
+            return self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[len(self._text) :]
 
     def _certain(self, held_back: int) -> str:
         """The text not shown yet, up to a stop string or to the characters that may become one."""

@@ -276,3 +276,14 @@ def test_the_embedded_model_says_what_it_is(chat):
     assert (chat.status.precision, chat.status.device) == ("int8", "cpu")
     assert chat.status.why
     assert chat.context_length == 8192
+
+
+def test_stray_bytes_break_no_answer(llama2_tokenizer):
+    """A visitor saw an answer end in an error: a byte that is no character came after one that is."""
+    ids = llama2_tokenizer.convert_tokens_to_ids(["▁It", "<0x32>", "<0xA6>", "▁addr", "ess", "▁here"])
+    reply = StreamedReply(llama2_tokenizer, (), Usage())
+    reply.request = SimpleNamespace(finish_reason="stop", cached_tokens=0, cancel=lambda: None)
+    for token in ids:
+        reply.put(torch.tensor([token]))
+    reply.end()
+    assert "".join(reply) == "It2\ufffd address here"
