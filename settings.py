@@ -1,22 +1,25 @@
 """Every knob, read once from the command line and the environment into one frozen dataclass.
 
-A flag beats its environment variable, which beats the default. Secrets (HF_TOKEN) come from the environment only and
-are read by huggingface_hub itself, so they never stand in here. No other file reads os.environ.
+A flag beats its environment variable, which beats the default. Secrets come from the environment only; HF_TOKEN is
+read by huggingface_hub itself, so it never stands in here. No other file reads os.environ.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from chat_types import RANGES, ChatError, SamplingParams
 
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
+BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
+OPTIONAL = {"certfile": Path, "keyfile": Path, "auth_file": Path, "max_batch": int, "body_limit_mb": float}
 SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -39,6 +42,16 @@ class Settings:
     keyfile: Path | None = _knob(None, "KEYFILE", "its private key, PEM; KEY_PASSWORD is for an encrypted one")
     key_password: str | None = field(default=None, repr=False)  # from the environment only
     root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # API_KEY, from the environment only
+    auth_file: Path | None = _knob(None, "AUTH_FILE", "who may log in to the page: lines that --hash-password makes")
+    body_limit_mb: float | None = _knob(
+        None, "BODY_LIMIT_MB", f"largest request that is read; {BODY_LIMIT_MB} unless only this machine is served"
+    )
+    client_limit: int = _knob(0, "CLIENT_LIMIT", "answers that one API key or address may have on their way; 0 is any")
+    trusted_proxies: str = _knob(
+        "127.0.0.1", "TRUSTED_PROXIES", "addresses and networks whose X-Forwarded-For is believed, with commas between"
+    )
+    log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
         None, "MODEL_ID", "Hub id or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model"
     )
@@ -58,7 +71,8 @@ class Settings:
     compile: bool = _knob(True, "COMPILE", "make decoding on a GPU faster, in the background after each start")
     check: bool = _knob(False, "", "start nothing; say what would go wrong, and what to do about it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
-    sampling: SamplingParams = SamplingParams()  # where the page's sliders start
+    hash_password: bool = _knob(False, "", "start nothing; ask for a name and a password, print a line for AUTH_FILE")
+    sampling: SamplingParams = SamplingParams()  # where the page's sliders start; the API's, unless a request says
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -71,23 +85,37 @@ class Settings:
             raise ChatError(f"max batch must be from 1 to 256; it was {self.max_batch}.")
         if not 0 <= self.kv_headroom_gb < float("inf"):
             raise ChatError(f"kv headroom gb must be 0 or more; it was {self.kv_headroom_gb}.")
+        if self.client_limit < 0:
+            raise ChatError(f"client limit must be 0 or more; it was {self.client_limit}.")
+        if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
+            raise ChatError(f"body limit mb must be above 0; it was {self.body_limit_mb}.")
+        if not all(map(_is_network, self.trusted_proxies.split(","))):
+            raise ChatError(
+                f"trusted proxies must be addresses and networks, such as 10.0.0.0/8; it was {self.trusted_proxies!r}."
+            )
         if self.root_path and not self.root_path.startswith("/"):
             raise ChatError(f"root path must start with a slash; it was {self.root_path!r}.")
         if self.json and not self.check:
             raise ChatError("--json is how --check prints; add --check.")
 
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine is served."""
+        return self.host == "localhost" or (_is_network(self.host) and ipaddress.ip_network(self.host).is_loopback)
+
     @classmethod
     def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
         """The settings of this process. Ends the program with a sentence and exit code 2 if one makes no sense."""
         parser = argparse.ArgumentParser(
-            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN."
+            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
+            "API_KEY (several with commas between them), KEY_PASSWORD."
         )
         for knob in fields(cls):
             if knob.metadata:
                 env = knob.metadata["env"]
                 given = next((environ[name] for name in env if environ.get(name)), None)
                 kind = type(knob.default) if isinstance(knob.default, (int, float, Path)) else str
-                kind = {"certfile": Path, "keyfile": Path, "max_batch": int}.get(knob.name, kind)
+                kind = OPTIONAL.get(knob.name, kind)
                 _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
         for name in SHOWN_SAMPLING:
             default, env = getattr(SamplingParams(), name), name.upper()
@@ -98,13 +126,22 @@ class Settings:
         values = vars(parser.parse_args(argv))
         try:
             sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
-            for name in ("cache_dir", "certfile", "keyfile"):  # a shell leaves the ~ of --flag=~/folder as it is
+            for name in (
+                "cache_dir",
+                "certfile",
+                "keyfile",
+                "auth_file",
+            ):  # a shell leaves the ~ of --flag=~/folder as it is
                 values[name] = values[name] and values[name].expanduser()
+            values["api_keys"] = tuple(key for key in map(str.strip, environ.get("API_KEY", "").split(",")) if key)
             values["key_password"] = environ.get("KEY_PASSWORD") or None
             values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
             values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)
             values["root_path"] = values["root_path"].rstrip("/")
-            return cls(sampling=sampling, **values, **_space(environ))
+            settings = cls(sampling=sampling, **values, **_space(environ))
+            if settings.body_limit_mb is None and not settings.on_loopback:
+                settings = replace(settings, body_limit_mb=BODY_LIMIT_MB)
+            return settings
         except ChatError as error:
             parser.error(str(error))
 
@@ -144,6 +181,13 @@ def _space(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _has_storage(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("SPACE_ID")) and PERSISTENT.is_dir() and os.access(PERSISTENT, os.W_OK)
+
+
+def _is_network(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(text.strip()))
+    except ValueError:
+        return False
 
 
 def _is_true(text: Any) -> bool:

@@ -84,6 +84,9 @@ def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
         (["--queue-limit", "0"], {}, "queue limit must be 1 or more"),
         (["--root-path", "chat"], {}, "root path must start with a slash"),
         (["--json"], {}, "--json is how --check prints"),
+        (["--client-limit", "-1"], {}, "client limit must be 0 or more"),
+        ([], {"BODY_LIMIT_MB": "0"}, "body limit mb must be above 0"),
+        ([], {"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "trusted proxies must be addresses and networks"),
     ],
 )
 def test_nonsense_ends_the_program_with_a_sentence(argv, environ, sentence, capsys):
@@ -116,3 +119,18 @@ def test_a_tilde_is_the_home_folder_in_every_path():
     read = Settings.read(["--certfile=~/server.crt", "--keyfile=~/server.key", "--cache-dir=~/models"], {})
     assert (read.certfile, read.keyfile) == (Path.home() / "server.crt", Path.home() / "server.key")
     assert read.cache_dir == Path.home() / "models"
+
+
+def test_api_keys_come_from_the_environment_and_are_never_printed():
+    settings = Settings.read([], {"API_KEY": " one, two,"})
+    assert settings.api_keys == ("one", "two")
+    assert "one" not in repr(settings).replace("None", "")
+    assert Settings.read([], {"API_KEY": ""}).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("host", "limit"), [("127.0.0.1", None), ("localhost", None), ("::1", None), ("0.0.0.0", 10), ("::", 10)]
+)
+def test_requests_may_be_of_any_size_only_where_nobody_else_can_send_them(host, limit):
+    assert Settings.read(["--host", host], {}).body_limit_mb == limit
+    assert Settings.read(["--host", host, "--body-limit-mb", "2"], {}).body_limit_mb == 2
