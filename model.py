@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from engine import Engine, Request
+    from engine import Engine, Occupancy, Request
     from weights import Loaded
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,21 @@ class ChatModel:
     def mode(self) -> str:
         """How fast a step runs, in words, once ready: "eager", or what has been compiled so far."""
         return self._engine.mode if self._engine else ""
+
+    @property
+    def occupancy(self) -> Occupancy | None:
+        """Who is answered, who waits and how full the KV cache is right now; None before there is an engine."""
+        return self._engine.occupancy if self._engine else None
+
+    @property
+    def gpu_memory(self) -> list[tuple[int, int]]:
+        """Bytes taken and in all of each GPU, by whomever."""
+        if self._engine is None:
+            return []
+        import torch
+
+        seen = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count() * torch.cuda.is_available())]
+        return [(total - free, total) for free, total in seen]
 
     def start(self) -> threading.Thread:
         """Load in a thread of its own; `status` tells how far it is."""
@@ -137,6 +152,16 @@ class ChatModel:
         if fitted.dropped_messages and not trim:
             self._check_length(len(prompt.encode(self.tokenizer, messages, self.chat_format)), params)
         return self._submit(fitted.input_ids, params, fitted.dropped_messages)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The prompt that stream_reply makes of a conversation, however long it is."""
+        self._check_ready()
+        return prompt.encode(self.tokenizer, messages, self.chat_format)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
+        self._check_ready()
+        return prompt.encode_text(self.tokenizer, text)
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams) -> StreamedReply:
         """What follows input_ids, on its way. Raises as stream_reply does; nothing is ever left out."""

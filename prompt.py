@@ -74,6 +74,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_for
     return _writer(tokenizer, chat_format)(*_checked(messages))
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that is no conversation, after BOS if the model is used to one; control tokens stay text."""
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return tokenizer.backend_tokenizer.encode("").ids + _codec(tokenizer).encode([[_Piece(text, True)]], ())[0]
+
+
 def fit(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
