@@ -28,8 +28,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import check
+import login
 from settings import Settings
 
+if __name__ == "__main__" and Settings.read().hash_password:
+    sys.exit(login.main())
 if __name__ == "__main__" and Settings.read().check:
     # Before the imports below: that a package is missing is for the check to tell.
     sys.exit(check.main(Settings.read()))
@@ -40,8 +43,9 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
-from api import guard, health_router
+from api import Clients, address, api_router, as_api_error, guard, health_router, submit
 from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
+from metrics import Metrics, Record
 from model import ChatModel
 from tls import CERTS, announcement, get_certificate, server_context
 
@@ -89,19 +93,21 @@ QUIET = {**HIDDEN, "queue": False}
 def main() -> int:
     settings = Settings.read()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for ours in (__name__, "model", "weights", "download", "engine", "tls"):
+    for ours in (__name__, "model", "weights", "download", "engine", "tls", "api", "metrics"):
         logging.getLogger(ours).setLevel(logging.INFO)
     certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
     try:
         context = server_context(certificate) if settings.https else None
+        users = login.read(settings.auth_file) if settings.auth_file else None
         listener = check.listen(settings)
     except ChatError as error:
         log.error("%s", error)
         return 1
     chat = ChatModel(settings)
     config = uvicorn.Config(
-        create_app(chat, settings),
+        create_app(chat, settings, users),
         log_level="warning",
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=2,
         ssl_context_factory=(lambda *_: context) if context else None,
     )
@@ -109,6 +115,8 @@ def main() -> int:
     scheme, port = "https" if context else "http", listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("The page is at %s://%s:%s%s/", scheme, host, port, settings.root_path)
+    if not settings.on_loopback and not settings.api_keys and not settings.auth_file:
+        log.warning("Programs that reach this port may use the model without a key. API_KEY closes that.")
     if context:
         print(
             announcement(certificate(), settings.host, port, colours=sys.stderr.isatty()), file=sys.stderr, flush=True
@@ -138,11 +146,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
-    """The whole site: the page at /, health beside it. The chat may still be loading."""
+def create_app(chat: ChatModel, settings: Settings, users: login.Users | None = None) -> FastAPI:
+    """The whole site: the page at /, the API and health beside it. The chat may still be loading."""
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
-    guard(app, settings.on_space)
+    guard(app, settings)
+    clients, metrics = Clients(settings.client_limit), Metrics(chat, settings.log_messages)
     app.include_router(health_router(chat))
+    app.include_router(api_router(chat, settings, clients, metrics))
     if settings.https and not settings.certfile:
 
         @app.get("/ca.crt")
@@ -152,8 +162,9 @@ def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
 
     return gr.mount_gradio_app(
         app,
-        build_page(chat, settings.sampling),
+        build_page(chat, settings.sampling, clients, metrics),
         path="/",
+        auth=users.knows if users else None,
         root_path=settings.root_path or None,
         theme=gr.themes.Default(
             primary_hue="indigo",
@@ -174,7 +185,7 @@ def create_app(chat: ChatModel, settings: Settings) -> FastAPI:
     )
 
 
-def build_page(chat: ChatModel, defaults: SamplingParams) -> gr.Blocks:
+def build_page(chat: ChatModel, defaults: SamplingParams, clients: Clients, metrics: Metrics) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{TITLE}</h1>")
         status = gr.HTML(elem_id="status")
@@ -217,7 +228,7 @@ def build_page(chat: ChatModel, defaults: SamplingParams) -> gr.Blocks:
                 js="() => ({ __type__: 'update', interactive: false })",
                 **QUIET,
             )
-            reply = make_reply(chat)
+            reply = make_reply(chat, clients, metrics)
             interface = gr.ChatInterface(
                 reply,
                 chatbot=chatbot,
@@ -320,7 +331,7 @@ def _wire(interface: gr.ChatInterface, reply: Callable[..., AsyncIterator]) -> N
     chatbot.clear(lambda: ([], []), None, [chatbot, history], js="() => endAnswer()", **QUIET)
 
 
-def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
+def make_reply(chat: ChatModel, clients: Clients, metrics: Metrics) -> Callable[..., AsyncIterator]:
     async def reply(
         message: str,
         history: list[dict],
@@ -336,7 +347,7 @@ def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
         """The answer as it grows. The server remembers each client's conversation."""
         # Gradio's page signs as "app". It gets turns: the answer, and remarks beside it. Programs get plain text.
         on_page = request.headers.get("x-gradio-user") == "app"
-        text, answer = "", None
+        text, answer, record = "", None, Record(metrics, "page")
         try:
             messages = plain_messages(message, history, system_prompt)
             params = SamplingParams(
@@ -350,12 +361,16 @@ def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
             while chat.state == "loading":
                 yield _turns("", waiting=_progress(chat.status)) if on_page else ""
                 await asyncio.sleep(SIGN_OF_LIFE_S)
-            async with await _submit(chat, messages, params) as answer:
-                async for text in _texts(answer):
-                    yield _turns(text, waiting=_place(answer)) if on_page else text
+            record.question = messages
+            with clients.place(address(request)):
+                async with await submit(lambda: chat.stream_reply(messages, params)) as answer:
+                    record.reply = answer
+                    async for text in _texts(answer):
+                        yield _turns(text, waiting=_place(answer)) if on_page else text
             yield _turns(text, remark=_remark(text, answer)) if on_page else text
         except Exception as error:  # none may leave: on the page it would lock the box until a reload
             sentence = _sentence(error)
+            record.end(as_api_error(error).code)
             if not on_page:
                 raise gr.Error(sentence, print_exception=False) from None
             gr.Warning(html.escape(sentence))
@@ -363,18 +378,11 @@ def make_reply(chat: ChatModel) -> Callable[..., AsyncIterator]:
             yield _turns(
                 text, remark=f"Not sent: {sentence}" if refused else sentence, kind="refused" if refused else "remark"
             )
+        finally:
+            record.answer = text
+            record.end()
 
     return reply
-
-
-async def _submit(chat: ChatModel, messages: list[Message], params: SamplingParams) -> Reply:
-    """chat.stream_reply in a thread: a long text takes a while to encode. Cancelled, it leaves nothing running."""
-    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(chat.stream_reply, messages, params))
-    try:
-        return await asyncio.shield(submitting)
-    except asyncio.CancelledError:
-        submitting.add_done_callback(lambda done: done.exception() or done.result().close())
-        raise
 
 
 async def _texts(answer: Reply) -> AsyncIterator[str]:

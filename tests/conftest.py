@@ -4,13 +4,16 @@ The embedded model is fetched on the first run ever and lies in the user's cache
 same examples every time, so that a green run stays green.
 """
 
+import asyncio
 import os
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import uvicorn
 from hub import Hub
 from hypothesis import settings as hypothesis_settings
 from small_model import save_model
@@ -32,6 +35,33 @@ def busy(chat, question, params):
         for _ in range(CPU_BATCH):
             next(stack.enter_context(chat.stream_reply(question, params)))
         yield
+
+
+@contextmanager
+def serving(chat, settings, users=None):
+    """The address of a server for this chat, in a thread."""
+    from app import create_app  # Gradio takes seconds to import, and most tests do without
+
+    async def build():
+        return create_app(chat, settings, users)
+
+    config = uvicorn.Config(
+        asyncio.run(build()),  # without a running loop, Gradio makes loops of its own and never closes them
+        port=0,
+        log_level="error",
+        timeout_graceful_shutdown=1,
+        forwarded_allow_ips=settings.trusted_proxies,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def ignore(phase, done_bytes, total_bytes):

@@ -4,18 +4,16 @@ import http.server
 import os
 import re
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
 import pytest
-import uvicorn
-from conftest import busy
+from conftest import busy, serving
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect, sync_playwright
 
-from app import META_SYSTEM_PROMPT, SYSTEM_PROMPT, create_app, plain_messages, status_line
+from app import META_SYSTEM_PROMPT, SYSTEM_PROMPT, plain_messages, status_line
 from chat_types import Busy, ChatError, SamplingParams, Status, Usage
 from model import ChatModel
 
@@ -25,20 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 SHORT = "Say hello."
 LONG = "Print the first 500 prime numbers."  # the likeliest words of the small model go on for a thousand tokens
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
-
-
-@contextmanager
-def serving(chat, settings):
-    """The address of a server for this chat, in a thread."""
-    config = uvicorn.Config(create_app(chat, settings), port=0, log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        thread.join(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
