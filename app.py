@@ -370,7 +370,7 @@ def make_reply(chat: ChatModel, clients: Clients, metrics: Metrics) -> Callable[
             yield _turns(text, remark=_remark(text, answer)) if on_page else text
         except Exception as error:  # none may leave: on the page it would lock the box until a reload
             sentence = _sentence(error)
-            record.end(as_api_error(error).code)
+            record.error = as_api_error(error).code
             if not on_page:
                 raise gr.Error(sentence, print_exception=False) from None
             gr.Warning(html.escape(sentence))
@@ -477,7 +477,6 @@ def _remark(text: str, answer: Reply) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, ChatError):
         return str(error)
-    log.error("Answering failed", exc_info=error)
     return "Something went wrong on the server, and its log says what. Please try again."
 
 

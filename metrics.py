@@ -74,7 +74,7 @@ class Record:
         error = error or self.error
         if reply is not None and reply.finish_reason == "error":
             error = "generation_failed"
-        ending = error or (reply.finish_reason if reply else "ok")
+        ending = error or (reply.finish_reason or "cancelled" if reply else "ok")
         metrics.requests.labels(self._route, ending).inc()
         if error:
             metrics.errors.labels(error).inc()

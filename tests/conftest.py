@@ -42,21 +42,25 @@ def serving(chat, settings, users=None):
     """The address of a server for this chat, in a thread."""
     from app import create_app  # Gradio takes seconds to import, and most tests do without
 
-    async def build():
-        return create_app(chat, settings, users)
+    servers = []
 
-    config = uvicorn.Config(
-        asyncio.run(build()),  # without a running loop, Gradio makes loops of its own and never closes them
-        port=0,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-        forwarded_allow_ips=settings.trusted_proxies,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    async def serve():  # without a running loop, Gradio would make loops of its own and never close them
+        config = uvicorn.Config(
+            create_app(chat, settings, users),
+            port=0,
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            forwarded_allow_ips=settings.trusted_proxies,
+        )
+        servers.append(uvicorn.Server(config))
+        await servers[0].serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    while not server.started:
+    while not (servers and servers[0].started):
+        assert thread.is_alive()
         thread.join(0.02)
+    (server,) = servers
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     finally:

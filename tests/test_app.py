@@ -14,7 +14,7 @@ from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect, sync_playwright
 
 from app import META_SYSTEM_PROMPT, SYSTEM_PROMPT, plain_messages, status_line
-from chat_types import Busy, ChatError, SamplingParams, Status, Usage
+from chat_types import Busy, ChatError, SamplingParams, Status, Timing, Usage
 from model import ChatModel
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -247,6 +247,7 @@ class Scripted:
     queue_position = 0
     finish_reason = None
     usage = Usage()
+    timing = Timing()
 
     def __init__(self, *pieces, error=None):
         self.pieces, self.error = list(pieces), error
