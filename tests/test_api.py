@@ -137,7 +137,13 @@ def end(process, signal_number):
     return time.monotonic() - began, said
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "signal_number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_path):
     with (
         process("--model-id", str(tmp_path / "no-such-model")) as (server, address),
@@ -152,7 +158,14 @@ def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_
     assert "task(s)" not in said
 
 
-@pytest.mark.parametrize(("host", "key", "told"), [("0.0.0.0", "", 1), ("0.0.0.0", "key", 0), ("127.0.0.1", "", 0)])
+@pytest.mark.parametrize(
+    ("host", "key", "told"),
+    [
+        ("0.0.0.0", "", 1),
+        pytest.param("0.0.0.0", "key", 0, marks=pytest.mark.slow),
+        pytest.param("127.0.0.1", "", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_start_that_opens_the_model_to_the_network_says_so_once(host, key, told, monkeypatch, tmp_path):
     monkeypatch.setenv("API_KEY", key)
     with process("--host", host, "--model-id", str(tmp_path / "no-such-model")) as (server, address):

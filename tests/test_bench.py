@@ -24,6 +24,7 @@ def bench(*arguments, exit_codes=(0,), env=None):
     return figures
 
 
+@pytest.mark.slow
 def test_users_of_a_shape_are_measured_and_drawn(tmp_path):
     tokenizer = save_tokenizer(tmp_path, [f"word{i}" for i in range(31_999)])
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
