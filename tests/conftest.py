@@ -54,6 +54,9 @@ def serving(chat, settings, users=None):
         )
         servers.append(uvicorn.Server(config))
         await servers[0].serve()
+        for connection in list(servers[0].server_state.connections):  # of a page that was open to the last
+            connection.transport.abort()
+        await asyncio.sleep(0.05)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
