@@ -37,6 +37,14 @@ def busy(chat, question, params):
         yield
 
 
+async def serve_until_told(server):
+    """server.serve(), and then no connection is left of a page that was open to the last."""
+    await server.serve()
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    await asyncio.sleep(0.05)
+
+
 @contextmanager
 def serving(chat, settings, users=None):
     """The address of a server for this chat, in a thread."""
@@ -53,10 +61,7 @@ def serving(chat, settings, users=None):
             forwarded_allow_ips=settings.trusted_proxies,
         )
         servers.append(uvicorn.Server(config))
-        await servers[0].serve()
-        for connection in list(servers[0].server_state.connections):  # of a page that was open to the last
-            connection.transport.abort()
-        await asyncio.sleep(0.05)
+        await serve_until_told(servers[0])
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import segno
 import uvicorn
+from conftest import serve_until_told
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
@@ -60,7 +61,7 @@ def serving(get, look_every_s=60, app=hello):
     )
     config.ssl_context_factory = lambda *_: context
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=lambda: asyncio.run(serve_until_told(server)))
     thread.start()
     while not server.started:
         thread.join(0.02)
