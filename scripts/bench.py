@@ -1,4 +1,4 @@
-"""How fast and how large: measures this machine and prints a table and, as its last line, JSON.
+"""How fast and how large: measures this machine, prints each figure as it has it and, as its last line, JSON.
 
     python scripts/bench.py                                   the embedded model on the CPU, beside bfloat16 generate()
     python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
@@ -45,6 +45,8 @@ from settings import Settings  # noqa: E402
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Figures = dict[str, object]
+
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
     "tiny": (128, 256, 2, 4, 4),  # to try this file without a GPU
     "7b": (4096, 11008, 32, 32, 32),
@@ -78,18 +80,14 @@ def main() -> None:
     parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
     args = parser.parse_args()
     args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape else ())
-    if args.soak:
-        rows = crowd.soak(load([]), args.soak)
-    elif args.shape:
-        rows = bench_shape(args)
-    else:
-        rows = bench_embedded(args)
+    rows: dict[str, object] = {}
+    for part in bench_soak(args) if args.soak else bench_shape(args) if args.shape else bench_embedded(args):
+        rows |= part
+        for name, value in part.items():
+            print(f"{name:<62}  {value:.3g}" if isinstance(value, float) else f"{name:<62}  {value}", flush=True)
+    print(json.dumps(rows))
     if args.plot:
         plot(rows, args.users, args.plot)
-    width = max(len(name) for name in rows)
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value:.3g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
-    print(json.dumps(rows))
     sys.exit(not rows.get("every promise kept", True))
 
 
@@ -105,27 +103,35 @@ def load(argv: Sequence[str | Path]) -> ChatModel:
     return chat
 
 
-def bench_embedded(args: argparse.Namespace) -> dict[str, object]:
+def bench_soak(args: argparse.Namespace) -> Iterator[Figures]:
+    yield crowd.soak(load([]), args.soak)
+
+
+def bench_embedded(args: argparse.Namespace) -> Iterator[Figures]:
     """The figures of the embedded model, in the precision that a machine without a GPU gets."""
-    rows: dict[str, object] = {"cores": torch.get_num_threads(), "torch": torch.__version__}
-    rows |= bench_start()
+    yield {"cores": torch.get_num_threads(), "torch": torch.__version__}
+    yield bench_start()
     chat = load([])
-    rows |= bench_turns(chat)
+    yield bench_turns(chat)
     crowd.ignore_stop_ids(chat)
     # generate() in a process of its own: two threads that compute in one process slow each other down, even in turn.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         speeds = [(decode_speed(chat), other.submit(plain_generate_speed).result()) for _ in range(4)]
     ours, theirs = map(statistics.median, zip(*speeds[1:], strict=True))  # the first round warms up
-    rows["decode, ours, tokens/s"] = ours
-    rows["decode, bfloat16 generate(), tokens/s"] = theirs
-    rows["decode, ours / generate()"] = ours / theirs
-    rows |= crowd.together_and_in_turn(chat, users=8, prompt_tokens=64, answer_tokens=128)
-    rows |= bench_users(chat, args.users, prompt_tokens=64, answer_tokens=128)
-    rows["perplexity text"] = f"{PERPLEXITY_TOKENS:,} tokens of {PERPLEXITY_TEXT}"
-    rows[f"perplexity, {chat.status.precision}"] = ours_perplexity = perplexity(chat)
-    rows["perplexity, bfloat16"] = plain_perplexity = perplexity(plain_model())
-    rows["perplexity, ours / bfloat16"] = ours_perplexity / plain_perplexity
-    return rows
+    yield {
+        "decode, ours, tokens/s": ours,
+        "decode, bfloat16 generate(), tokens/s": theirs,
+        "decode, ours / generate()": ours / theirs,
+    }
+    yield crowd.together_and_in_turn(chat, users=8, prompt_tokens=64, answer_tokens=128)
+    yield from bench_users(chat, args.users, prompt_tokens=64, answer_tokens=128)
+    ours, plain = perplexity(chat), perplexity(plain_model())
+    yield {
+        "perplexity text": f"{PERPLEXITY_TOKENS:,} tokens of {PERPLEXITY_TEXT}",
+        f"perplexity, {chat.status.precision}": ours,
+        "perplexity, bfloat16": plain,
+        "perplexity, ours / bfloat16": ours / plain,
+    }
 
 
 def bench_start() -> dict[str, float]:
@@ -163,7 +169,7 @@ def bench_start() -> dict[str, float]:
         app.wait()
 
 
-def bench_turns(chat: ChatModel) -> dict[str, object]:
+def bench_turns(chat: ChatModel) -> Figures:
     """Seconds to the first token on turns 2 and 10 of a conversation: the median of three conversations."""
     waits = []
     for conversation in range(3):
@@ -184,13 +190,11 @@ def bench_turns(chat: ChatModel) -> dict[str, object]:
     }
 
 
-def bench_users(chat: ChatModel, counts: Sequence[int], **tokens: int) -> dict[str, object]:
-    rows: dict[str, object] = {}
+def bench_users(chat: ChatModel, counts: Sequence[int], **tokens: int) -> Iterator[Figures]:
     for users in counts:
-        figures = crowd.together(chat, users, **tokens)
+        figures: Figures = crowd.together(chat, users, **tokens)
         figures["peak memory so far, GB"] = _gpu_gb(torch.cuda.max_memory_reserved)
-        rows |= {f"{_users(users)}, {name}": value for name, value in figures.items()}
-    return rows
+        yield {f"{_users(users)}, {name}": value for name, value in figures.items()}
 
 
 def _users(count: int) -> str:
@@ -272,7 +276,7 @@ def perplexity(chat: ChatModel, window: int = 1024) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-def bench_shape(args: argparse.Namespace) -> dict[str, object]:
+def bench_shape(args: argparse.Namespace) -> Iterator[Figures]:
     """A Llama 2 shape with random weights, loaded from disk as a real one is, then answering."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(args.gpus)))
     with contextlib.nullcontext(args.checkpoint) if args.checkpoint else tempfile.TemporaryDirectory() as folder:
@@ -282,7 +286,7 @@ def bench_shape(args: argparse.Namespace) -> dict[str, object]:
             torch.cuda.set_per_process_memory_fraction(args.gpu_memory_gb * 1e9 / total, device)
         started = time.perf_counter()
         chat = load(["--model-id", folder, "--quantization", args.quantization])
-    rows: dict[str, object] = {
+    yield {
         "shape": args.shape,
         "gpu": f"{args.gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -293,26 +297,26 @@ def bench_shape(args: argparse.Namespace) -> dict[str, object]:
         "memory after load, KV cache included, GB": _gpu_gb(torch.cuda.memory_allocated),
         "KV cache, GB": chat._engine.kv_bytes / 1e9,
     }
-    rows["compile, s"] = wait_for_compilation(chat)
-    rows["mode"] = chat.mode
-    rows |= bench_answers(chat, args.users)
-    rows["peak memory, GB"] = _gpu_gb(torch.cuda.max_memory_allocated)
-    rows["peak memory with what PyTorch keeps, GB"] = _gpu_gb(torch.cuda.max_memory_reserved)
-    return rows
+    yield {"compile, s": wait_for_compilation(chat), "mode": chat.mode}
+    yield from bench_answers(chat, args.users)
+    yield {
+        "peak memory, GB": _gpu_gb(torch.cuda.max_memory_allocated),
+        "peak memory with what PyTorch keeps, GB": _gpu_gb(torch.cuda.max_memory_reserved),
+    }
 
 
-def bench_answers(chat: ChatModel, counts: Sequence[int]) -> dict[str, object]:
+def bench_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:
     crowd.ignore_stop_ids(chat)
     crowd.together(chat, max(counts), prompt_tokens=512, answer_tokens=8)  # warms up
-    rows = bench_users(chat, counts)
+    yield from bench_users(chat, counts)
     waits = [crowd.first_token_s(chat, crowd.fresh_ids(chat, 512)) for _ in range(5)]
-    rows["prompt 512, time to first token, s"] = statistics.median(waits)
-    rows |= crowd.tenth_turn(chat)
-    rows |= crowd.joining(chat)
+    yield {"prompt 512, time to first token, s": statistics.median(waits)}
+    yield crowd.tenth_turn(chat)
+    yield crowd.joining(chat)
     params = SamplingParams(**crowd.SAMPLING, max_new_tokens=256)
-    rows["decode, ours, tokens/s"] = decode_speed(chat, 512, params)
-    rows["decode, generate(), tokens/s"], rows["1 user, generate(), tokens/s"] = generate_speeds(chat, 512, params)
-    return rows
+    yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
+    decode, whole = generate_speeds(chat, 512, params)
+    yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
 
 
 def wait_for_compilation(chat: ChatModel) -> float:
