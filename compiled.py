@@ -219,6 +219,8 @@ class CompiledModel:
         self._recorded.set()
 
     def _record(self, kind: str, size: int) -> _Recording:
+        # Once without recording: cuBLAS makes itself ready in each thread anew, which no recording may contain.
+        self._step(kind, size)
         inputs = self._new_inputs(kind, size)
         torch.cuda.synchronize(self._rows.device)
         forward = torch.cuda.CUDAGraph()
