@@ -121,11 +121,8 @@ def decode_attention(
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     N, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    # Enough programs to fill a large GPU, even for a single request.
-    splits = min(8, triton.next_power_of_2(max(1, 320 // (N * kv_heads))))
-    output = torch.empty_like(query)
-    partial = query.new_empty(N, heads, splits, head_dim, dtype=torch.float32)
-    weights = query.new_empty(N, heads, splits, 2, dtype=torch.float32)
+    splits = _splits(N * kv_heads)
+    output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):  # Triton launches on the current one
         _attend_kernel[N, kv_heads, splits](
             query,
@@ -154,6 +151,18 @@ def decode_attention(
     return output[None]
 
 
+def _splits(programs: int) -> int:
+    """Among how many the pages of each are shared, so that there are enough programs to fill a large GPU."""
+    return min(8, triton.next_power_of_2(max(1, 320 // programs)))
+
+
+def _results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places for the whole result and for each split's: its mean of values, and its highest score and total weight."""
+    T, heads, head_dim = query.shape
+    partial = query.new_empty(T, heads, splits, head_dim, dtype=torch.float32)
+    return torch.empty_like(query), partial, query.new_empty(T, heads, splits, 2, dtype=torch.float32)
+
+
 @decode_attention.register_fake
 def _(query, key, value, keys, values, rows, positions, table, scale):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
@@ -171,6 +180,8 @@ def _prefill_kernel(
     starts,
     counts,
     table,
+    partial,
+    weights,
     output,
     scale,
     table_width,
@@ -179,19 +190,21 @@ def _prefill_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One head of one block. Token i of the block stands at its start + i and attends to all up to itself."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    """One block, one head, one in SPLITS of its pages. Token i of the block stands at its start + i and attends to all
+    up to itself."""
+    block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, start = tl.load(rows + block), tl.load(starts + block).to(tl.int32)
     end = start + tl.load(counts + block).to(tl.int32)
     dims, tokens, queries = tl.arange(0, HEAD_DIM), tl.arange(0, PAGE), tl.arange(0, BLOCK)
-    at = ((block * BLOCK + queries)[:, None] * HEADS + head) * HEAD_DIM + dims[None, :]
-    q = tl.load(query + at)
+    lane = (block * BLOCK + queries) * HEADS + head
+    q = tl.load(query + lane[:, None] * HEAD_DIM + dims[None, :])
     highest = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     inside = (tokens[:, None] * KV_HEADS + head // (HEADS // KV_HEADS)) * HEAD_DIM + dims[None, :]
-    for index in tl.range(0, (start + BLOCK - 1) // PAGE + 1, num_stages=2):
+    for index in tl.range(split, (start + BLOCK - 1) // PAGE + 1, SPLITS, num_stages=2):
         page = tl.load(table + row * table_width + index).to(tl.int64) * (PAGE * KV_HEADS * HEAD_DIM)
         k = tl.load(keys + page + inside)
         # What is masked is still multiplied, and behind the end may stand what is not a number.
@@ -203,7 +216,13 @@ def _prefill_kernel(
         total = total * fade + tl.sum(p, 1)
         mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
         highest = higher
-    tl.store(output + at, (mixed / total[:, None]).to(output.dtype.element_ty))
+    if SPLITS == 1:
+        tl.store(output + lane[:, None] * HEAD_DIM + dims[None, :], (mixed / total[:, None]).to(output.dtype.element_ty))
+    else:
+        place = lane * SPLITS + split
+        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed)
+        tl.store(weights + place * 2, highest)
+        tl.store(weights + place * 2 + 1, total)
 
 
 @torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
@@ -230,9 +249,10 @@ def prefill_attention(
     write(values, value, slots)
     query = query[0].transpose(0, 1).contiguous()
     T, heads, head_dim = query.shape
-    output = torch.empty_like(query)
+    splits = _splits(T // BLOCK_TOKENS * heads)
+    output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):
-        _prefill_kernel[T // BLOCK_TOKENS, heads](
+        _prefill_kernel[T // BLOCK_TOKENS, heads, splits](
             query,
             keys,
             values,
@@ -240,6 +260,8 @@ def prefill_attention(
             starts,
             counts,
             table,
+            partial,
+            weights,
             output,
             scale,
             table.shape[1],
@@ -248,8 +270,11 @@ def prefill_attention(
             HEAD_DIM=head_dim,
             PAGE=PAGE_TOKENS,
             BLOCK=BLOCK_TOKENS,
+            SPLITS=splits,
             num_warps=4,
         )
+        if splits > 1:
+            _combine_kernel[(T * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
     return output[None]
 
 

@@ -124,7 +124,7 @@ def test_nf4_products_equal_the_dequantised_ones(rows, out_features, in_features
     from bitsandbytes.nn import Linear4bit
 
     layer = Linear4bit(in_features, out_features, False, torch.bfloat16, compress_statistics=True, quant_type="nf4")
-    layer = torch.nn.Sequential(layer.to("cuda"))
+    layer = torch.nn.Sequential(layer.bfloat16().to("cuda"))
     exact = dequantize_4bit(layer[0].weight.data, layer[0].weight.quant_state).float()
     weights.speed_up_nf4(layer)
     x = torch.randn(1, rows, in_features, device="cuda", dtype=torch.bfloat16)
