@@ -11,12 +11,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kv_cache import BLOCK_TOKENS, PAGE_TOKENS, Pages
 from sampler import NARROW, Rows
@@ -30,58 +32,6 @@ SIZES = (
     *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
 )
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the position
-
-
-@dataclass
-class _DecodeStep:
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-    positions: Tensor
-    table: Tensor
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return torch.ops.llama2_chat.decode_attention(
-            query, key, value, self.keys, self.values, self.rows, self.positions, self.table, scale
-        )
-
-
-@dataclass
-class _PrefillStep:
-    keys: Tensor
-    values: Tensor
-    slots: Tensor
-    rows: Tensor
-    starts: Tensor
-    counts: Tensor
-    table: Tensor
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return torch.ops.llama2_chat.prefill_attention(
-            query,
-            key,
-            value,
-            self.keys,
-            self.values,
-            self.slots,
-            self.rows,
-            self.starts,
-            self.counts,
-            self.table,
-            scale,
-        )
-
-
-def _decode_layer(layer, hidden, cos, sin, keys, values, *where):
-    return layer(hidden, position_embeddings=(cos, sin), step=_DecodeStep(keys, values, *where))
-
-
-def _decode_layer_alone(*args):  # compiled code is kept by function, and this one is compiled in another way
-    return _decode_layer(*args)
-
-
-def _prefill_layer(layer, hidden, cos, sin, keys, values, *where):
-    return layer(hidden, position_embeddings=(cos, sin), step=_PrefillStep(keys, values, *where))
 
 
 @dataclass(frozen=True)
@@ -134,9 +84,6 @@ class CompiledModel:
         self._closed = False
         self.progress = "eager"
         self._decode_layer = torch.compile(_decode_layer, dynamic=False)
-        # With this tuning a product with a single row becomes a reduction, which reads the weights faster than cuBLAS.
-        tuned = {"coordinate_descent_tuning": True}
-        self._decode_layer_alone = torch.compile(_decode_layer_alone, dynamic=False, options=tuned)
         self._prefill_layer = torch.compile(_prefill_layer, dynamic=True)
 
     @staticmethod
@@ -144,7 +91,7 @@ class CompiledModel:
         """Whether this model can run compiled, where the kernels run: a Llama, whole on one GPU."""
         rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         devices = {parameter.device for parameter in model.parameters()}
-        return isinstance(model, LlamaForCausalLM) and len(devices) == 1 and rope in STATIC_ROPE
+        return type(model) is LlamaForCausalLM and len(devices) == 1 and rope in STATIC_ROPE
 
     def start(self, wake: Callable[[], None]) -> None:
         """Compile in the background; wake() tells the engine's thread that there is something to record."""
@@ -280,9 +227,9 @@ class CompiledModel:
         """Logits [N, V] of the next token of each row, int64 [N]."""
         state = self._rows
         hidden, cos_sin = self._embed(state.tokens[rows], state.positions[rows])
-        compute = self._decode_layer_alone if len(rows) == 1 else self._decode_layer
         for layer, (keys, values) in zip(self._model.model.layers, self._pages.layers, strict=True):
-            hidden = compute(layer, hidden, *cos_sin, keys, values, rows, state.positions, self._table)
+            where = rows, state.positions, self._table
+            hidden = self._decode_layer(layer, hidden, *cos_sin, keys, values, *where)
         return self._model.lm_head(self._model.model.norm(hidden))[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
@@ -302,6 +249,61 @@ class CompiledModel:
     def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         hidden = self._model.model.embed_tokens(ids[None])
         return hidden, self._model.model.rotary_emb(hidden, position_ids=positions[None])
+
+
+# One layer, as LlamaDecoderLayer computes it, with its products joined and its keys and values in pages.
+
+
+def _decode_layer(layer, hidden, cos, sin, keys, values, rows, positions, table):
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return torch.ops.llama2_chat.decode_attention(query, key, value, keys, values, rows, positions, table, scale)
+
+    return _layer(layer, hidden, cos, sin, attend)
+
+
+def _prefill_layer(layer, hidden, cos, sin, keys, values, slots, rows, starts, counts, table):
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return torch.ops.llama2_chat.prefill_attention(
+            query, key, value, keys, values, slots, rows, starts, counts, table, scale
+        )
+
+    return _layer(layer, hidden, cos, sin, attend)
+
+
+def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projected = _together(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    hidden = hidden + attention.o_proj(attend(query, key, value, attention.scaling).flatten(2))
+    gate, up = _together(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
+    return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    joined = getattr(linears[0], "joined", None)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return F.linear(x, joined).split([linear.out_features for linear in linears], -1)
+
+
+def join_projections(model: LlamaForCausalLM) -> None:
+    """Let what is multiplied with the same input be one product, which reads weights faster than several small ones.
+
+    The single weights become views of the joined ones, so that the model itself computes as before and takes no more
+    memory. Quantised and adapted layers stay as they are.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            if all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
+                joined = torch.cat([linear.weight for linear in linears])
+                for linear, part in zip(
+                    linears, joined.split([linear.out_features for linear in linears]), strict=True
+                ):
+                    linear.weight = nn.Parameter(part, requires_grad=False)
+                linears[0].register_buffer("joined", joined, persistent=False)
 
 
 def _packed(parts: list[Part], size: int, padding: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chat_types import RANGES, Busy, ChatError, FinishReason, ModelUnavailable, SamplingParams
-from compiled import CompiledModel, Part, decode_kernel
+from compiled import CompiledModel, Part, decode_kernel, join_projections
 from kv_cache import ATTENTION, PAGE_TOKENS, DecodeStep, Pages, PageTree, PrefillStep, SharedPages
 from sampler import NARROW, Rows, draws, is_narrow
 
@@ -137,6 +137,10 @@ class Engine:
         self._shortest_chunk = SHORTEST_GPU_CHUNK if self._on_gpu else SHORTEST_CPU_CHUNK
         self._max_batch = max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
         model.set_attn_implementation(ATTENTION)
+        self._kernel = decode_kernel(model)
+        compiles = compile and self._kernel is not None and CompiledModel.supports(model)
+        if compiles:
+            join_projections(model)
         self._pages = Pages(model, free_bytes, context_length, self._max_batch)
         self._context_length = context_length
         self._most_pages = -(-context_length // PAGE_TOKENS)
@@ -148,10 +152,9 @@ class Engine:
         self._changed = threading.Condition()
         self._tokens_per_s = 0.0  # of prefill, as last measured
         self._compiled: CompiledModel | None = None
-        self._kernel = decode_kernel(model)
         self._open_books()
         self._compare_with_the_model()
-        if compile and self._kernel is not None and CompiledModel.supports(model):
+        if compiles:
             self._compiled = CompiledModel(model, self._pages, self._rows, self._most_pages)
             self._compiled.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
+from torch.nn import functional as F
 
-from kv_cache import BLOCK_TOKENS, PAGE_TOKENS, write
+from kv_cache import BLOCK_TOKENS, PAGE_TOKENS
 
 # ---- Attention of one new token per request, over its pages ----
 
@@ -31,6 +32,8 @@ def _attend_kernel(
     weights,
     output,
     scale,
+    key_stride,
+    value_stride,
     table_width,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -68,8 +71,8 @@ def _attend_kernel(
         before, new = tokens < position % PAGE, tokens == position % PAGE
         k = tl.load(keys + page + inside, mask=before[:, None], other=0.0)
         v = tl.load(values + page + inside, mask=before[:, None], other=0.0)
-        new_k = tl.load(key + (request * KV_HEADS + head) * HEAD_DIM + dims)
-        new_v = tl.load(value + (request * KV_HEADS + head) * HEAD_DIM + dims)
+        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)
+        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)
         k = tl.where(new[:, None], new_k[None, :], k)
         v = tl.where(new[:, None], new_v[None, :], v)
         tl.store(keys + page + inside, k, mask=new[:, None])
@@ -118,7 +121,7 @@ def decode_attention(
     query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; rows: int64 [N]; positions: int64 [R] of
     the new token; table: int32 [R, P], the pages of each row. Returns [1, N, heads, head_dim].
     """
-    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     N, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     splits = _splits(N * kv_heads)
@@ -137,6 +140,8 @@ def decode_attention(
             weights,
             output,
             scale,
+            key.stride(0),
+            value.stride(0),
             table.shape[1],
             HEADS=heads,
             KV_HEADS=kv_heads,
@@ -144,11 +149,17 @@ def decode_attention(
             GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
             PAGE=PAGE_TOKENS,
             SPLITS=splits,
-            num_warps=4,
+            num_warps=2,
         )
         if splits > 1:
             _combine_kernel[(N * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
     return output[None]
+
+
+def _tokens(states: Tensor) -> Tensor:
+    """[1, heads, T, head_dim] as [T, heads, head_dim], of which each token lies in one piece."""
+    states = states[0].transpose(0, 1)
+    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
 
 
 def _splits(programs: int) -> int:
@@ -169,6 +180,15 @@ def _(query, key, value, keys, values, rows, positions, table, scale):
 
 
 # ---- Attention of chunks of prompts, over the pages of their requests ----
+
+
+@triton.jit
+def _write_kernel(key, value, keys, values, slots, key_stride, value_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's key and value, of SIZE numbers each, to its slot."""
+    token, at = tl.program_id(0), tl.arange(0, BLOCK)
+    slot = tl.load(slots + token).to(tl.int64) * SIZE
+    tl.store(keys + slot + at, tl.load(key + token * key_stride + at, mask=at < SIZE), mask=at < SIZE)
+    tl.store(values + slot + at, tl.load(value + token * value_stride + at, mask=at < SIZE), mask=at < SIZE)
 
 
 @triton.jit
@@ -217,7 +237,9 @@ def _prefill_kernel(
         mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
         highest = higher
     if SPLITS == 1:
-        tl.store(output + lane[:, None] * HEAD_DIM + dims[None, :], (mixed / total[:, None]).to(output.dtype.element_ty))
+        tl.store(
+            output + lane[:, None] * HEAD_DIM + dims[None, :], (mixed / total[:, None]).to(output.dtype.element_ty)
+        )
     else:
         place = lane * SPLITS + split
         tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed)
@@ -245,13 +267,14 @@ def prefill_attention(
     int64 [T / BLOCK_TOKENS]: whose the block is, where it begins and how many of its tokens count; table: int32 [R, P],
     the pages of each row, a page more than the longest request has. Returns [1, T, heads, head_dim].
     """
-    write(keys, key, slots)
-    write(values, value, slots)
-    query = query[0].transpose(0, 1).contiguous()
+    query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     T, heads, head_dim = query.shape
+    size = key.shape[1] * head_dim
     splits = _splits(T // BLOCK_TOKENS * heads)
     output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):
+        places = keys, values, slots, key.stride(0), value.stride(0)
+        _write_kernel[(T,)](key, value, *places, SIZE=size, BLOCK=triton.next_power_of_2(size))
         _prefill_kernel[T // BLOCK_TOKENS, heads, splits](
             query,
             keys,
@@ -286,7 +309,8 @@ def _(query, key, value, keys, values, slots, rows, starts, counts, table, scale
 # ---- Products with NF4 weights, for up to MOST_ROWS tokens ----
 
 MOST_ROWS = 32  # above, unpacking the weights once and a plain matrix product is faster
-BLOCK_ROWS = 128  # outputs per program
+OUTPUTS_MULTIPLE = 128
+UNPACKED_BLOCKS = 32  # per program
 BLOCK_WEIGHTS = 64  # weights that share a scale, as bitsandbytes lays them out
 SPLITS = 8
 
@@ -322,6 +346,24 @@ def _decoder_asm() -> str:
 DECODER_ASM = tl.constexpr(_decoder_asm())
 
 
+@triton.jit
+def _scale(absmax, code, absmax_scale, shift, block):
+    """Of these blocks of weights: the scales are themselves 8-bit, with a scale for each 256 of them."""
+    return tl.load(code + tl.load(absmax + block).to(tl.int32)) * tl.load(absmax_scale + block // 256) + shift
+
+
+@triton.jit
+def _unpack_kernel(packed, absmax, code, absmax_scale, offset, output, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some of the blocks of weights, in bfloat16."""
+    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)).to(tl.int64)
+    bytes_ = tl.load(packed + block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :])
+    even, odd = tl.inline_asm_elementwise(
+        DECODER_ASM, "=r,=r,=r,=r,r", [bytes_], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+    weights = tl.interleave(even, odd) * _scale(absmax, code, absmax_scale, tl.load(offset), block)[:, None]
+    tl.store(output + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], weights.to(tl.bfloat16))
+
+
 @triton.jit(do_not_specialize=["M"])  # a number of tokens not met before must not wait for a compiler
 def _nf4_kernel(
     x,
@@ -355,9 +397,7 @@ def _nf4_kernel(
         inputs = x + m[None, :] * K + block * BLOCK + 2 * pair[:, None]
         product = tl.dot(even, tl.load(inputs, mask=m[None, :] < M, other=0.0))
         product = tl.dot(odd, tl.load(inputs + 1, mask=m[None, :] < M, other=0.0), product)
-        at = n * blocks + block  # the scales are themselves 8-bit, with a scale for each 256 of them
-        scale = tl.load(code + tl.load(absmax + at).to(tl.int32)) * tl.load(absmax_scale + at // 256) + shift
-        total += product * scale[:, None]
+        total += product * _scale(absmax, code, absmax_scale, shift, n * blocks + block)[:, None]
     tl.store(partial + (split * M + m[None, :]) * N + n[:, None], total, mask=m[None, :] < M)
 
 
@@ -380,7 +420,7 @@ def nf4_linear(
     K, N = x.shape[-1], out_features
     M = x.numel() // K
     # For a single token bitsandbytes' own kernel is as fast.
-    if not 1 < M <= MOST_ROWS or N % BLOCK_ROWS or K % BLOCK_WEIGHTS or x.dtype != torch.bfloat16:
+    if M == 1 or N % OUTPUTS_MULTIPLE or K % BLOCK_WEIGHTS or x.dtype != torch.bfloat16:
         return torch.ops.bitsandbytes.gemm_4bit(
             x,
             packed,
@@ -392,9 +432,17 @@ def nf4_linear(
             absmax_code=code,
             absmax_offset=offset,
         )
+    if M > MOST_ROWS:
+        weight = x.new_empty(N, K)
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            programs = N * K // BLOCK_WEIGHTS // UNPACKED_BLOCKS
+            scales = absmax, code, absmax_scale, offset
+            _unpack_kernel[(programs,)](packed, *scales, weight, BLOCKS=UNPACKED_BLOCKS, BLOCK=BLOCK_WEIGHTS)
+        return F.linear(x, weight)
     partial = x.new_empty(SPLITS, M, N, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current one
-        _nf4_kernel[N // BLOCK_ROWS, SPLITS](
+    outputs, warps = (64, 2) if M <= 16 else (128, 4)  # per program
+    with torch.cuda.device_of(x):
+        _nf4_kernel[N // outputs, SPLITS](
             x.contiguous(),
             packed,
             absmax,
@@ -406,10 +454,10 @@ def nf4_linear(
             N=N,
             K=K,
             ROWS=16 if M <= 16 else MOST_ROWS,
-            COLUMNS=BLOCK_ROWS,
+            COLUMNS=outputs,
             BLOCK=BLOCK_WEIGHTS,
             SPLITS=SPLITS,
-            num_warps=4,
+            num_warps=warps,
         )
         output = x.new_empty(*x.shape[:-1], N)
         _sum_kernel[(triton.cdiv(M * N, 1024),)](partial, output, M * N, SPLITS=SPLITS, BLOCK=1024)

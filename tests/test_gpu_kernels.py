@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 import gpu_kernels
 from chat_types import SamplingParams
-from compiled import CompiledModel, Part, _packed
+from compiled import CompiledModel, Part, _packed, join_projections
 from kv_cache import ATTENTION, PAGE_TOKENS, Pages
 from sampler import Rows, draws
 
@@ -33,6 +33,9 @@ def expected(ids):
     return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 with torch.inference_mode():
+    before = expected([1, 2, 3])
+    join_projections(model)
+    assert expected([1, 2, 3]).equal(before)
     prompts = {{row: torch.randint(0, 97, (length,)).tolist() for row, length in enumerate((1, 63, 64, 200))}}
     for row in prompts:
         compiled.set_pages(row, 0, [1 + 4 * row + place for place in (2, 0, 3, 1)])
