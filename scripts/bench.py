@@ -4,6 +4,7 @@
     python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
+    python scripts/bench.py --shape 13b --page                           what 31 gradio_clients and a Chromium cost
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
     parser.add_argument("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
     parser.add_argument("--users", type=_counts, help="how many at once, such as 1,8,32")
+    parser.add_argument("--page", action="store_true", help="measure what the page takes from 32 users, too")
     parser.add_argument("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
     args = parser.parse_args()
@@ -125,6 +127,8 @@ def bench_embedded(args: argparse.Namespace) -> Iterator[Figures]:
     }
     yield crowd.together_and_in_turn(chat, users=8, prompt_tokens=64, answer_tokens=128)
     yield from bench_users(chat, args.users, prompt_tokens=64, answer_tokens=128)
+    if args.page:
+        yield from bench_page(chat)
     ours, plain = perplexity(chat), perplexity(plain_model())
     yield {
         "perplexity text": f"{PERPLEXITY_TOKENS:,} tokens of {PERPLEXITY_TEXT}",
@@ -195,6 +199,14 @@ def bench_users(chat: ChatModel, counts: Sequence[int], **tokens: int) -> Iterat
         figures: Figures = crowd.together(chat, users, **tokens)
         figures["peak memory so far, GB"] = _gpu_gb(torch.cuda.max_memory_reserved)
         yield {f"{_users(users)}, {name}": value for name, value in figures.items()}
+
+
+def bench_page(chat: ChatModel) -> Iterator[Figures]:
+    """32 users of the page against as many who call the engine directly, alternately."""
+    for attempt in (1, 2):
+        yield {f"{name}, run {attempt}": value for name, value in crowd.through_the_page(chat).items()}
+        direct = crowd.together(chat, 32)["tokens/s"]
+        yield {f"engine beside the page, 32 users, tokens/s, run {attempt}": direct}
 
 
 def _users(count: int) -> str:
@@ -299,10 +311,16 @@ def bench_shape(args: argparse.Namespace) -> Iterator[Figures]:
     }
     yield {"compile, s": wait_for_compilation(chat), "mode": chat.mode}
     yield from bench_answers(chat, args.users)
+    if args.page:
+        yield from bench_page(chat)
     yield {
         "peak memory, GB": _gpu_gb(torch.cuda.max_memory_allocated),
         "peak memory with what PyTorch keeps, GB": _gpu_gb(torch.cuda.max_memory_reserved),
     }
+    params = SamplingParams(**crowd.SAMPLING, max_new_tokens=256)
+    yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
+    decode, whole = generate_speeds(chat, 512, params)
+    yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
 
 
 def bench_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:
@@ -313,10 +331,6 @@ def bench_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:
     yield {"prompt 512, time to first token, s": statistics.median(waits)}
     yield crowd.tenth_turn(chat)
     yield crowd.joining(chat)
-    params = SamplingParams(**crowd.SAMPLING, max_new_tokens=256)
-    yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
-    decode, whole = generate_speeds(chat, 512, params)
-    yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
 
 
 def wait_for_compilation(chat: ChatModel) -> float:

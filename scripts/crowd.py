@@ -1,27 +1,39 @@
 """Many readers at once: what bench.py sends at a model, and what its readers see.
 
-together() are users who arrive in the same moment, joining() is a long prompt that comes in among them, tenth_turn()
-a long conversation that goes on, and soak() an afternoon of visitors. Nothing here knows which model it is.
+together() are users who arrive in the same moment, through_the_page() the same through Gradio, joining() is a long
+prompt that comes in among them, tenth_turn() a long conversation that goes on, and soak() an afternoon of visitors.
+Nothing here knows which model it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import multiprocessing
 import pydoc_data.topics
 import random
+import shutil
+import socket
 import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import psutil
 
 import model
 from chat_types import SamplingParams
 from model import ChatModel, StreamedReply
+from settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +43,9 @@ RANDOM = random.Random(0)
 MB = 1_000_000
 
 
+EVERY_REPLY: list[TimedReply] = []  # in order of their submits
+
+
 class TimedReply(StreamedReply):
     """A reply that knows when each token came. Its text would not tell: a character may take several tokens."""
 
@@ -38,6 +53,7 @@ class TimedReply(StreamedReply):
         super().__init__(*args)
         self.submitted = time.perf_counter()
         self.times: list[float] = []
+        EVERY_REPLY.append(self)
 
     def put(self, value: object) -> None:
         self.times.append(time.perf_counter())
@@ -117,6 +133,91 @@ def together_and_in_turn(chat: ChatModel, users: int, prompt_tokens: int, answer
     rows |= {f"{users} users, {name}": statistics.median(shared[name] for shared, _ in rounds) for name in names}
     ratios = [shared["tokens/s"] / speed for (shared, _), speed in zip(rounds, in_turn, strict=True)]
     return rows | {f"{users} users, together / one after another": statistics.median(ratios)}
+
+
+# ---- Users of the page ----
+
+PAGE_PROMPT_WORDS = 300
+PAGE_PROCESSES = 4  # that the clients share, so that they are not what is measured
+
+
+def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256) -> dict[str, object]:
+    """Output tokens over wall time when a Chromium, if there is one, and gradio_clients ask the page together."""
+    from app import create_app
+
+    chromium = shutil.which("chromium")
+    sampling = [f"--{name.replace('_', '-')}={value}" for name, value in SAMPLING.items()]
+    site = create_app(chat, Settings.read([*sampling, f"--max-new-tokens={answer_tokens}"]))
+    firsts = range(bool(chromium), bool(chromium) + PAGE_PROCESSES)
+    context = multiprocessing.get_context("spawn")
+    before = len(EVERY_REPLY)
+    with (
+        _serving(site) as url,
+        context.Manager() as manager,
+        ProcessPoolExecutor(PAGE_PROCESSES + 1, context) as visitors,
+    ):
+        all_are_here = manager.Barrier(PAGE_PROCESSES + bool(chromium))
+        shares = [range(first, users, PAGE_PROCESSES) for first in firsts]
+        visits = [visitors.submit(_ask_the_page, url, share, all_are_here) for share in shares]
+        visits += [visitors.submit(_browse, url, chromium, all_are_here)] if chromium else []
+        for visit in visits:
+            visit.result()
+    replies = EVERY_REPLY[before:]
+    if [len(reply.times) for reply in replies] != [answer_tokens] * users:
+        sys.exit(f"Of {users} users of the page not all have got {answer_tokens} tokens; see the log.")
+    seconds = max(reply.times[-1] for reply in replies) - replies[0].submitted
+    return {
+        "page, a Chromium among its users": bool(chromium),
+        f"page, {users} users, until all have asked, s": replies[-1].submitted - replies[0].submitted,
+        f"page, {users} users, tokens/s": users * answer_tokens / seconds,
+    }
+
+
+@contextlib.contextmanager
+def _serving(site: FastAPI) -> Iterator[str]:
+    import uvicorn
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _question(number: int) -> str:
+    """Some 500 tokens of Llama 2; none begins as another does."""
+    return f"{number} " + " ".join(pydoc_data.topics.topics[TOPICS[number]].split()[:PAGE_PROMPT_WORDS])
+
+
+# These two run in processes of their own: readers take time too, which is not what is measured.
+
+
+def _ask_the_page(url: str, numbers: Sequence[int], all_are_here: threading.Barrier) -> None:
+    from gradio_client import Client
+
+    clients = [Client(url, verbose=False) for _ in numbers]
+    questions = [_question(number) for number in numbers]
+    all_are_here.wait()
+    jobs = [client.submit(question, api_name="/chat") for client, question in zip(clients, questions, strict=True)]
+    for job in jobs:
+        job.result()
+
+
+def _browse(url: str, chromium: str, all_are_here: threading.Barrier) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        page.goto(url)
+        page.get_by_label("Message").fill(_question(0))
+        all_are_here.wait()
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.get_by_role("button", name="Send").wait_for(timeout=600_000)
 
 
 # ---- One user ----
