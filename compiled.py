@@ -304,6 +304,7 @@ def join_projections(model: LlamaForCausalLM) -> None:
                 ):
                     linear.weight = nn.Parameter(part, requires_grad=False)
                 linears[0].register_buffer("joined", joined, persistent=False)
+    torch.cuda.empty_cache()  # else PyTorch would keep the memory in which the single weights were
 
 
 def _packed(parts: list[Part], size: int, padding: int) -> Tensor:

@@ -134,6 +134,7 @@ class Engine:
         self._on_lost = on_lost
         self._device = model.get_input_embeddings().weight.device
         self._on_gpu = self._device.type == "cuda"
+        self._longest_chunk = GPU_CHUNK if self._on_gpu else CPU_CHUNK
         self._shortest_chunk = SHORTEST_GPU_CHUNK if self._on_gpu else SHORTEST_CPU_CHUNK
         self._max_batch = max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
         model.set_attn_implementation(ATTENTION)
@@ -259,7 +260,7 @@ class Engine:
         self._running: list[Request] = []  # in order of arrival
         self._launched: deque[Launched] = deque()
         self._full = False  # memory ran out: nobody comes in before somebody has left
-        self._batch_limit, self._chunk_limit = self._max_batch, GPU_CHUNK if self._on_gpu else CPU_CHUNK
+        self._batch_limit, self._chunk_limit = self._max_batch, self._longest_chunk
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -326,7 +327,9 @@ class Engine:
             if reason == "cancelled" and not self._pages.are_finite(request.pages.pages):
                 self._pages.wipe(self._tree.discard(request.pages))  # it left before its logits told
             self._vacate(request)
+            # What _shrink() took comes back little by little.
             self._batch_limit = min(self._batch_limit + 1, self._max_batch)
+            self._chunk_limit = min(self._chunk_limit * 2, self._longest_chunk)
         self._end(request, reason)
 
     def _vacate(self, request: Request) -> None:

@@ -484,7 +484,9 @@ def speed_up_nf4(model: nn.Module) -> None:
 
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if type(module) is Linear4bit and state.nested and module.bias is None and state.dtype == torch.bfloat16:
+        if type(module) is not Linear4bit or module.bias is not None or not state.nested:
+            continue
+        if (state.quant_type, state.blocksize, state.dtype) == ("nf4", 64, torch.bfloat16):
             buffers = {"packed": module.weight.data, "absmax": state.absmax, "code": state.state2.code}
             buffers |= {"absmax_scale": state.state2.absmax, "offset": state.offset}
             for name, tensor in buffers.items():

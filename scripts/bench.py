@@ -202,11 +202,8 @@ def bench_users(chat: ChatModel, counts: Sequence[int], **tokens: int) -> Iterat
 
 
 def bench_page(chat: ChatModel) -> Iterator[Figures]:
-    """32 users of the page against as many who call the engine directly, alternately."""
     for attempt in (1, 2):
         yield {f"{name}, run {attempt}": value for name, value in crowd.through_the_page(chat).items()}
-        direct = crowd.together(chat, 32)["tokens/s"]
-        yield {f"engine beside the page, 32 users, tokens/s, run {attempt}": direct}
 
 
 def _users(count: int) -> str:

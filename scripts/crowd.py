@@ -91,8 +91,10 @@ async def read(reply: TimedReply) -> None:
 
 def together(chat: ChatModel, users: int, prompt_tokens: int = 512, answer_tokens: int = 256) -> dict[str, float]:
     """Output tokens over wall time from the first submit until the last token is read, and what the users saw."""
-    prompts = [fresh_ids(chat, prompt_tokens) for _ in range(users)]
+    return _together(chat, [fresh_ids(chat, prompt_tokens) for _ in range(users)], answer_tokens)
 
+
+def _together(chat: ChatModel, prompts: list[list[int]], answer_tokens: int) -> dict[str, float]:
     async def all_of_them() -> list[TimedReply]:
         replies = [submit(chat, input_ids, answer_tokens) for input_ids in prompts]
         await asyncio.gather(*map(read, replies))
@@ -102,10 +104,10 @@ def together(chat: ChatModel, users: int, prompt_tokens: int = 512, answer_token
     replies = asyncio.run(all_of_them())
     seconds = time.perf_counter() - started
     if any(len(reply.times) != answer_tokens for reply in replies):
-        sys.exit(f"An answer of {users} users has ended before its {answer_tokens} tokens; see the log.")
+        sys.exit(f"An answer of {len(prompts)} users has ended before its {answer_tokens} tokens; see the log.")
     first_tokens = [reply.timing.time_to_first_token_s for reply in replies]
     return {
-        "tokens/s": users * answer_tokens / seconds,
+        "tokens/s": len(prompts) * answer_tokens / seconds,
         "time to first token, median, s": statistics.median(first_tokens),
         "time to first token, worst, s": max(first_tokens),
         **_gaps([gap for reply in replies for gap in reply.gaps_s()]),
@@ -142,7 +144,8 @@ PAGE_PROCESSES = 4  # that the clients share, so that they are not what is measu
 
 
 def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256) -> dict[str, object]:
-    """Output tokens over wall time when a Chromium, if there is one, and gradio_clients ask the page together."""
+    """A Chromium, if there is one, and gradio_clients, who all ask the page together; then as many users with prompts
+    of the same lengths who call the engine directly."""
     from app import create_app
 
     chromium = shutil.which("chromium")
@@ -166,10 +169,13 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
     if [len(reply.times) for reply in replies] != [answer_tokens] * users:
         sys.exit(f"Of {users} users of the page not all have got {answer_tokens} tokens; see the log.")
     seconds = max(reply.times[-1] for reply in replies) - replies[0].submitted
+    speed = users * answer_tokens / seconds
+    direct = _together(chat, [fresh_ids(chat, reply.request.prompt_tokens) for reply in replies], answer_tokens)
     return {
-        "page, a Chromium among its users": bool(chromium),
-        f"page, {users} users, until all have asked, s": replies[-1].submitted - replies[0].submitted,
-        f"page, {users} users, tokens/s": users * answer_tokens / seconds,
+        "a Chromium among the users of the page": bool(chromium),
+        f"{users} users of the page, until all have asked, s": replies[-1].submitted - replies[0].submitted,
+        f"{users} users of the page, tokens/s": speed,
+        f"{users} users of the page / of the engine": speed / direct["tokens/s"],
     }
 
 
