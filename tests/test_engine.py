@@ -645,6 +645,26 @@ def test_out_of_memory_alone_ends_with_a_sentence(tiny, caplog):
         assert answer(engine, [1, 2, 3])[1].finish_reason == "length"
 
 
+def test_long_prompts_are_read_in_long_chunks_again_once_there_is_memory(tiny, caplog):
+    chunks, most = [], CPU_CHUNK // 2
+
+    def scarce(layer, args):
+        chunks.append(args[0].shape[1])
+        if args[0].shape[1] > most:
+            raise torch.OutOfMemoryError("no more")
+
+    handle = tiny.model.layers[0].register_forward_pre_hook(scarce)
+    try:
+        with running(tiny) as engine:
+            assert answer(engine, [7] * (CPU_CHUNK + 1))[1].finish_reason == "length"
+            most = CPU_CHUNK
+            answer(engine, [8] * (CPU_CHUNK + 1))
+            assert chunks[-1] == 1
+            assert CPU_CHUNK in chunks[chunks.index(most // 2) :]
+    finally:
+        handle.remove()
+
+
 def test_a_loop_that_dies_starts_again_and_its_requests_hear_of_it(tiny, caplog):
     class Deadly(Ids):
         def put(self, value):
