@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -31,9 +31,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, Reply
 from metrics import Metrics, Record
-from model import ChatModel
 from openai_types import MOST_NEW_TOKENS, ApiError, ChatRequest, CompletionRequest, TokenizeRequest
+from remote import RemoteModel
 from settings import Settings
+
+if TYPE_CHECKING:
+    from model import ChatModel
+
+    Chat = ChatModel | RemoteModel
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
 
 
-def health_router(chat: ChatModel) -> APIRouter:
+def health_router(chat: Chat) -> APIRouter:
     """GET /healthz: 200 once the model can answer, else 503 and why. GET /livez: 200 while the process lives."""
     router = APIRouter()
 
@@ -87,7 +92,7 @@ def health_router(chat: ChatModel) -> APIRouter:
     return router
 
 
-def api_router(chat: ChatModel, settings: Settings, clients: Clients, metrics: Metrics) -> APIRouter:
+def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metrics) -> APIRouter:
     """OpenAI's routes, /tokenize and /metrics."""
     door = _door(chat, settings, metrics)
     router = APIRouter(route_class=door)
@@ -136,9 +141,10 @@ def api_router(chat: ChatModel, settings: Settings, clients: Clients, metrics: M
             leaving.enter_context(clients.place(_client(request, settings)))
             try:
                 reply = await submit(lambda: _submit(chat, body, question, settings))
+                async with _listening(reply, request):  # a remote server may take a while to accept it
+                    record.reply = await leaving.enter_async_context(reply)
             except ChatError as error:
                 raise as_api_error(error, body.question) from error
-            record.reply = await leaving.enter_async_context(reply)
             form = _Form(chat.status.model, isinstance(body, ChatRequest))
             if body.stream:
                 events = _events(form, reply, record, body.wants_usage)
@@ -149,7 +155,7 @@ def api_router(chat: ChatModel, settings: Settings, clients: Clients, metrics: M
     return router
 
 
-def _door(chat: ChatModel, settings: Settings, metrics: Metrics) -> type[APIRoute]:
+def _door(chat: Chat, settings: Settings, metrics: Metrics) -> type[APIRoute]:
     """What every route of the API does first and last: ask for the key, and turn whatever is raised into an answer."""
 
     class Door(APIRoute):
@@ -228,7 +234,7 @@ def _check_key(request: Request, settings: Settings) -> None:
         raise ApiError(401, "invalid_api_key", sentence, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _check_ready(chat: ChatModel) -> None:
+def _check_ready(chat: Chat) -> None:
     if chat.state == "loading":
         sentence = "The model is still loading. Please try again in a minute."
         raise ApiError(503, "model_loading", sentence, headers={"Retry-After": str(RETRY_AFTER_S)})
@@ -236,20 +242,20 @@ def _check_ready(chat: ChatModel) -> None:
         raise ModelUnavailable(chat.status.error)
 
 
-def _check_model(chat: ChatModel, name: str | None) -> None:
+def _check_model(chat: Chat, name: str | None) -> None:
     _check_ready(chat)
     if name is not None and name != chat.status.model:
         sentence = f"There is no model {name!r:.100} here; this server has {chat.status.model}."
         raise ApiError(404, "model_not_found", sentence, "model")
 
 
-def _card(chat: ChatModel) -> dict[str, Any]:
+def _card(chat: Chat) -> dict[str, Any]:
     return {
         "id": chat.status.model,
         "object": "model",
         "created": STARTED,
         "owned_by": "llama-2-chat",
-        "max_model_len": chat.context_length,
+        "max_model_len": chat.context_length or None,  # what a remote server does not say
     }
 
 
@@ -297,8 +303,12 @@ async def submit(start: Callable[[], Reply]) -> Reply:
         raise
 
 
-def _submit(chat: ChatModel, body: ChatRequest | CompletionRequest, question: Any, settings: Settings) -> Reply:
+def _submit(chat: Chat, body: ChatRequest | CompletionRequest, question: Any, settings: Settings) -> Reply:
     """The reply, with the length that was asked for or, by default, all that the context window leaves."""
+    if isinstance(chat, RemoteModel) and isinstance(body, ChatRequest):  # its server counts the tokens
+        wanted = body.most_new_tokens
+        params = body.params(settings.sampling, wanted or MOST_NEW_TOKENS)
+        return chat.stream_reply(question, params, trim=body.trim, to_the_end=wanted is None)
     ids, wanted = _encode(chat, question), body.most_new_tokens
     room = chat.context_length - len(ids)
     if isinstance(body, ChatRequest) and body.trim:
@@ -317,7 +327,7 @@ def _submit(chat: ChatModel, body: ChatRequest | CompletionRequest, question: An
     return chat.stream_completion(ids, body.params(settings.sampling, wanted or min(room, MOST_NEW_TOKENS)))
 
 
-def _encode(chat: ChatModel, question: Any) -> list[int]:
+def _encode(chat: Chat, question: Any) -> list[int]:
     """question: messages, a text, or ids."""
     if isinstance(question, str):
         return chat.encode_text(question)
@@ -363,15 +373,23 @@ def _usage(reply: Reply) -> dict[str, Any]:
 
 async def _whole(reply: Reply, request: Request) -> str:
     """The text of the whole answer. It is cancelled when the reader leaves."""
-    gone = asyncio.ensure_future(_disconnected(request))
-    gone.add_done_callback(lambda _: reply.close())
     try:
-        text = "".join([piece async for piece in reply])
-        if reply.finish_reason == "cancelled" and not gone.done():
-            raise _stopped()
-        return text
+        async with _listening(reply, request) as gone:
+            text = "".join([piece async for piece in reply])
+            if reply.finish_reason == "cancelled" and not gone.done():
+                raise _stopped()
+            return text
     except Exception as error:
         raise _failure(error) from error
+
+
+@contextlib.asynccontextmanager
+async def _listening(reply: Reply, request: Request) -> AsyncIterator[asyncio.Future[None]]:
+    """The reply is closed, and the future done, when the reader leaves."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    gone.add_done_callback(lambda done: done.cancelled() or reply.close())
+    try:
+        yield gone
     finally:
         gone.cancel()
 

@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Both libraries read these while they are imported: nothing about a visit is reported to anyone.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -46,14 +46,18 @@ from fastapi.responses import FileResponse
 from api import Clients, address, api_router, as_api_error, guard, health_router, submit
 from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
 from metrics import Metrics, Record
-from model import ChatModel
+from remote import RemoteModel
 from tls import CERTS, announcement, get_certificate, server_context
+
+if TYPE_CHECKING:
+    from model import ChatModel
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 TITLE = "Llama 2 Chat"
 SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
 SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
+LOOK_AGAIN_S = 10
 SIGN_OF_LIFE_S = 0.4  # while there is no text yet; Stop and a closed tab are noticed at once all the same
 
 SYSTEM_PROMPT = "You are a helpful assistant. Answer clearly and briefly, and say so when you are not sure."
@@ -93,7 +97,7 @@ QUIET = {**HIDDEN, "queue": False}
 def main() -> int:
     settings = Settings.read()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for ours in (__name__, "model", "weights", "download", "engine", "tls", "api", "metrics"):
+    for ours in (__name__, "model", "weights", "download", "engine", "remote", "tls", "api", "metrics"):
         logging.getLogger(ours).setLevel(logging.INFO)
     certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
     try:
@@ -103,7 +107,7 @@ def main() -> int:
     except ChatError as error:
         log.error("%s", error)
         return 1
-    chat = ChatModel(settings)
+    chat = RemoteModel(settings) if settings.inference_urls else local_model(settings)
     config = uvicorn.Config(
         create_app(chat, settings, users),
         log_level="warning",
@@ -132,10 +136,16 @@ def main() -> int:
     return 0 if server.started else 1
 
 
+def local_model(settings: Settings) -> ChatModel:
+    from model import ChatModel  # a page whose model is elsewhere needs none of the packages below it
+
+    return ChatModel(settings)
+
+
 class Server(uvicorn.Server):
     """Ends the running answers when it is told to stop; each reaches its page with the words it has."""
 
-    def __init__(self, config: uvicorn.Config, chat: ChatModel) -> None:
+    def __init__(self, config: uvicorn.Config, chat: ChatModel | RemoteModel) -> None:
         super().__init__(config)
         self.chat = chat
 
@@ -146,7 +156,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def create_app(chat: ChatModel, settings: Settings, users: login.Users | None = None) -> FastAPI:
+def create_app(chat: ChatModel | RemoteModel, settings: Settings, users: login.Users | None = None) -> FastAPI:
     """The whole site: the page at /, the API and health beside it. The chat may still be loading."""
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
     guard(app, settings)
@@ -185,7 +195,9 @@ def create_app(chat: ChatModel, settings: Settings, users: login.Users | None = 
     )
 
 
-def build_page(chat: ChatModel, defaults: SamplingParams, clients: Clients, metrics: Metrics) -> gr.Blocks:
+def build_page(
+    chat: ChatModel | RemoteModel, defaults: SamplingParams, clients: Clients, metrics: Metrics
+) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{TITLE}</h1>")
         status = gr.HTML(elem_id="status")
@@ -193,7 +205,7 @@ def build_page(chat: ChatModel, defaults: SamplingParams, clients: Clients, metr
         timer = gr.Timer(1)
         gr.on(
             [page.load, timer.tick],
-            lambda: (status_line(chat.status), gr.Timer(active=chat.state == "loading")),
+            lambda: (status_line(chat.status), _next_look(chat)),
             outputs=[status, timer],
             **QUIET,
         )
@@ -331,7 +343,7 @@ def _wire(interface: gr.ChatInterface, reply: Callable[..., AsyncIterator]) -> N
     chatbot.clear(lambda: ([], []), None, [chatbot, history], js="() => endAnswer()", **QUIET)
 
 
-def make_reply(chat: ChatModel, clients: Clients, metrics: Metrics) -> Callable[..., AsyncIterator]:
+def make_reply(chat: ChatModel | RemoteModel, clients: Clients, metrics: Metrics) -> Callable[..., AsyncIterator]:
     async def reply(
         message: str,
         history: list[dict],
@@ -362,6 +374,8 @@ def make_reply(chat: ChatModel, clients: Clients, metrics: Metrics) -> Callable[
                 yield _turns("", waiting=_progress(chat.status)) if on_page else ""
                 await asyncio.sleep(SIGN_OF_LIFE_S)
             record.question = messages
+            if on_page and isinstance(chat, RemoteModel):  # its server may take a while to accept the question
+                yield _turns("", waiting="Reading …")
             with clients.place(address(request)):
                 async with await submit(lambda: chat.stream_reply(messages, params)) as answer:
                     record.reply = answer
@@ -433,6 +447,13 @@ def _text_of(content: object) -> str:
 # What the page says.
 
 
+def _next_look(chat: ChatModel | RemoteModel) -> gr.Timer:
+    """When the page asks again what it says under its title: a model stays, servers come and go."""
+    if isinstance(chat, RemoteModel) and chat.state != "loading":
+        return gr.Timer(LOOK_AGAIN_S)
+    return gr.Timer(active=chat.state == "loading")
+
+
 def status_line(status: Status) -> str:
     """One small line under the title: what answers here and why, or how far loading is, or what went wrong."""
     if status.state == "failed":
@@ -441,7 +462,8 @@ def status_line(status: Status) -> str:
         words = html.escape(_progress(status))
     else:
         model = f"<strong>{html.escape(status.model)}</strong>"
-        words = f"{model} · {html.escape(status.precision)} on {html.escape(status.device)}. {html.escape(status.why)}"
+        how = f"{status.precision} on {status.device}" if status.precision else f"answered by {status.device}"
+        words = f"{model} · {html.escape(how)}. {html.escape(status.why)}"
     return f'<p role="status" class="{status.state}">{words}</p>'
 
 
@@ -451,6 +473,7 @@ def _progress(status: Status) -> str:
         "download": "Downloading the model",
         "convert": "Preparing the model, once only",
         "load": "Loading the model",
+        "connect": "Asking the model's server",
     }[status.phase]
     if status.total_bytes:
         return f"{doing}: {status.done_bytes / 1e6:,.0f} of {status.total_bytes / 1e6:,.0f} MB"

@@ -158,11 +158,11 @@ class Status:
     """What the model is doing now, in words that the page and /healthz show as they stand."""
 
     state: Literal["loading", "ready", "failed"] = "loading"
-    phase: Literal["choose", "download", "convert", "load"] = "choose"  # while loading
+    phase: Literal["choose", "download", "convert", "load", "connect"] = "choose"  # while loading
     done_bytes: int = 0  # of the download
     total_bytes: int = 0  # 0 while unknown
     model: str = ""  # the Hub id, folder or name of the model
     precision: str = ""  # "bfloat16", "int8", "nf4", ...
-    device: str = ""  # "cpu", "cuda:0", "2 x cuda"
+    device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
     why: str = ""  # why this model in this precision, one or two sentences
     error: str = ""  # when failed: what happened and what to do, one or two sentences

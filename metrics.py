@@ -10,12 +10,16 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from chat_types import Message, Reply
-from model import ChatModel
+from remote import RemoteModel
+
+if TYPE_CHECKING:
+    from model import ChatModel
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ TOKENS_PER_S = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)
 class Metrics:
     """The counters of one server."""
 
-    def __init__(self, chat: ChatModel, log_messages: bool = False) -> None:
+    def __init__(self, chat: ChatModel | RemoteModel, log_messages: bool = False) -> None:
         self.log_messages = log_messages
         self.registry = registry = CollectorRegistry()
         registry.register(_RightNow(chat))
@@ -109,7 +113,7 @@ class Record:
 class _RightNow:
     """What is read when somebody asks, rather than counted."""
 
-    def __init__(self, chat: ChatModel) -> None:
+    def __init__(self, chat: ChatModel | RemoteModel) -> None:
         self._chat = chat
 
     def describe(self) -> list:
@@ -123,6 +127,13 @@ class _RightNow:
             yield GaugeMetricFamily("chat_requests_waiting", "Requests in line", now.waiting)
             yield GaugeMetricFamily("chat_kv_tokens", "Tokens in the KV cache that running requests hold", now.tokens)
             yield GaugeMetricFamily("chat_kv_tokens_in_all", "Tokens that the KV cache has room for", now.tokens_in_all)
+        if isinstance(self._chat, RemoteModel):
+            well = GaugeMetricFamily("chat_server_well", "1 when the model's server can answer", labels=["server"])
+            running = GaugeMetricFamily("chat_server_requests_running", "Of this page's", labels=["server"])
+            for server in self._chat.servers:
+                well.add_metric([server.name], server.well)
+                running.add_metric([server.name], server.running)
+            yield from (well, running)
         used = GaugeMetricFamily("chat_gpu_memory_used_bytes", "Taken, by whomever", labels=["gpu"])
         total = GaugeMetricFamily("chat_gpu_memory_bytes", "In all", labels=["gpu"])
         for index, (used_bytes, total_bytes) in enumerate(self._chat.gpu_memory):

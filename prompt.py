@@ -71,7 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_for
 
     Source of the format: chat_completion() in Meta's Llama 2 reference code.
     """
-    return _writer(tokenizer, chat_format)(*_checked(messages))
+    return _writer(tokenizer, chat_format)(*checked(messages))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -92,7 +92,7 @@ def fit(
     Whole exchanges go, oldest first; the system message and the newest message stay.
     Raises PromptTooLong if those two alone do not fit, else as encode() does.
     """
-    system, turns = _checked(messages)
+    system, turns = checked(messages)
     write = _writer(tokenizer, chat_format)
     room = context_length - max_new_tokens
 
@@ -143,7 +143,7 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str 
             "This model's chat template speaks the Llama 2 format, but its tokenizer gives other ids than Meta's. "
             "Its tokenizer.json is missing or belongs to another model: fetch it from where the model comes from."
         )
-    question, answer = _Turn("user", "Hello", 1), _Turn("assistant", "Hi", 1)
+    question, answer = Turn("user", "Hello", 1), Turn("assistant", "Hi", 1)
     _template_ids(tokenizer, "Be brief.", [question, answer, question])  # fails now rather than at the first message
     return None
 
@@ -159,13 +159,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 # At the door ----------------------------------------------------------------------------------------------------------
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     role: str
     content: str
     messages: int  # of the caller, joined in this turn
 
 
-def _checked(messages: list[Message]) -> tuple[str | None, list[_Turn]]:
+def checked(messages: list[Message]) -> tuple[str | None, list[Turn]]:
     """The system text, if there is one, and turns: user and assistant alternate, user is first and last."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
         raise ChatError("A conversation is a list of messages, each with a role and a content.")
@@ -183,9 +183,9 @@ def _checked(messages: list[Message]) -> tuple[str | None, list[_Turn]]:
                 raise ChatError("Only the first message can be a system message.")
             system = content
         elif turns and turns[-1].role == role:  # an answer stopped before its first word leaves two questions in a row
-            turns[-1] = _Turn(role, f"{turns[-1].content}\n\n{content}", turns[-1].messages + 1)
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}", turns[-1].messages + 1)
         else:
-            turns.append(_Turn(role, content, 1))
+            turns.append(Turn(role, content, 1))
     if not turns or turns[0].role != "user" or turns[-1].role != "user":
         raise ChatError("A conversation starts with a message from the user and ends with one.")
     if not content.strip():
@@ -195,7 +195,7 @@ def _checked(messages: list[Message]) -> tuple[str | None, list[_Turn]]:
 
 def _too_long(T: int, write: _Writer, system: str | None, context_length: int, max_new_tokens: int) -> PromptTooLong:
     """T: tokens of the system text and the newest message alone, with what the format adds."""
-    word = [_Turn("user", "Hello", 1)]
+    word = [Turn("user", "Hello", 1)]
     S = len(write(system, word)) - len(write(None, word)) if system else 0
     came, mend = f"This message is {T:,} tokens", "Shorten it"
     if 2 * S > T:
@@ -217,7 +217,7 @@ class _Piece(NamedTuple):
     typed: bool  # by somebody, rather than written by the template
 
 
-_Writer = Callable[[str | None, list[_Turn]], list[int]]
+_Writer = Callable[[str | None, list[Turn]], list[int]]
 
 
 def _writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> _Writer:
@@ -228,7 +228,7 @@ def _writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> _Wri
     return partial(ids, tokenizer)
 
 
-def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[_Turn]) -> list[int]:
+def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
     """Each exchange alone, between BOS and EOS; after the last question no EOS, for the answer follows."""
     segments = []
     for i in range(0, len(turns), 2):
@@ -255,14 +255,14 @@ _MARK = re.compile(r"<<?/?\|?[^\s<>|\[\]]+\|?>>?|\[/?[^\s<>|\[\]]+\]")
 _PAD = "\u2003"  # a space that no template writes; one that strips contents takes it away
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[_Turn]) -> list[int]:
+def _template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
     """As apply_chat_template gives them, except that control tokens come from the template alone.
 
     The template never sees the contents: it is rendered around placeholders that nobody can guess, which show where
     each content goes and whether it is stripped. A template that refuses or ignores the system role gets the system
     text at the head of the first user message.
     """
-    messages = [*([] if system is None else [_Turn("system", system, 1)]), *turns]
+    messages = [*([] if system is None else [Turn("system", system, 1)]), *turns]
     nonce = secrets.token_hex(16)
     marked = [{"role": m.role, "content": f"{_PAD}{nonce}-{i}-{_PAD}"} for i, m in enumerate(messages)]
     try:

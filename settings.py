@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from chat_types import RANGES, ChatError, SamplingParams
 
@@ -55,6 +56,15 @@ class Settings:
     model_id: str | None = _knob(
         None, "MODEL_ID", "Hub id or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model"
     )
+    inference_url: str = _knob(
+        "",
+        "INFERENCE_URL",
+        "an OpenAI-compatible server that has the model, such as http://gpu-1:8000; several with commas between them",
+    )
+    inference_model: str | None = _knob(
+        None, "INFERENCE_MODEL", "the model's name on those servers; may be left out where a server has only one"
+    )
+    inference_key: str = field(default="", repr=False)  # from the environment only
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
     quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
     cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
@@ -85,6 +95,15 @@ class Settings:
             raise ChatError(f"max batch must be from 1 to 256; it was {self.max_batch}.")
         if not 0 <= self.kv_headroom_gb < float("inf"):
             raise ChatError(f"kv headroom gb must be 0 or more; it was {self.kv_headroom_gb}.")
+        for url in self.inference_urls:
+            if not _is_http(url):
+                raise ChatError(
+                    f"inference url must be like http://gpu-1:8000, or several with commas; it was {url!r}."
+                )
+        if not (self.inference_key.isascii() and self.inference_key.isprintable()):
+            raise ChatError(
+                "INFERENCE_KEY holds characters that no HTTP header can; only ASCII letters and signs can be in it."
+            )
         if self.client_limit < 0:
             raise ChatError(f"client limit must be 0 or more; it was {self.client_limit}.")
         if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
@@ -103,12 +122,17 @@ class Settings:
         """Whether only this machine is served."""
         return self.host == "localhost" or (_is_network(self.host) and ipaddress.ip_network(self.host).is_loopback)
 
+    @property
+    def inference_urls(self) -> tuple[str, ...]:
+        """The servers that have the model; none if it is loaded here."""
+        return tuple(filter(None, map(str.strip, self.inference_url.split(","))))
+
     @classmethod
     def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
         """The settings of this process. Ends the program with a sentence and exit code 2 if one makes no sense."""
         parser = argparse.ArgumentParser(
             description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
-            "API_KEY (several with commas between them), KEY_PASSWORD."
+            "API_KEY (several with commas between them), INFERENCE_KEY, KEY_PASSWORD."
         )
         for knob in fields(cls):
             if knob.metadata:
@@ -134,6 +158,7 @@ class Settings:
             ):  # a shell leaves the ~ of --flag=~/folder as it is
                 values[name] = values[name] and values[name].expanduser()
             values["api_keys"] = tuple(key for key in map(str.strip, environ.get("API_KEY", "").split(",")) if key)
+            values["inference_key"] = environ.get("INFERENCE_KEY", "").strip()
             values["key_password"] = environ.get("KEY_PASSWORD") or None
             values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
             values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)
@@ -181,6 +206,14 @@ def _space(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _has_storage(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("SPACE_ID")) and PERSISTENT.is_dir() and os.access(PERSISTENT, os.W_OK)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _is_network(text: str) -> bool:

@@ -4,6 +4,7 @@ import http.server
 import os
 import re
 import threading
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import httpx
@@ -11,11 +12,13 @@ import pytest
 from conftest import busy, serving
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from odd_server import HEAD, OddServer, event, reset, silence, status
 from playwright.sync_api import Page, expect, sync_playwright
 
 from app import META_SYSTEM_PROMPT, SYSTEM_PROMPT, plain_messages, status_line
 from chat_types import Busy, ChatError, SamplingParams, Status, Timing, Usage
 from model import ChatModel
+from remote import CUT, NOT_WHOLE, OWN_TEMPLATE, RemoteModel
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # Gradio 6.31 uses what pandas 3 is about to drop.
@@ -400,6 +403,32 @@ def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_quest
         send(page, SHORT)
         expect(answers(page).last).to_contain_text("The licence of Llama 2 is not accepted yet.")
         expect_unlocked(page)
+
+
+def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(browser, settings):
+    with ExitStack() as leaving:
+        odd = leaving.enter_context(closing(OddServer()))
+        remote = RemoteModel(replace(settings, inference_url=odd.url)).load()
+        leaving.callback(remote.close)
+        address = leaving.enter_context(serving(remote, settings))
+        page = leaving.enter_context(browser.new_page())
+        page.goto(address)
+        expect(page.locator("#status")).to_contain_text(f"odd · answered by {odd.url[7:]}. {OWN_TEMPLATE}")
+        ask(page)
+        expect(answers(page).last).to_have_text("Hello!")
+        odd.answer = [HEAD, event("Once upon"), 0.2, reset]
+        ask(page)
+        expect(answers(page).nth(-2)).to_have_text("Once upon")
+        expect(answers(page).last).to_have_text(f"{CUT} {NOT_WHOLE}")
+        odd.answer = status(400, {"error": {"message": "maximum context length is 4096 tokens", "code": 400}})
+        send(page, "far too long")
+        expect(answers(page)).to_have_count(3)
+        expect(box(page)).to_have_value("far too long")  # nothing typed is lost
+        odd.answer = [HEAD, silence]
+        box(page).press("Enter")
+        expect(answers(page).last).to_contain_text("Reading …")
+        stop(page)
+        assert not remote.servers[0].running
 
 
 def pasted(page: Page) -> str:

@@ -134,3 +134,24 @@ def test_api_keys_come_from_the_environment_and_are_never_printed():
 def test_requests_may_be_of_any_size_only_where_nobody_else_can_send_them(host, limit):
     assert Settings.read(["--host", host], {}).body_limit_mb == limit
     assert Settings.read(["--host", host, "--body-limit-mb", "2"], {}).body_limit_mb == 2
+
+
+def test_servers_that_have_the_model_are_listed_with_commas_and_their_key_is_never_shown():
+    told = Settings.read([], {"INFERENCE_URL": " http://a:8000 ,https://b/v1,", "INFERENCE_KEY": " secret\n"})
+    assert told.inference_urls == ("http://a:8000", "https://b/v1")
+    assert told.inference_key == "secret"
+    assert "secret" not in repr(told)
+    assert Settings.read([], {}).inference_urls == ()
+
+
+@pytest.mark.parametrize("url", ["gpu-1:8000", "ftp://gpu-1", "http://", "http://gpu-1:99999", "http://a,b"])
+def test_an_address_that_is_none_is_refused(url, capsys):
+    with pytest.raises(SystemExit):
+        Settings.read([], {"INFERENCE_URL": url})
+    assert "inference url must be like" in capsys.readouterr().err
+
+
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(capsys):
+    with pytest.raises(SystemExit):
+        Settings.read([], {"INFERENCE_KEY": "zwölf"})
+    assert "zwölf" not in capsys.readouterr().err
