@@ -23,7 +23,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from settings import Settings
 
 if TYPE_CHECKING:
     from download import Files
+    from remote import RemoteModel
     from weights import Plan
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -70,14 +71,14 @@ def main(settings: Settings) -> int:
             print(json.dumps([asdict(finding) for finding in findings], indent=1), flush=True)
     except BrokenPipeError:  # the reader has what it wanted, as `| head` has; Python would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(len(findings) < len(PROBES) or any(finding.ok is False for finding in findings))
+    return int(len(findings) < len(_probes(settings)) or any(finding.ok is False for finding in findings))
 
 
 def run(settings: Settings, names: Iterable[str] | None = None) -> Iterator[Finding]:
-    """The findings of these probes, by default of all, one after another, each within its time limit."""
+    """The findings of these probes, by default of all that apply, one after another, each within its time limit."""
     unwell: set[str] = set()
     with contextlib.closing(_Worker(settings)) as worker:
-        for name in names or PROBES:
+        for name in names or _probes(settings):
             started, needs = time.monotonic(), PROBES[name].needs
             if needs in unwell:
                 finding = Finding(name, None, f"not looked at before {needs} is well")
@@ -86,6 +87,10 @@ def run(settings: Settings, names: Iterable[str] | None = None) -> Iterator[Find
             if needs in unwell or finding.ok is False:
                 unwell.add(name)
             yield replace(finding, seconds=round(time.monotonic() - started, 2))
+
+
+def _probes(settings: Settings) -> list[str]:
+    return [name for name in PROBES if name not in (HERE if settings.inference_urls else ELSEWHERE)]
 
 
 def look(name: str, start: Start) -> Finding:
@@ -215,6 +220,13 @@ class Start:
         if plan.embedded and not download.embedded_is_here(plan.cache_dir):
             return plan
         return weights.fetch(plan, lambda *_: None)
+
+    @cached_property
+    def model(self) -> RemoteModel:
+        """Whose servers have each been asked for a token."""
+        import remote
+
+        return remote.RemoteModel(self.settings).look()
 
     @cached_property
     def files(self) -> list[tuple[Files, str]]:
@@ -395,6 +407,34 @@ def disk(start: Start) -> str:
     return f"{needed / 1e9:,.1f} GB still to be written, {free}" if needed else f"nothing to download, {free}"
 
 
+def server(start: Start) -> str:
+    import remote
+
+    _raise_first(start, remote.CONNECTION_FAULTS)
+    return f"{', '.join(server.name for server in start.model.servers)} can be reached"
+
+
+def key(start: Start) -> str:
+    import remote
+
+    _raise_first(start, (remote.WRONG_KEY,))
+    return "accepted" if start.settings.inference_key else "none is set, and none is asked for"
+
+
+def answer(start: Start) -> str:
+    _raise_first(start)
+    model = start.model
+    length = f" of {model.context_length:,} tokens" if model.context_length else ""
+    return f"{model.status.model}{length} answers. {model.status.why}"
+
+
+def _raise_first(start: Start, kind: Container[str] | None = None) -> None:
+    """The first fault of this kind, or of any, that one of the model's servers has."""
+    for server in start.model.servers:
+        if server.fault and (kind is None or server.fault in kind):
+            raise ChatError(f"{server.name}: {server.fault}")
+
+
 def listen(settings: Settings) -> socket.socket:
     """The socket that the page is served on. Raises ChatError if this address cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -445,9 +485,14 @@ PROBES = {
     "GPU memory": _Probe(gpu_memory, 60, "model", DRIVER),
     "bitsandbytes": _Probe(bitsandbytes, 60, "GPU", "Reinstall bitsandbytes, or set QUANTIZATION=none."),
     "disk": _Probe(disk, 60, "model"),
+    "server": _Probe(server, 150, if_late=NETWORK),
+    "key": _Probe(key, 15, "server"),
+    "answer": _Probe(answer, 15, "key"),
     "port": _Probe(port, 15),
     "certificate": _Probe(certificate, 30),
 }
+HERE = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "disk")  # for a model that is loaded by the start
+ELSEWHERE = ("server", "key", "answer")  # for one that INFERENCE_URL names
 
 if __name__ == "__main__":
     _answer()

@@ -11,12 +11,14 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
+from odd_server import OddServer, reset, status
 from small_model import save_model
 from small_tokenizer import llama_shaped
 from transformers import LlamaConfig
@@ -87,7 +89,7 @@ def fake(tmp_path, monkeypatch):
 def test_where_the_small_model_runs_all_is_well(settings):
     done = start_check("--json")
     findings = json.loads(done.stdout)
-    assert [finding["name"] for finding in findings] == list(check.PROBES)
+    assert [finding["name"] for finding in findings] == [name for name in check.PROBES if name not in check.ELSEWHERE]
     assert [finding for finding in findings if finding["ok"] is False] == []
     assert all(set(finding) == {"name", "ok", "detail", "next_step", "seconds"} for finding in findings)
     assert (done.returncode, done.stderr) == (0, "")
@@ -558,3 +560,49 @@ def test_the_flags_of_the_start_are_the_flags_of_the_check(tmp_path, fake):
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert findings["port"]["detail"].startswith("0.0.0.0 port ")
     assert f"{tmp_path}/none.crt cannot be read" in findings["certificate"]["detail"]
+
+
+# ---- A model that is elsewhere ----
+
+
+@pytest.fixture
+def odd():
+    server = OddServer()
+    yield server
+    server.close()
+
+
+def elsewhere(server, settings, **more):
+    """The findings about a model's server."""
+    told = replace(settings, inference_url=server.url, **more)
+    return {finding.name: finding for finding in check.run(told, check.ELSEWHERE)}
+
+
+def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(odd, settings):
+    done = start_check("--json", INFERENCE_URL=odd.url, PORT="0")
+    findings = json.loads(done.stdout)
+    assert [finding["name"] for finding in findings] == [name for name in check.PROBES if name not in check.HERE]
+    assert done.returncode == 0
+    assert (odd.probed, odd.asked) == (1, [])
+    found = elsewhere(odd, settings, inference_key="ours")
+    assert found["key"].detail == "accepted"
+    assert found["answer"].detail.startswith("odd of 4,096 tokens answers")
+
+
+@pytest.mark.parametrize(
+    ("probe", "name", "step"),
+    [
+        ([reset], "server", ""),
+        (status(401, {}), "key", "The right one belongs in INFERENCE_KEY."),
+        (status(404, {}), "answer", "INFERENCE_MODEL and INFERENCE_URL say where to look."),
+    ],
+    ids=["not reached", "wrong key", "no such model"],
+)
+def test_what_is_wrong_with_a_models_server_is_told_apart(odd, settings, probe, name, step):
+    odd.probe = probe
+    found = elsewhere(odd, settings)
+    assert [one for one in check.ELSEWHERE if found[one].ok is False] == [name]
+    assert odd.url[7:] in found[name].detail
+    assert found[name].next_step == step
+    later = check.ELSEWHERE[check.ELSEWHERE.index(name) + 1 :]
+    assert all("not looked at before" in found[one].detail for one in later)
