@@ -5,6 +5,7 @@
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
     python scripts/bench.py --shape 13b --page                           what 31 gradio_clients and a Chromium cost
+    python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
@@ -41,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noq
 
 from chat_types import SamplingParams  # noqa: E402
 from model import ChatModel  # noqa: E402
+from remote import RemoteModel  # noqa: E402
 from settings import Settings  # noqa: E402
 
 if TYPE_CHECKING:
@@ -80,10 +82,12 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="measure what the page takes from 32 users, too")
     parser.add_argument("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
+    parser.add_argument("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
-    args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape else ())
+    args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape or args.url else ())
+    bench = bench_soak if args.soak else bench_shape if args.shape else bench_url if args.url else bench_embedded
     rows: dict[str, object] = {}
-    for part in bench_soak(args) if args.soak else bench_shape(args) if args.shape else bench_embedded(args):
+    for part in bench(args):
         rows |= part
         for name, value in part.items():
             print(f"{name:<62}  {value:.3g}" if isinstance(value, float) else f"{name:<62}  {value}", flush=True)
@@ -107,6 +111,20 @@ def load(argv: Sequence[str | Path]) -> ChatModel:
 
 def bench_soak(args: argparse.Namespace) -> Iterator[Figures]:
     yield crowd.soak(load([]), args.soak)
+
+
+def bench_url(args: argparse.Namespace) -> Iterator[Figures]:
+    """What users of a server see who reach it over HTTP."""
+    server = RemoteModel(Settings.read(["--inference-url", args.url])).load()
+    atexit.register(server.close)
+    if server.state != "ready":
+        sys.exit(server.status.error)
+    yield {"server": server.status.device, "model": server.status.model}
+    words = crowd.words_of(server, prompt_tokens=512)
+    crowd.together_over_http(server, max(args.users), words, answer_tokens=8)  # warms up
+    for users in args.users:
+        figures = crowd.together_over_http(server, users, words)
+        yield {f"{_users(users)}, {name}": value for name, value in figures.items()}
 
 
 def bench_embedded(args: argparse.Namespace) -> Iterator[Figures]:

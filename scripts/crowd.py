@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 import model
-from chat_types import SamplingParams
+from chat_types import Message, SamplingParams
 from model import ChatModel, StreamedReply
+from remote import RemoteModel, RemoteReply
 from settings import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.0}
 FIRST_IDS = itertools.count(1000)  # the first id of each prompt: no two begin alike, or one would find the other's KV
 RANDOM = random.Random(0)
+WORDS = sorted(set(pydoc_data.topics.topics["assignment"].split()))
 MB = 1_000_000
 
 
@@ -117,6 +119,54 @@ def _together(chat: ChatModel, prompts: list[list[int]], answer_tokens: int) -> 
 def _gaps(gaps_s: list[float]) -> dict[str, float]:
     ordered = sorted(gaps_s)
     return {"longest gap, ms": 1000 * ordered[-1], "p99 gap, ms": 1000 * ordered[int(0.99 * (len(ordered) - 1))]}
+
+
+# ---- The same, of a server that counts its tokens itself ----
+
+
+def together_over_http(server: RemoteModel, users: int, words: int, answer_tokens: int = 256) -> dict[str, float]:
+    """As together(), by the usage that the server reports. Gaps are between pieces of text, which may hold tokens."""
+    params = SamplingParams(**SAMPLING, max_new_tokens=answer_tokens)
+
+    async def ask() -> tuple[RemoteReply, list[float]]:
+        async with server.stream_reply(_fresh_question(words), params) as reply:
+            times = [time.perf_counter() async for _ in reply]
+        return reply, times
+
+    async def all_of_them() -> list[tuple[RemoteReply, list[float]]]:
+        return await asyncio.gather(*(ask() for _ in range(users)))
+
+    started = time.perf_counter()
+    answers = asyncio.run(all_of_them())
+    seconds = time.perf_counter() - started
+    tokens = [reply.usage.completion_tokens for reply, _ in answers]
+    first_tokens = [reply.timing.time_to_first_token_s or seconds for reply, _ in answers]
+    return {
+        "tokens/s": sum(tokens) / seconds,
+        "time to first token, median, s": statistics.median(first_tokens),
+        "time to first token, worst, s": max(first_tokens),
+        **_gaps([after - before for _, times in answers for before, after in itertools.pairwise(times)] or [0.0]),
+        "prompt, tokens": statistics.median(reply.usage.prompt_tokens for reply, _ in answers),
+        "answer, tokens, median": statistics.median(tokens),  # fewer than asked for, where the model has said its piece
+    }
+
+
+def words_of(server: RemoteModel, prompt_tokens: int) -> int:
+    """How many words make a prompt of about so many tokens."""
+
+    def tokens(words: int) -> int:
+        with server.stream_reply(_fresh_question(words), SamplingParams(max_new_tokens=1)) as reply:
+            list(reply)
+        return reply.usage.prompt_tokens or sys.exit("This server reports no usage, so nothing can be measured.")
+
+    few, many = tokens(50), tokens(150)
+    return max(1, round(50 + 100 * (prompt_tokens - few) / max(many - few, 1)))
+
+
+def _fresh_question(words: int) -> list[Message]:
+    text = " ".join(RANDOM.choice(WORDS) for _ in range(words))
+    question = f"{next(FIRST_IDS)} {text}\n\nWrite a very long story in which all of these words occur."
+    return [{"role": "user", "content": question}]
 
 
 def together_and_in_turn(chat: ChatModel, users: int, prompt_tokens: int, answer_tokens: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import serving
 from small_model import save_tokenizer
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench.py"
@@ -57,3 +58,13 @@ def test_readers_who_come_and_go_get_no_error_and_leave_nothing_behind(chat):
     assert figures["still in the engine"] == 0
     assert figures["answers"] > 0
     assert figures["left in the middle"] > 0
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_over_http_in_the_same_rows(chat, settings):
+    with serving(chat, settings) as address:
+        figures = bench("--url", address, "--users", "1,3")
+    for users in ("1 user", "3 users"):
+        for figure in ("tokens/s", "time to first token, worst, s", "longest gap, ms", "p99 gap, ms"):
+            assert figures[f"{users}, {figure}"] > 0
+        assert 400 < figures[f"{users}, prompt, tokens"] < 650
