@@ -29,7 +29,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, Reply
+from chat_types import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong, Reply
 from metrics import Metrics, Record
 from openai_types import MOST_NEW_TOKENS, ApiError, ChatRequest, CompletionRequest, TokenizeRequest
 from remote import RemoteModel
@@ -195,6 +195,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(400, "context_length_exceeded", str(error), param)
         case Busy():
             return ApiError(429, "rate_limit_exceeded", str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+        case BadGrammar():
+            return ApiError(400, "invalid_value", str(error), "response_format")
         case ModelUnavailable():
             return ApiError(503, "model_unavailable", str(error))
         case ChatError():

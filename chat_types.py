@@ -5,6 +5,7 @@ Only the standard library is used here, so anything may import it. No behaviour 
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypedDict
@@ -35,6 +36,10 @@ class Busy(ChatError):
     """The line of waiting requests is full."""
 
 
+class BadGrammar(ChatError):
+    """Answers cannot be held to this grammar."""
+
+
 # Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.
 RANGES: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, 4096),
@@ -49,6 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
 OPEN_BELOW = {"top_p"}
 WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
 MAX_STOP_STRINGS = 8
+MAX_GRAMMAR_CHARACTERS = 2**15
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
     seed: int | None = None  # the same seed and conversation give the same answer
     stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
-    grammar: str | None = None  # reserved: a grammar that the answer must follow
+    grammar: str | None = None  # a JSON schema; the answer is JSON that follows it
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,7 +87,7 @@ class SamplingParams:
             raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
         object.__setattr__(self, "stop", tuple(stop))
         if self.grammar is not None:
-            raise ChatError("grammar is not available yet; leave it out.")
+            _check_grammar(self.grammar)
 
 
 def _checked(name: str, value: object) -> int | float:
@@ -97,6 +103,18 @@ def _checked(name: str, value: object) -> int | float:
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
     upper = "2^63 - 1" if name == "seed" else f"{high:g}"
     raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
+
+
+def _check_grammar(grammar: object) -> None:
+    """That it looks like a JSON schema; whether answers can be held to it is for the model to say."""
+    if isinstance(grammar, str) and len(grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise BadGrammar(f"A JSON schema may have {MAX_GRAMMAR_CHARACTERS:,} characters; this has {len(grammar):,}.")
+    try:
+        is_schema = isinstance(grammar, str) and isinstance(json.loads(grammar), dict)
+    except (ValueError, RecursionError):
+        is_schema = False
+    if not is_schema:
+        raise BadGrammar("grammar must be a JSON schema, as text that holds a JSON object.")
 
 
 def _short(value: object) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from chat_types import RANGES, Busy, ChatError, FinishReason, ModelUnavailable, SamplingParams
 from compiled import CompiledModel, Part, decode_kernel, join_projections
 from kv_cache import ATTENTION, PAGE_TOKENS, DecodeStep, Pages, PageTree, PrefillStep, SharedPages
-from sampler import NARROW, Rows, draws, is_narrow
+from sampler import NARROW, Rows, draws, is_narrow, restrict
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,30 @@ class Streamer(Protocol):
     def end(self) -> None: ...  # always called, once, whatever happened; the request then says why
 
 
+class Grammar(Protocol):
+    """Which ids may come next in one answer. Used by the engine's thread alone; raises ChatError when it gives up."""
+
+    @property
+    def complete(self) -> bool: ...  # nothing may follow but the end
+
+    def allow(self, mask: Tensor) -> None: ...  # writes a bit for each id to int32 [words] on the CPU, lowest first
+    def advance(self, token: int) -> None: ...
+
+
 class Request:
     """One prompt on its way through the engine. Everything that belongs to it is born and dies with it."""
 
-    def __init__(self, engine: Engine, input_ids: list[int], params: SamplingParams, streamer: Streamer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        input_ids: list[int],
+        params: SamplingParams,
+        streamer: Streamer,
+        grammar: Grammar | None = None,
+    ) -> None:
         self.params = params
         self.streamer = streamer
+        self.grammar = grammar  # as far as ids have been handed out
         self.cached_tokens = 0  # of the prompt, found in the KV cache
         self.finish_reason: FinishReason | None = None
         self.error: ChatError | None = None  # what to tell the visitor when finish_reason is "error"
@@ -182,8 +200,12 @@ class Engine:
         """How a step runs, in words: "eager", or what has been compiled so far."""
         return self._compiled.progress if self._compiled else "eager"
 
-    def submit(self, input_ids: list[int], params: SamplingParams, streamer: Streamer) -> Request:
+    def submit(
+        self, input_ids: list[int], params: SamplingParams, streamer: Streamer, grammar: Grammar | None = None
+    ) -> Request:
         """The request, placed last in line. Its ids go to the streamer, then streamer.end() is called.
+
+        grammar: what the ids of the answer must follow; made for params.grammar, and for this request alone.
 
         Raises Busy when the line is full, ModelUnavailable after close(), ChatError for ids the model does not know
         or that its memory cannot hold.
@@ -195,7 +217,7 @@ class Engine:
                 f"This prompt is {len(input_ids):,} tokens and there is room for {self.context_length - 1:,}. "
                 "Shorten it, or start a new chat."
             )
-        request = Request(self, input_ids, params, streamer)
+        request = Request(self, input_ids, params, streamer, grammar)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
@@ -389,6 +411,7 @@ class Engine:
             request.sampled = request.answered
         if complete:
             rows = torch.tensor([request.row for request in complete], device=self._device)
+            self._restrict(complete, logits)
             self._launch(complete, self._sample(complete, logits, rows))
             self._deliver_all()
         elif self._on_gpu:
@@ -449,12 +472,15 @@ class Engine:
             graph = self._compiled.decode(rows) if self._compiled else None
             if graph is None:
                 on_device = torch.tensor(rows, device=self._device)
-                tokens = self._sample(requests, self._decode_eagerly(requests, on_device), on_device)
-            elif all(is_narrow(request.params) for request in requests):
+                logits = self._decode_eagerly(requests, on_device)
+            else:
+                on_device, logits = graph.inputs[: len(rows)], graph.logits[: len(rows)]
+            self._restrict(requests, logits)
+            if graph is not None and all(is_narrow(request.params) for request in requests):
                 graph.sample.replay()
                 tokens = graph.tokens[: len(rows)]
             else:
-                tokens = self._sample(requests, graph.logits[: len(rows)], graph.inputs[: len(rows)])
+                tokens = self._sample(requests, logits, on_device)
             for request in requests:
                 request.computed += 1
             self._launch(requests, tokens)
@@ -482,6 +508,23 @@ class Engine:
         step = DecodeStep(self._pages.layers, lengths, tables.to(self._device), self._kernel)
         everyone = torch.arange(len(requests), device=self._device)
         return self._eager(self._rows.tokens[rows], step.positions, step, everyone)
+
+    def _restrict(self, requests: list[Request], logits: Tensor) -> None:
+        """Leave to each answer with a grammar, in logits [N, V], only the ids that may come next."""
+        bound = [(index, request) for index, request in enumerate(requests) if request.grammar is not None]
+        if not bound:
+            return
+        # The id before this one may be on its way. A GPU computes the logits while this waits, so it loses little.
+        self._deliver_all()
+        masks = torch.zeros(len(bound), -(-self._vocab_size // 32), dtype=torch.int32, pin_memory=self._on_gpu)
+        for mask, (_, request) in zip(masks, bound, strict=True):
+            if request.row < 0:
+                continue  # it has ended with what was delivered
+            try:
+                request.grammar.allow(mask)
+            except ChatError as error:
+                self._fail(request, str(error))
+        restrict(logits[:, : self._vocab_size], [index for index, _ in bound], masks)
 
     def _sample(self, requests: list[Request], logits: Tensor, rows: Tensor) -> Tensor:
         """The next token of each request, int64 [N]. Who shares a step changes nobody's way of being sorted."""
@@ -529,11 +572,17 @@ class Engine:
         request.ids.append(token)
         try:
             request.streamer.put(torch.tensor([token]))
+            if request.grammar is not None:
+                request.grammar.advance(token)
+        except ChatError as error:
+            self._fail(request, str(error))
         except Exception:
             log.exception("A reader failed")
             self._fail(request, FAILED)
         else:
-            if request.answered == request.limit:
+            if request.grammar is not None and request.grammar.complete:
+                self._leave(request, "stop")
+            elif request.answered == request.limit:
                 self._leave(request, "length")
 
     # ---- What goes wrong ----

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from engine import Engine, Occupancy, Request
+    from grammar import Grammars
     from weights import Loaded
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class ChatModel:
         self.context_length = 0  # tokens, prompt and answer together; 4,096 for Llama 2
         self.chat_format: str | None = None  # as prompt.encode takes it
         self._engine: Engine | None = None
+        self._grammars: Grammars | None = None
         self._closing = threading.Event()
 
     @property
@@ -112,6 +114,7 @@ class ChatModel:
     def serve(self, tokenizer: PreTrainedTokenizerBase, loaded: Loaded) -> ChatModel:
         """Be ready with a model that is already in memory; loading ends here, scripts may start here."""
         from engine import Engine
+        from grammar import Grammars
 
         config, generation = loaded.model.config.get_text_config(decoder=True), loaded.model.generation_config
         ends = generation.eos_token_id if generation is not None else None
@@ -131,6 +134,7 @@ class ChatModel:
             on_lost=self._lost,
         )
         self.context_length = engine.context_length
+        self._grammars = Grammars(tokenizer, loaded.model.get_input_embeddings().num_embeddings, stop_ids)
         self._engine = engine
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             self._engine.close()
@@ -145,7 +149,8 @@ class ChatModel:
         """The answer to a conversation, on its way.
 
         trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
-        Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages.
+        Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
+        BadGrammar for a JSON schema that answers cannot be held to.
         """
         self._check_ready()
         fitted = prompt.fit(self.tokenizer, messages, self.context_length, params.max_new_tokens, self.chat_format)
@@ -177,7 +182,8 @@ class ChatModel:
 
     def _submit(self, input_ids: list[int], params: SamplingParams, dropped_messages: int) -> StreamedReply:
         reply = StreamedReply(self.tokenizer, params.stop, Usage(len(input_ids), dropped_messages=dropped_messages))
-        reply.request = self._engine.submit(input_ids, params, streamer=reply)
+        grammar = None if params.grammar is None else self._grammars.grammar(params.grammar)
+        reply.request = self._engine.submit(input_ids, params, reply, grammar)
         return reply
 
     def _check_ready(self) -> None:

@@ -6,11 +6,12 @@ refused otherwise: a program that asks for something must not be given something
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from chat_types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
 
@@ -27,13 +28,11 @@ WITHOUT_EFFECT: dict[str, tuple] = {
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
 }
 WHY_NOT = {
     "n": "n must be 1. Send the request once for each answer instead.",
     "best_of": "best_of must be 1.",
     "logprobs": "logprobs are not available. Leave them out.",
-    "response_format": "response_format is not available yet. Leave it out, and ask for JSON in the message.",
     "tools": "Tools are not available. Leave them out.",
 }
 
@@ -106,6 +105,31 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """Its name and description are for the model, which sees neither here; strict or not, answers follow it."""
+
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_there(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        if value is None and info.data.get("type") == "json_schema":
+            raise ValueError("it is missing")
+        return value
+
+    @property
+    def grammar(self) -> str | None:
+        """As SamplingParams takes it."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.definition)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     question: ClassVar[str]  # the field that holds it
@@ -120,6 +144,7 @@ class _Request(BaseModel):
     frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
     seed: Annotated[int, _in_range("seed")] | None = None
     stop: Stop = []
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -136,6 +161,8 @@ class _Request(BaseModel):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
+        if self.response_format is not None:
+            given["grammar"] = self.response_format.grammar
         return replace(defaults, max_new_tokens=max_new_tokens, stop=tuple(self.stop), **given)
 
     def refuse_what_would_be_missed(self) -> None:

@@ -28,6 +28,15 @@ def draws(params: SamplingParams) -> Tensor:
     return torch.rand(params.max_new_tokens, generator=generator)
 
 
+def restrict(logits: Tensor, rows: list[int], masks: Tensor) -> None:
+    """In these rows of logits [N, V] leave only the ids whose bit is set in masks, int32 [n, V / 32] on the CPU."""
+    masks = masks.to(logits.device, non_blocking=True)
+    allowed = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
+    at = torch.tensor(rows, device=logits.device)
+    logits[at] = torch.where(allowed, logits[at], -torch.inf)
+
+
 class Rows:
     """The state of up to `count` requests. One more row takes what padding computes, and is never read."""
 
@@ -76,7 +85,9 @@ class Rows:
         # Below 1e-6 the division would overflow float32, and the likeliest token takes everything anyway.
         probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6)[:, None], dim=-1)
         cumulative = probs.cumsum(dim=-1)
-        last = (cumulative - probs < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+        # Never what is ruled out: where so little is left, sums that round differently would tell.
+        candidates = (cumulative - probs < top_p[:, None]) & (probs > 0)
+        last = candidates.sum(dim=-1, keepdim=True).clamp(min=1) - 1
         threshold = self._draws[rows, self._answered[rows]][:, None] * cumulative.gather(1, last)
         chosen = torch.minimum((cumulative <= threshold).sum(dim=-1, keepdim=True), last)
         chosen = torch.where(temperature[:, None] == 0, 0, chosen)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from chat_types import ChatError, SamplingParams
+from chat_types import BadGrammar, ChatError, SamplingParams
 
 
 def test_the_defaults_are_the_ones_the_page_starts_with():
@@ -57,6 +57,10 @@ def test_stop_takes_one_string_or_up_to_eight():
             SamplingParams(stop=stop)
 
 
-def test_a_grammar_is_refused_until_there_is_one():
-    with pytest.raises(ChatError, match="grammar"):
-        SamplingParams(grammar="root ::= [0-9]+")
+@pytest.mark.parametrize(
+    "grammar", ["root ::= [0-9]+", "[]", "3", "", {}, 3, "[" * 20_000, '{"a": "%s"}' % ("x" * 2**15)]
+)
+def test_a_grammar_is_a_json_schema_of_some_size(grammar):
+    assert SamplingParams(grammar='{"type": "object"}').grammar == '{"type": "object"}'
+    with pytest.raises(BadGrammar, match="JSON"):
+        SamplingParams(grammar=grammar)

@@ -1,5 +1,6 @@
 """What the engine promises: the ids that generate gives, alone and in company, and everyone's troubles their own."""
 
+import itertools
 import queue
 import threading
 import time
@@ -765,3 +766,111 @@ def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny, error
         assert [streamer.rest() for _, streamer in started] == expected
     assert len(calls) > step
     assert not astray
+
+
+# ---- Grammars ----
+
+
+class Stairs:
+    """After an id only the next one and the one after it, until an answer has `steps` of them."""
+
+    def __init__(self, first, steps=10**6, breaks_at=None):
+        self.last, self.left, self.breaks_at = first, steps, breaks_at
+
+    @property
+    def complete(self):
+        return not self.left
+
+    def allow(self, mask):
+        if self.last == self.breaks_at:
+            raise ChatError("Too many stairs.")
+        bits = torch.zeros(128, dtype=torch.int64)
+        bits[[(self.last + 1) % 97, (self.last + 2) % 97]] = 1
+        mask.copy_((bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32))
+
+    def advance(self, token):
+        assert (token - self.last) % 97 in (1, 2)
+        self.last, self.left = token, self.left - 1
+
+
+def start_on_stairs(engine, first, params, **options):
+    streamer = Ids()
+    return engine.submit([first, first + 1, first], params, streamer, Stairs(first, **options)), streamer
+
+
+@pytest.mark.parametrize("top_k", [0, 50, 1000])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_takes_only_what_its_grammar_allows(endless, temperature, top_k):
+    params = SamplingParams(seed=3, temperature=temperature, top_k=top_k, top_p=1, max_new_tokens=150)
+    request, streamer = start_on_stairs(endless, 5, params)
+    ids = [5, *streamer.rest()]
+    steps = {(after - before) % 97 for before, after in itertools.pairwise(ids)}
+    assert steps <= {1, 2}
+    assert (len(ids), request.finish_reason) == (151, "length")
+
+
+@pytest.mark.parametrize("limit", [7, 8])
+def test_an_answer_ends_with_its_grammar_even_at_its_last_token(endless, limit):
+    request, streamer = start_on_stairs(endless, 5, replace(GREEDY, max_new_tokens=limit), steps=7)
+    assert (len(streamer.rest()), request.finish_reason) == (7, "stop")
+
+
+def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny):
+    params = [SamplingParams(seed=n, temperature=n % 2, top_k=(0, 50)[n % 3 == 0], max_new_tokens=40) for n in range(8)]
+
+    def begin(engine, n):
+        return start_on_stairs(engine, n, params[n]) if n % 2 else start(engine, [n, n + 1], params[n])
+
+    with running(tiny) as engine:
+        alone = [begin(engine, n)[1].rest() for n in range(8)]
+        with engine._changed:  # all are here before the first begins
+            started = [begin(engine, n) for n in range(8)]
+        assert [streamer.rest() for _, streamer in started] == alone
+
+
+def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * PAGE_TOKENS)
+    with running(tiny) as engine:
+        expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(4)]
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:  # three of them
+        requeued, requeue = [], engine._requeue
+        engine._requeue = lambda request: (requeued.append(request), requeue(request))
+        started = [start_on_stairs(engine, n, params) for n in range(4)]
+        assert [streamer.rest() for _, streamer in started] == expected
+    assert requeued
+
+
+@pytest.mark.parametrize("step", [1, 9], ids=["in the prompts", "in the answers"])
+def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, caplog):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
+    with running(tiny) as engine:
+        expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(3)]
+        sample, calls = engine._rows.sample, []
+
+        def fail(*args):
+            calls.append(args)
+            tokens = sample(*args)
+            if len(calls) == step:
+                raise RuntimeError("odd")
+            return tokens
+
+        engine._rows.sample = fail
+        with engine._changed:
+            started = [start_on_stairs(engine, n, params) for n in range(3)]
+        assert [streamer.rest() for _, streamer in started] == expected
+
+
+def test_a_grammar_that_gives_up_ends_its_own_answer_with_its_sentence(endless):
+    params = replace(GREEDY, max_new_tokens=40)
+    expected, _ = answer(endless, [1, 2, 3], params)
+    with endless._changed:
+        _, neighbour = start(endless, [1, 2, 3], params)
+        failed, failing = start_on_stairs(endless, 5, replace(params, top_k=0), breaks_at=7)
+    assert neighbour.rest() == expected
+    assert set(failing.rest()) <= {6, 7}
+    assert (failed.finish_reason, str(failed.error)) == ("error", "Too many stairs.")
+
+
+def test_answers_without_a_grammar_pay_nothing_for_it(endless, monkeypatch):
+    monkeypatch.setattr("engine.restrict", None)
+    assert answer(endless, [1, 2, 3])[1].finish_reason == "length"

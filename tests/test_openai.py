@@ -7,10 +7,13 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import httpx
+import jsonschema_rs
 import openai
+import pydantic
 import pytest
 import torch
 from conftest import busy, serving
@@ -166,6 +169,61 @@ def test_a_stop_string_ends_the_answer_before_it(client, chat):
     assert answer.choices[0].finish_reason == "stop"
 
 
+RECIPE = {
+    "type": "object",
+    "properties": {
+        "dish": {"type": "string", "maxLength": 30},
+        "minutes": {"type": "integer", "minimum": 1, "maximum": 240},
+        "vegan": {"type": "boolean"},
+    },
+    "required": ["dish", "minutes", "vegan"],
+    "additionalProperties": False,
+}
+SOUP = [{"role": "user", "content": "A recipe for soup, as JSON."}]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_an_answer_follows_the_schema_that_came_with_the_question(client, chat, stream):
+    json_schema = {"name": "recipe", "strict": True, "schema": RECIPE}
+    answer = client.chat.completions.create(
+        model=chat.status.model,
+        messages=SOUP,
+        response_format={"type": "json_schema", "json_schema": json_schema},
+        temperature=1,
+        stream=stream,
+    )
+    if stream:
+        chunks = [chunk.choices[0] for chunk in answer]
+        text, reason = "".join(choice.delta.content or "" for choice in chunks), chunks[-1].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert jsonschema_rs.validator_for(RECIPE).is_valid(json.loads(text))
+    assert reason == "stop"
+
+
+def test_the_official_client_makes_an_object_of_the_answer(client, chat):
+    class Recipe(pydantic.BaseModel):
+        dish: Annotated[str, pydantic.Field(max_length=30)]
+        minutes: int
+        course: Literal["starter", "main", "dessert"]
+
+    answer = client.chat.completions.parse(model=chat.status.model, messages=SOUP, response_format=Recipe)
+    assert isinstance(answer.choices[0].message.parsed, Recipe)
+
+
+def test_any_json_will_do_if_no_schema_is_given(client, chat):
+    fields = {"messages": SOUP, "response_format": {"type": "json_object"}, "max_tokens": 200}
+    answer = client.chat.completions.create(model=chat.status.model, seed=2, temperature=1, **fields).choices[0]
+    assert isinstance(json.loads(answer.message.content), dict)
+    assert answer.finish_reason == "stop"
+
+
+def test_a_text_can_be_gone_on_with_in_json(client, chat):
+    more = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [True, "soup"]}}}}
+    answer = client.completions.create(model=chat.status.model, prompt="Soup is", extra_body=more)
+    assert json.loads(answer.choices[0].text) in (True, "soup")
+
+
 def test_every_sampling_setting_arrives_and_the_others_are_the_servers():
     given = {"temperature": 0.1, "top_p": 0.2, "top_k": 3, "repetition_penalty": 1.2, "seed": 7}
     given |= {"presence_penalty": 0.3, "frequency_penalty": 0.4}
@@ -219,7 +277,15 @@ def test_what_changes_nothing_is_let_pass(http):
         ("logprobs", True, "unsupported_parameter"),
         ("logit_bias", {"5": 1}, "unsupported_parameter"),
         ("tools", [{"type": "function"}], "unsupported_parameter"),
-        ("response_format", {"type": "json_object"}, "unsupported_parameter"),
+        ("response_format", {"type": "xml"}, "invalid_value"),
+        ("response_format", {"type": "json_schema"}, "invalid_value"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}, "missing_parameter"),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "invalid_value"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"schema": {"const": "x" * 40_000}}},
+            "invalid_value",
+        ),
         ("guided_choice", ["a"], "unsupported_parameter"),
     ],
 )
