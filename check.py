@@ -467,6 +467,19 @@ def certificate(start: Start) -> str:
     return f"{found.certfile} for {', '.join(found.hosts)}, until {found.not_after:%Y-%m-%d}"
 
 
+def access(start: Start) -> str:
+    import login
+
+    settings = start.settings
+    page = f"{len(login.read(settings.auth_file)):,} may log in" if settings.auth_file else ""
+    keys = f"{len(settings.api_keys):,} API keys" if settings.api_keys else ""
+    if keys or page:
+        return f"{page or 'no login'}, {keys or 'no API key, so programs cannot ask'}"
+    if settings.on_loopback:
+        raise Skip("only this machine is served, so no key or login is needed")
+    return "whoever reaches the port may use page and API: neither AUTH_FILE nor API_KEY is set"
+
+
 class _Probe(NamedTuple):
     look: Callable[[Start], str]
     limit_s: float  # generous: the first import of PyTorch from a slow disk takes half a minute
@@ -490,6 +503,7 @@ PROBES = {
     "answer": _Probe(answer, 15, "key"),
     "port": _Probe(port, 15),
     "certificate": _Probe(certificate, 30),
+    "access": _Probe(access, 15),
 }
 HERE = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "disk")  # for a model that is loaded by the start
 ELSEWHERE = ("server", "key", "answer")  # for one that INFERENCE_URL names

@@ -38,8 +38,8 @@ COMPILE_WALL_S = 10  # of a computer that is busy with other things
 COMPILE_BYTES = 2**28  # of addresses, of which a heap takes some for itself
 COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what passes has room to spare here
 PATIENCE_S = 10  # a new schema waits no longer for others' to be compiled
-# Where JSON allows whitespace a small model may go on with it for ever.
-WHITESPACE = r"( |\n {0,24})?"
+# As Python writes JSON. Where any whitespace is allowed a small model goes on with it for ever.
+FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "whitespace_pattern": None}
 TOO_COMPLEX = "This JSON schema is too complex to be followed. Make it smaller."
 
 
@@ -114,9 +114,7 @@ class Grammar:
 
 
 def _source(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(
-        schema, overrides={"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    )
+    return LLMatcher.grammar_from_json_schema(schema, overrides=FORM)
 
 
 def _sentence(error: str) -> str:

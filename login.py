@@ -34,6 +34,9 @@ class Users:
         self._nobody = hash_password(secrets.token_hex())
         self._one_at_a_time = threading.Lock()  # many guesses at once shall not take the memory and the cores
 
+    def __len__(self) -> int:
+        return len(self._hashes)
+
     async def knows(self, name: str, password: str) -> bool:
         """Whether this is a user and their password. An unknown name takes as long as a wrong password."""
         return await asyncio.to_thread(self._knows, name, password)

@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 import check
 import download
+import login
 import tls
 import weights
 from chat_types import ChatError, ModelUnavailable
@@ -552,6 +553,41 @@ def test_the_local_certificate_is_looked_at_and_never_made(tmp_path, monkeypatch
 
 def test_without_https_no_certificate_is_needed():
     assert look("certificate", Start(Settings())).ok is None
+
+
+# ---- Who may ask ----
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        (b"\xff", "not text"),
+        (b"# nobody yet\n", "holds nobody"),
+        (b"# one\nanna:secret\n", "Line 2 of AUTH_FILE"),
+    ],
+    ids=["missing", "not text", "empty", "malformed"],
+)
+def test_a_login_that_would_keep_the_page_from_starting_is_told_as_the_start_tells_it(tmp_path, text, why):
+    path = tmp_path / "users.txt"
+    if text is not None:
+        path.write_bytes(text)
+    told = bad("access", auth_file=path)
+    assert why in told.detail
+    with pytest.raises(ChatError) as refused:
+        login.read(path)
+    assert whole(told) == str(refused.value)
+
+
+def test_who_may_ask_is_told_without_a_secret(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_text(f"anna:{login.hash_password('sesame')}\n")
+    told = look("access", Start(Settings(auth_file=path))).detail
+    assert told == "1 may log in, no API key, so programs cannot ask"
+    told = look("access", Start(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
+    assert told == "no login, 2 API keys"
+    assert "whoever reaches the port" in look("access", Start(Settings(host="0.0.0.0"))).detail
+    assert look("access", Start(Settings())).ok is None
 
 
 def test_the_flags_of_the_start_are_the_flags_of_the_check(tmp_path, fake):
