@@ -53,7 +53,9 @@ def read(path: Path) -> Users:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is not text"
-        raise ChatError(f"AUTH_FILE {path} cannot be read: {reason}.") from error
+        raise ChatError(
+            f"AUTH_FILE {path} cannot be read: {reason}. Give the path of a file of login lines."
+        ) from error
     users = {}
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):

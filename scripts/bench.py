@@ -6,6 +6,7 @@
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
     python scripts/bench.py --shape 13b --page                           what 31 gradio_clients and a Chromium cost
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
+    python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
@@ -81,11 +82,13 @@ def main() -> None:
     parser.add_argument("--users", type=_counts, help="how many at once, such as 1,8,32")
     parser.add_argument("--page", action="store_true", help="measure what the page takes from 32 users, too")
     parser.add_argument("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
+    parser.add_argument("--http", action="store_true", help="the embedded model's speed over HTTP and without")
     parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
     parser.add_argument("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
     args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape or args.url else ())
-    bench = bench_soak if args.soak else bench_shape if args.shape else bench_url if args.url else bench_embedded
+    kinds = {"soak": bench_soak, "http": bench_http, "shape": bench_shape, "url": bench_url}
+    bench = next((kind for name, kind in kinds.items() if getattr(args, name)), bench_embedded)
     rows: dict[str, object] = {}
     for part in bench(args):
         rows |= part
@@ -111,6 +114,13 @@ def load(argv: Sequence[str | Path]) -> ChatModel:
 
 def bench_soak(args: argparse.Namespace) -> Iterator[Figures]:
     yield crowd.soak(load([]), args.soak)
+
+
+def bench_http(args: argparse.Namespace) -> Iterator[Figures]:
+    """What the API takes from 32 readers of the embedded model."""
+    chat = load(["--max-batch", "32"])
+    crowd.ignore_stop_ids(chat)
+    yield crowd.over_http(chat)
 
 
 def bench_url(args: argparse.Namespace) -> Iterator[Figures]:

