@@ -786,7 +786,7 @@ class Stairs:
             raise ChatError("Too many stairs.")
         bits = torch.zeros(128, dtype=torch.int64)
         bits[[(self.last + 1) % 97, (self.last + 2) % 97]] = 1
-        mask.copy_((bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32))
+        mask[:4] = (bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32)
 
     def advance(self, token):
         assert (token - self.last) % 97 in (1, 2)

@@ -1,5 +1,6 @@
 """What only a CUDA GPU can show: the kernels, the recorded steps, and a GPU that fails. Skipped where there is none."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import Ids, answer
+from test_engine import Ids, Stairs, answer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weights
@@ -104,6 +105,18 @@ def test_seeds_and_wide_settings_share_a_recorded_batch(compiled):
     for each, streamer in zip(params, streamers, strict=True):
         compiled.submit([1, 2, 3], each, streamer)
     assert [len(streamer.rest()) for streamer in streamers] == [30] * 6
+
+
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_answers_with_a_grammar_share_recorded_steps_with_the_others(compiled, top_k):
+    params = SamplingParams(seed=1, top_k=top_k, temperature=1, max_new_tokens=30)
+    streamers = [Ids() for _ in range(6)]
+    for n, streamer in enumerate(streamers):
+        compiled.submit([n, n + 1, n], params, streamer, Stairs(n) if n % 2 else None)
+    found = [streamer.rest() for streamer in streamers]
+    assert [len(ids) for ids in found] == [30] * 6
+    for n in (1, 3, 5):
+        assert {(after - before) % 97 for before, after in itertools.pairwise([n, *found[n]])} <= {1, 2}
 
 
 def test_recorded_steps_give_pages_back(compiled):
