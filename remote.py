@@ -33,6 +33,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import TextGenerationError
 
 from chat_types import (
+    BadGrammar,
     Busy,
     ChatError,
     FinishReason,
@@ -131,6 +132,8 @@ class RemoteModel:
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "The model's server is still being asked. Please try again.")
+        if params.grammar is not None:  # huggingface_hub turns it into what only its own company's servers understand
+            raise BadGrammar("Answers of the server behind this one cannot be held to a schema. Leave it out.")
         system, turns = checked(messages)
         reply = RemoteReply()
         try:
