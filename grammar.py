@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -140,11 +141,12 @@ def _error(schema: str) -> str:
 
 def _try() -> None:
     """What the process does: a schema comes in at stdin, and what is wrong with it goes out at stdout."""
-    import resource
+    with suppress(ImportError):  # on Windows, where only COMPILE_WALL_S holds
+        import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (COMPILE_CPU_S, COMPILE_CPU_S))
-    resource.setrlimit(resource.RLIMIT_AS, (COMPILE_BYTES, COMPILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (COMPILE_CPU_S, COMPILE_CPU_S))
+        resource.setrlimit(resource.RLIMIT_AS, (COMPILE_BYTES, COMPILE_BYTES))
     threading.stack_size(COMPILE_STACK_BYTES)
     schema, found = sys.stdin.buffer.read().decode(), []
     thread = threading.Thread(target=lambda: found.append(_compile(schema)))

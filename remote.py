@@ -33,7 +33,6 @@ from huggingface_hub import (
 from huggingface_hub.errors import TextGenerationError
 
 from chat_types import (
-    BadGrammar,
     Busy,
     ChatError,
     FinishReason,
@@ -132,8 +131,6 @@ class RemoteModel:
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "The model's server is still being asked. Please try again.")
-        if params.grammar is not None:  # huggingface_hub turns it into what only its own company's servers understand
-            raise BadGrammar("Answers of the server behind this one cannot be held to a schema. Leave it out.")
         system, turns = checked(messages)
         reply = RemoteReply()
         try:
@@ -498,7 +495,13 @@ def _fields(params: SamplingParams, to_the_end: bool = False) -> dict[str, Any]:
     names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
     fields = {name: getattr(params, name) for name in names}
     fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # -1 is everybody's word for all
+    if params.grammar is not None:
+        fields["response_format"] = _schema_format(json.loads(params.grammar))
     return fields if to_the_end else {**fields, "max_tokens": params.max_new_tokens}
+
+
+def _schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 def _messages(system: str | None, turns: list[Turn]) -> list[Message]:
@@ -655,7 +658,15 @@ def _too_long(said: str) -> _TooLong | None:
 
 def _http_client() -> httpx2.AsyncClient:
     """What huggingface_hub asks with. Its own obeys HF_HUB_OFFLINE, follows redirects, and takes 20 ms to be made."""
-    return httpx2.AsyncClient(event_hooks={"response": [_check]}, verify=_ssl_context())
+    return _HttpClient(event_hooks={"response": [_check]}, verify=_ssl_context())
+
+
+class _HttpClient(httpx2.AsyncClient):
+    def build_request(self, *args: Any, json: Any = None, **more: Any) -> httpx2.Request:
+        # huggingface_hub writes a schema as TGI reads it, and nobody else.
+        if json and (schema := json.get("response_format", {}).get("value")) is not None:
+            json = {**json, "response_format": _schema_format(schema)}
+        return super().build_request(*args, json=json, **more)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from odd_server import BARE_HEAD, DONE, HEAD, LAST, OddServer, event, packet, re
 
 import remote
 import weights
-from chat_types import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams
+from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams
 from remote import RemoteModel
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
@@ -121,9 +121,12 @@ def test_the_question_arrives_as_it_was_asked(settings, odd):
     assert not {"stop", "seed", "max_tokens"} & second.keys()
 
 
-def test_a_schema_that_would_be_lost_on_the_way_is_refused(settings, odd):
-    with behind(settings, odd) as model, pytest.raises(BadGrammar, match="cannot be held to a schema"):
-        model.stream_reply(HELLO, replace(PARAMS, grammar='{"type": "object"}'))
+def test_a_schema_reaches_the_server_as_openai_writes_it(settings, odd):
+    with behind(settings, odd) as model:
+        read(model, params=replace(PARAMS, grammar='{"type": "object"}'))
+    asked_for = odd.asked[-1]["response_format"]
+    assert asked_for["type"] == "json_schema"
+    assert asked_for["json_schema"]["schema"] == {"type": "object"}
 
 
 def test_a_stopped_answers_question_is_joined_to_the_next_one(settings, odd):
