@@ -150,14 +150,12 @@ class Settings:
         values = vars(parser.parse_args(argv))
         try:
             sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
-            for name in (
-                "cache_dir",
-                "certfile",
-                "keyfile",
-                "auth_file",
-            ):  # a shell leaves the ~ of --flag=~/folder as it is
-                values[name] = values[name] and values[name].expanduser()
-            values["api_keys"] = tuple(key for key in map(str.strip, environ.get("API_KEY", "").split(",")) if key)
+            for name in ("cache_dir", "certfile", "keyfile", "auth_file"):
+                values[name] = values[name] and values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
+            given_keys = environ.get("API_KEY", "")
+            values["api_keys"] = tuple(filter(None, map(str.strip, given_keys.split(","))))
+            if given_keys and not values["api_keys"]:
+                raise ChatError("API_KEY holds no key. Give one, or leave it out to let everybody in.")
             values["inference_key"] = environ.get("INFERENCE_KEY", "").strip()
             values["key_password"] = environ.get("KEY_PASSWORD") or None
             values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])

@@ -121,6 +121,13 @@ def test_a_tilde_is_the_home_folder_in_every_path():
     assert read.cache_dir == Path.home() / "models"
 
 
+@pytest.mark.parametrize("keys", [",", " ", ", ,"])
+def test_an_api_key_that_is_none_does_not_let_everybody_in(keys, capsys):
+    with pytest.raises(SystemExit):
+        Settings.read([], {"API_KEY": keys})
+    assert "API_KEY holds no key" in capsys.readouterr().err
+
+
 def test_api_keys_come_from_the_environment_and_are_never_printed():
     settings = Settings.read([], {"API_KEY": " sesame, mustard,"})
     assert settings.api_keys == ("sesame", "mustard")
