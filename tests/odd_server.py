@@ -79,8 +79,9 @@ class OddServer:
                 if not head:  # somebody thought better of it
                     return
                 line, *fields = head.decode().split("\r\n")
-                self.headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
-                while len(body) < int(self.headers.get("content-length", 0)):
+                headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
+                self.headers = headers  # other requests may come meanwhile
+                while len(body) < int(headers.get("content-length", 0)):
                     body += connection.recv(65536)
                 for step in self.steps(line, body):
                     if isinstance(step, bytes):
