@@ -73,7 +73,7 @@ class RemoteModel:
         self.mode = ""
         self.occupancy = None
         self.gpu_memory: list[tuple[int, int]] = []
-        self.servers = [Server(url) for url in settings.inference_urls]
+        self.servers = list({server.url: server for server in map(Server, settings.inference_urls)}.values())
         key = settings.inference_key
         # Without one, huggingface_hub would send these servers the HF_TOKEN of this machine.
         self._headers = {"authorization": f"Bearer {key}" if key else None}
@@ -327,10 +327,11 @@ class Server:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self.url = url
-        self.name = parts.netloc.rpartition("@")[2]  # without a password
         path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        # Its scheme in small letters: huggingface_hub takes HTTP:// for a model of its hub, and sends questions there.
+        self.url = parts._replace(path=f"{path}/v1").geturl()
         self.models_url = parts._replace(path=f"{path}/v1/models").geturl()
+        self.name = parts.netloc.rpartition("@")[2] + path  # without a password
         self.fault: str | None = None  # a sentence; "" if it is well, None if it has not been asked yet
         self.running = 0  # answers of this process
         self.heard = 0.0  # when it last gave a sign of life

@@ -20,7 +20,8 @@ from odd_server import BARE_HEAD, DONE, HEAD, LAST, OddServer, event, packet, re
 
 import remote
 import weights
-from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams
+from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams, Usage
+from metrics import Metrics
 from remote import RemoteModel
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
@@ -184,6 +185,12 @@ def test_an_address_may_end_where_it_likes(settings, odd, path):
         assert read(model)[0] == "Hello!"
 
 
+def test_a_scheme_in_capitals_is_still_an_address(settings, odd):
+    """huggingface_hub takes what does not begin with http:// for a model's name, and asks huggingface.co."""
+    with behind(settings, odd.url.replace("http", "HTTP")) as model:
+        assert read(model)[0] == "Hello!"
+
+
 # ---- Faults ----
 
 ERROR = packet(b'data: {"error": {"message": "CUDA error at /secret", "code": 500}}\n\n')
@@ -275,11 +282,14 @@ def test_a_whole_answer_stays_whole_when_the_connection_does_not_end_well(settin
             assert time.monotonic() - began < 1
 
 
-def test_numbers_that_are_none_count_as_nothing(settings, odd):
-    for usage in ({"prompt_tokens": "many"}, {"completion_tokens": -1, "prompt_tokens_details": None}, {"x": {}}):
-        odd.answer = [HEAD, event("a", "stop", usage=usage), LAST]
-        with behind(settings, odd) as model:
-            assert read(model)[1].usage.prompt_tokens == 0
+@pytest.mark.parametrize("number", ["many", -1, None, True, 10**400])
+def test_numbers_that_are_none_count_as_nothing(settings, odd, number):
+    usage = {"prompt_tokens": number, "completion_tokens": number, "prompt_tokens_details": {"cached_tokens": number}}
+    odd.answer = [HEAD, event("a"), 0.05, event("b", "stop", usage=usage), LAST]
+    with behind(settings, odd) as model:
+        text, reply = read(model)
+    assert (text, reply.finish_reason, reply.usage) == ("ab", "stop", Usage(completion_tokens=2))
+    assert reply.timing.tokens_per_second > 0
 
 
 def test_what_a_server_refuses_is_said_in_its_words_and_asked_nowhere_else(settings, odd, other):
@@ -602,6 +612,14 @@ def test_what_only_the_model_itself_could_do_is_refused(own_address):
                            ("/tokenize", {"messages": HELLO}), ("/tokenize", {"prompt": "a"})):  # fmt: skip
             answer = http.post(path, json=body)
             assert (answer.status_code, answer.json()["error"]["message"]) == (400, remote.NO_TOKENS)
+
+
+def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
+    """Prometheus takes no sample that is there twice."""
+    urls = "http://name:secret@gpus/one/v1,http://gpus:8000/two/,http://gpus:8000/two/v1/chat/completions"
+    numbers = Metrics(RemoteModel(replace(settings, inference_url=urls))).text().decode()
+    wells = [line for line in numbers.splitlines() if line.startswith("chat_server_well")]
+    assert wells == ['chat_server_well{server="gpus/one"} 0.0', 'chat_server_well{server="gpus:8000/two"} 0.0']
 
 
 def ask(http, **fields):
