@@ -387,7 +387,7 @@ class RemoteReply:
             self.usage = replace(
                 self.usage,
                 prompt_tokens=_count(chunk.usage.prompt_tokens),
-                completion_tokens=_count(chunk.usage.completion_tokens),
+                completion_tokens=_count(chunk.usage.completion_tokens) or self.usage.completion_tokens,
                 cached_tokens=_count(details.get("cached_tokens")),
             )
 
@@ -710,4 +710,4 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[str]:
 
 def _count(value: object) -> int:
     """A number that a server reports, if it does."""
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if type(value) is int and 0 < value < 2**63 else 0
