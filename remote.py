@@ -523,8 +523,9 @@ def _shortened(system: str | None, turns: list[Turn], error: _TooLong, fields: d
     instructions = len(system or "")
     tokens_per_character = max(error.prompt_tokens / (instructions + sum(sizes) + 1), 1 / CHARACTERS_PER_TOKEN)
     room = (error.context_length - fields.get("max_tokens", 1)) / tokens_per_character - instructions
-    first = 2
-    while first < len(turns) - 1 and sum(sizes[first:]) > room:
+    first, kept = 2, sum(sizes[2:])
+    while first < len(turns) - 1 and kept > room:
+        kept -= sum(sizes[first : first + 2])
         first += 2
     return turns[first:]
 
@@ -635,13 +636,16 @@ def _unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-# Both numbers as vLLM, SGLang, llama.cpp, TGI, OpenAI and this project write them.
+# Both numbers as vLLM, SGLang, llama.cpp, TGI, OpenAI and this project write them. Some servers repeat the question
+# beside them: a number without bounds would be looked for in each digit of a long one anew.
+NUMBER = r"(\d[\d,]{0,15})"
 CONTEXT = re.compile(
-    r"""context (?:length|size|window)[^\d"]{0,20}([\d,]+)|n_ctx"?: ?(\d+)|`max_new_tokens` must be <= ?(\d+)"""
+    rf"""context (?:length|size|window)[^\d"]{{0,20}}{NUMBER}"""
+    rf"""|n_ctx"?: ?{NUMBER}|`max_new_tokens` must be <= ?{NUMBER}"""
 )
 PROMPT = re.compile(
-    r"""([\d,]+) (?:input tokens|tokens from the input|`inputs` tokens|in the (?:messages|prompt))"""
-    r"""|(?:prompt is|input \(|request \(|resulted in|n_prompt_tokens"?:) ?([\d,]+)"""
+    rf"""{NUMBER} (?:input tokens|tokens from the input|`inputs` tokens|in the (?:messages|prompt))"""
+    rf"""|(?:prompt is|input \(|request \(|resulted in|n_prompt_tokens"?:) ?{NUMBER}"""
 )
 
 

@@ -481,6 +481,32 @@ def test_what_turns_out_too_long_in_mid_answer_is_not_asked_again(settings, odd)
     assert (text, type(problem), len(odd.asked)) == ("Once upon", remote._TooLong, 1)
 
 
+def test_a_refusal_that_only_mentions_a_context_length_stays_a_refusal(settings, odd):
+    odd.answer = status(400, {"error": {"message": "Choose a context length, or input tokens"}})
+    with behind(settings, odd) as model:
+        assert "refuses this: Choose a context length" in str(read(model)[1])
+        assert model.servers[0].well
+
+
+def test_an_error_that_repeats_a_long_question_is_read_at_once(settings, odd):
+    """Some servers put the body that they refuse into their error; nobody is answered while it is being read."""
+    odd.answer = status(400, {"detail": [{"msg": "Not so.", "input": "1" * 500_000}]})
+    with behind(settings, odd) as model:
+        began = time.monotonic()
+        assert str(read(model)[1]) == "The model's server refuses this: Not so."
+        assert time.monotonic() - began < 1
+
+
+def test_a_conversation_of_very_many_messages_is_shortened_at_once(settings, odd):
+    odd.answer = picky(TOO_LONG["OpenAI"])
+    talk = [{"role": role, "content": "word"} for _ in range(40_000) for role in ("user", "assistant")]
+    with behind(settings, odd) as model:
+        began = time.monotonic()
+        text, reply = read(model, [*talk, *HELLO])
+        assert time.monotonic() - began < 3
+    assert (text, 75_000 < reply.usage.dropped_messages < 77_000) == ("Hello!", True)
+
+
 # ---- Leaving ----
 
 
