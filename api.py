@@ -46,6 +46,7 @@ HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some 
 RETRY_AFTER_S = 5
 STARTED = int(time.time())
 FAILED = "Something went wrong on the server, and its log says what."
+NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
 
 # An answer is shown as Markdown and may hold images, forms and links that a model made up or a visitor asked for:
 # nothing in it may reach another host. Gradio itself needs inline code and, for its event handlers, eval.
@@ -331,6 +332,8 @@ def _submit(chat: Chat, body: ChatRequest | CompletionRequest, question: Any, se
 
 def _encode(chat: Chat, question: Any) -> list[int]:
     """question: messages, a text, or ids."""
+    if isinstance(chat, RemoteModel):
+        raise ChatError(NO_TOKENS)
     if isinstance(question, str):
         return chat.encode_text(question)
     return chat.encode(question) if question and isinstance(question[0], dict) else question

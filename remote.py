@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -60,7 +60,6 @@ GREETING: list[Message] = [{"role": "user", "content": "Hello"}]
 EXTRAS = ("top_k", "repetition_penalty")  # not in OpenAI's API, and some servers refuse what is not
 NOT_WHOLE = "What is above is not the whole answer."
 OWN_TEMPLATE = "The prompt is written by the server's own chat template."
-NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
 
 
 class RemoteModel:
@@ -140,15 +139,6 @@ class RemoteModel:
             task.close()
             raise ModelUnavailable("The server is being stopped.") from None
         return reply
-
-    def encode(self, question: object) -> list[int]:
-        raise ChatError(NO_TOKENS)
-
-    def encode_text(self, text: str) -> list[int]:
-        raise ChatError(NO_TOKENS)
-
-    def stream_completion(self, input_ids: Sequence[int], params: SamplingParams) -> RemoteReply:
-        raise ChatError(NO_TOKENS)
 
     # ---- In the loop: answers ----
 

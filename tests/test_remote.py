@@ -18,6 +18,7 @@ from conftest import ignore, serving
 from gradio_client import Client
 from odd_server import BARE_HEAD, DONE, HEAD, LAST, OddServer, event, packet, reset, silence, status, words
 
+import api
 import remote
 import weights
 from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams, Usage
@@ -632,12 +633,13 @@ def test_health_and_metrics_tell_of_the_servers_behind(own, own_address):
     assert f'chat_server_requests_running{{server="{own.status.device}"}} 0.0' in numbers
 
 
-def test_what_only_the_model_itself_could_do_is_refused(own_address):
-    with httpx.Client(base_url=own_address) as http:
+def test_what_only_the_model_itself_could_do_is_refused(settings, odd):
+    del odd.models[0]["max_model_len"]
+    with behind(settings, odd) as model, serving(model, settings) as address, httpx.Client(base_url=address) as http:
         for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/completions", {"prompt": [5]}),
                            ("/tokenize", {"messages": HELLO}), ("/tokenize", {"prompt": "a"})):  # fmt: skip
             answer = http.post(path, json=body)
-            assert (answer.status_code, answer.json()["error"]["message"]) == (400, remote.NO_TOKENS)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, api.NO_TOKENS)
 
 
 def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
