@@ -155,7 +155,9 @@ class RemoteModel:
                     await self._read(server, reply, _messages(system, turns), fields)
                     return reply.end(reply.last_reason)
                 except _TooLong as error:
-                    if not trim or reply.begun or not (shorter := _shortened(system, turns, error, fields)):
+                    again = reply.usage.dropped_messages > 0
+                    shorter = _shortened(system, turns, error, fields, again) if trim and not reply.begun else []
+                    if not shorter:
                         return reply.end("error", error)
                     reply.drop(sum(turn.messages for turn in turns[: -len(shorter)]))
                     turns = shorter
@@ -500,20 +502,23 @@ def _messages(system: str | None, turns: list[Turn]) -> list[Message]:
     return [*first, *(Message(role=turn.role, content=turn.content) for turn in turns)]
 
 
-def _shortened(system: str | None, turns: list[Turn], error: _TooLong, fields: dict[str, Any]) -> list[Turn] | None:
-    """Without as many of the oldest exchanges as the server's numbers tell, and one at least; None if there are none.
+def _shortened(
+    system: str | None, turns: list[Turn], error: _TooLong, fields: dict[str, Any], again: bool
+) -> list[Turn]:
+    """Without as many of the oldest exchanges as the server's numbers tell, and one at least; [] if there are none.
 
-    A server that stops counting when there is no more room tells too small a number, so this may have to be repeated.
+    A server that stops counting where its room ends tells too small a number, so at a second try a quarter is left out.
     """
     if len(turns) == 1:
-        return None
+        return []
     if not (error.prompt_tokens and error.context_length):
-        return turns[len(turns) // 4 * 2 + 2 :] or turns[-1:]
+        return turns[len(turns) // 4 * 2 + 2 :]
     sizes = [len(turn.content) for turn in turns]
     instructions = len(system or "")
     tokens_per_character = max(error.prompt_tokens / (instructions + sum(sizes) + 1), 1 / CHARACTERS_PER_TOKEN)
     room = (error.context_length - fields.get("max_tokens", 1)) / tokens_per_character - instructions
-    first, kept = 2, sum(sizes[2:])
+    first = len(turns) // 8 * 2 + 2 if again else 2
+    kept = sum(sizes[first:])
     while first < len(turns) - 1 and kept > room:
         kept -= sum(sizes[first : first + 2])
         first += 2
@@ -530,7 +535,7 @@ CUT = "The connection to the model's server broke off."
 CONNECTION_FAULTS = (UNREACHABLE, REFUSED, UNTRUSTED, SILENT, CUT)
 WRONG_KEY = "The model's server does not accept the key. The right one belongs in INFERENCE_KEY."
 NO_SUCH_MODEL = "The model's server does not have this model. INFERENCE_MODEL and INFERENCE_URL say where to look."
-NO_LIST = "The model's server does not tell which models it has. The name of one belongs in INFERENCE_MODEL."
+NO_LIST = "The model's server does not tell which models it has. INFERENCE_MODEL can, if INFERENCE_URL is right."
 STARTING = "The model's server cannot answer yet. Please try again in a minute."
 NO_API = "What answers at the address of the model's server does not speak OpenAI's API. INFERENCE_URL may be wrong."
 FAILED = "The model's server has failed. Please try again."

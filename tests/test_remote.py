@@ -426,11 +426,12 @@ TOO_LONG = {
 LONG = [{"role": role, "content": str(i) * 4000} for i in range(10) for role in ("user", "assistant")]
 
 
-def picky(sentence):
-    """An answer() with a context of 4,096 tokens, four characters each."""
+def picky(sentence, characters=4):
+    """An answer() with a context of 4,096 tokens of so many characters each."""
 
     def answer(question):
-        prompt, asked = sum(len(message["content"]) for message in question["messages"]) // 4, question["max_tokens"]
+        prompt = sum(len(message["content"]) for message in question["messages"]) // characters
+        asked = question["max_tokens"]
         if prompt + asked <= 4096:
             return words("Hello!")
         return status(400, {"error": {"message": sentence.format(prompt=prompt, asked=asked), "code": 400}})
@@ -454,13 +455,15 @@ def test_the_oldest_exchanges_are_left_out_when_a_server_says_that_it_is_too_lon
         assert len(odd.asked) == 2
 
 
-def test_a_server_that_stops_counting_where_its_room_ends_is_asked_a_few_times(settings, odd):
-    """vLLM reads no more than it can hold, and says "at least"."""
-    sentence = TOO_LONG["vLLM"].replace("{prompt}", "4089")
-    odd.answer = picky(sentence)
+@pytest.mark.parametrize("characters", [4, 1], ids=["English", "Chinese"])
+def test_a_server_that_stops_counting_where_its_room_ends_is_asked_a_few_times(settings, odd, characters):
+    """vLLM reads no more than it can hold, and says "at least"; a long talk in Chinese took hundreds of requests."""
+    odd.answer = picky(TOO_LONG["vLLM"].replace("{prompt}", "4089"), characters)
+    talk = [{"role": role, "content": "word" * 5} for _ in range(2000) for role in ("user", "assistant")]
     with behind(settings, odd) as model:
-        assert read(model, [*LONG, *HELLO])[0] == "Hello!"
-    assert len(odd.asked) <= 3
+        assert read(model, [*talk, *HELLO])[0] == "Hello!"
+    assert len(odd.asked) <= 8
+    assert len(odd.asked[-1]["messages"]) > 4088 * characters / 20 / 2
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "x" * 20_000}], [*LONG, *HELLO]])
