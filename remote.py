@@ -164,7 +164,9 @@ class RemoteModel:
                 except (_Fault, Busy) as error:
                     fault = error
                     tried.add(server)
-                    self._doubt(server, error, reply.begun)
+                    log.warning("%s: %s", server.name, _for_the_log(error))
+                    if not isinstance(error, Busy):
+                        server.doubted.set()
                     if reply.begun:
                         return reply.end("error", ModelUnavailable(f"{error} {NOT_WHOLE}"))
                 finally:
@@ -177,18 +179,12 @@ class RemoteModel:
             reply.end("error", error)
 
     def _least_loaded(self, tried: set[Server]) -> Server | None:
-        """The first of those: a visitor who is alone stays where the conversation is in the KV cache."""
-        return min((s for s in self.servers if s.well and s not in tried), key=lambda s: s.running, default=None)
+        """The first of those: a visitor who is alone stays where the conversation is in the KV cache.
 
-    def _doubt(self, server: Server, error: ChatError, begun: bool) -> None:
-        """Ask it for a token now, and until it gives one send it no more questions, unless it failed in mid-answer."""
-        log.warning("%s: %s", server.name, _for_the_log(error))
-        if isinstance(error, Busy):
-            return
-        if not begun:
-            server.fault = str(error)
-            self._tell()
-        server.doubted.set()
+        One that has just failed comes last until it was asked for a token: the question may have been at fault.
+        """
+        untried = (server for server in self.servers if server.well and server not in tried)
+        return min(untried, key=lambda server: (server.doubted.is_set(), server.running), default=None)
 
     async def _read(self, server: Server, reply: RemoteReply, messages: list[Message], fields: dict[str, Any]) -> None:
         try:
@@ -235,8 +231,8 @@ class RemoteModel:
 
     async def _look_after(self, server: Server) -> None:
         while True:
-            server.doubted.clear()
             await self._look_at(server)
+            server.doubted.clear()
             pause_s = IDLE_S if server.well else UNWELL_S
             while pause_s > 0 and not server.doubted.is_set():
                 with suppress(TimeoutError):
@@ -327,7 +323,7 @@ class Server:
         self.fault: str | None = None  # a sentence; "" if it is well, None if it has not been asked yet
         self.running = 0  # answers of this process
         self.heard = 0.0  # when it last gave a sign of life
-        self.doubted = asyncio.Event()
+        self.doubted = asyncio.Event()  # an answer failed, and it was not asked for a token since
         self.knows_extras = True
         self.listed = False  # whether it was asked which models it has
 

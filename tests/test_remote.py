@@ -341,12 +341,26 @@ def test_health_is_a_real_completion(settings, odd):
         assert read(model)[0] == "Hello!"
 
 
-def test_a_server_that_failed_once_is_asked_again_at_once(settings, odd, monkeypatch):
-    monkeypatch.setattr(remote, "UNWELL_S", 60)
+def test_a_server_that_failed_once_is_asked_at_once_and_others_answer_until_it_is_well(settings, odd, other):
     odd.answer = status(502, "")
+    with behind(settings, odd, other) as model:
+        until(lambda: all(server.well for server in model.servers))
+        before, odd.probe = odd.probed, [0.2, *words("Hi")]
+        assert [read(model)[0] for _ in range(3)] == ["Hello!"] * 3
+        assert len(odd.asked) == 1
+        until(lambda: odd.probed > before, within_s=1)
+        until(lambda: not model.servers[0].doubted.is_set())
+        odd.answer = words("Back.")
+        assert read(model)[0] == "Back."
+
+
+def test_a_question_that_a_server_fails_at_takes_it_away_from_nobody_else(settings, odd):
+    """Whoever repeated such a question kept everybody else out for as long as the server took to give a token."""
+    odd.probe = [0.5, *words("Hi")]
+    odd.answer = lambda question: status(500, "") if question["messages"] == HELLO else words("Well.")
     with behind(settings, odd) as model:
         assert str(read(model)[1]) == remote.FAILED
-        until(lambda: model.state == "ready", within_s=1)
+        assert read(model, [{"role": "user", "content": "How are you?"}])[0] == "Well."
 
 
 def test_a_failed_server_is_back_when_it_answers_again(settings, odd, other):
@@ -669,7 +683,8 @@ def test_programs_get_the_status_that_tells_them_what_to_do(settings, odd):
         assert ask(http).json()["error"]["code"] == "generation_failed"
         assert "broke off" in ask(http, stream=True).text.splitlines()[-2]
         odd.answer = odd.probe = status(401, {})
-        assert ask(http).status_code == 503
+        assert ask(http, stream=True).status_code == 503
+        until(lambda: model.state == "failed")
         assert http.get("/healthz").json() == {"status": "failed", "error": remote.WRONG_KEY}
         assert ask(http).json()["error"]["message"] == remote.WRONG_KEY
 
