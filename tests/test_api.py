@@ -158,13 +158,10 @@ def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_
     assert "task(s)" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "key", "told"),
-    [
-        ("0.0.0.0", "", 1),
-        pytest.param("0.0.0.0", "key", 0, marks=pytest.mark.slow),
-        pytest.param("127.0.0.1", "", 0, marks=pytest.mark.slow),
-    ],
+    [("0.0.0.0", "", 1), ("0.0.0.0", "key", 0), ("127.0.0.1", "", 0)],
 )
 def test_a_start_that_opens_the_model_to_the_network_says_so_once(host, key, told, monkeypatch, tmp_path):
     monkeypatch.setenv("API_KEY", key)

@@ -697,6 +697,7 @@ def test_a_program_that_leaves_before_the_server_accepts_is_not_waited_for(setti
         assert odd.left.wait(0.5)
 
 
+@pytest.mark.slow
 def test_a_page_whose_model_is_elsewhere_starts_without_pytorch(odd, tmp_path):
     """Neither PyTorch nor transformers needs to be installed there; deploy/compose.yaml builds such a page."""
     for name in ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "safetensors", "gguf"):

@@ -292,7 +292,8 @@ def test_a_name_that_is_no_id_and_no_folder_is_told(hub):
     assert "no folder ./models/nowhere" in sentence(get, asking_for("./models/nowhere"))
 
 
-@pytest.mark.parametrize("trouble", ["", pytest.param("no licence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["", "no licence"])
 def test_the_real_environment_variables_work_in_a_process_of_its_own(hub, tmp_path, trouble):
     hub.gated.add("someone/tiny")
     if not trouble:
