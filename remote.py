@@ -302,8 +302,8 @@ class RemoteModel:
                 why.append(f"{len(self.servers) - len(well)} of {len(self.servers)} servers cannot answer now.")
             if not all(server.knows_extras for server in well):
                 why.append("Top-k and repetition penalty have no effect there.")
-            names = ", ".join(server.name for server in well)
-            self.status = replace(self.status, state="ready", device=names, why=" ".join(why), error="")
+            count = "a server" if len(well) == 1 else f"{len(well)} servers"  # whose names no visitor needs
+            self.status = replace(self.status, state="ready", device=count, why=" ".join(why), error="")
         elif all(server.fault for server in self.servers):
             self.status = replace(self.status, state="failed", error=self.servers[0].fault)
         if self.state != "loading":

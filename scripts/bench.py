@@ -129,7 +129,7 @@ def bench_url(args: argparse.Namespace) -> Iterator[Figures]:
     atexit.register(server.close)
     if server.state != "ready":
         sys.exit(server.status.error)
-    yield {"server": server.status.device, "model": server.status.model}
+    yield {"server": args.url, "model": server.status.model}
     words = crowd.words_of(server, prompt_tokens=512)
     crowd.together_over_http(server, max(args.users), words, answer_tokens=8)  # warms up
     for users in args.users:
