@@ -45,9 +45,6 @@ WORDS = sorted(set(pydoc_data.topics.topics["assignment"].split()))
 MB = 1_000_000
 
 
-EVERY_REPLY: list[TimedReply] = []  # in order of their submits
-
-
 class TimedReply(StreamedReply):
     """A reply that knows when each token came. Its text would not tell: a character may take several tokens."""
 
@@ -55,7 +52,6 @@ class TimedReply(StreamedReply):
         super().__init__(*args)
         self.submitted = time.perf_counter()
         self.times: list[float] = []
-        EVERY_REPLY.append(self)
 
     def put(self, value: object) -> None:
         self.times.append(time.perf_counter())
@@ -203,8 +199,8 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
     site = create_app(chat, Settings.read([*sampling, f"--max-new-tokens={answer_tokens}"]))
     firsts = range(bool(chromium), bool(chromium) + PAGE_PROCESSES)
     context = multiprocessing.get_context("spawn")
-    before = len(EVERY_REPLY)
     with (
+        _every_reply() as replies,
         _serving(site) as url,
         context.Manager() as manager,
         ProcessPoolExecutor(PAGE_PROCESSES + 1, context) as visitors,
@@ -215,7 +211,6 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
         visits += [visitors.submit(_browse, url, chromium, all_are_here)] if chromium else []
         for visit in visits:
             visit.result()
-    replies = EVERY_REPLY[before:]
     if [len(reply.times) for reply in replies] != [answer_tokens] * users:
         sys.exit(f"Of {users} users of the page not all have got {answer_tokens} tokens; see the log.")
     seconds = max(reply.times[-1] for reply in replies) - replies[0].submitted
@@ -227,6 +222,23 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
         f"{users} users of the page, tokens/s": speed,
         f"{users} users of the page / of the engine": speed / direct["tokens/s"],
     }
+
+
+@contextlib.contextmanager
+def _every_reply() -> Iterator[list[TimedReply]]:
+    """The replies that anybody asks for meanwhile, in order of their submits."""
+    replies = []
+
+    class Noted(TimedReply):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            replies.append(self)
+
+    model.StreamedReply = Noted
+    try:
+        yield replies
+    finally:
+        model.StreamedReply = TimedReply
 
 
 @contextlib.contextmanager
