@@ -225,16 +225,21 @@ def _check_key(request: Request, settings: Settings) -> None:
     """Without API_KEY everybody may ask, unless the page has a login: the API would be a way around it."""
     if not settings.api_keys and not settings.auth_file:
         return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    given = given.strip().encode("latin-1")  # as Starlette decoded it
+    given = _given_key(request).encode("latin-1")  # as Starlette decoded it
     known = [hmac.compare_digest(given, key.encode()) for key in settings.api_keys]  # all of them: time tells nothing
-    if scheme.lower() != "bearer" or not any(known):
+    if not any(known):
         sentence = "Send one of the server's API keys, as Authorization: Bearer."
         if not settings.api_keys:
             sentence = (
                 "This server has a login and no API key, so programs cannot ask it. Its operator can set API_KEY."
             )
         raise ApiError(401, "invalid_api_key", sentence, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _given_key(request: Request) -> str:
+    """The key alone: "bearer  KEY" is "Bearer KEY"."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _check_ready(chat: Chat) -> None:
@@ -264,7 +269,7 @@ def _card(chat: Chat) -> dict[str, Any]:
 
 def _client(request: Request, settings: Settings) -> str:
     """Who counts as one client: the key, or the address where there are none."""
-    return request.headers["authorization"] if settings.api_keys else address(request)
+    return _given_key(request) if settings.api_keys else address(request)
 
 
 def address(request: Any) -> str:

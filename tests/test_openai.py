@@ -458,6 +458,20 @@ def test_one_client_cannot_take_all_and_others_are_not_its_neighbours(small, set
         assert ask(http).status_code == 200
 
 
+def test_a_key_is_one_client_however_it_is_written(small, settings):
+    limited = replace(settings, api_keys=("one", "two"), client_limit=1)
+    with serving(small, limited) as address, httpx.Client(base_url=address, timeout=60) as http:
+        http.headers["Authorization"] = "Bearer one"
+        with streaming(http):
+            for again in ("Bearer one", "bearer one", "BEARER   one"):
+                http.headers["Authorization"] = again
+                assert ask(http).status_code == 429, again
+            http.headers["Authorization"] = "Bearer two"
+            with streaming(http):
+                pass
+        freed(small)
+
+
 def test_an_address_that_no_trusted_proxy_vouches_for_is_not_believed(small, settings):
     limited = replace(settings, client_limit=1, trusted_proxies="10.0.0.1")
     with serving(small, limited) as address, httpx.Client(base_url=address, timeout=60) as http:
