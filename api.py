@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some sooner
 RETRY_AFTER_S = 5
+SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
+LONG_BODY = 2**18  # bytes, from which on one text is encoded at a time: 10 MB take seconds and more than 1 GB
 STARTED = int(time.time())
 FAILED = "Something went wrong on the server, and its log says what."
 NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
@@ -97,6 +100,8 @@ def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metric
     """OpenAI's routes, /tokenize and /metrics."""
     door = _door(chat, settings, metrics)
     router = APIRouter(route_class=door)
+    # What is slow to read has threads of its own, or a few of them would leave none for everybody else.
+    for_schemas, for_long = anyio.CapacityLimiter(SCHEMA_THREADS), anyio.CapacityLimiter(1)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -117,12 +122,13 @@ def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metric
         return await answer(body, request, body.prompt)
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         _check_model(chat, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "invalid_value", "Send either a prompt or messages.", "prompt")
         messages = None if body.messages is None else [message.plain() for message in body.messages]
-        ids = await anyio.to_thread.run_sync(_encode, chat, body.prompt if messages is None else messages)
+        question, threads = body.prompt if messages is None else messages, await threads_for(request)
+        ids = await anyio.to_thread.run_sync(_encode, chat, question, limiter=threads)
         return {"tokens": ids, "count": len(ids), "max_model_len": chat.context_length}
 
     @router.get("/metrics")
@@ -133,6 +139,9 @@ def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metric
     async def unknown(path: str, request: Request) -> None:
         raise ApiError(404, "unknown_url", f"There is no {request.method} /v1/{path:.60} here.")
 
+    async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
+        return for_long if len(await request.body()) > LONG_BODY else None
+
     async def answer(body: ChatRequest | CompletionRequest, request: Request, question: Any) -> Response:
         _check_model(chat, body.model)
         body.refuse_what_would_be_missed()
@@ -141,7 +150,8 @@ def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metric
         async with AsyncExitStack() as leaving:
             leaving.enter_context(clients.place(_client(request, settings)))
             try:
-                reply = await submit(lambda: _submit(chat, body, question, settings))
+                threads = await threads_for(request) or (for_schemas if body.response_format else None)
+                reply = await submit(lambda: _submit(chat, body, question, settings), threads)
                 async with _listening(reply, request):  # a remote server may take a while to accept it
                     record.reply = await leaving.enter_async_context(reply)
             except ChatError as error:
@@ -301,9 +311,9 @@ class Clients:
 # ---- From a request to a reply ----
 
 
-async def submit(start: Callable[[], Reply]) -> Reply:
+async def submit(start: Callable[[], Reply], threads: anyio.CapacityLimiter | None = None) -> Reply:
     """start() in a thread: a long text takes a while to encode. Cancelled, it leaves nothing running."""
-    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(start))
+    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(start, limiter=threads))
     try:
         return await asyncio.shield(submitting)
     except asyncio.CancelledError:

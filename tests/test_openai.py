@@ -1,11 +1,11 @@
 """What programs get: OpenAI's routes over HTTP, asked by the official client, by httpx and by a bare socket."""
 
+import contextlib
 import json
 import logging
 import socket
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -426,7 +426,7 @@ def test_a_body_that_is_too_large_is_not_read(small, settings, chunked):
         assert ask(http).status_code == 200
 
 
-@contextmanager
+@contextlib.contextmanager
 def streaming(http, **fields):
     """The lines of an answer that goes on for long, once its first event is here."""
     long = {"messages": HELLO, "max_tokens": 3000, "stream": True, **fields}
@@ -441,6 +441,53 @@ def test_a_full_line_is_429_and_says_when_to_come_back(http, small):
         answer = ask(http)
     assert (answer.status_code, error(answer)["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["Retry-After"]) > 0
+    freed(small)
+
+
+@contextlib.contextmanager
+def crowd(address, path, body):
+    """More clients than the server has threads, all of whom wait for something until the end."""
+
+    def ask():
+        httpx.post(f"{address}{path}", json=body, timeout=60)
+
+    many = [threading.Thread(target=ask) for _ in range(50)]
+    for thread in many:
+        thread.start()
+    time.sleep(1)
+    try:
+        yield
+    finally:
+        for thread in many:
+            thread.join()
+
+
+def is_served(http):
+    began = time.monotonic()
+    assert ask(http).status_code == http.get("/metrics").status_code == 200
+    assert time.monotonic() - began < 3
+
+
+def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, small_address):
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
+    body = {"messages": HELLO, "max_tokens": 1, "response_format": asked}
+    with contextlib.ExitStack() as waiting, small._grammars._one_at_a_time:
+        waiting.enter_context(crowd(small_address, "v1/chat/completions", body))
+        is_served(http)
+    freed(small)
+
+
+@pytest.mark.parametrize(("path", "fields"), [("v1/chat/completions", {"max_tokens": 1}), ("tokenize", {})])
+def test_many_long_texts_hold_up_nobody_else(http, small, small_address, path, fields, monkeypatch):
+    long, come, encode = "x" * api.LONG_BODY, threading.Event(), small.encode
+    monkeypatch.setattr(
+        small, "encode", lambda messages: encode(messages) if messages == HELLO else come.wait(20) and encode(HELLO)
+    )
+    with crowd(small_address, path, {"messages": [{"role": "user", "content": long}], **fields}):
+        try:
+            is_served(http)
+        finally:
+            come.set()
     freed(small)
 
 
@@ -501,7 +548,7 @@ def freed(chat, within_s=5):
     return time.monotonic() - began
 
 
-@contextmanager
+@contextlib.contextmanager
 def raw(address, **fields):
     """A bare socket that has sent its question."""
     body = json.dumps({"messages": HELLO, "max_tokens": 3500, **fields})
