@@ -119,6 +119,8 @@ def _source(schema: str) -> str:
 
 
 def _sentence(error: str) -> str:
+    if error.startswith("regex parse error"):  # then it draws the pattern, and ends with what is wrong
+        error = f"regex parse error: {error.rpartition('error: ')[2]}"
     reason = error.partition("\n")[0].strip().rstrip(".").replace(". ", "; ")
     reason = "nothing follows it" if reason.startswith("NoExtension") else reason
     return f"Answers cannot be held to this JSON schema: {reason:.300}."
