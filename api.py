@@ -135,7 +135,9 @@ def api_router(chat: Chat, settings: Settings, clients: Clients, metrics: Metric
     def numbers() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    methods = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
+
+    @router.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
         raise ApiError(404, "unknown_url", f"There is no {request.method} /v1/{path:.60} here.")
 

@@ -112,6 +112,8 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
 
@@ -120,6 +122,8 @@ class ResponseFormat(BaseModel):
     def _is_there(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
         if value is None and info.data.get("type") == "json_schema":
             raise ValueError("it is missing")
+        if value is not None and info.data.get("type") != "json_schema":
+            raise ValueError("it goes with type json_schema only")
         return value
 
     @property

@@ -282,6 +282,8 @@ def test_what_changes_nothing_is_let_pass(http):
         ("response_format", {"type": "xml"}, "invalid_value"),
         ("response_format", {"type": "json_schema"}, "invalid_value"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}, "missing_parameter"),
+        ("response_format", {"type": "json_object", "json_schema": {"schema": {"type": "integer"}}}, "invalid_value"),
+        ("response_format", {"type": "json_object", "schema": {"type": "integer"}}, "invalid_value"),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "invalid_value"),
         (
             "response_format",
@@ -318,7 +320,7 @@ def test_an_unknown_model_is_404(http):
     assert "small" in error(answer)["message"]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_an_unknown_route_is_404_in_json(http, method):
     answer = http.request(method, "/v1/embeddings")
     assert (answer.status_code, error(answer)["code"]) == (404, "unknown_url")
