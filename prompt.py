@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 LLAMA_2 = "llama-2"
 LLAMA_2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+# For other programs, and saved with what is trained here: the text of the format. Its ids are _llama_2_ids' work.
+LLAMA_2_TEMPLATE = (
+    "{% set system = '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for message in messages %}{% set content = (system if loop.first else '') + message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 
 # What Meta's reference code gives. A tokenizer that agrees on these has Llama 2's vocabulary, merges and numbering.
 # fmt: off
@@ -56,6 +64,13 @@ class Fitted(NamedTuple):
     dropped_messages: int
 
 
+class Lesson(NamedTuple):
+    """A conversation as it is learnt from: its ids, and from where to where the answers go, stop ids included."""
+
+    input_ids: list[int]
+    answers: list[tuple[int, int]]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_format: str | None = None) -> list[int]:
     """Token ids of a conversation, ending where the assistant should answer.
 
@@ -78,6 +93,36 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that is no conversation, after BOS if the model is used to one; control tokens stay text."""
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return tokenizer.backend_tokenizer.encode("").ids + _codec(tokenizer).encode([[_Piece(text, True)]], ())[0]
+
+
+def encode_to_learn(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    stop_ids: Container[int],
+    chat_format: str | None = None,
+) -> Lesson:
+    """A conversation that ends with an answer, in the ids that encode() would give it, and what is learnt of them.
+
+    Of each answer that is what the model has to write after the prompt of its question, up to and including the stop
+    id: without it a model never learns to end.
+    Raises ChatError as encode() does, and if this format writes an answer otherwise than the model would have to.
+    """
+    system, turns = checked([*messages, {"role": "user", "content": "Go on."}])
+    if turns[-1].messages > 1 or len(turns) == 1:
+        raise ChatError("A conversation to learn from ends with an answer.")
+    write = _writer(tokenizer, chat_format)
+    input_ids, answers = write(system, turns), []
+    for i in range(1, len(turns), 2):
+        asked = write(system, turns[:i])
+        start = len(asked)
+        end = next((t + 1 for t in range(start, len(input_ids)) if input_ids[t] in stop_ids), None)
+        if input_ids[:start] != asked or end is None:
+            raise ChatError(
+                "This conversation cannot be learnt from in the model's format: what came before changes as it goes "
+                "on, or an answer ends without the token that stops the model."
+            )
+        answers.append((start, end))
+    return Lesson(input_ids[: answers[-1][1]], answers)
 
 
 def fit(
