@@ -148,6 +148,8 @@ def fetch(plan: Plan, progress: Progress) -> Plan:
     base = plan.base_model or named
     if not base:
         raise ModelUnavailable(f"The adapter {plan.model_id} does not name its base model. Set BASE_MODEL to it.")
+    if base == download.EMBEDDED:
+        return replace(fetch(replace(plan, model_id=base), progress), model_id=plan.model_id, adapter=files)
     try:
         return replace(
             plan, base=_transformers_model(download.small_files(base, progress, plan.hub_cache_dir)), adapter=files
@@ -256,7 +258,7 @@ def choose_precision(asked: str, own: str | None, size: Size, gpus: Sequence[Gpu
     asked: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
     own: the quantisation that the checkpoint brings.
     """
-    full = "bfloat16" if all(gpu.capability >= (8, 0) for gpu in gpus) else "float16"
+    full = str(full_precision(gpus)).removeprefix("torch.")
     if own:
         return own, f"It comes quantised with {own}, and stays so."
     if asked != "auto":
@@ -315,19 +317,58 @@ def load(plan: Plan, progress: Progress) -> Loaded:
     return Loaded(model, precision, _device(model), f"{plan.why} {why}")
 
 
+def load_base(plan: Plan, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
+    """The model without its adapter, whole on one device, to be trained or merged rather than served.
+
+    precision: one of FULL, or "nf4" or "int8" by bitsandbytes, with the full precision of the device around it.
+    """
+    files, found = plan.base, gpus()
+    if own := measure(files)[1]:
+        raise ModelUnavailable(f"{files} comes quantised with {own}. Choose the original weights to train or merge.")
+    download.fetch_weights(files, progress)
+    full = full_precision(found)
+    config = {"nf4": nf4(full), "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(precision)
+    with _told(files, precision):
+        return _read(files, getattr(torch, precision) if precision in FULL else full, config, {"": device})
+
+
+def full_precision(gpus: Sequence[Gpu]) -> torch.dtype:
+    """bfloat16 where every GPU computes in it, as CPUs do; float16 on the older ones."""
+    return torch.bfloat16 if all(gpu.capability >= (8, 0) for gpu in gpus) else torch.float16
+
+
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
 def _load(files: Files, precision: str, own: str | None, size: Size, found: Sequence[Gpu]) -> PreTrainedModel:
     device_map, max_memory = place(precision, size, found)
-    full = torch.bfloat16 if all(gpu.capability >= (8, 0) for gpu in found) else torch.float16
+    full = full_precision(found)
     dtype, config = torch.float32 if precision == "float32" else full, None
     if not own and precision == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=full,
-        )
+        config = nf4(full)
     elif not own and precision == "int8" and found:
         config, dtype = BitsAndBytesConfig(load_in_8bit=True), torch.float16  # it computes in float16 and would cast
+    model = _read(files, dtype, config, device_map, max_memory)
+    if isinstance(device_map, dict):
+        remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and found:
+        raise torch.OutOfMemoryError("some layers did not fit on the GPUs")
+    return model
+
+
+def _read(
+    files: Files,
+    dtype: torch.dtype,
+    config: BitsAndBytesConfig | None,
+    device_map: str | dict[str, str | int],
+    max_memory: dict[int, int] | None = None,
+) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         files.folder,
         dtype=dtype,
@@ -339,10 +380,6 @@ def _load(files: Files, precision: str, own: str | None, size: Size, found: Sequ
     )
     if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
-    if isinstance(device_map, dict):
-        remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
-    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and found:
-        raise torch.OutOfMemoryError("some layers did not fit on the GPUs")
     return model
 
 

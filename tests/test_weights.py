@@ -345,6 +345,29 @@ def test_an_adapter_comes_from_the_hub_with_its_base(hub, adapter, tmp_path):
     assert get(asking_for("someone/adapter")).precision == "int8"
 
 
+def test_an_adapter_of_the_embedded_model_finds_it_by_its_name_on_every_machine(settings, adapter, tmp_path):
+    named = shutil.copytree(adapter, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_text())
+    (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": download.EMBEDDED}))
+    plan = weights.fetch(weights.choose(replace(settings, model_id=str(named))), ignore)
+    assert plan.base == weights.fetch(weights.choose(settings, has_gpu=False), ignore).base
+    assert (plan.adapter.folder, plan.model_id) == (named, str(named))
+
+
+def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_came_quantised(tiny, tmp_path):
+    plan = weights.fetch(weights.choose(asking_for(tiny)), ignore)
+    assert weights.load_base(plan, "float32", "cpu", ignore).dtype == torch.float32
+    assert weights.load_base(plan, "nf4", "cpu", ignore).is_loaded_in_4bit
+    assert weights.load_base(plan, "int8", "cpu", ignore).is_loaded_in_8bit
+    quantised = shutil.copytree(tiny, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    plan = weights.fetch(weights.choose(asking_for(quantised)), ignore)
+    assert "comes quantised with gptq" in sentence(weights.load_base, plan, "float32", "cpu", ignore)
+
+
 def test_an_adapter_stays_beside_a_base_in_nf4(adapter):
     model = get(asking_for(adapter, quantization="nf4")).model
     assert any("lora_A" in name for name, _ in model.named_parameters())
