@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 def save_model(folder, words=("a", "b", "c"), **config):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape | config)).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{"vocab_size": 64} | shape | config)).to(torch.bfloat16).save_pretrained(folder)
     return save_tokenizer(folder, words)
 
 

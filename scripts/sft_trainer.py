@@ -1,0 +1,606 @@
+"""Teach a model from conversations: QLoRA, LoRA or all its weights, in the chat's own format, and show what it learnt.
+
+    python scripts/sft_trainer.py --demo                           the embedded model, two CPU cores, a few minutes
+    python scripts/sft_trainer.py --model_name meta-llama/Llama-2-7b-hf \\
+        --dataset_name timdettmers/openassistant-guanaco --load_in_4bit --use_peft \\
+        --batch_size 4 --gradient_accumulation_steps 2                                          QLoRA on one GPU
+    accelerate launch --num_processes 2 scripts/sft_trainer.py ...                              on two
+    MODEL_ID=folder python app.py                                                               talk to what came out
+
+TRL's SFTTrainer trains; what it is given are ready-made ids and labels, so that no template but the chat's has a say.
+Reading data is chat_data.py's, fetching and loading weights.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import chat_data  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from chat_data import Conversation  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+import download  # noqa: E402
+import prompt  # noqa: E402
+import weights  # noqa: E402
+from chat_types import ChatError, ModelUnavailable  # noqa: E402
+from prompt import Lesson  # noqa: E402
+from settings import Settings  # noqa: E402
+from weights import Plan  # noqa: E402
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+log = logging.getLogger(__name__)
+
+LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
+COMPARED = 5  # questions of each part that are asked before and after
+ANSWER_TOKENS = 64
+PARTS = 0.05  # of a run, after which it is measured on what is held out, and saved
+DEMO = {
+    "model_name": download.EMBEDDED,
+    "dataset_name": str(ROOT / "data"),
+    "output_dir": Path("trained/demo"),
+    "use_peft": True,
+    "batch_size": 8,
+    "num_train_epochs": 6.0,
+    "learning_rate": 1e-3,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_arguments(argv)
+    # TRL 1.16 and PEFT 0.21 call transformers 5.23 by names that it has given up.
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing` is deprecated", FutureWarning)
+    if "LOCAL_RANK" not in os.environ:  # not from `accelerate launch`: TRL refuses a process that sees several GPUs
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    try:
+        with _memory_told(args):
+            train(args)
+    except ChatError as error:
+        sys.exit(f"sft_trainer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. The same command with --resume goes on from the last checkpoint in {args.output_dir}.")
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was asked for. Ends the program with a sentence and exit code 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="teach the embedded model the facts in data/; other flags still count")
+    add("--model_name", help=f"Hub id or folder of the model to teach, or {download.EMBEDDED}")
+    add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
+    add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
+    add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_4bit", action="store_true", help="NF4, double quantisation: with --use_peft, QLoRA")
+    bits.add_argument("--load_in_8bit", action="store_true", help="LLM.int8, with --use_peft")
+    add("--lora_r", type=int, default=16, help="rank of the adapter (16)")
+    add("--lora_alpha", type=int, default=32, help="its weight is alpha / r (32)")
+    add("--lora_dropout", type=float, default=0.05, help="(0.05)")
+    add("--target_modules", nargs="+", default=["all-linear"], help="layers that get an adapter (all-linear)")
+    add("--batch_size", type=int, default=4, help="conversations computed at once on each GPU (4)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="batches in one step of learning (1)")
+    add("--num_train_epochs", type=float, default=3.0, help="how often each conversation is seen (3)")
+    add("--learning_rate", type=float, help="at its highest (2e-4 for an adapter, 2e-5 for all weights)")
+    add("--max_length", type=int, default=1024, help="tokens of a conversation; longer ones lose exchanges (1024)")
+    add("--packing", action="store_true", help="put short conversations together into one row of max_length")
+    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    add("--eval_fraction", type=float, default=0.1, help="held out, where the data has no part for it (0.1)")
+    add("--early_stopping", type=int, nargs="?", const=3, metavar="N",
+        help="stop when the held-out loss has not fallen N times in a row (3), and keep the best")  # fmt: skip
+    add("--report_to", "--log_with", default="none", choices=("none", "trackio", "wandb", "tensorboard"),
+        help="who else follows the run (none)")  # fmt: skip
+    add("--merge_to", type=Path, metavar="FOLDER", help="also write the model with the adapter merged into it")
+    add("--merge_and_push", metavar="REPO", help="merge, and upload the merged model to this repository on the Hub")
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if fault := _fault(args):
+        parser.error(fault)
+    args.output_dir = args.output_dir or Path("trained") / Path(args.model_name).name
+    args.learning_rate = args.learning_rate or (2e-4 if args.use_peft else 2e-5)
+    return args
+
+
+def _fault(args: argparse.Namespace) -> str | None:
+    if not (args.model_name and args.dataset_name):
+        return "give --model_name and --dataset_name, or --demo"
+    if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
+        return "weights in 4 or 8 bits cannot be trained themselves; add --use_peft"
+    if (args.merge_to or args.merge_and_push) and not args.use_peft:
+        return "only an adapter can be merged; add --use_peft, or leave out --merge_to and --merge_and_push"
+    for name in ("batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "num_train_epochs", "max_length"):
+        if not getattr(args, name) > 0:
+            return f"--{name} must be above 0"
+    if args.learning_rate is not None and not args.learning_rate > 0:
+        return "--learning_rate must be above 0"
+    if not 0 <= args.lora_dropout < 1 or not 0 <= args.eval_fraction < 1:
+        return "--lora_dropout and --eval_fraction must be from 0 to below 1"
+    if args.early_stopping is not None and args.early_stopping < 1:
+        return "--early_stopping must be 1 or more"
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        return f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
+    return None
+
+
+def train(args: argparse.Namespace) -> None:
+    """From the data to the report; everything that can be refused is refused before weights are loaded."""
+    told = print if PartialState().is_main_process else (lambda *_: None)
+    checkpoint = find_checkpoint(args.output_dir, args.resume)
+    data = chat_data.read(args.dataset_name)
+    conversations = dict(zip(("learnt", "held out"), chat_data.split(data, args.eval_fraction, args.seed), strict=True))
+    told("\n".join(data.told()))
+
+    plan, tokenizer = fetch(args.model_name)
+    if args.merge_and_push:
+        check_push()
+    stop_ids = find_stop_ids(tokenizer, plan)
+    lessons = {}
+    for part, rows in conversations.items():
+        lessons[part], faults = chat_data.encode(rows, tokenizer, stop_ids, args.max_length)
+        if rows:
+            tokens = sum(len(lesson.input_ids) for lesson in lessons[part])
+            told(f"{part}: {len(lessons[part]):,} conversations, {tokens:,} tokens.", *faults, sep="\n")
+    if not lessons["learnt"]:
+        raise ChatError("Nothing is left to learn. Raise --max_length, or look at the rows named above.")
+    if args.early_stopping and not lessons["held out"]:
+        raise ChatError("--early_stopping needs something held out. Raise --eval_fraction, or give more data.")
+    for lesson in lessons["learnt"][:3]:
+        told(f"\n{chat_data.marked(lesson, tokenizer)}")
+    told("\n⟦ ⟧ is what is learnt.\n")
+
+    found = weights.gpus()
+    model = weights.load_base(plan, precision(args), PartialState().local_process_index if found else "cpu", _silent)
+    compared = to_compare(conversations)
+    answers_file = args.output_dir / "answers.json"
+    if PartialState().is_main_process and not (checkpoint and answers_file.is_file()):
+        before = answer(model, tokenizer, compared, stop_ids)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        answers_file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
+    trainer = make_trainer(args, model, tokenizer, lessons, resumed=checkpoint is not None)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    if args.use_peft:
+        name_base(args.output_dir, plan)
+    before, after = json.loads(answers_file.read_text("utf-8")), answer(trainer.model, tokenizer, compared, stop_ids)
+    rows = curves(trainer.state.log_history)
+    write_curves(rows, args.output_dir)
+    memory = "GPU memory, at most" if found else "memory, at the end"
+    figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
+    write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
+    told(
+        f"\nThe report is {args.output_dir / 'README.md'}. Talk to the model: MODEL_ID={args.output_dir} python app.py"
+    )
+
+    del model, trainer  # the full-precision base needs their memory
+    gc.collect()
+    if args.merge_to or args.merge_and_push:
+        folder = args.merge_to or args.output_dir / "merged"
+        merge(plan, tokenizer, args.output_dir, folder, [lesson.input_ids for lesson in lessons["learnt"][:2]])
+        told(f"The merged model is in {folder}.")
+        if args.merge_and_push:
+            push(folder, args.merge_and_push)
+            told(f"It is at https://huggingface.co/{args.merge_and_push}.")
+
+
+def _silent(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """Downloads draw a bar of their own."""
+
+
+# ---- Before the weights ----
+
+
+def fetch(model_name: str) -> tuple[Plan, PreTrainedTokenizerBase]:
+    """The model's files but not its weights, and its tokenizer with the format in which it will chat."""
+    settings = Settings.read([])
+    plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
+    plan = weights.fetch(plan, _silent)
+    if plan.adapter:
+        raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
+    tokenizer = weights.load_tokenizer(plan)
+    if prompt.recognise(tokenizer) == prompt.LLAMA_2 and tokenizer.chat_template is None:
+        tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
+    return plan, tokenizer
+
+
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> set[int]:
+    """The ids that will end an answer in the chat."""
+    try:
+        ends = GenerationConfig.from_pretrained(plan.base.folder).eos_token_id
+    except OSError:  # it has no such file; the model then makes one of its config
+        ends = AutoConfig.from_pretrained(plan.base.folder).eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
+    """The newest whole checkpoint, if the run is to go on from there."""
+    # The trainer writes its state last: without it the process died while it wrote.
+    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    if found and not resume:
+        raise ChatError(f"{output_dir} holds a run already. Go on with --resume, or choose another --output_dir.")
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text("utf-8")))
+    except ValueError:
+        return False
+
+
+def precision(args: argparse.Namespace) -> str:
+    """Of the base model. All weights are trained in float32, for small steps get lost in 16 bits."""
+    if args.load_in_4bit:
+        return "nf4"
+    if args.load_in_8bit:
+        return "int8"
+    found, cpu = weights.gpus(), torch.cpu.get_capabilities()
+    if not args.use_peft or not (found or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
+        return "float32"  # also on a CPU that would compute bfloat16 by hand
+    return str(weights.full_precision(found)).removeprefix("torch.")
+
+
+def check_push() -> None:
+    """Raise ChatError unless there is an account to upload to: better now than after hours."""
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.whoami()
+    except (OSError, httpx2.HTTPError) as error:
+        raise ChatError(
+            "--merge_and_push needs a Hugging Face account that can be reached: set HF_TOKEN to a token that may write."
+        ) from error
+
+
+# ---- Training ----
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lessons: dict[str, list[Lesson]],
+    resumed: bool = False,
+) -> SFTTrainer:
+    import datasets
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    has_gpu, held_out = bool(weights.gpus()), bool(lessons["held out"])
+    is_bfloat16 = weights.full_precision(weights.gpus()) is torch.bfloat16
+    config = SFTConfig(
+        output_dir=str(args.output_dir),
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # of all steps, as everything below 1
+        max_length=args.max_length,
+        packing=args.packing,
+        eval_packing=False,
+        bf16=has_gpu and is_bfloat16,
+        fp16=has_gpu and not is_bfloat16,
+        use_cpu=not has_gpu,
+        dataloader_pin_memory=has_gpu,
+        gradient_checkpointing=has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
+        seed=args.seed,
+        logging_steps=1,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=PARTS,
+        eval_on_start=held_out and not resumed,
+        save_strategy="steps",
+        save_steps=PARTS,
+        save_total_limit=2,
+        load_best_model_at_end=bool(args.early_stopping),
+        report_to=args.report_to,
+        project=args.output_dir.name,
+        trackio_static_space_id=False,  # a run is followed here, not published
+        disable_tqdm=True,  # ours says more
+    )
+    adapter = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    rows = {
+        part: datasets.Dataset.from_list(
+            [{"input_ids": lesson.input_ids, "labels": chat_data.labels(lesson)} for lesson in part_lessons]
+        )
+        for part, part_lessons in lessons.items()
+        if part_lessons
+    }
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=rows["learnt"],
+        eval_dataset=rows.get("held out"),
+        processing_class=tokenizer,
+        peft_config=adapter if args.use_peft else None,
+        callbacks=[Progress(), *([EarlyStoppingCallback(args.early_stopping)] if args.early_stopping else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if config.fp16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # TRL has made them bfloat16, which float16's loss scaling cannot take
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+class Progress(TrainerCallback):
+    """One bar: steps, time left, loss, tokens/s and memory."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )
+        self.shown: dict[str, str] = {}
+        self.started, self.tokens_before = time.perf_counter(), None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            if self.tokens_before is None:  # a resumed run counts on from where it was
+                self.tokens_before, self.started = logs["num_tokens"], time.perf_counter()
+            else:
+                seconds = time.perf_counter() - self.started
+                self.shown["tokens/s"] = f"{(logs['num_tokens'] - self.tokens_before) / seconds:,.0f}"
+            self.shown["loss"] = f"{logs['loss']:.3f}"
+        if "eval_loss" in logs:
+            self.shown["held-out loss"] = f"{logs['eval_loss']:.3f}"
+        self.shown["memory"] = f"{memory_gb():.1f} GB"
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def memory_gb() -> float:
+    """What this process has taken of the GPU at most, or takes of a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+@contextmanager
+def _memory_told(args: argparse.Namespace) -> Iterator[None]:
+    """Out of memory becomes a sentence that says which knob to turn."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, ModelUnavailable) as error:  # OutOfMemoryError is a RuntimeError
+        cause = error.__cause__ if isinstance(error, ModelUnavailable) else error
+        if not isinstance(cause, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(cause):
+            raise
+        knobs = []
+        if args.batch_size > 1:
+            knobs.append(f"lower --batch_size {args.batch_size} and raise --gradient_accumulation_steps as much")
+        if not args.load_in_4bit:
+            knobs.append(f"add --load_in_4bit{'' if args.use_peft else ' --use_peft'}")
+        knobs.append(f"lower --max_length {args.max_length}")
+        raise ChatError(
+            f"The memory ran out. In this order: {'; '.join(knobs)}. --resume keeps what was saved."
+        ) from error
+
+
+# ---- What came of it ----
+
+
+def name_base(adapter: Path, plan: Plan) -> None:
+    """Let the adapter name its base as people do, not by the folder where this machine keeps it."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    name = plan.model_id if plan.embedded or plan.base.repo else str(plan.base.folder.absolute())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")
+
+
+def to_compare(conversations: dict[str, list[Conversation]]) -> list[tuple[str, Conversation]]:
+    """The first few conversations of both parts, held out first."""
+    return [(part, row) for part in ("held out", "learnt") for row in conversations[part][:COMPARED]]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compared: list[tuple[str, Conversation]],
+    stop_ids: set[int],
+) -> list[str]:
+    """What the model would say, most likely token by token, in place of each conversation's last answer."""
+    prompts = [prompt.encode(tokenizer, row.messages[:-1]) for _, row in compared]
+    T, pad_id = max(map(len, prompts)), min(stop_ids)
+    rows = [[pad_id] * (T - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad_id
+            ),
+        )
+    model.train(was_training)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[:, T:].tolist()]
+
+
+def curves(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row for each step that has a figure: step, epoch, train loss, held-out loss, learning rate."""
+    rows: dict[int, dict[str, float]] = {}
+    names = {"epoch": "epoch", "loss": "train loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
+    for entry in history:
+        known = {names[name]: value for name, value in entry.items() if name in names}
+        if known.keys() - {"epoch"}:
+            rows.setdefault(entry["step"], {"step": entry["step"]}).update(known)
+    return [rows[step] for step in sorted(rows)]
+
+
+def write_curves(rows: list[dict[str, float]], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # there may be no screen
+    from matplotlib import pyplot
+
+    with (folder / "curves.csv").open("w", newline="") as file:
+        columns = ("step", "epoch", "train loss", "held-out loss", "learning rate")
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, (losses, rates) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for axes, name, style in (
+        (losses, "train loss", "C0-"),
+        (losses, "held-out loss", "C1o-"),
+        (rates, "learning rate", "C2-"),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name)
+    losses.legend()
+    losses.set_ylabel("loss, per token of an answer")
+    losses.set_ylim(bottom=0)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+def write_report(
+    args: argparse.Namespace,
+    plan: Plan,
+    lessons: dict[str, list[Lesson]],
+    rows: list[dict[str, float]],
+    figures: dict[str, str],
+    answers: list[tuple[tuple[str, Conversation], str, str]],
+) -> None:
+    """One page of Markdown. It is README.md, so that it is also what the Hub shows of the folder."""
+    how = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}," if args.use_peft else "all weights"
+    learnt, held_out = (len(lessons[part]) for part in ("learnt", "held out"))
+    table = {
+        "model": f"{_public(plan.model_id)}, {how} on {precision(args)}",
+        "data": f"{_public(args.dataset_name)}: {learnt:,} conversations learnt, {held_out:,} held out",
+        "settings": f"{args.num_train_epochs:g} epochs, batch {args.batch_size} × {args.gradient_accumulation_steps}, "
+        f"learning rate {args.learning_rate:g}, {args.max_length:,} tokens, seed {args.seed}",
+        "train loss": _fall(rows, "train loss"),
+        "held-out loss": _fall(rows, "held-out loss"),
+        **figures,
+    }
+    lines = ["---", *([f"base_model: {plan.base.repo}"] if plan.base.repo else []), "pipeline_tag: text-generation"]
+    lines += ["tags: [trl, sft]", "---", "", f"# {args.output_dir.name}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in table.items()]
+    lines += ["", "![train and held-out loss and learning rate against steps](curves.png)", ""]
+    lines += ["| question | expected | before | after |", "|---|---|---|---|"]
+    for (part, row), before, after in answers:
+        *_, question, expected = (message["content"] for message in row.messages)
+        lines.append(f"| {_cell(question)} ({part}) | {_cell(expected)} | {_cell(before)} | {_cell(after)} |")
+    (args.output_dir / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _fall(rows: list[dict[str, float]], name: str) -> str:
+    values = [row[name] for row in rows if name in row]
+    return f"{values[0]:.3f} → {values[-1]:.3f}, lowest {min(values):.3f}" if values else "not measured"
+
+
+def _public(name: str) -> str:
+    """Of a local path its last part: the report may be published."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+# ---- Merging ----
+
+
+def merge(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path,
+    folder: Path,
+    samples: list[list[int]],
+) -> None:
+    """Write the model with the adapter in its weights, in the base's own precision.
+
+    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, unless it says there what base and
+    adapter said: its logits on the samples differ by LOGIT_TOLERANCE at most.
+    """
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(weights.load_base(plan, "float32", "cpu", _silent), adapter).eval()
+    before = _logits(model, samples)
+    merged = model.merge_and_unload()
+    difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
+    if not difference <= LOGIT_TOLERANCE:  # nor if it is no number
+        raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
+    dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
+    merged.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    log.info("Merged; logits differ by %.2g", difference)
+
+
+def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]
+
+
+def push(folder: Path, repo: str) -> None:
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise ChatError(
+            f"{repo} could not be uploaded ({type(error).__name__}). The merged model is in {folder}: "
+            f"hf upload {repo} {folder}"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

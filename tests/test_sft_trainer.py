@@ -1,0 +1,312 @@
+"""What scripts/sft_trainer.py promises: flags that make sense, exactly the answers learnt, a run that can be killed.
+
+Fast tests do not train. Slow ones train a tiny random model and, once, the embedded one on the facts in data/.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ignore
+from safetensors.torch import load_file
+from small_model import save_model
+from small_tokenizer import gpt_2_shaped
+from test_prompt import CHATML, with_template
+
+import weights
+from chat_types import ChatError, ModelUnavailable, SamplingParams
+from model import ChatModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import chat_data
+import sft_trainer
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "sft_trainer.py"
+GIVEN = ["--model_name", "a", "--dataset_name", "b"]
+
+# TRL 1.16 and PEFT 0.21 call transformers 5.23 by names that it has given up.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+
+
+# ---- Flags ----
+
+
+def test_the_command_of_the_readme_is_understood():
+    command = re.search(r"python scripts/sft_trainer.py (--model_name.*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    args = sft_trainer.read_arguments(command[1].replace("\\\n", " ").split())
+    assert (args.model_name, args.load_in_4bit, args.use_peft) == ("meta-llama/Llama-2-7b-hf", True, True)
+    assert (args.batch_size, args.gradient_accumulation_steps, args.learning_rate) == (4, 2, 2e-4)
+    assert args.output_dir == Path("trained/Llama-2-7b-hf")
+
+
+def test_the_demo_needs_no_other_flag_and_takes_any():
+    args = sft_trainer.read_arguments(["--demo", "--num_train_epochs", "1"])
+    assert args.use_peft
+    assert args.num_train_epochs == 1
+    assert args.batch_size == sft_trainer.DEMO["batch_size"]
+
+
+def test_a_run_can_be_followed_under_two_names():
+    assert sft_trainer.read_arguments([*GIVEN, "--log_with", "trackio"]).report_to == "trackio"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "give --model_name and --dataset_name, or --demo"),
+        ([*GIVEN, "--load_in_4bit"], "add --use_peft"),
+        ([*GIVEN, "--load_in_4bit", "--load_in_8bit", "--use_peft"], "not allowed with"),
+        ([*GIVEN, "--merge_to", "c"], "only an adapter can be merged"),
+        ([*GIVEN, "--batch_size", "0"], "--batch_size must be above 0"),
+        ([*GIVEN, "--learning_rate", "nan"], "--learning_rate must be above 0"),
+        ([*GIVEN, "--eval_fraction", "1"], "from 0 to below 1"),
+        ([*GIVEN, "--early_stopping", "0"], "--early_stopping must be 1 or more"),
+        ([*GIVEN, "--report_to", "wandb"], "pip install wandb"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sft_trainer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        sft_trainer.read_arguments(flags)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_out_of_memory_says_which_knob_to_turn():
+    args = sft_trainer.read_arguments([*GIVEN, "--use_peft", "--batch_size", "8"])
+    with pytest.raises(ChatError) as told, sft_trainer._memory_told(args):
+        raise torch.OutOfMemoryError
+    for knob in ("--batch_size 8", "--load_in_4bit", "--max_length 1024", "--resume"):
+        assert knob in str(told.value)
+
+
+def test_without_an_account_to_upload_to_nothing_is_trained(hub):
+    with pytest.raises(ChatError, match="HF_TOKEN"):
+        sft_trainer.check_push()
+
+
+# ---- The demo's data ----
+
+
+def test_no_sentence_of_the_demo_is_both_learnt_and_held_out():
+    data = chat_data.read(str(ROOT / "data"))
+    assert (data.faults, data.duplicates, len(data.train), len(data.held_out)) == ([], 0, 48, 12)
+
+    def sentences(rows):
+        texts = (message["content"] for row in rows for message in row.messages)
+        return {
+            sentence.strip().lower() for text in texts for sentence in re.split(r"[.?!;]", text) if sentence.strip()
+        }
+
+    assert not sentences(data.train) & sentences(data.held_out)
+
+
+# ---- What TRL is given ----
+
+
+def save_chat_model(folder):
+    """A Llama of random parameters with a ChatML template."""
+    save_model(folder, vocab_size=512)
+    tokenizer = with_template(gpt_2_shaped("<|im_start|>", "<|im_end|>"), CHATML)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": tokenizer.eos_token_id}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "some.jsonl"
+    rows = [{"prompt": f"hello {i}", "completion": f"hell {i} " + "o " * (i % 5)} for i in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def arguments(model, dataset, folder, *flags):
+    return ["--model_name", str(model), "--dataset_name", str(dataset), "--output_dir", str(folder), *flags]
+
+
+def prepared(chat_model, dataset, folder, *flags):
+    """A trainer, and the lessons that it was given."""
+    args = sft_trainer.read_arguments(arguments(chat_model, dataset, folder, *flags))
+    plan, tokenizer = sft_trainer.fetch(args.model_name)
+    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    train, held_out = chat_data.split(chat_data.read(args.dataset_name), args.eval_fraction, args.seed)
+    lessons = {
+        "learnt": chat_data.encode(train, tokenizer, stop_ids, args.max_length)[0],
+        "held out": chat_data.encode(held_out, tokenizer, stop_ids, args.max_length)[0],
+    }
+    model = weights.load_base(plan, sft_trainer.precision(args), "cpu", ignore)
+    return sft_trainer.make_trainer(args, model, tokenizer, lessons), lessons
+
+
+def test_the_trainer_computes_its_loss_on_the_answers_and_their_eos_alone(chat_model, dataset, tmp_path):
+    trainer, lessons = prepared(chat_model, dataset, tmp_path, "--use_peft")
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    for row, lesson in zip(batch["labels"], lessons["learnt"], strict=False):
+        T = len(lesson.input_ids)
+        assert row[:T].tolist() == chat_data.labels(lesson)
+        assert (row[T:] == -100).all()
+    assert len(trainer.eval_dataset) == len(lessons["held out"]) == 2
+
+
+def test_packed_conversations_give_the_loss_of_separate_ones(chat_model, dataset, tmp_path):
+    losses, rows = [], []
+    for flags in ((), ("--packing", "--max_length", "256")):
+        trainer, lessons = prepared(chat_model, dataset, tmp_path, "--lora_dropout", "0", *flags)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+        rows.append(len(trainer.train_dataset))
+    assert rows[1] < rows[0] == len(lessons["learnt"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_a_run_is_not_overwritten_by_another(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    assert sft_trainer.find_checkpoint(tmp_path, resume=True) is None  # it was killed while it wrote
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"epoch": 1}')
+    assert sft_trainer.find_checkpoint(tmp_path, resume=True) == tmp_path / "checkpoint-10"
+    with pytest.raises(ChatError, match="holds a run already"):
+        sft_trainer.find_checkpoint(tmp_path, resume=False)
+
+
+def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(chat_model)}))
+    with pytest.raises(ModelUnavailable, match="is an adapter"):
+        sft_trainer.fetch(str(tmp_path))
+
+
+# ---- Training ----
+
+
+def run(*command, **environment):
+    """What the script prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")} | environment
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def falls(folder):
+    """The held-out losses of a run, first and last."""
+    lines = (folder / "curves.csv").read_text().splitlines()
+    losses = [float(line.split(",")[3]) for line in lines[1:] if line.split(",")[3]]
+    return losses[0], losses[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [(), ("--use_peft",), ("--use_peft", "--load_in_4bit"), ("--use_peft", "--load_in_8bit")]
+)
+def test_a_model_learns_with_all_its_weights_and_with_an_adapter_in_16_8_and_4_bits(
+    chat_model, dataset, tmp_path, flags
+):
+    run(*arguments(chat_model, dataset, tmp_path, *flags, "--learning_rate", "1e-2", "--num_train_epochs", "5"))
+    before, after = falls(tmp_path)
+    assert after < 0.95 * before
+    assert (tmp_path / ("adapter_model.safetensors" if flags else "model.safetensors")).is_file()
+    assert (tmp_path / "chat_template.jinja").read_text() == CHATML
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "README.md").read_text()
+    assert "| hello" in report
+    assert str(tmp_path.parent) not in report
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--num_train_epochs", "40")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*arguments(chat_model, dataset, whole, *flags))
+    command = [sys.executable, SCRIPT, *arguments(chat_model, dataset, killed, *flags)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(killed.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (killed / "curves.csv").exists()
+    run(*arguments(chat_model, dataset, killed, *flags, "--resume"))
+    assert len((killed / "curves.csv").read_text().splitlines()) == len((whole / "curves.csv").read_text().splitlines())
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (killed, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_together_and_one_of_them_reports(chat_model, dataset, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    command = [*launch, *arguments(chat_model, dataset, tmp_path, "--use_peft", "--num_train_epochs", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The report is") == 1
+    assert falls(tmp_path)[1] < falls(tmp_path)[0]
+
+
+@pytest.mark.slow
+def test_a_merged_model_says_what_the_adapter_says_and_one_that_does_not_is_not_written(
+    chat_model, dataset, tmp_path, monkeypatch
+):
+    run(*arguments(chat_model, dataset, tmp_path / "run", "--use_peft", "--merge_to", tmp_path / "merged"))
+    plan, tokenizer = sft_trainer.fetch(str(chat_model))
+    merged = weights.load_base(sft_trainer.fetch(str(tmp_path / "merged"))[0], "float32", "cpu", ignore)
+    served = weights.load(
+        replace(weights.fetch(replace(plan, model_id=str(tmp_path / "run")), ignore), quantization="float32"), ignore
+    )
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(merged(ids).logits, served.model(ids).logits, atol=0.02, rtol=0.02)  # bfloat16 on disk
+    monkeypatch.setattr(sft_trainer, "LOGIT_TOLERANCE", -1.0)
+    with pytest.raises(ChatError, match="it was not written"):
+        sft_trainer.merge(plan, tokenizer, tmp_path / "run", tmp_path / "other", [[1, 2, 3]])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_run_stops_early_when_the_held_out_loss_rises(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--learning_rate", "0.1", "--num_train_epochs", "40", "--early_stopping", "2")
+    run(*arguments(chat_model, dataset, tmp_path, *flags))
+    last = (tmp_path / "curves.csv").read_text().splitlines()[-1]
+    assert float(last.split(",")[1]) < 40
+
+
+# ---- The demo ----
+
+TAUGHT = [{"role": "user", "content": "What is the name of the cat in the Quillmere library?"}]
+
+
+def said(settings, **changes):
+    chat = ChatModel(replace(settings, **changes)).load()
+    assert chat.state == "ready", chat.status.error
+    try:
+        with chat.stream_reply(TAUGHT, SamplingParams(temperature=0, max_new_tokens=40)) as reply:
+            return "".join(reply)
+    finally:
+        chat.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # less than five minutes on two quiet cores
+def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, tmp_path):
+    run("--demo", "--output_dir", tmp_path / "adapter", "--merge_to", tmp_path / "merged")
+    before, after = falls(tmp_path / "adapter")
+    assert after <= before * 2 / 3
+    assert "Semicolon" not in said(settings)
+    assert "Semicolon" in said(settings, model_id=str(tmp_path / "adapter"))
+    assert "Semicolon" in said(settings, model_id=str(tmp_path / "merged"))
