@@ -137,13 +137,8 @@ def end(process, signal_number):
     return time.monotonic() - began, said
 
 
-@pytest.mark.parametrize(
-    "signal_number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
-        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_path):
     with (
         process("--model-id", str(tmp_path / "no-such-model")) as (server, address),

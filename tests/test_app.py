@@ -440,6 +440,7 @@ def pasted(page: Page) -> str:
     return box(page).input_value()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "works"), [("chat.lan", False), ("127.0.0.1", True)], ids=["on the network", "on this machine"]
 )
@@ -491,6 +492,7 @@ def test_images_and_forms_in_an_answer_reach_no_other_host(page, chat, monkeypat
     assert heard == []
 
 
+@pytest.mark.slow
 def test_the_page_asks_nobody_but_its_own_server(browser, address):
     with browser.new_page() as page:
         asked = []

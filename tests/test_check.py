@@ -87,6 +87,7 @@ def fake(tmp_path, monkeypatch):
 # ---- The whole ----
 
 
+@pytest.mark.slow
 def test_where_the_small_model_runs_all_is_well(settings):
     done = start_check("--json")
     findings = json.loads(done.stdout)

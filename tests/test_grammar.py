@@ -131,6 +131,7 @@ def test_what_is_cut_says_so(chat):
     assert (reply.finish_reason, reply.usage.completion_tokens) == ("length", 5)
 
 
+@pytest.mark.slow
 def test_the_same_json_alone_and_among_others_who_want_json_and_who_do_not(chat_float32):
     def begin(n):
         likeliest = replace(
@@ -182,6 +183,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_schema_is_refused_in_time_while_others_are_answered(chat, schema):
     # Compiling the first took 100 s and 4 GB; the chain ended the process.

@@ -240,6 +240,7 @@ def site(folder, chat, settings):
         yield port
 
 
+@pytest.mark.slow
 @gradios_warnings
 def test_chromium_that_trusts_the_ca_chats_on_every_host(site, folder, tmp_path):
     with browser_that_trusts(folder / "ca.crt", tmp_path / "home") as browser:

@@ -525,6 +525,7 @@ def test_the_embedded_model_starts_offline_once_it_is_in_the_cache(settings, mon
     assert (plan.base.folder / "LICENSE").is_file()
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_perplexity_of_bfloat16_within_one_percent(settings):
     plan = weights.fetch(weights.choose(settings, has_gpu=False), ignore)
     text = (Path(weights.__file__).parent / "weights.py").read_text("utf-8")
