@@ -15,6 +15,31 @@ from torch.nn import functional as F
 
 from kv_cache import BLOCK_TOKENS, PAGE_TOKENS
 
+# ---- Softmax as it goes along ----
+
+
+@triton.jit
+def _take_in(highest, total, mixed, scores, v):
+    """The highest score, the total weight and the weighted sum of values, with these scores and values added."""
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
+    return higher, total * fade + tl.sum(p, 1), mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
+
+
+@triton.jit
+def _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS: tl.constexpr):
+    """The result, or what one in SPLITS programs has of it."""
+    HEAD_DIM: tl.constexpr = dims.shape[0]
+    if SPLITS == 1:
+        result = (mixed / total[:, None]).to(output.dtype.element_ty)
+        tl.store(output + lane[:, None] * HEAD_DIM + dims[None, :], result, mask=mine[:, None])
+    else:
+        place = lane * SPLITS + split
+        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed, mask=mine[:, None])
+        tl.store(weights + place * 2, highest, mask=mine)
+        tl.store(weights + place * 2 + 1, total, mask=mine)
+
+
 # ---- Attention of one new token per request, over its pages ----
 
 
@@ -61,11 +86,7 @@ def _attend_kernel(
         k = tl.load(keys + page + inside)
         v = tl.load(values + page + inside)
         scores = tl.dot(q, tl.trans(k)) * scale
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
-        mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
-        highest = higher
+        highest, total, mixed = _take_in(highest, total, mixed, scores, v)
     if split == full % SPLITS:
         page = tl.load(table + row * table_width + full).to(tl.int64) * (PAGE * KV_HEADS * HEAD_DIM)
         before, new = tokens < position % PAGE, tokens == position % PAGE
@@ -78,19 +99,8 @@ def _attend_kernel(
         tl.store(keys + page + inside, k, mask=new[:, None])
         tl.store(values + page + inside, v, mask=new[:, None])
         scores = tl.where((before | new)[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
-        mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
-        highest = higher
-    if SPLITS == 1:
-        result = (mixed / total[:, None]).to(output.dtype.element_ty)
-        tl.store(output + lane[:, None] * HEAD_DIM + dims[None, :], result, mask=mine[:, None])
-    else:
-        place = lane * SPLITS + split
-        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed, mask=mine[:, None])
-        tl.store(weights + place * 2, highest, mask=mine)
-        tl.store(weights + place * 2 + 1, total, mask=mine)
+        highest, total, mixed = _take_in(highest, total, mixed, scores, v)
+    _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS)
 
 
 @triton.jit
@@ -231,20 +241,8 @@ def _prefill_kernel(
         v = tl.load(values + page + inside, mask=(index * PAGE + tokens < end)[:, None], other=0.0)
         seen = (index * PAGE + tokens)[None, :] <= (start + queries)[:, None]
         scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
-        mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
-        highest = higher
-    if SPLITS == 1:
-        tl.store(
-            output + lane[:, None] * HEAD_DIM + dims[None, :], (mixed / total[:, None]).to(output.dtype.element_ty)
-        )
-    else:
-        place = lane * SPLITS + split
-        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed)
-        tl.store(weights + place * 2, highest)
-        tl.store(weights + place * 2 + 1, total)
+        highest, total, mixed = _take_in(highest, total, mixed, scores, v)
+    _store(highest, total, mixed, lane, queries < BLOCK, split, output, partial, weights, dims, SPLITS)
 
 
 @torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
