@@ -14,7 +14,6 @@ Reading data is chat_data.py's, fetching and loading weights.py's.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.util
 import json
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import chat_data  # noqa: E402
 import psutil  # noqa: E402
+import report  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from chat_data import Conversation  # noqa: E402
@@ -196,8 +196,8 @@ def train(args: argparse.Namespace) -> None:
     if args.use_peft:
         name_base(args.output_dir, plan)
     before, after = json.loads(answers_file.read_text("utf-8")), answer(trainer.model, tokenizer, compared, stop_ids)
-    rows = curves(trainer.state.log_history)
-    write_curves(rows, args.output_dir)
+    rows = report.curves(trainer.state.log_history)
+    report.write_curves(rows, args.output_dir)
     memory = "GPU memory, at most" if found else "memory, at the end"
     figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
     write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
@@ -467,52 +467,11 @@ def answer(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[:, T:].tolist()]
 
 
-def curves(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One row for each step that has a figure: step, epoch, train loss, held-out loss, learning rate."""
-    rows: dict[int, dict[str, float]] = {}
-    names = {"epoch": "epoch", "loss": "train loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
-    for entry in history:
-        known = {names[name]: value for name, value in entry.items() if name in names}
-        if known.keys() - {"epoch"}:
-            rows.setdefault(entry["step"], {"step": entry["step"]}).update(known)
-    return [rows[step] for step in sorted(rows)]
-
-
-def write_curves(rows: list[dict[str, float]], folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # there may be no screen
-    from matplotlib import pyplot
-
-    with (folder / "curves.csv").open("w", newline="") as file:
-        columns = ("step", "epoch", "train loss", "held-out loss", "learning rate")
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    figure, (losses, rates) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    for axes, name, style in (
-        (losses, "train loss", "C0-"),
-        (losses, "held-out loss", "C1o-"),
-        (rates, "learning rate", "C2-"),
-    ):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name)
-    losses.legend()
-    losses.set_ylabel("loss, per token of an answer")
-    losses.set_ylim(bottom=0)
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=120)
-    pyplot.close(figure)
-
-
 def write_report(
     args: argparse.Namespace,
     plan: Plan,
     lessons: dict[str, list[Lesson]],
-    rows: list[dict[str, float]],
+    rows: report.Curves,
     figures: dict[str, str],
     answers: list[tuple[tuple[str, Conversation], str, str]],
 ) -> None:
@@ -520,38 +479,23 @@ def write_report(
     how = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}," if args.use_peft else "all weights"
     learnt, held_out = (len(lessons[part]) for part in ("learnt", "held out"))
     table = {
-        "model": f"{_public(plan.model_id)}, {how} on {precision(args)}",
-        "data": f"{_public(args.dataset_name)}: {learnt:,} conversations learnt, {held_out:,} held out",
+        "model": f"{report.public(plan.model_id)}, {how} on {precision(args)}",
+        "data": f"{report.public(args.dataset_name)}: {learnt:,} conversations learnt, {held_out:,} held out",
         "settings": f"{args.num_train_epochs:g} epochs, batch {args.batch_size} × {args.gradient_accumulation_steps}, "
         f"learning rate {args.learning_rate:g}, {args.max_length:,} tokens, seed {args.seed}",
-        "train loss": _fall(rows, "train loss"),
-        "held-out loss": _fall(rows, "held-out loss"),
+        "train loss": report.fall(rows, "train loss"),
+        "held-out loss": report.fall(rows, "held-out loss"),
         **figures,
     }
     lines = ["---", *([f"base_model: {plan.base.repo}"] if plan.base.repo else []), "pipeline_tag: text-generation"]
-    lines += ["tags: [trl, sft]", "---", "", f"# {args.output_dir.name}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in table.items()]
+    lines += ["tags: [trl, sft]", "---", "", f"# {args.output_dir.name}", "", *report.table(("", ""), table.items())]
     lines += ["", "![train and held-out loss and learning rate against steps](curves.png)", ""]
-    lines += ["| question | expected | before | after |", "|---|---|---|---|"]
-    for (part, row), before, after in answers:
-        *_, question, expected = (message["content"] for message in row.messages)
-        lines.append(f"| {_cell(question)} ({part}) | {_cell(expected)} | {_cell(before)} | {_cell(after)} |")
+    said = [
+        (row.messages[-2]["content"], part, row.messages[-1]["content"], before, after)
+        for (part, row), before, after in answers
+    ]
+    lines += report.table(("question", "part", "expected", "before", "after"), said)
     (args.output_dir / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
-
-
-def _fall(rows: list[dict[str, float]], name: str) -> str:
-    values = [row[name] for row in rows if name in row]
-    return f"{values[0]:.3f} → {values[-1]:.3f}, lowest {min(values):.3f}" if values else "not measured"
-
-
-def _public(name: str) -> str:
-    """Of a local path its last part: the report may be published."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _cell(text: str) -> str:
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 # ---- Merging ----

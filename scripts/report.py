@@ -1,0 +1,98 @@
+"""What people read of a run: its curves as CSV and PNG, and the pieces of a Markdown page.
+
+Figures and words come in, files go out; nothing here knows models, data or training.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+COLUMNS = ("step", "epoch", "train loss", "held-out loss", "learning rate")
+
+Curves = list[dict[str, float]]  # a row for each step that has a figure, of those COLUMNS that it has one for
+
+
+def curves(history: list[dict[str, float]]) -> Curves:
+    """The curves in what a Trainer logs."""
+    rows: dict[int, dict[str, float]] = {}
+    names = {"epoch": "epoch", "loss": "train loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
+    for entry in history:
+        known = {names[name]: value for name, value in entry.items() if name in names}
+        if known.keys() - {"epoch"}:
+            rows.setdefault(entry["step"], {"step": entry["step"]}).update(known)
+    return [rows[step] for step in sorted(rows)]
+
+
+def write_curves(rows: Curves, folder: Path) -> None:
+    """curves.csv and curves.png."""
+    with (folder / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_curves({"": rows}, folder / "curves.png")
+
+
+def read_curves(folder: Path) -> Curves:
+    """What write_curves() wrote, or nothing if it wrote nothing here."""
+    try:
+        with (folder / "curves.csv").open(newline="") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+
+
+def draw_curves(runs: dict[str, Curves], file: Path) -> None:
+    """Train and held-out loss and learning rate against steps, for one run or several by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # there may be no screen
+    from matplotlib import pyplot
+
+    figure, (losses, rates) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for number, (run, rows) in enumerate(runs.items()):
+        alone = len(runs) == 1
+        for axes, name, style, color in (
+            (losses, "train loss", "-" if alone else ":", 0 if alone else number),
+            (losses, "held-out loss", "o-", 1 if alone else number),
+            (rates, "learning rate", "-", 2 if alone else number),
+        ):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                label = f"{name} {run}".strip()
+                axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=4, label=label)
+    losses.legend()
+    losses.set_ylabel("loss, per token of an answer")
+    losses.set_ylim(bottom=0)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def fall(rows: Curves, name: str) -> str:
+    """From where to where a curve went: "2.310 → 1.204, lowest 1.190"."""
+    values = [row[name] for row in rows if name in row]
+    return f"{values[0]:.3f} → {values[-1]:.3f}, lowest {min(values):.3f}" if values else "not measured"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a Markdown table; whatever a cell says stays in its cell."""
+    head = list(head)
+    return [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
+
+
+def _row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(cell, cells)) + " |"
+
+
+def cell(value: object) -> str:
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def public(name: str) -> str:
+    """Of a local path its last part: a report may be published."""
+    return Path(name).name if Path(name).exists() else name
