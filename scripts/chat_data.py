@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HELD_OUT = ("held_out", "test", "validation", "valid", "eval", "dev")  # how a part that is not learnt is called
+HELD_OUT = ("held_out", "validation", "valid", "eval", "dev")  # how a part that is not learnt is called
+TEST = "test"  # the same where it is the only one, else a third part
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 SHOWN_FAULTS = 10
 
@@ -39,6 +39,7 @@ class Data:
 
     train: list[Conversation] = field(default_factory=list)
     held_out: list[Conversation] = field(default_factory=list)  # the data's own part for it, if it has one
+    test: list[Conversation] = field(default_factory=list)  # its own part for a last test, beside that
     shapes: set[str] = field(default_factory=set)  # names in SHAPES
     faults: list[str] = field(default_factory=list)  # rows left out: place and reason
     duplicates: int = 0  # left out
@@ -46,7 +47,9 @@ class Data:
 
     def told(self) -> Iterator[str]:
         """What a person should know of it, line by line."""
-        yield f"{len(self.train):,} conversations to learn and {len(self.held_out):,} held out, {_and(self.shapes)}."
+        parts = {"to learn": self.train, "held out": self.held_out, "for a test": self.test}
+        counts = [f"{len(rows):,} {name}" for name, rows in parts.items() if rows]
+        yield f"Conversations: {', '.join(counts)}, {_and(self.shapes)}."
         if self.duplicates:
             yield f"{self.duplicates:,} that came twice are left out."
         if self.unanswered:
@@ -61,11 +64,12 @@ class Data:
 def read(name: str) -> Data:
     """The conversations of a file, a folder or a data set on the Hub.
 
-    Files and splits called test, validation or held_out are held out, all others are learnt.
+    Files and splits called validation or held_out are held out, those called test too unless there are both; then
+    they are a third part. All others are learnt.
     Raises ChatError if there is nothing to learn from.
     """
     data, seen = Data(), set()
-    parts = sorted(_parts(name), key=lambda part: _is_held_out(part[0]))  # a held-out copy of what is learnt goes
+    parts = sorted(_parts(name), key=lambda part: _place(part[0]))  # a held-out copy of what is learnt goes
     for part, rows in parts:
         shape = None
         for place, row in rows:
@@ -86,24 +90,13 @@ def read(name: str) -> Data:
                 continue
             seen.add(key)
             data.shapes.add(shape)
-            (data.held_out if _is_held_out(part) else data.train).append(Conversation(messages, place))
+            (data.train, data.held_out, data.test)[_place(part)].append(Conversation(messages, place))
+    if not data.held_out:
+        data.held_out, data.test = data.test, []
     if not data.train:
         why = f" The first fault: {data.faults[0]}" if data.faults else ""
         raise ChatError(f"There is no conversation to learn from in {name}.{why}")
     return data
-
-
-def split(data: Data, fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """What is learnt and what is held out: the data's own part, else this fraction drawn by the seed."""
-    if data.held_out or not fraction:
-        return data.train, data.held_out
-    if len(data.train) < 2:
-        raise ChatError("One conversation cannot be split. Give more data, or --eval_fraction 0.")
-    drawn = set(random.Random(seed).sample(range(len(data.train)), max(1, round(fraction * len(data.train)))))
-    if len(drawn) == len(data.train):
-        raise ChatError(f"--eval_fraction {fraction} holds everything out. Give more data, or a smaller fraction.")
-    held_out = [data.train[i] for i in sorted(drawn)]
-    return [row for i, row in enumerate(data.train) if i not in drawn], held_out
 
 
 def encode(
@@ -240,8 +233,9 @@ def _numbered(name: str, rows: Iterable[Any]) -> Rows:
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _is_held_out(part: str) -> bool:
-    return part.lower().startswith(HELD_OUT)
+def _place(part: str) -> int:
+    """0 for what is learnt, 1 for what is held out, 2 for what is called a test."""
+    return part.lower().startswith(HELD_OUT) + 2 * part.lower().startswith(TEST)
 
 
 # ---- What a row says ----

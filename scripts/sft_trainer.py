@@ -5,10 +5,11 @@
         --dataset_name timdettmers/openassistant-guanaco --load_in_4bit --use_peft \\
         --batch_size 4 --gradient_accumulation_steps 2                                          QLoRA on one GPU
     accelerate launch --num_processes 2 scripts/sft_trainer.py ...                              on two
+    python scripts/sft_trainer.py --demo --folds 5                 five times, each without another fifth
     MODEL_ID=folder python app.py                                                               talk to what came out
 
 TRL's SFTTrainer trains; what it is given are ready-made ids and labels, so that no template but the chat's has a say.
-Reading data is chat_data.py's, fetching and loading weights.py's.
+Reading data is chat_data.py's, dividing it splits.py's, fetching and loading weights.py's, what is kept report.py's.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import argparse
 import gc
 import importlib.util
 import json
-import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import chat_data  # noqa: E402
+import merging  # noqa: E402
 import psutil  # noqa: E402
 import report  # noqa: E402
+import splits  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from chat_data import Conversation  # noqa: E402
+from report import Curves, Run  # noqa: E402
+from splits import Parts  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -58,9 +63,6 @@ from weights import Plan  # noqa: E402
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
-log = logging.getLogger(__name__)
-
-LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
 COMPARED = 5  # questions of each part that are asked before and after
 ANSWER_TOKENS = 64
 PARTS = 0.05  # of a run, after which it is measured on what is held out, and saved
@@ -115,6 +117,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
     add("--eval_fraction", type=float, default=0.1, help="held out, where the data has no part for it (0.1)")
+    add("--test_fraction", type=float, default=0.0, help="kept for a last test and never looked at while training (0)")
+    add("--folds", type=int, default=0, metavar="K",
+        help="train K times, each without another K-th, to see how far the held-out loss can be trusted")  # fmt: skip
     add("--early_stopping", type=int, nargs="?", const=3, metavar="N",
         help="stop when the held-out loss has not fallen N times in a row (3), and keep the best")  # fmt: skip
     add("--report_to", "--log_with", default="none", choices=("none", "trackio", "wandb", "tensorboard"),
@@ -143,8 +148,13 @@ def _fault(args: argparse.Namespace) -> str | None:
             return f"--{name} must be above 0"
     if args.learning_rate is not None and not args.learning_rate > 0:
         return "--learning_rate must be above 0"
-    if not 0 <= args.lora_dropout < 1 or not 0 <= args.eval_fraction < 1:
-        return "--lora_dropout and --eval_fraction must be from 0 to below 1"
+    for name in ("lora_dropout", "eval_fraction", "test_fraction"):
+        if not 0 <= getattr(args, name) < 1:
+            return f"--{name} must be from 0 to below 1"
+    if args.folds and args.folds < 2:
+        return "--folds must be 2 or more"
+    if args.folds and (args.merge_to or args.merge_and_push):
+        return "--folds measures and gives no model to merge; leave out --merge_to and --merge_and_push"
     if args.early_stopping is not None and args.early_stopping < 1:
         return "--early_stopping must be 1 or more"
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
@@ -154,66 +164,112 @@ def _fault(args: argparse.Namespace) -> str | None:
 
 def train(args: argparse.Namespace) -> None:
     """From the data to the report; everything that can be refused is refused before weights are loaded."""
-    told = print if PartialState().is_main_process else (lambda *_: None)
-    checkpoint = find_checkpoint(args.output_dir, args.resume)
-    data = chat_data.read(args.dataset_name)
-    conversations = dict(zip(("learnt", "held out"), chat_data.split(data, args.eval_fraction, args.seed), strict=True))
-    told("\n".join(data.told()))
-
+    find_checkpoint(args.output_dir, args.resume)
+    data, run = chat_data.read(args.dataset_name), describe(args)
+    parts = splits.divide(data, run)
+    told(*data.told(), *parts[0].told)
+    run = replace(run, learnt_sha256=splits.fingerprint(parts))
     plan, tokenizer = fetch(args.model_name)
     if args.merge_and_push:
-        check_push()
+        merging.check_push()
+    if args.folds:
+        train_folds(args, run, parts, plan, tokenizer)
+        return
+    samples = learn(args, run, parts[0], plan, tokenizer)
+    if not PartialState().is_main_process:
+        return
+    told(f"Talk to the model: MODEL_ID={args.output_dir} python app.py")
+    if args.merge_to or args.merge_and_push:
+        free_memory()  # for the full-precision base
+        folder = Path(run.merged_to)
+        moved = merging.merge(plan, tokenizer, args.output_dir, folder, samples)
+        told(f"The merged model is in {folder}; its logits differ from the adapter's by {moved:.1g} at most.")
+        if args.merge_and_push:
+            merging.push(folder, args.merge_and_push)
+            told(f"It is at https://huggingface.co/{args.merge_and_push}.")
+
+
+def train_folds(
+    args: argparse.Namespace, run: Run, parts: list[Parts], plan: Plan, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """One training for each fold, each from the untaught model, and one page about all of them."""
+    if PartialState().is_main_process:
+        report.write_run(run, args.output_dir)
+    curves = {}
+    for i, part in enumerate(parts, 1):
+        folder = args.output_dir / f"fold-{i}"
+        if args.resume and report.read_curves(folder):
+            find_checkpoint(folder, args.resume, splits.fingerprint([part]))
+            told(f"\nFold {i} of {args.folds} is done.")
+        else:
+            told(f"\nFold {i} of {args.folds}")
+            of_fold = replace(run, fold=i, learnt_sha256=splits.fingerprint([part]))
+            learn(argparse.Namespace(**vars(args) | {"output_dir": folder}), of_fold, part, plan, tokenizer)
+            free_memory()
+        curves[f"fold {i}"] = report.read_curves(folder)
+    if PartialState().is_main_process:
+        write_folds_report(args, plan, parts, curves)
+
+
+def learn(
+    args: argparse.Namespace, run: Run, parts: Parts, plan: Plan, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """One training, with all that is kept of it in args.output_dir. Returns the ids of two conversations learnt."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume, run.learnt_sha256)
     stop_ids = find_stop_ids(tokenizer, plan)
     lessons = {}
-    for part, rows in conversations.items():
+    for part, rows in (("learnt", parts.learnt), ("held out", parts.held_out), ("test", parts.test)):
         lessons[part], faults = chat_data.encode(rows, tokenizer, stop_ids, args.max_length)
         if rows:
             tokens = sum(len(lesson.input_ids) for lesson in lessons[part])
-            told(f"{part}: {len(lessons[part]):,} conversations, {tokens:,} tokens.", *faults, sep="\n")
+            told(f"{part}: {len(lessons[part]):,} conversations, {tokens:,} tokens.", *faults)
     if not lessons["learnt"]:
         raise ChatError("Nothing is left to learn. Raise --max_length, or look at the rows named above.")
     if args.early_stopping and not lessons["held out"]:
         raise ChatError("--early_stopping needs something held out. Raise --eval_fraction, or give more data.")
-    for lesson in lessons["learnt"][:3]:
-        told(f"\n{chat_data.marked(lesson, tokenizer)}")
-    told("\n⟦ ⟧ is what is learnt.\n")
+    if run.fold in (None, 1):
+        told(*(f"\n{chat_data.marked(lesson, tokenizer)}" for lesson in lessons["learnt"][:3]))
+        told("\n⟦ ⟧ is what is learnt.\n")
 
     found = weights.gpus()
-    model = weights.load_base(plan, precision(args), PartialState().local_process_index if found else "cpu", _silent)
-    compared = to_compare(conversations)
+    model = weights.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", _silent)
+    compared = to_compare(parts)
     answers_file = args.output_dir / "answers.json"
-    if PartialState().is_main_process and not (checkpoint and answers_file.is_file()):
-        before = answer(model, tokenizer, compared, stop_ids)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        answers_file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
+    if PartialState().is_main_process:
+        report.write_run(run, args.output_dir)
+        if not (checkpoint and answers_file.is_file()):
+            before = answer(model, tokenizer, compared, stop_ids)
+            answers_file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
     trainer = make_trainer(args, model, tokenizer, lessons, resumed=checkpoint is not None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - started
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    if args.use_peft:
-        name_base(args.output_dir, plan)
-    before, after = json.loads(answers_file.read_text("utf-8")), answer(trainer.model, tokenizer, compared, stop_ids)
-    rows = report.curves(trainer.state.log_history)
-    report.write_curves(rows, args.output_dir)
-    memory = "GPU memory, at most" if found else "memory, at the end"
-    figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
-    write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
-    told(
-        f"\nThe report is {args.output_dir / 'README.md'}. Talk to the model: MODEL_ID={args.output_dir} python app.py"
-    )
+    if trainer.is_world_process_zero():
+        if args.use_peft:
+            name_base(args.output_dir, plan)
+        before, after = (
+            json.loads(answers_file.read_text("utf-8")),
+            answer(trainer.model, tokenizer, compared, stop_ids),
+        )
+        rows = report.curves(trainer.state.log_history)
+        memory = "GPU memory, at most" if found else "memory, at the end"
+        figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
+        write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
+        report.write_curves(rows, args.output_dir)  # last: a fold that has them is done
+        told(f"\nThe report is {args.output_dir / 'README.md'}.")
+    return [lesson.input_ids for lesson in lessons["learnt"][:2]]
 
-    del model, trainer  # the full-precision base needs their memory
-    gc.collect()
-    if args.merge_to or args.merge_and_push:
-        folder = args.merge_to or args.output_dir / "merged"
-        merge(plan, tokenizer, args.output_dir, folder, [lesson.input_ids for lesson in lessons["learnt"][:2]])
-        told(f"The merged model is in {folder}.")
-        if args.merge_and_push:
-            push(folder, args.merge_and_push)
-            told(f"It is at https://huggingface.co/{args.merge_and_push}.")
+
+def told(*lines: str) -> None:
+    if PartialState().is_main_process:
+        print(*lines, sep="\n")
+
+
+def free_memory() -> None:
+    gc.collect()  # a trainer and its model refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _silent(phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -245,12 +301,42 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> set[int]:
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
-def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
-    """The newest whole checkpoint, if the run is to go on from there."""
+def describe(args: argparse.Namespace) -> Run:
+    """What run.json will say, but for what was learnt."""
+    data, here = Path(args.dataset_name).absolute(), Path.cwd()
+    is_below = data.exists() and data.is_relative_to(here)
+    merged = args.merge_to or (args.output_dir / "merged" if args.merge_and_push else None)
+    return Run(
+        model_name=args.model_name,
+        dataset_name=data.relative_to(here).as_posix() if is_below else args.dataset_name,
+        eval_fraction=args.eval_fraction,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        folds=args.folds,
+        fold=None,
+        max_length=args.max_length,
+        precision=precision(args),
+        early_stopping=bool(args.early_stopping),
+        merged_to=merged and str(merged),
+        learnt_sha256=None,
+    )
+
+
+def find_checkpoint(output_dir: Path, resume: bool, learnt_sha256: str | None = None) -> Path | None:
+    """The newest whole checkpoint, if the run is to go on from there.
+
+    Raises ChatError if it is not to, or if what it has learnt has another fingerprint.
+    """
     # The trainer writes its state last: without it the process died while it wrote.
-    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    files = output_dir.glob("checkpoint-*/trainer_state.json" if resume else "**/checkpoint-*/trainer_state.json")
+    found = [path.parent for path in files if _is_json(path)]
     if found and not resume:
         raise ChatError(f"{output_dir} holds a run already. Go on with --resume, or choose another --output_dir.")
+    if found and learnt_sha256 and report.read_run(output_dir).learnt_sha256 != learnt_sha256:
+        raise ChatError(
+            f"The run in {output_dir} has learnt other conversations: the data has changed, or --seed, --folds or "
+            "what is held out. Give what it was begun with, or choose another --output_dir."
+        )
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -271,19 +357,6 @@ def precision(args: argparse.Namespace) -> str:
     if not args.use_peft or not (found or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
         return "float32"  # also on a CPU that would compute bfloat16 by hand
     return str(weights.full_precision(found)).removeprefix("torch.")
-
-
-def check_push() -> None:
-    """Raise ChatError unless there is an account to upload to: better now than after hours."""
-    import httpx2
-    import huggingface_hub
-
-    try:
-        huggingface_hub.whoami()
-    except (OSError, httpx2.HTTPError) as error:
-        raise ChatError(
-            "--merge_and_push needs a Hugging Face account that can be reached: set HF_TOKEN to a token that may write."
-        ) from error
 
 
 # ---- Training ----
@@ -330,7 +403,8 @@ def make_trainer(
         save_total_limit=2,
         load_best_model_at_end=bool(args.early_stopping),
         report_to=args.report_to,
-        project=args.output_dir.name,
+        project=(args.output_dir.parent if args.folds else args.output_dir).name,
+        run_name=args.output_dir.name,
         trackio_static_space_id=False,  # a run is followed here, not published
         disable_tqdm=True,  # ours says more
     )
@@ -346,7 +420,7 @@ def make_trainer(
             [{"input_ids": lesson.input_ids, "labels": chat_data.labels(lesson)} for lesson in part_lessons]
         )
         for part, part_lessons in lessons.items()
-        if part_lessons
+        if part_lessons and part != "test"
     }
     trainer = SFTTrainer(
         model,
@@ -437,9 +511,10 @@ def name_base(adapter: Path, plan: Plan) -> None:
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")
 
 
-def to_compare(conversations: dict[str, list[Conversation]]) -> list[tuple[str, Conversation]]:
+def to_compare(parts: Parts) -> list[tuple[str, Conversation]]:
     """The first few conversations of both parts, held out first."""
-    return [(part, row) for part in ("held out", "learnt") for row in conversations[part][:COMPARED]]
+    both = ("held out", parts.held_out), ("learnt", parts.learnt)
+    return [(part, row) for part, rows in both for row in rows[:COMPARED]]
 
 
 def answer(
@@ -471,79 +546,52 @@ def write_report(
     args: argparse.Namespace,
     plan: Plan,
     lessons: dict[str, list[Lesson]],
-    rows: report.Curves,
+    rows: Curves,
     figures: dict[str, str],
     answers: list[tuple[tuple[str, Conversation], str, str]],
 ) -> None:
     """One page of Markdown. It is README.md, so that it is also what the Hub shows of the folder."""
-    how = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}," if args.use_peft else "all weights"
-    learnt, held_out = (len(lessons[part]) for part in ("learnt", "held out"))
-    table = {
-        "model": f"{report.public(plan.model_id)}, {how} on {precision(args)}",
-        "data": f"{report.public(args.dataset_name)}: {learnt:,} conversations learnt, {held_out:,} held out",
-        "settings": f"{args.num_train_epochs:g} epochs, batch {args.batch_size} × {args.gradient_accumulation_steps}, "
-        f"learning rate {args.learning_rate:g}, {args.max_length:,} tokens, seed {args.seed}",
+    facts = {
+        **_settings(args, plan),
+        "conversations": ", ".join(f"{len(rows):,} {part}" for part, rows in lessons.items()),
         "train loss": report.fall(rows, "train loss"),
         "held-out loss": report.fall(rows, "held-out loss"),
         **figures,
     }
-    lines = ["---", *([f"base_model: {plan.base.repo}"] if plan.base.repo else []), "pipeline_tag: text-generation"]
-    lines += ["tags: [trl, sft]", "---", "", f"# {args.output_dir.name}", "", *report.table(("", ""), table.items())]
-    lines += ["", "![train and held-out loss and learning rate against steps](curves.png)", ""]
     said = [
         (row.messages[-2]["content"], part, row.messages[-1]["content"], before, after)
         for (part, row), before, after in answers
     ]
-    lines += report.table(("question", "part", "expected", "before", "after"), said)
-    (args.output_dir / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+    lines = report.table(("question", "part", "expected", "before", "after"), said)
+    report.write_page(args.output_dir, plan.base.repo, facts, lines)
 
 
-# ---- Merging ----
+def write_folds_report(args: argparse.Namespace, plan: Plan, parts: list[Parts], curves: dict[str, Curves]) -> None:
+    """The same for all folds together."""
+    report.draw_curves(curves, args.output_dir / "curves.png")
+    losses = [[row["held-out loss"] for row in rows if "held-out loss" in row] for rows in curves.values()]
+    measured = [(values[0], values[-1], min(values)) for values in losses]
+    before, after, lowest = map(report.mean_and_deviation, zip(*measured, strict=True))
+    facts = _settings(args, plan) | {"held-out loss": f"{before} before, {after} after, mean ± standard deviation"}
+    rows = [
+        (name, len(part.learnt), len(part.held_out), *(f"{value:.3f}" for value in values))
+        for name, part, values in zip(curves, parts, measured, strict=True)
+    ]
+    head = ("held-out loss", "learnt", "held out", "before", "after", "lowest")
+    lines = report.table(head, [*rows, ("mean ± standard deviation", "", "", before, after, lowest)])
+    report.write_page(args.output_dir, plan.base.repo, facts, lines)
+    told(f"\nHeld-out loss: {facts['held-out loss']}, of {args.folds} folds.")
+    told(f"The report is {args.output_dir / 'README.md'}.")
 
 
-def merge(
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: Path,
-    folder: Path,
-    samples: list[list[int]],
-) -> None:
-    """Write the model with the adapter in its weights, in the base's own precision.
-
-    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, unless it says there what base and
-    adapter said: its logits on the samples differ by LOGIT_TOLERANCE at most.
-    """
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(weights.load_base(plan, "float32", "cpu", _silent), adapter).eval()
-    before = _logits(model, samples)
-    merged = model.merge_and_unload()
-    difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
-    if not difference <= LOGIT_TOLERANCE:  # nor if it is no number
-        raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
-    dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
-    merged.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    log.info("Merged; logits differ by %.2g", difference)
-
-
-def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]
-
-
-def push(folder: Path, repo: str) -> None:
-    import httpx2
-    import huggingface_hub
-
-    try:
-        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
-    except (OSError, ValueError, httpx2.HTTPError) as error:
-        raise ChatError(
-            f"{repo} could not be uploaded ({type(error).__name__}). The merged model is in {folder}: "
-            f"hf upload {repo} {folder}"
-        ) from error
+def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, str]:
+    how = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}," if args.use_peft else "all weights"
+    return {
+        "model": f"{report.public(plan.model_id)}, {how} on {precision(args)}",
+        "data": report.public(args.dataset_name),
+        "settings": f"{args.num_train_epochs:g} epochs, batch {args.batch_size} × {args.gradient_accumulation_steps}, "
+        f"learning rate {args.learning_rate:g}, {args.max_length:,} tokens, seed {args.seed}",
+    }
 
 
 if __name__ == "__main__":

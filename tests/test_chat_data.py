@@ -119,21 +119,15 @@ def test_a_question_that_nobody_answers_is_left_out(tmp_path):
     assert data.unanswered == 1
 
 
-def test_a_fraction_is_held_out_by_conversation_and_the_seed_says_which(tmp_path):
-    data = chat_data.read(write(tmp_path / "some.jsonl", *(conversation(f"{i}", "b") for i in range(20))))
-    train, held_out = chat_data.split(data, 0.1, seed=1)
-    assert (len(train), len(held_out)) == (18, 2)
-    assert sorted(map(str, train + held_out)) == sorted(map(str, data.train))
-    assert chat_data.split(data, 0.1, seed=1)[1] == held_out
-    assert any(chat_data.split(data, 0.1, seed)[1] != held_out for seed in range(2, 6))
-    assert chat_data.split(data, 0, seed=1) == (data.train, [])
-
-
-def test_the_datas_own_held_out_part_comes_before_a_fraction(tmp_path):
-    write(tmp_path / "train.jsonl", *(conversation(f"{i}", "b") for i in range(20)))
-    write(tmp_path / "test.jsonl", conversation("a", "b"))
-    train, held_out = chat_data.split(chat_data.read(str(tmp_path)), 0.1, seed=1)
-    assert (len(train), len(held_out)) == (20, 1)
+def test_parts_are_learnt_held_out_or_for_a_test_by_their_names(tmp_path):
+    write(tmp_path / "train.jsonl", conversation("a", "b"))
+    write(tmp_path / "test.jsonl", conversation("c", "d"), conversation("e", "f"))
+    data = chat_data.read(str(tmp_path))
+    assert (len(data.train), len(data.held_out), len(data.test)) == (1, 2, 0)  # the only part that is not learnt
+    write(tmp_path / "validation.jsonl", conversation("g", "h"), conversation("c", "d"))
+    data = chat_data.read(str(tmp_path))
+    assert (len(data.train), len(data.held_out), len(data.test), data.duplicates) == (1, 2, 1, 1)
+    assert next(data.told()) == "Conversations: 1 to learn, 2 held out, 1 for a test, messages."
 
 
 @pytest.mark.parametrize(

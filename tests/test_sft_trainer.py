@@ -20,6 +20,8 @@ from small_model import save_model
 from small_tokenizer import gpt_2_shaped
 from test_prompt import CHATML, with_template
 
+import download
+import prompt
 import weights
 from chat_types import ChatError, ModelUnavailable, SamplingParams
 from model import ChatModel
@@ -27,7 +29,10 @@ from model import ChatModel
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import chat_data
+import merging
+import report
 import sft_trainer
+import splits
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "sft_trainer.py"
@@ -68,7 +73,10 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--merge_to", "c"], "only an adapter can be merged"),
         ([*GIVEN, "--batch_size", "0"], "--batch_size must be above 0"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate must be above 0"),
-        ([*GIVEN, "--eval_fraction", "1"], "from 0 to below 1"),
+        ([*GIVEN, "--eval_fraction", "1"], "--eval_fraction must be from 0 to below 1"),
+        ([*GIVEN, "--test_fraction", "nan"], "--test_fraction must be from 0 to below 1"),
+        ([*GIVEN, "--folds", "1"], "--folds must be 2 or more"),
+        ([*GIVEN, "--use_peft", "--folds", "2", "--merge_to", "c"], "--folds measures and gives no model to merge"),
         ([*GIVEN, "--early_stopping", "0"], "--early_stopping must be 1 or more"),
         ([*GIVEN, "--report_to", "wandb"], "pip install wandb"),
     ],
@@ -91,7 +99,7 @@ def test_out_of_memory_says_which_knob_to_turn():
 
 def test_without_an_account_to_upload_to_nothing_is_trained(hub):
     with pytest.raises(ChatError, match="HF_TOKEN"):
-        sft_trainer.check_push()
+        merging.check_push()
 
 
 # ---- The demo's data ----
@@ -145,10 +153,10 @@ def prepared(chat_model, dataset, folder, *flags):
     args = sft_trainer.read_arguments(arguments(chat_model, dataset, folder, *flags))
     plan, tokenizer = sft_trainer.fetch(args.model_name)
     stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
-    train, held_out = chat_data.split(chat_data.read(args.dataset_name), args.eval_fraction, args.seed)
+    parts = splits.split(chat_data.read(args.dataset_name), args.eval_fraction, args.test_fraction, args.seed)
     lessons = {
-        "learnt": chat_data.encode(train, tokenizer, stop_ids, args.max_length)[0],
-        "held out": chat_data.encode(held_out, tokenizer, stop_ids, args.max_length)[0],
+        "learnt": chat_data.encode(parts.learnt, tokenizer, stop_ids, args.max_length)[0],
+        "held out": chat_data.encode(parts.held_out, tokenizer, stop_ids, args.max_length)[0],
     }
     model = weights.load_base(plan, sft_trainer.precision(args), "cpu", ignore)
     return sft_trainer.make_trainer(args, model, tokenizer, lessons), lessons
@@ -183,14 +191,54 @@ def test_a_run_is_not_overwritten_by_another(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"epoch": 1}')
     assert sft_trainer.find_checkpoint(tmp_path, resume=True) == tmp_path / "checkpoint-10"
-    with pytest.raises(ChatError, match="holds a run already"):
-        sft_trainer.find_checkpoint(tmp_path, resume=False)
+    for folder in (tmp_path, tmp_path.parent):  # nor what its folds have learnt
+        with pytest.raises(ChatError, match="holds a run already"):
+            sft_trainer.find_checkpoint(folder, resume=False)
+
+
+def test_a_run_does_not_go_on_with_other_conversations(tmp_path):
+    args = sft_trainer.read_arguments([*GIVEN, "--output_dir", str(tmp_path)])
+    report.write_run(replace(sft_trainer.describe(args), learnt_sha256="1"), tmp_path)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"epoch": 1}')
+    assert sft_trainer.find_checkpoint(tmp_path, True, "1") == tmp_path / "checkpoint-2"
+    with pytest.raises(ChatError, match="has learnt other conversations"):
+        sft_trainer.find_checkpoint(tmp_path, True, "2")
+
+
+def test_a_run_names_its_data_so_that_it_is_found_from_the_same_directory(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(dataset.parent.parent)
+    for given, kept in (
+        (dataset, f"{dataset.parent.name}/{dataset.name}"),
+        ("someone/data", "someone/data"),
+        (ROOT / "data", str(ROOT / "data")),
+    ):
+        args = sft_trainer.read_arguments(arguments("a", given, tmp_path))
+        assert sft_trainer.describe(args).dataset_name == kept
 
 
 def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(chat_model)}))
     with pytest.raises(ModelUnavailable, match="is an adapter"):
         sft_trainer.fetch(str(tmp_path))
+
+
+def test_the_embedded_model_learns_what_its_chat_has_to_write_and_to_stop(settings):
+    plan, tokenizer = sft_trainer.fetch(download.EMBEDDED)
+    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    assert [tokenizer.decode(id) for id in stop_ids] == ["<|im_end|>"]
+    asked = [("Who founded it?", "Ottilie Brandvold did."), ("When?", "In 1893.\n\nOn a Sunday.")]
+    messages, expected = [{"role": "system", "content": "Be brief."}], []
+    for question, said in asked:
+        messages.append({"role": "user", "content": question})
+        prompt_ids = prompt.encode(tokenizer, messages)
+        learnt = tokenizer.encode(said, add_special_tokens=False) + list(stop_ids)
+        expected += [-100] * (len(prompt_ids) - len(expected)) + learnt
+        messages.append({"role": "assistant", "content": said})
+    lesson = prompt.encode_to_learn(tokenizer, messages, stop_ids)
+    assert chat_data.labels(lesson) == expected
+    asked_on = prompt.encode(tokenizer, [*messages, {"role": "user", "content": "Why?"}])
+    assert asked_on[: len(lesson.input_ids)] == lesson.input_ids
 
 
 # ---- Training ----
@@ -272,9 +320,9 @@ def test_a_merged_model_says_what_the_adapter_says_and_one_that_does_not_is_not_
     )
     ids = torch.arange(40)[None]
     torch.testing.assert_close(merged(ids).logits, served.model(ids).logits, atol=0.02, rtol=0.02)  # bfloat16 on disk
-    monkeypatch.setattr(sft_trainer, "LOGIT_TOLERANCE", -1.0)
+    monkeypatch.setattr(merging, "LOGIT_TOLERANCE", -1.0)
     with pytest.raises(ChatError, match="it was not written"):
-        sft_trainer.merge(plan, tokenizer, tmp_path / "run", tmp_path / "other", [[1, 2, 3]])
+        merging.merge(plan, tokenizer, tmp_path / "run", tmp_path / "other", [[1, 2, 3]])
     assert not (tmp_path / "other").exists()
 
 

@@ -1,0 +1,75 @@
+"""An adapter becomes part of its base model's weights: merged in full precision, checked, written, published.
+
+It is a room of sft_trainer.py, which says when.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+import weights
+from chat_types import ChatError
+from weights import Plan
+
+LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
+
+
+def check_push() -> None:
+    """Raise ChatError unless there is an account to upload to: better now than after hours."""
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.whoami()
+    except (OSError, httpx2.HTTPError) as error:
+        raise ChatError(
+            "--merge_and_push needs a Hugging Face account that can be reached: set HF_TOKEN to a token that may write."
+        ) from error
+
+
+def merge(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path,
+    folder: Path,
+    samples: list[list[int]],
+) -> float:
+    """Write the model with the adapter in its weights, in the base's own precision. Returns how far its logits moved.
+
+    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, unless it says there what base and
+    adapter said: its logits on the samples differ by LOGIT_TOLERANCE at most.
+    """
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(weights.load_base(plan, "float32", "cpu", lambda *_: None), adapter).eval()
+    before = _logits(model, samples)
+    merged = model.merge_and_unload()
+    difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
+    if not difference <= LOGIT_TOLERANCE:  # nor if it is no number
+        raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
+    dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
+    merged.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return difference
+
+
+def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]
+
+
+def push(folder: Path, repo: str) -> None:
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise ChatError(
+            f"{repo} could not be uploaded ({type(error).__name__}). The merged model is in {folder}: "
+            f"hf upload {repo} {folder}"
+        ) from error
