@@ -8,6 +8,7 @@
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
     python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
+    python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
 two things measured in the same run, because machines are shared and noisy. What users do and see is crowd.py's.
@@ -19,6 +20,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,10 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,6 +50,7 @@ from settings import Settings  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from transformers import Trainer
 
 Figures = dict[str, object]
 
@@ -60,6 +63,7 @@ SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
 USERS = (1, 8, 32)
 PLOTTED_USERS = (1, 2, 4, 8, 16, 32)
 COMPILING_S = 600  # at most
+TRAINED_STEPS, TRAINED_BATCH, TRAINED_TOKENS = 10, 4, 512
 PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
 PERPLEXITY_TOKENS = 8192
 QUESTIONS = [
@@ -84,10 +88,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     parser.add_argument("--http", action="store_true", help="the embedded model's speed over HTTP and without")
     parser.add_argument("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
+    parser.add_argument("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     parser.add_argument("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
     args.users = args.users or (PLOTTED_USERS if args.plot else USERS if args.shape or args.url else ())
-    kinds = {"soak": bench_soak, "http": bench_http, "shape": bench_shape, "url": bench_url}
+    kinds = {"soak": bench_soak, "http": bench_http, "train": bench_train, "shape": bench_shape, "url": bench_url}
     bench = next((kind for name, kind in kinds.items() if getattr(args, name)), bench_embedded)
     rows: dict[str, object] = {}
     for part in bench(args):
@@ -391,6 +396,120 @@ def make_checkpoint(shape: str, tokenizer: str, folder: Path) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def bench_train(args: argparse.Namespace) -> Iterator[Figures]:
+    """QLoRA by sft_trainer.py and by TRL called directly."""
+    if not args.shape and not torch.cuda.is_available():
+        sys.exit("--train measures a GPU, and there is none. --shape tiny tries it without.")
+    yield {"batch": f"{TRAINED_BATCH} x {TRAINED_TOKENS} tokens", "torch": torch.__version__}
+    for shape in [args.shape] if args.shape else ("13b", "7b"):
+        kept = args.checkpoint and args.checkpoint / shape
+        with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
+            # In processes of their own, which leave no memory behind.
+            _in_a_process(make_checkpoint, shape, args.tokenizer, Path(folder))
+            figures = _in_a_process(train_speeds, Path(folder), args.gpu_memory_gb)
+        yield {f"{shape}, {name}": value for name, value in figures.items()}
+
+
+def _in_a_process(function: Callable[..., Any], *args: object) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        return other.submit(function, *args).result()
+
+
+def train_speeds(folder: Path, gpu_memory_gb: float | None) -> Figures:
+    """Tokens/s of the median step, of two trainers that take turns, and what the first one needs while it is alone."""
+    if gpu_memory_gb:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_gb * 1e9 / total)
+    with tempfile.TemporaryDirectory() as output_dir, contextlib.redirect_stdout(sys.stderr):
+        ours = our_trainer(folder, Path(output_dir))
+        step_times(ours)  # warms up
+        figures: Figures = {
+            "peak memory, GB": _gpu_gb(torch.cuda.max_memory_allocated),
+            "peak memory with what PyTorch keeps, GB": _gpu_gb(torch.cuda.max_memory_reserved),
+        }
+        theirs = plain_trainer(folder, Path(output_dir))
+        step_times(theirs)
+        rounds = [(step_times(ours), step_times(theirs)) for _ in range(3)]
+    our_step, their_step = (statistics.median(itertools.chain(*turns)) for turns in zip(*rounds, strict=True))
+    return figures | {
+        "ours, tokens/s": TRAINED_BATCH * TRAINED_TOKENS / our_step,
+        "TRL directly, tokens/s": TRAINED_BATCH * TRAINED_TOKENS / their_step,
+        "ours / TRL directly": their_step / our_step,
+    }
+
+
+def step_times(trainer: Trainer) -> list[float]:
+    """Seconds of each step but the first, from its beginning to the beginning of the next."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
+            times.append(time.perf_counter())
+
+    times: list[float] = []
+    trainer.add_callback(clock := Clock())
+    trainer.train()
+    trainer.remove_callback(clock)
+    return [later - earlier for earlier, later in itertools.pairwise(times[1:])]
+
+
+def _rows() -> list[list[int]]:
+    ids = torch.randint(3, 32000, (TRAINED_STEPS * TRAINED_BATCH, TRAINED_TOKENS), generator=torch.Generator())
+    return ids.tolist()
+
+
+def our_trainer(folder: Path, output_dir: Path) -> Trainer:
+    import sft_trainer
+
+    import weights
+    from prompt import Lesson
+
+    flags = f"--model_name {folder} --dataset_name none --output_dir {output_dir} --use_peft --load_in_4bit"
+    flags += f" --batch_size {TRAINED_BATCH} --max_length {TRAINED_TOKENS} --num_train_epochs 1"
+    args = sft_trainer.read_arguments(flags.split())
+    plan, tokenizer = sft_trainer.fetch(args.model_name)
+    model = weights.load_base(plan, "nf4", 0 if weights.gpus() else "cpu", lambda *_: None)
+    lessons = {"learnt": [Lesson(ids, [(0, len(ids))]) for ids in _rows()], "held out": []}
+    sft_trainer.PARTS = 0.99  # of the steps, after which it saves: not on the way, as the other
+    return sft_trainer.make_trainer(args, model, tokenizer, lessons)
+
+
+def plain_trainer(folder: Path, output_dir: Path) -> Trainer:
+    """As TRL's and PEFT's own documentation does it."""
+    import datasets
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    import weights
+
+    has_gpu = torch.cuda.is_available()
+    return SFTTrainer(
+        str(folder),
+        args=SFTConfig(
+            output_dir=str(output_dir),
+            model_init_kwargs={
+                "quantization_config": weights.nf4(torch.bfloat16),
+                "dtype": torch.bfloat16,
+                "device_map": {"": 0 if has_gpu else "cpu"},
+            },
+            per_device_train_batch_size=TRAINED_BATCH,
+            max_length=TRAINED_TOKENS,
+            num_train_epochs=1,
+            learning_rate=2e-4,
+            bf16=has_gpu,
+            use_cpu=not has_gpu,
+            gradient_checkpointing=has_gpu,
+            dataloader_pin_memory=has_gpu,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in _rows()]),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
 
 
 def plot(rows: dict[str, object], counts: Sequence[int], file: Path) -> None:

@@ -176,7 +176,7 @@ def _file(path: Path) -> Rows:
     try:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's are among them
-        raise ChatError(f"{path} cannot be read ({_first_line(error)}).") from error
+        raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
 
 
 def _jsonl(path: Path) -> Rows:
@@ -186,7 +186,7 @@ def _jsonl(path: Path) -> Rows:
                 try:
                     yield f"{path.name}, line {number}", json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
-                    yield f"{path.name}, line {number}", f"it is not JSON in UTF-8 ({_first_line(error)})."
+                    yield f"{path.name}, line {number}", f"it is not JSON in UTF-8 ({first_line(error)})."
 
 
 def _json(path: Path) -> Rows:
@@ -223,7 +223,7 @@ def _hub(name: str) -> Iterator[tuple[str, Rows]]:
     except (OSError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ChatError(
             f"{name} is neither a file or folder here nor a data set that the Hugging Face Hub gives us "
-            f"({_first_line(error)}). Check --dataset_name and the network; a private one needs HF_TOKEN."
+            f"({first_line(error)}). Check --dataset_name and the network; a private one needs HF_TOKEN."
         ) from error
     for part, rows in parts.items():
         yield part, _numbered(part, rows)
@@ -331,5 +331,5 @@ def _and(names: Iterable[str], word: str = "and") -> str:
     return f"{', '.join(most)} {word} {last}" if most else last
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

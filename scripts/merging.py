@@ -5,9 +5,11 @@ It is a room of sft_trainer.py, which says when.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
+from chat_data import first_line
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import weights
@@ -17,16 +19,17 @@ from weights import Plan
 LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
 
 
-def check_push() -> None:
-    """Raise ChatError unless there is an account to upload to: better now than after hours."""
+def create_repo(repo: str) -> None:
+    """A private repository on the Hub, unless it is there: who may not write to it learns so now, not after hours."""
     import httpx2
     import huggingface_hub
 
     try:
-        huggingface_hub.whoami()
-    except (OSError, httpx2.HTTPError) as error:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ChatError(
-            "--merge_and_push needs a Hugging Face account that can be reached: set HF_TOKEN to a token that may write."
+            f"--merge_and_push: the repository {repo} cannot be made or written to ({first_line(error)}). Set HF_TOKEN "
+            "to a token that may write there, and check the name and the network."
         ) from error
 
 
@@ -53,6 +56,8 @@ def merge(
     dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
     merged.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for name in ("README.md", "curves.png"):  # what it learnt, which the Hub shows
+        shutil.copyfile(adapter / name, folder / name)
     return difference
 
 
@@ -66,10 +71,9 @@ def push(folder: Path, repo: str) -> None:
     import huggingface_hub
 
     try:
-        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ChatError(
-            f"{repo} could not be uploaded ({type(error).__name__}). The merged model is in {folder}: "
+            f"{repo} could not be uploaded ({first_line(error)}). The merged model is in {folder}: "
             f"hf upload {repo} {folder}"
         ) from error

@@ -171,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
     run = replace(run, learnt_sha256=splits.fingerprint(parts))
     plan, tokenizer = fetch(args.model_name)
     if args.merge_and_push:
-        merging.check_push()
+        merging.create_repo(args.merge_and_push)
     if args.folds:
         train_folds(args, run, parts, plan, tokenizer)
         return

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ignore
+from hub import Hub
 from safetensors.torch import load_file
 from small_model import save_model
 from small_tokenizer import gpt_2_shaped
@@ -99,7 +100,7 @@ def test_out_of_memory_says_which_knob_to_turn():
 
 def test_without_an_account_to_upload_to_nothing_is_trained(hub):
     with pytest.raises(ChatError, match="HF_TOKEN"):
-        merging.check_push()
+        merging.create_repo("someone/taught")
 
 
 # ---- The demo's data ----
@@ -332,6 +333,41 @@ def test_a_run_stops_early_when_the_held_out_loss_rises(chat_model, dataset, tmp
     run(*arguments(chat_model, dataset, tmp_path, *flags))
     last = (tmp_path / "curves.csv").read_text().splitlines()[-1]
     assert float(last.split(",")[1]) < 40
+
+
+@pytest.mark.slow
+def test_a_model_and_conversations_of_the_hub_become_a_model_on_the_hub(chat_model, dataset, tmp_path):
+    hub, talks = Hub(tmp_path / "uploads"), tmp_path / "talks"
+    (tmp_path / "uploads").mkdir()
+    talks.mkdir()
+    (talks / "train.jsonl").write_bytes(dataset.read_bytes())
+    hub.repos |= {"someone/model": chat_model, "datasets/someone/talks": talks, "datasets/someone/secret": talks}
+    hub.gated.add("datasets/someone/secret")
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer"}
+    environment["HF_HUB_DISABLE_XET"] = "1"  # uploads by Git LFS instead, which a small Hub can speak
+
+    def command(dataset_name, repo):
+        flags = ("--use_peft", "--num_train_epochs", "1", "--merge_and_push", repo)
+        return arguments("someone/model", dataset_name, tmp_path / repo / dataset_name, *flags)
+
+    try:
+        assert "writer/taught" in run(*command("someone/talks", "writer/taught"), **environment)
+        taught = hub.repos["writer/taught"]
+        for file in (tmp_path / "writer/taught/someone/talks/merged").iterdir():
+            assert (taught / file.name).read_bytes() == file.read_bytes()
+        assert (taught / "README.md").read_text().startswith("---\nbase_model: someone/model\n")
+        for refused, sentence in (
+            (command("someone/secret", "writer/other"), "neither a file or folder here nor a data set"),
+            (command("someone/talks", "someone/taught"), "You don't have the rights"),
+        ):
+            done = subprocess.run(
+                [sys.executable, SCRIPT, *refused], capture_output=True, text=True, env=os.environ | environment
+            )
+            assert done.returncode == 1
+            assert sentence in done.stderr
+            assert "Traceback" not in done.stderr
+    finally:
+        hub.close()
 
 
 # ---- The demo ----
