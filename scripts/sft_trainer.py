@@ -5,7 +5,7 @@
         --dataset_name timdettmers/openassistant-guanaco --load_in_4bit --use_peft \\
         --batch_size 4 --gradient_accumulation_steps 2                                          QLoRA on one GPU
     accelerate launch --num_processes 2 scripts/sft_trainer.py ...                              on two
-    python scripts/sft_trainer.py --demo --folds 5                 five times, each without another fifth
+    python scripts/sft_trainer.py --demo --folds 5 --output_dir trained/folds     five times, each without another fifth
     MODEL_ID=folder python app.py                                                               talk to what came out
 
 TRL's SFTTrainer trains; what it is given are ready-made ids and labels, so that no template but the chat's has a say.
@@ -176,10 +176,8 @@ def train(args: argparse.Namespace) -> None:
         train_folds(args, run, parts, plan, tokenizer)
         return
     samples = learn(args, run, parts[0], plan, tokenizer)
-    if not PartialState().is_main_process:
-        return
     told(f"Talk to the model: MODEL_ID={args.output_dir} python app.py")
-    if args.merge_to or args.merge_and_push:
+    if run.merged_to and PartialState().is_main_process:
         free_memory()  # for the full-precision base
         folder = Path(run.merged_to)
         moved = merging.merge(plan, tokenizer, args.output_dir, folder, samples)
@@ -193,22 +191,24 @@ def train_folds(
     args: argparse.Namespace, run: Run, parts: list[Parts], plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """One training for each fold, each from the untaught model, and one page about all of them."""
+    stop_ids = find_stop_ids(tokenizer, plan)
+    for i, part in enumerate(parts, 1):
+        if not chat_data.encode(part.held_out, tokenizer, stop_ids, args.max_length)[0]:
+            raise ChatError(
+                f"What fold {i} holds out does not fit into {args.max_length:,} tokens. Raise --max_length."
+            )
     if PartialState().is_main_process:
         report.write_run(run, args.output_dir)
-    curves = {}
     for i, part in enumerate(parts, 1):
-        folder = args.output_dir / f"fold-{i}"
-        if args.resume and report.read_curves(folder):
-            find_checkpoint(folder, args.resume, splits.fingerprint([part]))
+        folder, of_fold = args.output_dir / f"fold-{i}", replace(run, fold=i, learnt_sha256=splits.fingerprint([part]))
+        if find_checkpoint(folder, args.resume, of_fold.learnt_sha256) and report.read_curves(folder):
             told(f"\nFold {i} of {args.folds} is done.")
-        else:
-            told(f"\nFold {i} of {args.folds}")
-            of_fold = replace(run, fold=i, learnt_sha256=splits.fingerprint([part]))
-            learn(argparse.Namespace(**vars(args) | {"output_dir": folder}), of_fold, part, plan, tokenizer)
-            free_memory()
-        curves[f"fold {i}"] = report.read_curves(folder)
+            continue
+        told(f"\nFold {i} of {args.folds}")
+        learn(argparse.Namespace(**vars(args) | {"output_dir": folder}), of_fold, part, plan, tokenizer)
+        free_memory()
     if PartialState().is_main_process:
-        write_folds_report(args, plan, parts, curves)
+        write_folds_report(args, plan, parts)
 
 
 def learn(
@@ -248,10 +248,8 @@ def learn(
     if trainer.is_world_process_zero():
         if args.use_peft:
             name_base(args.output_dir, plan)
-        before, after = (
-            json.loads(answers_file.read_text("utf-8")),
-            answer(trainer.model, tokenizer, compared, stop_ids),
-        )
+        before = json.loads(answers_file.read_text("utf-8"))
+        after = answer(trainer.model, tokenizer, compared, stop_ids)
         rows = report.curves(trainer.state.log_history)
         memory = "GPU memory, at most" if found else "memory, at the end"
         figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
@@ -328,9 +326,8 @@ def find_checkpoint(output_dir: Path, resume: bool, learnt_sha256: str | None = 
     Raises ChatError if it is not to, or if what it has learnt has another fingerprint.
     """
     # The trainer writes its state last: without it the process died while it wrote.
-    files = output_dir.glob("checkpoint-*/trainer_state.json" if resume else "**/checkpoint-*/trainer_state.json")
-    found = [path.parent for path in files if _is_json(path)]
-    if found and not resume:
+    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    if not resume and (found or any(output_dir.glob("fold-*/checkpoint-*/trainer_state.json"))):
         raise ChatError(f"{output_dir} holds a run already. Go on with --resume, or choose another --output_dir.")
     if found and learnt_sha256 and report.read_run(output_dir).learnt_sha256 != learnt_sha256:
         raise ChatError(
@@ -553,7 +550,7 @@ def write_report(
     """One page of Markdown. It is README.md, so that it is also what the Hub shows of the folder."""
     facts = {
         **_settings(args, plan),
-        "conversations": ", ".join(f"{len(rows):,} {part}" for part, rows in lessons.items()),
+        "conversations": ", ".join(f"{len(rows):,} {part}" for part, rows in lessons.items() if rows),
         "train loss": report.fall(rows, "train loss"),
         "held-out loss": report.fall(rows, "held-out loss"),
         **figures,
@@ -566,8 +563,9 @@ def write_report(
     report.write_page(args.output_dir, plan.base.repo, facts, lines)
 
 
-def write_folds_report(args: argparse.Namespace, plan: Plan, parts: list[Parts], curves: dict[str, Curves]) -> None:
+def write_folds_report(args: argparse.Namespace, plan: Plan, parts: list[Parts]) -> None:
     """The same for all folds together."""
+    curves = {f"fold {i}": report.read_curves(args.output_dir / f"fold-{i}") for i in range(1, args.folds + 1)}
     report.draw_curves(curves, args.output_dir / "curves.png")
     losses = [[row["held-out loss"] for row in rows if "held-out loss" in row] for rows in curves.values()]
     measured = [(values[0], values[-1], min(values)) for values in losses]

@@ -26,7 +26,7 @@ ALIKE = (
     0.7  # cosine of TF-IDF vectors; two changed words of 15 leave about 0.8, other questions on one subject reach 0.5
 )
 COMMON = 1000  # words of more conversations than this tell little, and cost the square of their number
-MANY = 100_000  # conversations that are compared; more would take longer than anybody waits before a training
+MANY = 100_000  # conversations that are compared: 103 s and 1.8 GB on one core, at 2,000 characters each
 
 
 class Parts(NamedTuple):

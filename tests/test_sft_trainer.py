@@ -186,15 +186,16 @@ def test_packed_conversations_give_the_loss_of_separate_ones(chat_model, dataset
 
 
 def test_a_run_is_not_overwritten_by_another(tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    assert sft_trainer.find_checkpoint(tmp_path, resume=True) is None  # it was killed while it wrote
+    folder = tmp_path / "fold-1"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    assert sft_trainer.find_checkpoint(folder, resume=True) is None  # it was killed while it wrote
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"epoch": 1}')
-    assert sft_trainer.find_checkpoint(tmp_path, resume=True) == tmp_path / "checkpoint-10"
-    for folder in (tmp_path, tmp_path.parent):  # nor what its folds have learnt
+        (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"epoch": 1}')
+    assert sft_trainer.find_checkpoint(folder, resume=True) == folder / "checkpoint-10"
+    for output_dir in (folder, tmp_path):  # as one run, or as a fold
         with pytest.raises(ChatError, match="holds a run already"):
-            sft_trainer.find_checkpoint(folder, resume=False)
+            sft_trainer.find_checkpoint(output_dir, resume=False)
 
 
 def test_a_run_does_not_go_on_with_other_conversations(tmp_path):
@@ -262,6 +263,22 @@ def falls(folder):
     return losses[0], losses[-1]
 
 
+def kill_at_first_checkpoint(folder, *command):
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not list(folder.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+
+
+def assert_same_adapter(ours, theirs):
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [(), ("--use_peft",), ("--use_peft", "--load_in_4bit"), ("--use_peft", "--load_in_8bit")]
@@ -285,18 +302,35 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(chat_model, dat
     flags = ("--use_peft", "--num_train_epochs", "40")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(*arguments(chat_model, dataset, whole, *flags))
-    command = [sys.executable, SCRIPT, *arguments(chat_model, dataset, killed, *flags)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not list(killed.glob("checkpoint-*/trainer_state.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
+    kill_at_first_checkpoint(killed, *arguments(chat_model, dataset, killed, *flags))
     assert not (killed / "curves.csv").exists()
     run(*arguments(chat_model, dataset, killed, *flags, "--resume"))
     assert len((killed / "curves.csv").read_text().splitlines()) == len((whole / "curves.csv").read_text().splitlines())
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (killed, whole))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
+    assert_same_adapter(killed, whole)
+
+
+@pytest.mark.slow
+def test_folds_learn_apart_and_a_run_that_is_killed_goes_on_in_the_fold_where_it_was(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--folds", "2", "--test_fraction", "0.1", "--learning_rate", "1e-2")
+    flags += ("--num_train_epochs", "20")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*arguments(chat_model, dataset, whole, *flags))
+    kill_at_first_checkpoint(killed / "fold-2", *arguments(chat_model, dataset, killed, *flags))
+    done_at = (killed / "fold-1" / "curves.csv").stat().st_mtime_ns
+    assert "Fold 1 of 2 is done." in run(*arguments(chat_model, dataset, killed, *flags, "--resume"))
+    assert (killed / "fold-1" / "curves.csv").stat().st_mtime_ns == done_at
+    assert_same_adapter(killed / "fold-2", whole / "fold-2")
+    assert (killed / "README.md").read_text().replace("killed", "whole") == (whole / "README.md").read_text()
+    losses = [falls(whole / f"fold-{i}") for i in (1, 2)]
+    (before, after), (before_2, _) = losses
+    assert before_2 == pytest.approx(before, abs=0.1)  # it began untaught
+    assert before_2 > after + 0.5
+    assert f"{report.mean_and_deviation(after for _, after in losses)} after" in (whole / "README.md").read_text()
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    kept = [report.read_run(folder) for folder in (whole, whole / "fold-1", whole / "fold-2")]
+    assert [(one.folds, one.fold) for one in kept] == [(2, None), (2, 1), (2, 2)]
+    held_out = [row for one in kept[1:] for row in splits.find_again(one)[0].held_out]
+    assert len(held_out) == len({str(row) for row in held_out}) == 22  # of 24, two being the test
 
 
 @pytest.mark.slow
