@@ -90,8 +90,8 @@ def draw_curves(runs: dict[str, Curves], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, (losses, rates) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    alone = len(runs) == 1
     for number, (run, rows) in enumerate(runs.items()):
-        alone = len(runs) == 1
         for axes, name, style, color in (
             (losses, "train loss", "-" if alone else ":", 0 if alone else number),
             (losses, "held-out loss", "o-", 1 if alone else number),
@@ -99,10 +99,10 @@ def draw_curves(runs: dict[str, Curves], file: Path) -> None:
         ):
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                label = f"{name} {run}".strip()
+                label = name if alone else run if name == "held-out loss" else None
                 axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=4, label=label)
     losses.legend()
-    losses.set_ylabel("loss, per token of an answer")
+    losses.set_ylabel(f"loss, per token of an answer{'' if alone else '; dotted: train, marked: held out'}")
     losses.set_ylim(bottom=0)
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")

@@ -90,6 +90,11 @@ def test_texts_that_share_their_wording_only_are_not_nearly_the_same():
     assert splits.split(data, 0.2, 0, 0).told == []
 
 
+def test_a_question_that_most_conversations_ask_does_not_make_them_the_same():
+    facts = [f"Shelf {word} holds {word}s by the dozen." for word in ("atlas", "herring", "lantern", "bassoon", "moth")]
+    assert splits.split(data_of(*(("Tell me a fact!", fact) for fact in facts)), 0.2, 0, 0).told == []
+
+
 def test_of_the_datas_own_parts_what_is_nearly_learnt_is_told_and_stays():
     parts = splits.split(data_of(*numbers(8), ALIKE[0], held_out=[ALIKE[1], ("a", "b")]), 0.1, 0, 0)
     assert sizes(parts) == (9, 2, 0)
