@@ -243,6 +243,25 @@ def test_the_embedded_model_learns_what_its_chat_has_to_write_and_to_stop(settin
     assert asked_on[: len(lesson.input_ids)] == lesson.input_ids
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--max_length", "5"), "Nothing is left to learn"),
+        (("--max_length", "5", "--folds", "2"), "What fold 1 holds out does not fit into 5 tokens"),
+        (("--folds", "25"), "--folds 25 needs as many conversations"),
+        (("--eval_fraction", "0", "--early_stopping"), "--early_stopping needs something held out"),
+    ],
+)
+def test_what_cannot_be_learnt_or_measured_is_refused_before_weights_are_loaded(
+    chat_model, dataset, tmp_path, monkeypatch, flags, sentence
+):
+    monkeypatch.delattr(weights, "load_base")
+    args = sft_trainer.read_arguments(arguments(chat_model, dataset, tmp_path / "run", *flags))
+    with pytest.raises(ChatError, match=sentence):
+        sft_trainer.train(args)
+    assert not (tmp_path / "run").exists()
+
+
 # ---- Training ----
 
 
