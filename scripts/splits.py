@@ -96,12 +96,12 @@ def folds(data: Data, K: int, test_fraction: float, seed: int) -> list[Parts]:
         raise ChatError(
             f"--folds {K} needs as many conversations that are not nearly the same, and there are {len(groups)}."
         )
-    held_out: list[list[list[int]]] = [[] for _ in range(K)]
+    held_out: list[list[int]] = [[] for _ in range(K)]
     for group in sorted(groups, key=len, reverse=True):
-        min(held_out, key=lambda fold: sum(map(len, fold))).append(group)
+        min(held_out, key=len).extend(group)
     return [
-        Parts(_rows(data, chain(*held_out[:i], *held_out[i + 1 :])), _rows(data, held_out[i]), test, told)
-        for i in range(K)
+        Parts(_rows(data, held_out[:i] + held_out[i + 1 :]), _rows(data, [fold]), test, told)
+        for i, fold in enumerate(held_out)
     ]
 
 
@@ -147,8 +147,7 @@ def _labels(data: Data) -> tuple[np.ndarray, list[str]]:
     if len(rows) > MANY:
         return labels, [f"More than {MANY:,} conversations: they were not searched for any that are nearly the same."]
     said = [[message["content"] for message in row.messages if message["role"] != "system"] for row in rows]
-    # The same question with another answer is known to a model that has learnt it, and so is a conversation that only
-    # begins otherwise.
+    # Both give away what was learnt: the same question with another answer, and the same words but for the question.
     for texts in ([texts[0] for texts in said], ["\n".join(texts) for texts in said]):
         labels = _joined(_vectors(texts), labels)
     near = np.sum(np.bincount(labels)[labels] > 1)
