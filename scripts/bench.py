@@ -63,7 +63,8 @@ SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
 USERS = (1, 8, 32)
 PLOTTED_USERS = (1, 2, 4, 8, 16, 32)
 COMPILING_S = 600  # at most
-TRAINED_STEPS, TRAINED_BATCH, TRAINED_TOKENS = 10, 4, 512
+TRAINED_STEPS, TRAINED_BATCH, TRAINED_TOKENS = 6, 4, 512
+TRAINED_ROUNDS = 8
 PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
 PERPLEXITY_TOKENS = 8192
 QUESTIONS = [
@@ -408,7 +409,7 @@ def bench_train(args: argparse.Namespace) -> Iterator[Figures]:
         with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
             # In processes of their own, which leave no memory behind.
             _in_a_process(make_checkpoint, shape, args.tokenizer, Path(folder))
-            figures = _in_a_process(train_speeds, Path(folder), args.gpu_memory_gb)
+            figures = _in_a_process(train_speeds, Path(folder))
         yield {f"{shape}, {name}": value for name, value in figures.items()}
 
 
@@ -417,31 +418,29 @@ def _in_a_process(function: Callable[..., Any], *args: object) -> Any:
         return other.submit(function, *args).result()
 
 
-def train_speeds(folder: Path, gpu_memory_gb: float | None) -> Figures:
+def train_speeds(folder: Path) -> Figures:
     """Tokens/s of the median step, of two trainers that take turns, and what the first one needs while it is alone."""
-    if gpu_memory_gb:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gpu_memory_gb * 1e9 / total)
     with tempfile.TemporaryDirectory() as output_dir, contextlib.redirect_stdout(sys.stderr):
         ours = our_trainer(folder, Path(output_dir))
-        step_times(ours)  # warms up
+        step_s(ours)  # warms up
         figures: Figures = {
             "peak memory, GB": _gpu_gb(torch.cuda.max_memory_allocated),
             "peak memory with what PyTorch keeps, GB": _gpu_gb(torch.cuda.max_memory_reserved),
         }
         theirs = plain_trainer(folder, Path(output_dir))
-        step_times(theirs)
-        rounds = [(step_times(ours), step_times(theirs)) for _ in range(3)]
-    our_step, their_step = (statistics.median(itertools.chain(*turns)) for turns in zip(*rounds, strict=True))
+        step_s(theirs)
+        rounds = [(step_s(ours), step_s(theirs)) for _ in range(TRAINED_ROUNDS)]
+    our_step, their_step = map(statistics.median, zip(*rounds, strict=True))
     return figures | {
         "ours, tokens/s": TRAINED_BATCH * TRAINED_TOKENS / our_step,
         "TRL directly, tokens/s": TRAINED_BATCH * TRAINED_TOKENS / their_step,
-        "ours / TRL directly": their_step / our_step,
+        "ours / TRL directly": statistics.median(theirs / ours for ours, theirs in rounds),
+        "ours / TRL directly, of each round": " ".join(f"{theirs / ours:.2f}" for ours, theirs in rounds),
     }
 
 
-def step_times(trainer: Trainer) -> list[float]:
-    """Seconds of each step but the first, from its beginning to the beginning of the next."""
+def step_s(trainer: Trainer) -> float:
+    """Seconds of the median step, from its beginning to the beginning of the next; the first does not count."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -452,7 +451,7 @@ def step_times(trainer: Trainer) -> list[float]:
     trainer.add_callback(clock := Clock())
     trainer.train()
     trainer.remove_callback(clock)
-    return [later - earlier for earlier, later in itertools.pairwise(times[1:])]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times[1:]))
 
 
 def _rows() -> list[list[int]]:
