@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -37,6 +38,9 @@ import download
 from chat_types import ModelUnavailable
 from download import Files, Progress
 from settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -307,8 +311,11 @@ def load(plan: Plan, progress: Progress) -> Loaded:
     with _told(files, precision):
         model = _load(files, precision, own, size, found)
     if plan.adapter:
+        # In 4 or 8 bits merging would round the change away: there it stays apart.
+        merge = precision in FULL or (precision == "int8" and not found)
         with _told(plan.adapter, precision):
-            model = _with_adapter(model, plan, merge=precision in FULL or (precision == "int8" and not found))
+            adapted = adapt(model, plan, precision)
+            model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     if precision == "int8" and not found:
         quantize_int8(model)
     if precision == "nf4" and found:
@@ -330,6 +337,22 @@ def load_base(plan: Plan, precision: str, device: str | int, progress: Progress)
     config = {"nf4": nf4(full), "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(precision)
     with _told(files, precision):
         return _read(files, getattr(torch, precision) if precision in FULL else full, config, {"": device})
+
+
+def adapt(model: PreTrainedModel, plan: Plan, precision: str) -> PeftModel:
+    """The base model, loaded in this precision, with the plan's adapter beside its weights."""
+    from peft import PeftModel
+
+    with _told(plan.adapter, precision):
+        vocabulary = len(load_tokenizer(plan))
+        if vocabulary > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocabulary)
+        adapted = PeftModel.from_pretrained(model, plan.adapter.folder)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ModelUnavailable(
+            f"{plan.adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
+        )
+    return adapted
 
 
 def full_precision(gpus: Sequence[Gpu]) -> torch.dtype:
@@ -381,21 +404,6 @@ def _read(
     if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
     return model
-
-
-def _with_adapter(model: PreTrainedModel, plan: Plan, merge: bool) -> PreTrainedModel:
-    """The model as the adapter changes it. In 4 or 8 bits merging would round the change away: there it stays apart."""
-    from peft import PeftModel
-
-    vocabulary = len(load_tokenizer(plan))
-    if vocabulary > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(vocabulary)
-    adapted = PeftModel.from_pretrained(model, plan.adapter.folder)
-    if adapted.active_peft_config.is_prompt_learning:
-        raise ModelUnavailable(
-            f"{plan.adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
-        )
-    return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
 def _own_quantization(config: PreTrainedConfig) -> str | None:
