@@ -65,8 +65,12 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
         else:
             for kind, entries in loaded.items():
                 found[kind].update(entries)
-    for task in found["tasks"].values():
+    for name, task in found["tasks"].items():
         task.set_fewshot_seed(SEED)
+        is_unsafe = getattr(task, "UNSAFE_CODE", False)
+        if is_unsafe or getattr(task, "MULTIMODAL", False):
+            what = "runs programs that the model writes" if is_unsafe else "asks about pictures or sounds"
+            raise ChatError(f"The task {name} {what}, which is not done here. Leave it out of --tasks.")
     return found, faults
 
 

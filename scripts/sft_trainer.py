@@ -232,7 +232,7 @@ def learn(
         told("\n⟦ ⟧ is what is learnt.\n")
 
     found = weights.gpus()
-    model = weights.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", _silent)
+    model = weights.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", silent)
     compared = to_compare(parts)
     answers_file = args.output_dir / "answers.json"
     if PartialState().is_main_process:
@@ -270,7 +270,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _silent(phase: str, done_bytes: int, total_bytes: int) -> None:
+def silent(phase: str, done_bytes: int, total_bytes: int) -> None:
     """Downloads draw a bar of their own."""
 
 
@@ -281,7 +281,7 @@ def fetch(model_name: str) -> tuple[Plan, PreTrainedTokenizerBase]:
     """The model's files but not its weights, and its tokenizer with the format in which it will chat."""
     settings = Settings.read([])
     plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
-    plan = weights.fetch(plan, _silent)
+    plan = weights.fetch(plan, silent)
     if plan.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = weights.load_tokenizer(plan)
@@ -350,9 +350,14 @@ def precision(args: argparse.Namespace) -> str:
         return "nf4"
     if args.load_in_8bit:
         return "int8"
+    return full_precision() if args.use_peft else "float32"
+
+
+def full_precision() -> str:
+    """Of this device: 16 bits, unless it is a CPU that would compute bfloat16 by hand."""
     found, cpu = weights.gpus(), torch.cpu.get_capabilities()
-    if not args.use_peft or not (found or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
-        return "float32"  # also on a CPU that would compute bfloat16 by hand
+    if not (found or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
+        return "float32"
     return str(weights.full_precision(found)).removeprefix("torch.")
 
 
@@ -519,6 +524,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     compared: list[tuple[str, Conversation]],
     stop_ids: set[int],
+    max_new_tokens: int = ANSWER_TOKENS,
 ) -> list[str]:
     """What the model would say, most likely token by token, in place of each conversation's last answer."""
     prompts = [prompt.encode(tokenizer, row.messages[:-1]) for _, row in compared]
@@ -532,7 +538,7 @@ def answer(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=GenerationConfig(
-                max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad_id
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad_id
             ),
         )
     model.train(was_training)
