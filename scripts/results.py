@@ -101,9 +101,9 @@ class Results:
                 "",
                 "## For people to judge",
                 "",
-                f"`{judging.SHEET}` has two answers to each question, `{judging.RUBRIC}` says how to mark them, and who "
-                f"gave which is in `{judging.KEY}`, not for judges. `python scripts/evaluate_model.py --judged` counts "
-                "the sheets that are filled in.",
+                f"`{judging.SHEET}` has two answers to each question, `{judging.RUBRIC}` says how to mark them. Who "
+                f"gave which is in `{judging.KEY}`, which is not for judges. "
+                "`python scripts/evaluate_model.py --judged` counts the sheets that are filled in.",
             ]
         return [*lines, *(line for note in self.notes for line in ("", note))]
 
