@@ -141,8 +141,10 @@ def evaluate(args: argparse.Namespace) -> None:
     asked, pair = to_ask(args, run, subjects, parts)
     if asked:
         judging.check_free(args.output_dir)
-    tasks, faults = harness.find_tasks(args.tasks) if args.tasks else ({}, [])
-    print(*faults, sep="\n", end="\n" if faults else "")
+    tasks, faults = {}, []
+    if args.tasks:
+        print(f"Fetching the questions of {', '.join(args.tasks)} ...", flush=True)
+        tasks, faults = harness.find_tasks(args.tasks)
     lessons = {(subject.name, subject.fold): encode(subject, parts, run) for subject in subjects}
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ class Results:
             _draw_curves(axes[0, 0], curves)
         self._draw_losses(axes[0, -1])
         axes[0, 0].set_ylabel("loss, per token of an answer")
-        axes[0, 0].set_ylim(0, 1.05 * axes[0, 0].get_ylim()[1])  # room for the highest number
+        axes[0, 0].set_ylim(0, 1.2 * axes[0, 0].get_ylim()[1])  # room for the legends
         figure.savefig(file, dpi=120)
         pyplot.close(figure)
 
@@ -244,6 +244,7 @@ class Results:
                 if not its:
                     continue
                 loss, (low, high) = _bar(its)
+                perplexity = statistics.fmean(row.perplexity for row in its)
                 bars = axes.bar(
                     place + (number - (len(parts) - 1) / 2) * width,
                     loss,
@@ -253,17 +254,17 @@ class Results:
                     color=f"C{number}",
                     label=part if place == 0 else None,
                 )
-                axes.bar_label(bars, [f"{math.exp(loss):.3g}"], padding=3)
+                axes.bar_label(bars, [f"{perplexity:.3g}"], padding=3)
         axes.set_xticks(range(len(models)), models)
-        axes.legend(title="number: perplexity")
-        axes.set_title(f"measured in {rows[0].precision}" if rows else "nothing was measured")
+        axes.legend(loc="upper right", ncols=len(parts))
+        axes.set_title(f"measured in {rows[0].precision}; the numbers are perplexities")
 
 
 def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
     """Both losses of a run, with the lowest point of the held-out one; of several runs the held-out ones."""
     for number, taught in enumerate(runs):
         alone = len(runs) == 1
-        name = "" if alone else f" {taught.fold or taught.model}"
+        name = "" if alone else f", fold {taught.fold}" if taught.fold else f", {taught.model}"
         for column, style, color in (
             ("train loss", "-", "C0"),
             ("held-out loss", "o-", "C1" if alone else f"C{number}"),
@@ -272,7 +273,7 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
             if points and (alone or column == "held-out loss"):
                 axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=column + name)
         if low := verdict.lowest(taught.curves):
-            axes.plot(low["step"], low["held-out loss"], "kv", markersize=9, zorder=3)
+            axes.plot(low["step"], low["held-out loss"], "kv", markersize=9 if alone else 6, zorder=3)
             if alone:
                 axes.axvline(low["step"], color="0.6", linestyle=":", zorder=0)
                 axes.annotate(
@@ -282,8 +283,8 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
                     textcoords="offset points",
                 )
     axes.set_xlabel("step")
-    axes.set_title("while it was taught")
-    axes.legend()
+    axes.set_title("while it was taught; ▾ is the lowest")
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _bar(rows: list[Measured]) -> tuple[float, tuple[float, float]]:

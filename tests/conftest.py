@@ -128,6 +128,16 @@ def tiny(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes."""
+    from test_sft_trainer import run  # imports what training needs, which most tests do without
+
+    folder = tmp_path_factory.mktemp("demo")
+    run("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")
+    return folder
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path, tiny):
     """A Hub with one model, an empty cache, and nobody logged in."""

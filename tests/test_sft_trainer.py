@@ -440,10 +440,9 @@ def said(settings, **changes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # less than five minutes on two quiet cores
-def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, tmp_path):
-    run("--demo", "--output_dir", tmp_path / "adapter", "--merge_to", tmp_path / "merged")
-    before, after = falls(tmp_path / "adapter")
+def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, demo):
+    before, after = falls(demo / "adapter")
     assert after <= before * 2 / 3
     assert "Semicolon" not in said(settings)
-    assert "Semicolon" in said(settings, model_id=str(tmp_path / "adapter"))
-    assert "Semicolon" in said(settings, model_id=str(tmp_path / "merged"))
+    assert "Semicolon" in said(settings, model_id=str(demo / "adapter"))
+    assert "Semicolon" in said(settings, model_id=str(demo / "merged"))
