@@ -279,8 +279,9 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
                 axes.annotate(
                     f"lowest: {low['held-out loss']:.2f}, epoch {low['epoch']:.1f}",
                     (low["step"], low["held-out loss"]),
-                    xytext=(6, 14),
+                    xytext=(0, 14),
                     textcoords="offset points",
+                    horizontalalignment="left" if low["step"] < taught.curves[-1]["step"] / 2 else "right",
                 )
     axes.set_xlabel("step")
     axes.set_title("while it was taught; ▾ is the lowest")
