@@ -151,26 +151,21 @@ def evaluate(args: argparse.Namespace) -> None:
     title = f"{' and '.join(map(report.public, args.models))}, evaluated"
     results = Results(title, run, find_taught(subjects), notes=[*faults, *notes(run, parts)])
     answers: dict[str, list[str]] = {}
-    try:
-        for precision in args.precisions:
-            for subject, model in loaded(subjects, precision):
-                results.measured += measure(subject, model, precision, lessons[subject.name, subject.fold], args)
-                if precision != args.precisions[0]:
-                    continue
-                if subject.name in pair:
-                    answers[subject.name] = say(subject, model, asked, args.batch_size)
-                if tasks.get("tasks"):
-                    results.scores[subject.name] = harness.run(
-                        tasks, model, subject.tokenizer, args.batch_size, args.limit
-                    )
-                results.write(args.output_dir)
-            if asked and not results.has_sheet:
-                questions = [(_dialog(row), row.messages[-1]["content"]) for row in asked]
-                judging.write(args.output_dir, questions, {name: answers[name] for name in pair}, run.seed)
-                results.has_sheet = True
-    finally:  # what was measured is kept, whatever ended it
-        if results.measured:
-            results.write(args.output_dir)
+    for precision in args.precisions:
+        for subject, model in loaded(subjects, precision):
+            results.measured += measure(subject, model, precision, lessons[subject.name, subject.fold], args)
+            results.write(args.output_dir)  # at once: it is kept, whatever ends what follows
+            if precision != args.precisions[0]:
+                continue
+            if subject.name in pair:
+                answers[subject.name] = say(subject, model, asked, args.batch_size)
+            if tasks.get("tasks"):
+                results.scores[subject.name] = harness.run(tasks, model, subject.tokenizer, args.batch_size, args.limit)
+        if asked and not results.has_sheet:
+            questions = [(_dialog(row), row.messages[-1]["content"]) for row in asked]
+            judging.write(args.output_dir, questions, {name: answers[name] for name in pair}, run.seed)
+            results.has_sheet = True
+        results.write(args.output_dir)
     print("", *results.page(), f"\nThe report is {args.output_dir / 'evaluation.md'}.", sep="\n")
 
 
