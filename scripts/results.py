@@ -101,8 +101,8 @@ class Results:
                 "",
                 "## For people to judge",
                 "",
-                f"`{judging.SHEET}` has two answers to each question, `{judging.RUBRIC}` says how to mark them. Who "
-                f"gave which is in `{judging.KEY}`, which is not for judges. "
+                f"`{judging.SHEET}` holds questions with two answers each, `{judging.RUBRIC}` how to mark them, and "
+                f"`{judging.KEY}`, which is not for judges, who gave which. "
                 "`python scripts/evaluate_model.py --judged` counts the sheets that are filled in.",
             ]
         return [*lines, *(line for note in self.notes for line in ("", note))]
@@ -183,7 +183,10 @@ class Results:
             if all(pair) and len({*(len(row.losses) for row in pair)}) == 1 and len(pair[0].losses) > 1:
                 low, high = _interval(pair[1].losses, pair[0].losses)
                 ratio = pair[1].perplexity / pair[0].perplexity
-                yield f"- {part}: {taught.model} has {ratio:.2f} ({low:.2f} to {high:.2f}) × that of {taught.base}"
+                yield (
+                    f"- {part}: the perplexity of {taught.model} is {ratio:.2f} × that of {taught.base} "
+                    f"({low:.2f} to {high:.2f})"
+                )
 
     def _first(self, model: str, fold: int | None, part: str) -> Measured | None:
         rows = (row for row in self.measured if (row.model, row.fold, row.part) == (model, fold, part))
