@@ -403,6 +403,7 @@ def bench_train(args: argparse.Namespace) -> Iterator[Figures]:
     """QLoRA by sft_trainer.py and by TRL called directly."""
     if not args.shape and not torch.cuda.is_available():
         sys.exit("--train measures a GPU, and there is none. --shape tiny tries it without.")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # of the processes below; TRL refuses one that sees several
     yield {"batch": f"{TRAINED_BATCH} x {TRAINED_TOKENS} tokens", "torch": torch.__version__}
     for shape in [args.shape] if args.shape else ("13b", "7b"):
         kept = args.checkpoint and args.checkpoint / shape
