@@ -5,7 +5,9 @@ Fast tests measure a tiny random model and adapters that nobody trained; the slo
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ignore
+from hub import Hub
 from test_sft_trainer import save_chat_model
 
 import weights
@@ -336,6 +339,25 @@ def test_no_question_of_the_local_task_was_taught_or_held_out():
     for row in questions:
         assert row["question"].lower() not in said
         assert len(set(row["choices"])) == 4
+
+
+@pytest.mark.slow
+def test_a_standard_task_is_fetched_from_the_hub_and_run(run, tmp_path):
+    hub, folder = Hub(), tmp_path / "hellaswag"
+    folder.mkdir()
+    question = {"activity_label": "Reading", "ctx_a": "A woman opens a book.", "ctx_b": "she", "label": "0"}
+    question["endings"] = ["reads a page.", "eats the sea.", "is a door.", "flies under it."]
+    for part in ("train", "validation"):
+        (folder / f"{part}.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
+    hub.repos["datasets/Rowan/hellaswag"] = folder
+    command = [sys.executable, ROOT / "scripts" / "evaluate_model.py", run, "--tasks", "hellaswag"]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    try:
+        done = subprocess.run([*command, "--sheet", "0"], capture_output=True, text=True, env=environment)
+    finally:
+        hub.close()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| hellaswag \| acc_norm \| 3 \| [01]\.000", done.stdout)
 
 
 @pytest.mark.slow
