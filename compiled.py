@@ -7,11 +7,13 @@ reads all it needs from tensors that stay where they are, so the host only says 
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +53,18 @@ class _Recording:
     logits: Tensor  # [N, V]
     sample: torch.cuda.CUDAGraph | None = None  # of a decode step all of whose rows are narrow
     tokens: Tensor | None = None  # int64 [N]
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
+    """What is computed here is recorded. What another thread does meanwhile is its own affair, but a garbage collection
+    in this one might destroy what no recording may contain, such as the events of an engine that is gone."""
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        gc.enable()
 
 
 def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
@@ -171,13 +185,13 @@ class CompiledModel:
         inputs = self._new_inputs(kind, size)
         torch.cuda.synchronize(self._rows.device)
         forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+        with _recording(forward, self._pool):
             logits = self._decode(inputs) if kind == "decode" else self._prefill(inputs, size)
         self._pool = self._pool or forward.pool()
         if kind == "prefill":
             return _Recording(size, inputs, forward, logits)
         sample = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(sample, pool=self._pool, capture_error_mode="thread_local"):
+        with _recording(sample, self._pool):
             tokens = self._rows.sample(logits, inputs, NARROW)
         return _Recording(size, inputs, forward, logits, sample, tokens)
 
