@@ -142,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> None:
     asked, pair = to_ask(args, run, subjects, parts)
     if asked:
         judging.check_free(args.output_dir)
-    tasks, faults = {}, []
+    tasks, faults = [], []
     if args.tasks:
         print(f"Fetching the questions of {', '.join(args.tasks)} ...", flush=True)
         tasks, faults = harness.find_tasks(args.tasks)
@@ -160,8 +160,10 @@ def evaluate(args: argparse.Namespace) -> None:
                 continue
             if subject.name in pair:
                 answers[subject.name] = say(subject, model, asked, args.batch_size)
-            if tasks.get("tasks"):
-                results.scores[subject.name] = harness.run(tasks, model, subject.tokenizer, args.batch_size, args.limit)
+            if tasks:
+                scores, faults = harness.run(tasks, model, subject.tokenizer, args.batch_size, args.limit)
+                results.scores |= {subject.name: scores} if scores else {}
+                results.notes += (f"{subject.name}: {fault}" for fault in faults)
         if asked and not results.has_sheet:
             questions = [(_dialog(row), row.messages[-1]["content"]) for row in asked]
             judging.write(args.output_dir, questions, {name: answers[name] for name in pair}, run.seed)

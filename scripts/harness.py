@@ -28,8 +28,8 @@ class Score(NamedTuple):
     questions: int
 
 
-def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
-    """lm-eval's tasks with their questions, and a sentence for each whose questions cannot be had.
+def find_tasks(names: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """What lm-eval loads for each name, with its questions, and a sentence for each whose questions cannot be had.
 
     names: of standard tasks, groups or tags, or paths of YAML files; files that such a one names lie beside it.
     Raises ChatError for a name that nobody knows.
@@ -50,8 +50,8 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
             hint = f"Do you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
             raise ChatError(f"lm-eval knows no task {name}. {hint}")
 
-    found, faults = {"tasks": {}, "groups": {}, "group_map": {}}, []
-    for name in names:
+    found, faults = [], []
+    for name in dict.fromkeys(names):
         try:
             with _quiet(), contextlib.chdir(Path(name).parent) if name in own else contextlib.nullcontext():
                 loaded = manager.load(Path(name).name if name in own else name)
@@ -63,10 +63,8 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
         except Exception as error:  # a task is a program of somebody else's
             faults.append(f"{name} was not run: lm-eval cannot load it ({type(error).__name__}: {_first_line(error)}).")
         else:
-            for kind, entries in loaded.items():
-                found[kind].update(entries)
-    for name, task in found["tasks"].items():
-        task.set_fewshot_seed(SEED)
+            found.append(loaded)
+    for name, task in [entry for loaded in found for entry in loaded["tasks"].items()]:
         is_unsafe = getattr(task, "UNSAFE_CODE", False)
         if is_unsafe or getattr(task, "MULTIMODAL", False):
             what = "runs programs that the model writes" if is_unsafe else "asks about pictures or sounds"
@@ -75,19 +73,34 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def run(
-    tasks: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None
-) -> list[Score]:
+    tasks: list[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None
+) -> tuple[list[Score], list[str]]:
     """What the model reaches in each task, without a chat template, as figures elsewhere are published.
 
+    tasks: what find_tasks() found; the sentences tell which of them failed while they were asked.
     limit: only the first so many questions of each task.
     """
+    import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    scores, faults = [], []
     with _quiet():
-        results = evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks, limit=limit, log_samples=False
-        )
+        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        for loaded in tasks:
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(SEED)  # anew, or the next model would see other examples
+            try:
+                scores += _scores(evaluate(asked, loaded, limit=limit, log_samples=False))
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # a task is a program of somebody else's
+                names = ", ".join(loaded["groups"] or loaded["tasks"])
+                faults.append(f"{names} broke off ({type(error).__name__}: {_first_line(error)}).")
+    return scores, faults
+
+
+def _scores(results: dict[str, Any]) -> list[Score]:
     scores = []
     for name, figures in {**results["results"], **results.get("groups", {})}.items():
         for key, value in figures.items():

@@ -46,7 +46,7 @@ def test_a_task_of_ones_own_is_answered_as_the_models_likelihoods_say(task, tmp_
     assert faults == []
     folder = save_chat_model(tmp_path / "model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    by_metric = {score.metric: score for score in harness.run(tasks, model, tokenizer, 4, None)}
+    by_metric = {score.metric: score for score in harness.run(tasks, model, tokenizer, 4, None)[0]}
     right = 0
     for i in range(6):
         likelihoods = []
@@ -61,14 +61,45 @@ def test_a_task_of_ones_own_is_answered_as_the_models_likelihoods_say(task, tmp_
     assert by_metric["acc"].value == pytest.approx(right / 6)
     assert by_metric["acc"].questions == 6
     assert by_metric["acc"].stderr >= 0
-    assert harness.run(tasks, model, tokenizer, 4, limit=2)[0].questions == 2
+    assert harness.run(tasks, model, tokenizer, 4, limit=2)[0][0].questions == 2
 
 
 def test_a_task_whose_questions_cannot_be_had_does_not_stop_the_others(task, tmp_path):
     (tmp_path / "lost.yaml").write_text(TASK.format(file="lost.jsonl").replace("letters", "lost"))
-    tasks, (fault,) = harness.find_tasks([str(tmp_path / "lost.yaml"), task])
-    assert list(tasks["tasks"]) == ["letters"]
+    tasks, (fault,) = harness.find_tasks([str(tmp_path / "lost.yaml"), task, task])
+    assert [list(loaded["tasks"]) for loaded in tasks] == [["letters"]]
     assert fault.startswith(f"{tmp_path / 'lost.yaml'} was not run: its questions cannot be read or fetched")
+
+
+def test_each_model_sees_the_same_examples_before_a_question(task, tmp_path, monkeypatch):
+    """Base and adapter were asked after different examples, so that their scores could not be compared."""
+    from lm_eval.models.huggingface import HFLM
+
+    (tmp_path / "few.yaml").write_text(Path(task).read_text() + "num_fewshot: 2\nfewshot_split: test\n")
+    tasks, _ = harness.find_tasks([str(tmp_path / "few.yaml")])
+    asked = []
+    monkeypatch.setattr(
+        HFLM, "loglikelihood", lambda self, rows, **_: asked.append([row.args for row in rows]) or [(-1.0, False)] * 12
+    )
+    folder = save_chat_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    for _ in range(2):
+        harness.run(tasks, model, tokenizer, 4, None)
+    assert asked[0][0][0].count("Question: ") == 3
+    assert asked[0] == asked[1]
+
+
+def test_a_task_that_breaks_off_does_not_stop_the_others(task, tmp_path):
+    """The whole evaluation ended with a traceback, and what was not yet measured was lost."""
+    (tmp_path / "broken.py").write_text("def process(doc, results):\n    raise KeyError('score')\n")
+    broken = Path(task).read_text().replace("letters", "broken") + "process_results: !function broken.process\n"
+    (tmp_path / "broken.yaml").write_text(broken)
+    tasks, _ = harness.find_tasks([str(tmp_path / "broken.yaml"), task])
+    folder = save_chat_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    scores, faults = harness.run(tasks, model, tokenizer, 4, None)
+    assert {score.task for score in scores} == {"letters"}
+    assert faults == ["broken broke off (KeyError: 'score')."]
 
 
 def test_a_task_file_that_is_not_there_is_refused(tmp_path):
