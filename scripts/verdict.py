@@ -5,6 +5,7 @@ Figures come in, a sentence goes out; nothing here measures.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from report import Curves
@@ -35,23 +36,46 @@ class Losses(NamedTuple):
 def judge(
     curves: Curves, learnt: Losses | None = None, held_out: Losses | None = None, kept_lowest: bool = False
 ) -> Verdict:
-    """kept_lowest: the model is that of the lowest held-out loss rather than of the last step."""
+    """learnt, held_out: None where nobody knows what was learnt.
+
+    kept_lowest: the model is that of the lowest held-out loss rather than of the last step.
+    """
+    if lost := _lost(curves):
+        return Verdict(
+            "astray",
+            f"The training went astray: at epoch {lost['epoch']:.1f} its loss was no number any more. Lower "
+            "--learning_rate.",
+        )
+    if not all(math.isfinite(sum(losses)) for losses in (learnt, held_out) if losses):
+        return Verdict("unknown", "Overfitting cannot be told: a loss is no number in the precision measured first.")
     if sum("held-out loss" in row for row in curves) > 2:
         verdict = _of_curves(curves, kept_lowest)
     elif learnt and held_out:
         return _of_losses(learnt, held_out)
     else:
-        return Verdict("unknown", "Overfitting cannot be told: nothing was held out.")
-    if held_out and held_out.gain < 0:
-        return Verdict("overfitting", f"{verdict.sentence} On what is held out it is worse than its base.")
-    if learnt and held_out and learnt.gain > 0:
+        return Verdict("unknown", "Overfitting cannot be told: nothing is known to have been held out.")
+    if held_out and held_out.gain < -FALL * held_out.base:
+        if learnt and verdict.kind in ("no overfitting", "still falling"):
+            return _of_losses(learnt, held_out)
+        return Verdict(verdict.kind, f"{verdict.sentence} On what is held out it is worse than its base.")
+    if learnt and held_out and learnt.gain > FALL * learnt.base:
         return Verdict(verdict.kind, f"{verdict.sentence} {_carried(learnt, held_out)}")
     return verdict
 
 
 def lowest(curves: Curves) -> dict[str, float] | None:
     """The row of the lowest held-out loss."""
-    return min((row for row in curves if "held-out loss" in row), key=lambda row: row["held-out loss"], default=None)
+    return min(
+        (row for row in curves if math.isfinite(row.get("held-out loss", math.nan))),
+        key=lambda row: row["held-out loss"],
+        default=None,
+    )
+
+
+def _lost(curves: Curves) -> dict[str, float] | None:
+    """The first row in which a loss is no number."""
+    both = ("train loss", "held-out loss")
+    return next((row for row in curves if not all(math.isfinite(row[name]) for name in both if name in row)), None)
 
 
 def _of_curves(curves: Curves, kept_lowest: bool) -> Verdict:
@@ -105,7 +129,7 @@ def _train_loss(curves: Curves, step: float) -> float:
 
 
 def _of_losses(learnt: Losses, held_out: Losses) -> Verdict:
-    if learnt.gain <= 0:
+    if learnt.gain <= FALL * learnt.base:
         return Verdict(
             "nothing learnt",
             "Nothing was learnt: on the conversations that it was taught the model is no better than its base.",

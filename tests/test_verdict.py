@@ -1,5 +1,6 @@
 """What scripts/verdict.py promises: whether a model has overfitted, in words, on curves made by hand."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def test_the_curves_say_whether_it_overfits_and_since_when(held_out, train, kind
     assert words in judged.sentence
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_any_more_is_no_success(lost):
+    """It read: "No overfitting: the held-out loss fell from 3.00 to nan and stayed there."."""
+    for held_out in ((3.0, 2.5, 2.2, *[lost] * 6), (lost,) * 9):
+        judged = verdict.judge(curves(held_out, FALLING), Losses(3, lost), Losses(3, lost))
+        assert judged.kind == "astray"
+        assert f"at epoch {held_out.index(lost) / 2:.1f} its loss was no number any more" in judged.sentence
+
+
+def test_a_model_that_learnt_nothing_is_not_said_to_overfit_by_a_hair():
+    flat = curves((3.0,) * 9, (3.0,) * 9)
+    assert verdict.judge(flat, Losses(3, 2.999), Losses(3, 3.001)).kind == "nothing learnt"
+    assert "carries over" not in verdict.judge(flat, Losses(3, 2.999), Losses(3, 2.9999)).sentence
+
+
 def test_what_early_stopping_kept_is_not_the_model_that_overfits():
     rows = curves((3.0, 2.4, 2.0, 1.9, 1.8, 1.85, 1.9, 1.95, 1.95), FALLING)
     assert "--early_stopping keeps the model of that epoch" in verdict.judge(rows).sentence
@@ -54,7 +70,9 @@ def test_what_early_stopping_kept_is_not_the_model_that_overfits():
         (Losses(3, 1), Losses(3, 2.5), "overfitting", "25% carries over"),
         (Losses(3, 1), Losses(3, 3.2), "overfitting", "worse on what is held out"),
         (Losses(3, 3.1), Losses(3, 3.1), "nothing learnt", "no better than its base"),
-        (Losses(3, 1), None, "unknown", "nothing was held out"),
+        (Losses(3, 2.999), Losses(3, 3.001), "nothing learnt", "no better than its base"),
+        (Losses(3, 1), None, "unknown", "nothing is known to have been held out"),
+        (Losses(3, math.nan), Losses(3, math.nan), "unknown", "a loss is no number"),
     ],
 )
 def test_without_curves_the_losses_beside_the_base_say_it(learnt, held_out, kind, words):
@@ -65,5 +83,6 @@ def test_without_curves_the_losses_beside_the_base_say_it(learnt, held_out, kind
 
 def test_a_model_that_is_worse_than_its_base_is_not_praised_for_its_curves():
     flat = curves((3.0, 2.4, 2.0, 1.9, 1.8, 1.8, 1.8, 1.8, 1.8), FALLING)
-    assert verdict.judge(flat, Losses(3, 1), Losses(2, 2.5)).kind == "overfitting"
+    judged = verdict.judge(flat, Losses(3, 1), Losses(2, 2.5))
+    assert (judged.kind, "No overfitting" in judged.sentence) == ("overfitting", False)
     assert "60% carries over" in verdict.judge(flat, Losses(3, 1), Losses(3, 1.8)).sentence
