@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,9 +59,9 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return _exp(self.loss)
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float] | None:
         """The perplexity's, of 95 %; a single conversation gives none."""
         return _interval(self.losses)
@@ -78,7 +79,7 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """evaluation.json, evaluation.md and evaluation.png, of as much as there is."""
-        (folder / "evaluation.json").write_text(json.dumps(self._everything(), indent=1) + "\n", "utf-8")
+        (folder / "evaluation.json").write_text(json.dumps(_plain(self._everything()), indent=1) + "\n", "utf-8")
         (folder / "evaluation.md").write_text("\n".join(self.page()) + "\n", "utf-8")
         self._draw(folder / "evaluation.png")
 
@@ -168,10 +169,9 @@ class Results:
             )
         yield ""
         for part in parts:
-            tokens = [sum(int(row.losses[:, 1].sum()) for row in its if row.part == part) for its in rows.values()]
-            count = sum(len(row.losses) for row in next(iter(rows.values())) if row.part == part)
-            yield f"- {part}: {count:,} conversations, {tokens[0]:,} tokens" + (
-                "; models that read them as other tokens cannot be compared" if len({*tokens}) > 1 else ""
+            sizes = [_size([row for row in its if row.part == part]) for its in rows.values()]
+            yield f"- {part}: {sizes[0]}" + (
+                "; models that read them as other tokens cannot be compared" if len({*sizes}) > 1 else ""
             )
         for taught in self.taught:
             if not taught.fold:
@@ -182,7 +182,7 @@ class Results:
             pair = [self._first(name, taught.fold, part) for name in (taught.base, taught.model)]
             if all(pair) and len({*(len(row.losses) for row in pair)}) == 1 and len(pair[0].losses) > 1:
                 low, high = _interval(pair[1].losses, pair[0].losses)
-                ratio = pair[1].perplexity / pair[0].perplexity
+                ratio = _exp(pair[1].loss - pair[0].loss)
                 yield (
                     f"- {part}: the perplexity of {taught.model} is {ratio:.2f} × that of {taught.base} "
                     f"({low:.2f} to {high:.2f})"
@@ -224,8 +224,16 @@ class Results:
         from matplotlib import pyplot
 
         curves = [taught for taught in self.taught if taught.curves]
+        bars = len({(row.model, row.part) for row in self.measured})
+        widths = [*([5.5] if curves else []), max(5.5, 0.6 * bars)]  # inches; a bar's number needs 0.4
         figure, axes = pyplot.subplots(
-            1, 1 + bool(curves), sharey=True, squeeze=False, figsize=(11 if curves else 6, 4.5), layout="constrained"
+            1,
+            len(widths),
+            sharey=True,
+            squeeze=False,
+            width_ratios=widths,
+            figsize=(sum(widths), 4.5),
+            layout="constrained",
         )
         if curves:
             _draw_curves(axes[0, 0], curves)
@@ -242,23 +250,26 @@ class Results:
         parts = [part for part in PARTS if any(row.part == part for row in rows)]
         width = 0.8 / max(1, len(parts))
         for number, part in enumerate(parts):
-            for place, model in enumerate(models):
-                its = [row for row in rows if (row.model, row.part) == (model, part)]
-                if not its:
-                    continue
-                loss, (low, high) = _bar(its)
-                perplexity = statistics.fmean(row.perplexity for row in its)
-                bars = axes.bar(
-                    place + (number - (len(parts) - 1) / 2) * width,
-                    loss,
-                    width * 0.95,
-                    yerr=[[max(0.0, loss - low)], [max(0.0, high - loss)]],
-                    capsize=3,
-                    color=f"C{number}",
-                    label=part if place == 0 else None,
-                )
-                axes.bar_label(bars, [f"{perplexity:.3g}"], padding=3)
-        axes.set_xticks(range(len(models)), models)
+            its = [[row for row in rows if (row.model, row.part) == (model, part)] for model in models]
+            # What is no number has no height: its place stays empty.
+            places = [i for i, found in enumerate(its) if found and all(math.isfinite(row.loss) for row in found)]
+            if not places:
+                continue
+            heights, below, above = zip(*(_bar(its[i]) for i in places), strict=True)
+            bars = axes.bar(
+                [i + (number - (len(parts) - 1) / 2) * width for i in places],
+                heights,
+                width * 0.95,
+                yerr=[below, above],
+                capsize=3,
+                color=f"C{number}",
+                label=part,
+            )
+            perplexities = [statistics.fmean(row.perplexity for row in its[i]) for i in places]
+            axes.bar_label(bars, [f"{perplexity:.3g}" for perplexity in perplexities], padding=3)
+        slanted = {"rotation": 20, "horizontalalignment": "right"} if max(map(len, models)) * len(models) > 50 else {}
+        axes.set_xticks(range(len(models)), models, **slanted)
+        axes.set_xlim(-0.5, len(models) - 0.5)
         axes.legend(loc="upper right", ncols=len(parts))
         axes.set_title(f"measured in {rows[0].precision}; the numbers are perplexities")
 
@@ -267,14 +278,14 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
     """Both losses of a run, with the lowest point of the held-out one; of several runs the held-out ones."""
     for number, taught in enumerate(runs):
         alone = len(runs) == 1
-        name = "" if alone else f", fold {taught.fold}" if taught.fold else f", {taught.model}"
+        name = f"fold {taught.fold}" if taught.fold else taught.model
         for column, style, color in (
             ("train loss", "-", "C0"),
             ("held-out loss", "o-", "C1" if alone else f"C{number}"),
         ):
             points = [(row["step"], row[column]) for row in taught.curves if column in row]
             if points and (alone or column == "held-out loss"):
-                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=column + name)
+                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=column if alone else name)
         if low := verdict.lowest(taught.curves):
             axes.plot(low["step"], low["held-out loss"], "kv", markersize=9 if alone else 6, zorder=3)
             if alone:
@@ -288,18 +299,18 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
                 )
     axes.set_xlabel("step")
     axes.set_title("while it was taught; ▾ is the lowest")
-    axes.legend(loc="upper right", ncols=2)
+    title, columns = (None, 2) if alone else ("held-out loss", 5 if runs[0].fold else 1)
+    axes.legend(loc="upper right", title=title, ncols=columns, fontsize=None if alone else "small")
 
 
-def _bar(rows: list[Measured]) -> tuple[float, tuple[float, float]]:
-    """Height and ends of the whisker: of one row its interval, of several folds a standard deviation."""
+def _bar(rows: list[Measured]) -> tuple[float, float, float]:
+    """Its height, and how far the whisker reaches below and above: one row's interval, or folds' standard deviation."""
+    losses = [row.loss for row in rows]
     if len(rows) > 1:
-        losses = [row.loss for row in rows]
-        mean, deviation = statistics.fmean(losses), statistics.stdev(losses)
-        return mean, (mean - deviation, mean + deviation)
-    (row,) = rows
-    low, high = row.interval or (row.perplexity, row.perplexity)
-    return row.loss, (math.log(low), math.log(high))
+        deviation = statistics.stdev(losses)
+        return statistics.fmean(losses), deviation, deviation
+    (loss,), (low, high) = losses, rows[0].interval or (rows[0].perplexity, rows[0].perplexity)
+    return loss, max(0.0, loss - math.log(low)), max(0.0, math.log(high) - loss)
 
 
 def _cell(rows: list[Measured]) -> str:
@@ -310,6 +321,15 @@ def _cell(rows: list[Measured]) -> str:
         return f"{statistics.fmean(perplexities):.3g} ± {statistics.stdev(perplexities):.2g}"
     (row,) = rows
     return f"{row.perplexity:.3g}" + (f" ({row.interval[0]:.3g} to {row.interval[1]:.3g})" if row.interval else "")
+
+
+def _size(rows: list[Measured]) -> str:
+    """How much a model was measured on: "12 conversations, 127 tokens"; of folds, in each."""
+    counts = ([len(row.losses) for row in rows], [int(row.losses[:, 1].sum()) for row in rows])
+    conversations, tokens = (
+        f"{min(each):,}" + (f" to {max(each):,}" if min(each) < max(each) else "") if each else "0" for each in counts
+    )
+    return f"{conversations} conversations, {tokens} tokens{' in each fold' if len(rows) > 1 else ''}"
 
 
 def _score(score: Score | None) -> str:
@@ -323,12 +343,24 @@ def _interval(losses: np.ndarray, beside: np.ndarray | None = None) -> tuple[flo
     N = len(losses)
     if N < 2:
         return None
-    draws = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), RESAMPLES)  # how often each is drawn
+    draw, each = np.random.default_rng(0), np.full(N, 1 / N)
+    both = losses if beside is None else np.hstack([losses, beside])
+    with np.errstate(invalid="ignore"):  # a broken model's losses are no numbers
+        # How often each is drawn, as floats, which BLAS multiplies; one by one, or it would be 8 KB of each.
+        sums = np.stack([draw.multinomial(N, each).astype(float) @ both for _ in range(RESAMPLES)])
+        logs = sums[:, 0] / sums[:, 1] - (0 if beside is None else sums[:, 2] / sums[:, 3])
+        low, high = np.percentile(logs, (2.5, 97.5))
+    return _exp(low), _exp(high)
 
-    def drawn(losses: np.ndarray) -> np.ndarray:
-        total, tokens = (draws @ losses).T
-        return total / tokens
 
-    logs = drawn(losses) - (0 if beside is None else drawn(beside))
-    low, high = np.exp(np.percentile(logs, (2.5, 97.5)))
-    return float(low), float(high)
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+
+
+def _plain(value: Any) -> Any:
+    """The same, but None for what is no number: JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,12 +3,14 @@
 Fast tests measure a tiny random model and adapters that nobody trained; the slow one the demo.
 """
 
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +177,52 @@ def test_each_token_counts_alike_and_the_interval_holds_the_perplexity():
     assert replace(found, losses=wild.losses[:1]).interval is None
 
 
+def measured_as(model, part, loss, fold=None, conversations=8):
+    losses = np.tile([10.0 * loss, 10.0], (conversations, 1))
+    return results.Measured(model, "float32", fold, part, losses, seconds=1.0, memory_gb=1.0)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 800.0])
+def test_a_model_that_is_broken_gives_json_a_page_and_a_figure_nevertheless(tmp_path, loss):
+    """NaN is no JSON, and a loss of 800 ended the evaluation with an OverflowError."""
+    rows = [measured_as("base", part, 3.0) for part in ("learnt", "held out")]
+    rows += [measured_as("adapter", part, loss) for part in ("learnt", "held out")]
+    taught = results.Taught("adapter", "base", None, [], False)
+    run = Run("m", "d", 0.1, 0.0, 0, 0, None, 256, "float32", False, None, "x")
+    results.Results("broken", run, [taught], rows).write(tmp_path)
+    found = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert found["perplexity"][2]["perplexity"] is None
+    assert found["verdicts"][0]["kind"] != "no overfitting"
+    assert (tmp_path / "evaluation.png").is_file()
+
+
+def test_the_numbers_of_the_figure_stay_apart_and_inside_however_many_models_there_are(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    names = [f"someone/a-model-with-quite-a-name-{i}" for i in range(8)]
+    rows = [measured_as(name, part, 3.0) for name in names for part in results.PARTS]
+    curves = [{"step": i, "epoch": i, "train loss": 3.0, "held-out loss": 3.0} for i in range(4)]
+    taught = [results.Taught(name, names[0], None, curves, False) for name in names[1:4]]
+    run = Run("m", "d", 0.1, 0.1, 0, 0, None, 256, "float32", False, None, "x")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    results.Results("many", run, taught, rows).write(tmp_path)
+    monkeypatch.undo()
+    lines, bars = figures[0].axes
+    places = sorted((text.get_window_extent() for text in bars.texts), key=lambda place: place.x0)
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(places))
+    assert lines.get_legend().get_window_extent().x0 > lines.get_window_extent().x0
+    pyplot.close(figures[0])
+
+
+def test_the_interval_of_very_many_conversations_takes_little_memory():
+    losses = np.tile([30.0, 10.0], (20_000, 1))
+    tracemalloc.start()
+    assert results._interval(losses) == pytest.approx((math.exp(3), math.exp(3)))
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
 # ---- A run ----
 
 
@@ -227,6 +275,8 @@ def test_each_fold_is_measured_on_what_it_left_out(chat_model, dataset, tmp_path
     assert sum(counts) == 12
     mean, deviation = np.mean(np.exp(losses)), np.std(np.exp(losses), ddof=1)
     assert f"{mean:.3g} ± {deviation:.2g}" in page
+    assert "- held out: 4 conversations, " in page
+    assert "in each fold" in page
     assert "- fold 3: " in page
     alone, _ = evaluate(run / "fold-2", "--sheet", "0")
     assert loss_of(alone, "adapter", "held out") == pytest.approx(losses[1])
