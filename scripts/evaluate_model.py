@@ -138,6 +138,8 @@ def evaluate(args: argparse.Namespace) -> None:
     run = find_parts_of(runs, args)
     parts = splits.find_again(run)
     print(*parts[0].told, sep="\n", end="\n" if parts[0].told else "")
+    if run.learnt_sha256 is None and {its.learnt_sha256 for its in runs.values()} == {splits.fingerprint(parts)}:
+        run = replace(run, learnt_sha256=splits.fingerprint(parts))  # it is the run's data after all, in another place
     subjects = find_subjects(runs, args.models)
     asked, pair = to_ask(args, run, subjects, parts)
     if asked:
@@ -148,9 +150,9 @@ def evaluate(args: argparse.Namespace) -> None:
         tasks, faults = harness.find_tasks(args.tasks)
     lessons = {(subject.name, subject.fold): encode(subject, parts, run) for subject in subjects}
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    title = f"{' and '.join(map(report.public, args.models))}, evaluated"
-    results = Results(title, run, find_taught(subjects), notes=[*faults, *notes(run, parts)])
+    make_folder(args.output_dir)
+    title = f"{' and '.join(names(args.models).values())}, evaluated"
+    results = Results(title, run, find_taught(subjects, run), notes=[*faults, *notes(run, parts)])
     answers: dict[str, list[str]] = {}
     for precision in args.precisions:
         for subject, model in loaded(subjects, precision):
@@ -172,9 +174,20 @@ def evaluate(args: argparse.Namespace) -> None:
     print("", *results.page(), f"\nThe report is {args.output_dir / 'evaluation.md'}.", sep="\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Who may not write there learns so now, rather than after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ChatError(f"Nothing can be written to {folder} ({error.strerror}). Give another --output_dir.") from error
+
+
 def told_judgement(args: argparse.Namespace) -> None:
     folder = args.output_dir or args.judged[0].parent
     judgement = judging.read(args.judged, folder / judging.KEY)
+    make_folder(folder)
     lines = ["# What people think", "", *judgement.told()]
     (folder / "judged.md").write_text("\n".join(lines) + "\n", "utf-8")
     (folder / "judged.json").write_text(json.dumps(asdict(judgement), indent=1), "utf-8")
@@ -233,33 +246,47 @@ def find_parts_of(runs: dict[str, Run], args: argparse.Namespace) -> Run:
 def find_subjects(runs: dict[str, Run], models: list[str]) -> list[Subject]:
     """The models, each after the one that it was taught from and before the merged one, without their weights."""
     found: list[Subject] = []
-    for model in models:
-        name, run = "" if len(models) == 1 else f"{report.public(model)}: ", runs.get(model)
+    for model, name in names(models).items():
+        run = runs.get(model)
         folds = range(1, run.folds + 1) if run and _has_folds(run) else (None,)
         for fold in folds:
-            found += _subjects(f"{model}/fold-{fold}" if fold else model, run, name, fold, found)
+            prefix = "" if len(models) == 1 else f"{name}: "
+            found += _subjects(f"{model}/fold-{fold}" if fold else model, run, name, prefix, fold, found)
     return found
 
 
-def _subjects(model: str, run: Run | None, name: str, fold: int | None, known: list[Subject]) -> Iterator[Subject]:
+def names(models: list[str]) -> dict[str, str]:
+    """What each model is called: a folder by the last part of its path, or by more where two would be called alike."""
+    for count in range(1, 9):
+        found = {
+            model: "/".join(Path(model).resolve().parts[-count:]) if Path(model).exists() else model for model in models
+        }
+        if len({*found.values()}) == len(models):
+            return found
+    raise ChatError("One of the models is given twice.")
+
+
+def _subjects(
+    model: str, run: Run | None, name: str, prefix: str, fold: int | None, known: list[Subject]
+) -> Iterator[Subject]:
     plan = _fetch(model)
     tokenizer = weights.load_tokenizer(plan)
     if not (plan.adapter or run):
-        yield Subject(report.public(model), plan, tokenizer, fold)
+        yield Subject(name, plan, tokenizer, fold)
         return
     before = replace(plan, adapter=None) if plan.adapter else _fetch(run.model_name)
     same = [
         other.name for other in known if (other.plan.base, other.plan.adapter, other.fold) == (before.base, None, fold)
     ]
     if not same:  # a base in the format of what was taught from it, or it would be measured on other tokens
-        yield Subject(f"{name}base", before, tokenizer, fold)
-    base = same[0] if same else f"{name}base"
+        yield Subject(f"{prefix}base", before, tokenizer, fold)
+    base = same[0] if same else f"{prefix}base"
     if plan.adapter:
         download.fetch_weights(plan.adapter, sft_trainer.silent, "adapter_model")
-    yield Subject(f"{name}{'adapter' if plan.adapter else 'trained'}", plan, tokenizer, fold, base)
+    yield Subject(f"{prefix}{'adapter' if plan.adapter else 'trained'}", plan, tokenizer, fold, base)
     if run and run.merged_to and Path(run.merged_to).is_dir():
         merged = _fetch(run.merged_to)
-        yield Subject(f"{name}merged", merged, weights.load_tokenizer(merged), fold, base)
+        yield Subject(f"{prefix}merged", merged, weights.load_tokenizer(merged), fold, base)
 
 
 def _fetch(model: str) -> Plan:
@@ -269,14 +296,23 @@ def _fetch(model: str) -> Plan:
     return weights.fetch(plan, sft_trainer.silent)
 
 
-def find_taught(subjects: list[Subject]) -> list[Taught]:
+def find_taught(subjects: list[Subject], run: Run) -> list[Taught]:
     """Those whose overfitting can be judged. A merged model is its adapter once more."""
     found = []
     for subject in subjects:
         if subject.base and not subject.name.endswith("merged"):
             folder = (subject.plan.adapter or subject.plan.base).folder
-            kept_lowest = (folder / "run.json").is_file() and report.read_run(folder).early_stopping
-            found.append(Taught(subject.name, subject.base, subject.fold, report.read_curves(folder), kept_lowest))
+            its = report.read_run(folder) if (folder / "run.json").is_file() else None
+            found.append(
+                Taught(
+                    subject.name,
+                    subject.base,
+                    subject.fold,
+                    report.read_curves(folder),
+                    kept_lowest=its is not None and its.early_stopping,
+                    learnt_known=its is not None and run.learnt_sha256 is not None,
+                )
+            )
     return found
 
 
@@ -304,8 +340,8 @@ def notes(run: Run, parts: list[Parts]) -> Iterator[str]:
     """What a reader of the figures should know of the data."""
     if not run.learnt_sha256:
         yield (
-            "No run.json says which of these conversations were learnt: the parts are those that sft_trainer.py would "
-            "make of them."
+            "Nobody knows which of these conversations were learnt: the parts are those that sft_trainer.py would make "
+            "of them."
         )
     if len(sample := _sample(parts[0], run.seed)) < len(parts[0].learnt):
         yield f"Of {len(parts[0].learnt):,} conversations learnt, {len(sample):,} drawn by the seed are measured."
@@ -331,12 +367,11 @@ def to_ask(
 
 def _one_each(models: list[str], subjects: list[Subject]) -> list[str]:
     """Of each of the first two models given what was taught, or the model itself."""
-    names = []
-    for model in models[:2]:
-        name = report.public(model)
+    found = []
+    for name in list(names(models).values())[:2]:
         its = [s.name for s in subjects if s.name == name or (s.name.startswith(f"{name}: ") and s.base)]
-        names += its[:1]
-    return names
+        found += its[:1]
+    return found
 
 
 def _dialog(row: Conversation) -> str:

@@ -149,4 +149,4 @@ def cell(value: object) -> str:
 
 def public(name: str) -> str:
     """Of a local path its last part: a report may be published."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).resolve().name if Path(name).exists() else name

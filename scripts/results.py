@@ -37,6 +37,7 @@ class Taught(NamedTuple):
     fold: int | None
     curves: Curves
     kept_lowest: bool
+    learnt_known: bool  # whether the part that is called learnt was, and the others were not
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Results:
         losses = []
         for part in PARTS[:2]:
             pair = [self._first(name, taught.fold, part) for name in (taught.base, taught.model)]
-            losses.append(Losses(*(row.loss for row in pair)) if all(pair) else None)
+            losses.append(Losses(*(row.loss for row in pair)) if taught.learnt_known and all(pair) else None)
         return verdict.judge(taught.curves, *losses, taught.kept_lowest)
 
     # ---- Tasks ----

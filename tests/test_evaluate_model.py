@@ -187,7 +187,7 @@ def test_a_model_that_is_broken_gives_json_a_page_and_a_figure_nevertheless(tmp_
     """NaN is no JSON, and a loss of 800 ended the evaluation with an OverflowError."""
     rows = [measured_as("base", part, 3.0) for part in ("learnt", "held out")]
     rows += [measured_as("adapter", part, loss) for part in ("learnt", "held out")]
-    taught = results.Taught("adapter", "base", None, [], False)
+    taught = results.Taught("adapter", "base", None, [], False, True)
     run = Run("m", "d", 0.1, 0.0, 0, 0, None, 256, "float32", False, None, "x")
     results.Results("broken", run, [taught], rows).write(tmp_path)
     found = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
@@ -202,7 +202,7 @@ def test_the_numbers_of_the_figure_stay_apart_and_inside_however_many_models_the
     names = [f"someone/a-model-with-quite-a-name-{i}" for i in range(8)]
     rows = [measured_as(name, part, 3.0) for name in names for part in results.PARTS]
     curves = [{"step": i, "epoch": i, "train loss": 3.0, "held-out loss": 3.0} for i in range(4)]
-    taught = [results.Taught(name, names[0], None, curves, False) for name in names[1:4]]
+    taught = [results.Taught(name, names[0], None, curves, False, True) for name in names[1:4]]
     run = Run("m", "d", 0.1, 0.1, 0, 0, None, 256, "float32", False, None, "x")
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
@@ -323,7 +323,36 @@ def test_models_that_learnt_different_things_are_compared_only_on_data_that_is_n
     assert [row["model"] for row in found["perplexity"] if row["part"] == "test"] == [
         "run: base", "run: adapter", "other: adapter"
     ]  # fmt: skip
-    assert "No run.json says which of these conversations were learnt" in page
+    assert "Nobody knows which of these conversations were learnt" in page
+
+
+def test_models_whose_folders_are_called_alike_stay_apart(chat_model, dataset, tmp_path):
+    """Their figures were mixed, and shown as mean ± standard deviation as if they were folds."""
+    one, two = (save_run(chat_model, dataset, tmp_path / name / "demo") for name in ("one", "two"))
+    save_adapter(chat_model, two, seed=1)
+    found, page = evaluate(one, two, "--sheet", "0")
+    assert loss_of(found, "one/demo: adapter", "test") != loss_of(found, "two/demo: adapter", "test")
+    assert "one/demo and two/demo, evaluated" in page
+    assert "±" not in page
+    assert "given twice" in refusal(one, one)
+
+
+def test_of_an_adapter_from_elsewhere_nobody_claims_what_it_learnt(chat_model, dataset, tmp_path):
+    adapter = save_adapter(chat_model, tmp_path / "elsewhere")
+    found, page = evaluate(adapter, "--dataset_name", dataset, "--sheet", "0")
+    assert [row["kind"] for row in found["verdicts"]] == ["unknown"]
+    assert "Nobody knows which of these conversations were learnt" in page
+
+
+def test_data_that_has_only_moved_is_known_again(run, dataset, tmp_path):
+    moved = dataset.rename(tmp_path / "moved.jsonl")
+    found, _ = evaluate(run, "--dataset_name", moved, "--sheet", "0")
+    assert found["run"]["learnt_sha256"] == report.read_run(run).learnt_sha256
+    assert found["verdicts"][0]["kind"] != "unknown"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(run, dataset, no_weights):
+    assert f"Nothing can be written to {dataset} (File exists). Give another" in refusal(run, "--output_dir", dataset)
 
 
 # ---- The sheet ----

@@ -35,4 +35,5 @@ def test_a_cell_of_a_table_holds_whatever_a_model_says():
 
 def test_a_local_path_is_not_published(tmp_path):
     assert report.public(str(tmp_path)) == tmp_path.name
+    assert report.public(".") == Path.cwd().name
     assert report.public("someone/data") == "someone/data"
