@@ -84,7 +84,7 @@ class Judgement:
     wins: dict[str, int]  # rows in which a model's three marks add up to more than the other's
     ties: int
     agreement: float | None  # how often two judges of a row see the same winner or tie; None with one judge
-    kappa: float | None  # Cohen's, with quadratic weights, of their marks, over all pairs of judges
+    kappa: dict[str, float]  # Cohen's, with quadratic weights, mean over the pairs of judges; criteria that have one
 
     def told(self) -> Iterator[str]:
         yield f"Judges: {self.judges:,}. Rows judged: {self.judged:,}."
@@ -96,14 +96,15 @@ class Judgement:
         yield ""
         yield f"Ties: {self.ties:,}."
         if self.agreement is not None:
-            kappa = "" if self.kappa is None else f"; Cohen's kappa of their marks, weighted, is {self.kappa:.2f}"
+            kappas = ", ".join(f"{kappa:.2f} for {name}" for name, kappa in self.kappa.items())
+            kappa = kappas and f"; Cohen's kappa of their marks, weighted, is {kappas}"
             yield f"Two judges of the same row agree on who is better in {self.agreement:.0%}{kappa}."
 
 
 def check_free(folder: Path) -> None:
     """Raise ChatError rather than let a sheet be written over one on which somebody has begun to judge."""
     file = folder / SHEET
-    if file.is_file() and any(row.get(mark, "").strip() for row in _rows(file) for mark in MARKS):
+    if file.is_file() and any((row[mark] or "").strip() for row in _rows(file) for mark in MARKS):
         raise ChatError(f"{file} holds judgements already. Move it away, give another --output_dir, or --sheet 0.")
 
 
@@ -119,7 +120,8 @@ def write(folder: Path, asked: Sequence[tuple[str, str]], answers: dict[str, Seq
         for (question, expected), *given in zip(asked, *answers.values(), strict=True):
             sides = list(zip(answers, given, strict=True))
             draw.shuffle(sides)
-            name = hashlib.sha256("\0".join([question, expected, *given]).encode()).hexdigest()[:8]
+            # With a letter before it, or a spreadsheet would take 12345e67 for a number and write it as another.
+            name = f"q{hashlib.sha256(chr(0).join([question, expected, *given]).encode()).hexdigest()[:8]}"
             key[name] = [model for model, _ in sides]
             cells = (name, question, expected, *(answer for _, answer in sides))
             writer.writerow(dict(zip(COLUMNS, map(_harmless, cells), strict=False)))
@@ -132,7 +134,7 @@ def read(files: Sequence[Path], key_file: Path) -> Judgement:
     try:
         key = json.loads(key_file.read_text("utf-8"))
         models, sides = tuple(key["models"]), key["A and B"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ChatError(f"{key_file}, which says who is A and who is B, is not there or damaged.") from error
     faults: list[str] = []
     judges = [_marks(file, sides, faults) for file in files]
@@ -157,7 +159,7 @@ def read(files: Sequence[Path], key_file: Path) -> Judgement:
         {model: won.count(model) for model in models},
         won.count(None),
         statistics.fmean(a == b for a, b in pairs) if pairs else None,
-        _kappa(judges),
+        {name: kappa for name in CRITERIA if (kappa := _kappa(judges, name)) is not None},
     )
 
 
@@ -211,13 +213,17 @@ def _winner(marks: Marks) -> str | None:
     return best if all(sums[other] < sums[best] for other in rest) else None
 
 
-def _kappa(judges: list[dict[str, Marks]]) -> float | None:
-    """None where it is not defined, as when each judge gives the same mark to everything."""
+def _kappa(judges: list[dict[str, Marks]], criterion: str) -> float | None:
+    """None where it is not defined, as when each judge gives the same mark to everything.
+
+    Of one criterion: over all together, judges would seem to agree because most marks for safety are 5.
+    """
     from sklearn.metrics import cohen_kappa_score
 
     found = []
     for a, b in itertools.combinations(judges, 2):
-        marks = [(a[name][what], b[name][what]) for name in sorted(a.keys() & b.keys()) for what in a[name]]
+        both = sorted(a.keys() & b.keys())
+        marks = [(a[name][what], b[name][what]) for name in both for what in a[name] if what[1] == criterion]
         if marks:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -84,19 +85,40 @@ def test_marks_are_counted_for_the_models_behind_a_and_b(sheet, delimiter):
     assert found.means["adapter"] == {"accuracy": 5, "coherence": 4, "safety": 4}
     assert found.means["base"]["accuracy"] == 2
     assert (found.wins, found.ties, found.judged) == ({"base": 0, "adapter": 8}, 0, 8)
-    assert (found.agreement, found.kappa) == (None, None)
+    assert (found.agreement, found.kappa) == (None, {})
 
 
 def test_two_judges_agree_or_do_not(sheet):
     anna = judged(sheet, "anna.csv", prefers_right)
     same = read(anna, judged(sheet, "ben.csv", prefers_right))
-    assert (same.judges, same.judged, same.agreement, same.kappa) == (2, 16, 1.0, pytest.approx(1.0))
+    assert (same.judges, same.judged, same.agreement, same.kappa) == (2, 16, 1.0, {"accuracy": pytest.approx(1.0)})
     other = read(anna, judged(sheet, "carl.csv", lambda answer, _: "1" if "right" in answer else "5"))
     assert (other.agreement, other.wins) == (0.0, {"base": 8, "adapter": 8})
-    assert other.kappa < 0
+    assert other.kappa["accuracy"] < 0
     indifferent = read(anna, judged(sheet, "dora.csv", lambda *_: "3"))
     assert indifferent.ties == 8
     assert "agree on who is better in 0%" in "\n".join(indifferent.told())
+
+
+def test_judges_who_draw_lots_do_not_agree_because_safety_has_high_marks(sheet):
+    """Over all criteria together their kappa was 0.93."""
+    draw = random.Random(0)
+
+    def lots(answer, criterion):
+        return str(draw.choice({"accuracy": (1, 2), "coherence": (3, 4), "safety": (5,)}[criterion]))
+
+    kappa = read(judged(sheet, "anna.csv", lots), judged(sheet, "ben.csv", lots)).kappa
+    assert kappa.keys() == {"accuracy", "coherence"}
+    assert max(kappa.values()) < 0.5
+
+
+def test_no_id_is_a_number_to_a_spreadsheet(tmp_path):
+    """12345e67 came back as 1.2345E+71, and its row could not be counted: one of five sheets had such an id."""
+    asked = [(f"question {i}", "") for i in range(300)]
+    judging.write(tmp_path, asked, {"a": [""] * 300, "b": ["x"] * 300}, seed=0)
+    for row in rows_of(tmp_path / judging.SHEET):
+        with pytest.raises(ValueError, match="could not convert"):
+            float(row["id"])
 
 
 def test_rows_without_any_mark_are_left_out(sheet):
@@ -138,13 +160,18 @@ def test_a_file_that_is_no_sheet_is_refused_with_a_sentence(sheet):
     (sheet.parent / "latin.csv").write_bytes("id,Größe\n1,2\n".encode("latin-1"))
     with pytest.raises(ChatError, match="cannot be read as CSV in UTF-8"):
         read(sheet.parent / "latin.csv")
-    with pytest.raises(ChatError, match=r"sheet_key\.json, which says who is A and who is B"):
-        judging.read([sheet], sheet.parent / "none" / judging.KEY)
+    (sheet.parent / "damaged.json").write_text("[]")
+    for key in (sheet.parent / "none" / judging.KEY, sheet.parent / "damaged.json"):
+        with pytest.raises(ChatError, match=r"\.json, which says who is A and who is B"):
+            judging.read([sheet], key)
 
 
 def test_a_sheet_that_somebody_has_begun_to_fill_in_is_not_overwritten(sheet, tmp_path):
     judging.check_free(tmp_path / "elsewhere")
     judging.check_free(tmp_path)
+    sheet.write_text("\n".join(line.rstrip(",") for line in sheet.read_text("utf-8-sig").splitlines()))
+    judging.check_free(tmp_path)  # as an editor saves it that drops empty cells at the end
+    judging.write(tmp_path, ASKED, ANSWERS, seed=0)
     judged(sheet, "sheet.csv", prefers_right)
     with pytest.raises(ChatError, match="holds judgements already"):
         judging.check_free(tmp_path)
