@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,7 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 import download  # noqa: E402
+import prompt  # noqa: E402
 import weights  # noqa: E402
 from chat_types import ChatError, ModelUnavailable  # noqa: E402
 from prompt import Lesson  # noqa: E402
@@ -359,12 +361,14 @@ def to_ask(
     if len(pair) < 2 or not number:
         return [], []
     rows = parts[0].test or parts[0].held_out  # nobody has looked at the test part
-    rows = rows if len(rows) <= number else random.Random(run.seed).sample(rows, number)
+    rows = rows if len(rows) <= number else random.Random(run.seed).sample(rows, len(rows))
+    tokenizer = next(subject.tokenizer for subject in subjects if subject.name == pair[1])
+    fitting = (row for row in rows if len(prompt.encode(tokenizer, row.messages[:-1])) < run.max_length)
     careful = (
         [{"role": "user", "content": question}, {"role": "assistant", "content": expected}]
         for question, expected in judging.SAFETY_QUESTIONS
     )
-    return [*rows, *(Conversation(messages, "") for messages in careful)], pair
+    return [*islice(fitting, number), *(Conversation(messages, "") for messages in careful)], pair
 
 
 def _one_each(models: list[str], subjects: list[Subject]) -> list[str]:

@@ -74,12 +74,14 @@ def write_curves(rows: Curves, folder: Path) -> None:
 
 
 def read_curves(folder: Path) -> Curves:
-    """What write_curves() wrote, or nothing if it wrote nothing here."""
+    """What write_curves() wrote, or nothing if it wrote nothing here. Raises ChatError if it is damaged."""
     try:
         with (folder / "curves.csv").open(newline="") as file:
             return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     except FileNotFoundError:
         return []
+    except (ValueError, TypeError) as error:
+        raise ChatError(f"{folder / 'curves.csv'} cannot be read ({error}). Move it away, or train again.") from error
 
 
 def draw_curves(runs: dict[str, Curves], file: Path) -> None:

@@ -370,6 +370,21 @@ def test_the_sheet_asks_what_was_held_out_and_questions_of_safety(run, monkeypat
     assert (key["models"], len(key["A and B"])) == (["base", "adapter"], 2 + len(judging.SAFETY_QUESTIONS))
 
 
+def test_a_question_longer_than_max_length_is_not_on_the_sheet(chat_model, dataset, tmp_path, monkeypatch):
+    """It was asked nevertheless, beyond the model's context and for minutes."""
+    monkeypatch.setattr(evaluate_model, "say", lambda subject, model, asked, batch_size: ["x"] * len(asked))
+    with dataset.open("a") as file:
+        for word in ("hell", "wow", "row", "low"):
+            file.write(json.dumps({"prompt": f"{word} " * 300, "completion": word}) + "\n")
+    run = save_run(chat_model, dataset, tmp_path / "run", test_fraction=0.6)
+    evaluate(run)
+    key = json.loads((run / "evaluation" / judging.KEY).read_text())["A and B"]
+    rows = splits.find_again(report.read_run(run))[0].test
+    short = [row for row in rows if len(row.messages[0]["content"]) < 100]
+    assert 0 < len(short) < len(rows)
+    assert len(key) == len(short) + len(judging.SAFETY_QUESTIONS)
+
+
 def test_sheets_that_were_filled_in_are_counted(tmp_path, capsys):
     judging.write(tmp_path, [("q", "e")], {"base": ["no"], "adapter": ["yes"]}, seed=0)
     sheet = tmp_path / judging.SHEET

@@ -3,9 +3,13 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import report
+
+from chat_types import ChatError
 
 HISTORY = [
     {"step": 0, "epoch": 0.0, "eval_loss": 3.0, "eval_runtime": 1.0},
@@ -23,6 +27,9 @@ def test_curves_have_one_row_for_each_step_and_can_be_read_back(tmp_path):
     assert report.read_curves(tmp_path) == curves
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert report.read_curves(tmp_path / "none") == []
+    (tmp_path / "curves.csv").write_text("step,train loss\n1,abc\n")
+    with pytest.raises(ChatError, match=r"curves\.csv cannot be read"):
+        report.read_curves(tmp_path)
 
 
 def test_a_cell_of_a_table_holds_whatever_a_model_says():
