@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when the Hub's client is imported
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # the same of datasets, which counts even files of one's own at Amazon's
 
 import chat_data  # noqa: E402
 import harness  # noqa: E402

@@ -1,6 +1,7 @@
 """What scripts/harness.py promises: lm-eval's tasks and one's own, refused early where they make no sense."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_a_task_that_breaks_off_does_not_stop_the_others(task, tmp_path):
     scores, faults = harness.run(tasks, model, tokenizer, 4, None)
     assert {score.task for score in scores} == {"letters"}
     assert faults == ["broken broke off (KeyError: 'score')."]
+
+
+def test_a_task_of_ones_own_asks_nobody_on_the_network(task):
+    """datasets told a server of Amazon's that a local file was read."""
+    program = """
+import socket, sys
+sys.path.insert(0, "scripts")
+import evaluate_model
+asked = []
+socket.getaddrinfo = lambda host, *_, **__: asked.append(host) or exec("raise OSError")
+evaluate_model.harness.find_tasks(sys.argv[1:])
+print("asked:", asked)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program, task], cwd=root, capture_output=True, text=True, check=True)
+    assert "asked: []" in done.stdout
 
 
 def test_a_task_file_that_is_not_there_is_refused(tmp_path):
