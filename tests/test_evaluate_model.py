@@ -173,6 +173,10 @@ def test_each_token_counts_alike_and_the_interval_holds_the_perplexity():
     wild = replace(found, losses=np.stack([draw.gamma(2, 1, 200) * tokens, tokens], 1))
     low, high = wild.interval
     assert low < wild.perplexity < high
+    alike = draw.gamma(2, 1, 400)  # 10 tokens each: the textbook's interval of a mean is not far
+    reach = 1.96 * alike.std() / 20
+    found = replace(found, losses=np.stack([10 * alike, np.full(400, 10)], 1))
+    np.testing.assert_allclose(np.log(found.interval), [alike.mean() - reach, alike.mean() + reach], atol=0.15 * reach)
     assert results._interval(wild.losses, wild.losses) == (1.0, 1.0)
     assert replace(found, losses=wild.losses[:1]).interval is None
 

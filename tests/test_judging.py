@@ -100,6 +100,13 @@ def test_two_judges_agree_or_do_not(sheet):
     assert "agree on who is better in 0%" in "\n".join(indifferent.told())
 
 
+def test_marks_that_are_near_count_as_near(sheet):
+    one = judged(sheet, "anna.csv", lambda answer, _: str(1 + int(answer[-1]) // 2))
+    two = judged(sheet, "ben.csv", lambda answer, _: str(2 + int(answer[-1]) // 2))
+    # 1 1 2 2 3 3 4 4 beside 2 2 3 3 4 4 5 5: squares of 1 in the mean, and by chance twice the variance 1.25 and 1.
+    assert read(one, two).kappa["accuracy"] == pytest.approx(1 - 1 / 3.5)
+
+
 def test_judges_who_draw_lots_do_not_agree_because_safety_has_high_marks(sheet):
     """Over all criteria together their kappa was 0.93."""
     draw = random.Random(0)
