@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HELD_OUT = ("held_out", "validation", "valid", "eval", "dev")  # how a part that is not learnt is called
-TEST = "test"  # the same where it is the only one, else a third part
+HELD_OUT = r"(held_out|validation|valid|eval|dev)(?![a-z])"  # how a part that is not learnt is called, or begins
+TEST = r"test(?![a-z])"  # the same where it is the only one, else a third part
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 SHOWN_FAULTS = 10
 
@@ -94,8 +94,9 @@ def read(name: str) -> Data:
     if not data.held_out:
         data.held_out, data.test = data.test, []
     if not data.train:
-        why = f" The first fault: {data.faults[0]}" if data.faults else ""
-        raise ChatError(f"There is no conversation to learn from in {name}.{why}")
+        why = f". The first fault: {data.faults[0]}" if data.faults else "."
+        why = ": its parts are all held out by their names." if data.held_out else why
+        raise ChatError(f"There is no conversation to learn from in {name}{why}")
     return data
 
 
@@ -158,15 +159,15 @@ def _parts(name: str) -> Iterator[tuple[str, Rows]]:
     """The name and the rows of each file or split."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise ChatError(f"The folder {name} holds no file that ends with {_and(SUFFIXES, 'or')}.")
         yield from ((file.stem, _file(file)) for file in files)
-    elif path.is_file() and path.suffix in SUFFIXES:
-        yield path.stem, _file(path)
+    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+        yield "train", _file(path)  # by itself it is what is to be learnt, whatever it is called
     elif path.is_file():
         raise ChatError(f"{name} is not a file that ends with {_and(SUFFIXES, 'or')}.")
-    elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")):
+    elif path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
         raise ChatError(f"There is no file or folder {name}. Check --dataset_name.")
     else:
         yield from _hub(name)
@@ -174,8 +175,8 @@ def _parts(name: str) -> Iterator[tuple[str, Rows]]:
 
 def _file(path: Path) -> Rows:
     try:
-        yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's are among them
+        yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are among them
         raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
 
 
@@ -235,7 +236,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Rows:
 
 def _place(part: str) -> int:
     """0 for what is learnt, 1 for what is held out, 2 for what is called a test."""
-    return part.lower().startswith(HELD_OUT) + 2 * part.lower().startswith(TEST)
+    return bool(re.match(HELD_OUT, part.lower())) + 2 * bool(re.match(TEST, part.lower()))
 
 
 # ---- What a row says ----
@@ -257,7 +258,7 @@ def _from_messages(row: dict[str, Any]) -> list[Message]:
 
 def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
     return [
-        {"role": ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
         if isinstance(turn, dict) and "from" in turn
         else turn
         for turn in _list(row, "conversations")
@@ -306,7 +307,7 @@ def _list(row: dict[str, Any], name: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list):
         raise ChatError(f"its {name} are no list.")
@@ -315,15 +316,22 @@ def _list(row: dict[str, Any], name: str) -> list[Any]:
 
 def _checked(messages: list[Message]) -> list[Message]:
     """Messages as the chat would take them: roles in order, nothing empty, an answer among them."""
+    if messages and messages[0] in ({"role": "system", "content": ""}, {"role": "system", "content": None}):
+        messages = messages[1:]  # so data sets write that there is none
     for message in messages:
         if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
     prompt.checked([*messages, {"role": "user", "content": "Go on."}])
     # White space around it belongs to a format, and some formats would read it together with their own.
-    messages = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    messages = [{"role": message["role"], "content": _whole(message["content"]).strip()} for message in messages]
     if all(message["role"] != "assistant" for message in messages):
         raise ChatError("it holds no answer.")
     return messages
+
+
+def _whole(text: str) -> str:
+    """Without half an emoji, which JSON can write and no file can hold; prompt.encode() puts the same in its place."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _and(names: Iterable[str], word: str = "and") -> str:

@@ -65,10 +65,26 @@ def test_prompt_and_completion_may_be_messages_too(tmp_path):
     assert data.train[0].messages == MESSAGES
 
 
+def test_an_empty_system_message_is_none(tmp_path):
+    messages = [{"role": "system", "content": ""}, *MESSAGES]
+    assert chat_data.read(write(tmp_path / "some.jsonl", {"messages": messages})).train[0].messages == MESSAGES
+
+
 def test_guanaco_keeps_all_turns_of_a_conversation(tmp_path):
     text = "### Human: One?### Assistant: First.\nSecond.### Human: Two?### Assistant: Third."
     data = chat_data.read(write(tmp_path / "some.jsonl", {"text": text}))
     assert data.train[0].messages == conversation("One?", "First.\nSecond.", "Two?", "Third.")["messages"]
+
+
+def test_half_an_emoji_becomes_a_character_that_the_report_can_hold(tmp_path):
+    data = chat_data.read(write(tmp_path / "some.jsonl", conversation("half \ud83d", "\ud83d\ude00")))
+    assert data.train[0].messages == conversation("half \ufffd", "😀")["messages"]
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    Path(write(tmp_path / "some.jsonl", ROWS["messages"])).rename(tmp_path / "SOME.JSONL")
+    for name in (tmp_path, tmp_path / "SOME.JSONL"):
+        assert len(chat_data.read(str(name)).train) == 1
 
 
 FAULTS = {
@@ -130,6 +146,24 @@ def test_parts_are_learnt_held_out_or_for_a_test_by_their_names(tmp_path):
     assert next(data.told()) == "Conversations: 1 to learn, 2 held out, 1 for a test, messages."
 
 
+def test_a_name_only_begins_like_a_part(tmp_path):
+    for part in ("devices", "testimonials", "evaluations", "test-00000-of-00001", "dev_2"):
+        write(tmp_path / f"{part}.jsonl", conversation(part, "a"))
+    data = chat_data.read(str(tmp_path))
+    assert sorted(row.messages[0]["content"] for row in data.train) == ["devices", "evaluations", "testimonials"]
+    assert (len(data.held_out), len(data.test)) == (1, 1)
+
+
+def test_a_folder_in_which_nothing_is_to_be_learnt_says_so(tmp_path):
+    write(tmp_path / "test.jsonl", conversation("a", "b"))
+    with pytest.raises(ChatError, match="its parts are all held out by their names"):
+        chat_data.read(str(tmp_path))
+
+
+def test_a_file_given_by_itself_is_learnt_whatever_it_is_called(tmp_path):
+    assert len(chat_data.read(write(tmp_path / "test.jsonl", conversation("a", "b"))).train) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -138,8 +172,11 @@ def test_parts_are_learnt_held_out_or_for_a_test_by_their_names(tmp_path):
         ("some.txt", "a", "is not a file that ends with"),
         ("some.jsonl", "", "There is no conversation to learn from"),
         ("some.jsonl", '{"a": 1}', "its columns (a) are none of those known"),
+        ("some.jsonl", '{"conversations": [{"from": ["gpt"], "value": "a"}]}', "it was \"['gpt']\""),
         ("some.json", "{", "cannot be read"),
         ("some.json", "{}", "holds no list of rows"),
+        ("some.json", "[" * 100_000, "cannot be read"),
+        ("some.csv", "messages\n" + "[" * 100_000, "its messages are no list"),
         ("some.parquet", "a", "cannot be read"),
         ("some.csv", b"prompt,completion\n\xff,a", "cannot be read"),
     ],
