@@ -65,12 +65,12 @@ def curves(history: list[dict[str, float]]) -> Curves:
 
 
 def write_curves(rows: Curves, folder: Path) -> None:
-    """curves.csv and curves.png."""
+    """curves.png, then curves.csv: where that is, nothing is missing."""
+    draw_curves({"": rows}, folder / "curves.png")
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    draw_curves({"": rows}, folder / "curves.png")
 
 
 def read_curves(folder: Path) -> Curves:

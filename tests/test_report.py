@@ -32,6 +32,13 @@ def test_curves_have_one_row_for_each_step_and_can_be_read_back(tmp_path):
         report.read_curves(tmp_path)
 
 
+def test_curves_that_can_be_read_have_their_picture(tmp_path, monkeypatch):
+    monkeypatch.delattr(report, "draw_curves")  # as if killed there
+    with pytest.raises(NameError):
+        report.write_curves(report.curves(HISTORY), tmp_path)
+    assert report.read_curves(tmp_path) == []
+
+
 def test_a_cell_of_a_table_holds_whatever_a_model_says():
     head, rule, row = report.table(("question", "answer"), [("a | b", "one\n\n| two |" + " a" * 400)])
     assert (head, rule) == ("| question | answer |", "|---|---|")
