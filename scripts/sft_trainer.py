@@ -18,6 +18,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when the Hub's client is imported; TRL would report each run
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that nobody needs here
 
 import chat_data  # noqa: E402
 import merging  # noqa: E402

@@ -419,6 +419,7 @@ def test_a_model_and_conversations_of_the_hub_become_a_model_on_the_hub(chat_mod
             assert done.returncode == 1
             assert sentence in done.stderr
             assert "Traceback" not in done.stderr
+        assert not [path for _, path in hub.requests if "telemetry" in path]
     finally:
         hub.close()
 
