@@ -204,9 +204,6 @@ def train_folds(
         report.write_run(run, args.output_dir)
     for i, part in enumerate(parts, 1):
         folder, of_fold = args.output_dir / f"fold-{i}", replace(run, fold=i, learnt_sha256=splits.fingerprint([part]))
-        if find_checkpoint(folder, args.resume, of_fold.learnt_sha256) and report.read_curves(folder):
-            told(f"\nFold {i} of {args.folds} is done.")
-            continue
         told(f"\nFold {i} of {args.folds}")
         learn(argparse.Namespace(**vars(args) | {"output_dir": folder}), of_fold, part, plan, tokenizer)
         free_memory()
@@ -230,6 +227,10 @@ def learn(
         raise ChatError("Nothing is left to learn. Raise --max_length, or look at the rows named above.")
     if args.early_stopping and not lessons["held out"]:
         raise ChatError("--early_stopping needs something held out. Raise --eval_fraction, or give more data.")
+    samples = [lesson.input_ids for lesson in lessons["learnt"][:2]]
+    if checkpoint and report.read_curves(args.output_dir):
+        told(f"{args.output_dir} is done.")
+        return samples
     if run.fold in (None, 1):
         told(*(f"\n{chat_data.marked(lesson, tokenizer)}" for lesson in lessons["learnt"][:3]))
         told("\n⟦ ⟧ is what is learnt.\n")
@@ -259,7 +260,7 @@ def learn(
         write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
         report.write_curves(rows, args.output_dir)  # last: a fold that has them is done
         told(f"\nThe report is {args.output_dir / 'README.md'}.")
-    return [lesson.input_ids for lesson in lessons["learnt"][:2]]
+    return samples
 
 
 def told(*lines: str) -> None:
@@ -407,6 +408,7 @@ def make_trainer(
         save_steps=PARTS,
         save_total_limit=2,
         load_best_model_at_end=bool(args.early_stopping),
+        restore_callback_states_from_checkpoint=True,  # else a resumed run waits anew before it stops early
         report_to=args.report_to,
         project=(args.output_dir.parent if args.folds else args.output_dir).name,
         run_name=args.output_dir.name,

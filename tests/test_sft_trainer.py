@@ -336,7 +336,7 @@ def test_folds_learn_apart_and_a_run_that_is_killed_goes_on_in_the_fold_where_it
     run(*arguments(chat_model, dataset, whole, *flags))
     kill_at_first_checkpoint(killed / "fold-2", *arguments(chat_model, dataset, killed, *flags))
     done_at = (killed / "fold-1" / "curves.csv").stat().st_mtime_ns
-    assert "Fold 1 of 2 is done." in run(*arguments(chat_model, dataset, killed, *flags, "--resume"))
+    assert "fold-1 is done." in run(*arguments(chat_model, dataset, killed, *flags, "--resume"))
     assert (killed / "fold-1" / "curves.csv").stat().st_mtime_ns == done_at
     assert_same_adapter(killed / "fold-2", whole / "fold-2")
     assert (killed / "README.md").read_text().replace("killed", "whole") == (whole / "README.md").read_text()
@@ -381,11 +381,17 @@ def test_a_merged_model_says_what_the_adapter_says_and_one_that_does_not_is_not_
 
 
 @pytest.mark.slow
-def test_a_run_stops_early_when_the_held_out_loss_rises(chat_model, dataset, tmp_path):
+def test_a_run_stops_early_when_the_held_out_loss_rises_and_does_not_begin_to_wait_anew(chat_model, dataset, tmp_path):
     flags = ("--use_peft", "--learning_rate", "0.1", "--num_train_epochs", "40", "--early_stopping", "2")
-    run(*arguments(chat_model, dataset, tmp_path, *flags))
-    last = (tmp_path / "curves.csv").read_text().splitlines()[-1]
-    assert float(last.split(",")[1]) < 40
+    command = arguments(chat_model, dataset, tmp_path, *flags)
+    run(*command)
+    stopped = report.read_curves(tmp_path)
+    assert stopped[-1]["epoch"] < 40
+    assert "is done." in run(*command, "--resume")
+    assert report.read_curves(tmp_path) == stopped
+    (tmp_path / "curves.csv").unlink()  # as if it had been killed after its last checkpoint
+    run(*command, "--resume")
+    assert report.read_curves(tmp_path)[-1]["epoch"] == stopped[-1]["epoch"] + 2  # one measurement more
 
 
 @pytest.mark.slow
