@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,8 @@ def _fault(args: argparse.Namespace) -> str | None:
             return f"--{name} must be above 0"
     if args.learning_rate is not None and not args.learning_rate > 0:
         return "--learning_rate must be above 0"
+    if not 0 <= args.seed < 2**32:
+        return "--seed must be from 0 to below 2^32"
     for name in ("lora_dropout", "eval_fraction", "test_fraction"):
         if not 0 <= getattr(args, name) < 1:
             return f"--{name} must be from 0 to below 1"
@@ -167,6 +170,7 @@ def _fault(args: argparse.Namespace) -> str | None:
 
 def train(args: argparse.Namespace) -> None:
     """From the data to the report; everything that can be refused is refused before weights are loaded."""
+    check_folders(args)
     find_checkpoint(args.output_dir, args.resume)
     data, run = chat_data.read(args.dataset_name), describe(args)
     parts = splits.divide(data, run)
@@ -237,13 +241,21 @@ def learn(
 
     found = weights.gpus()
     model = weights.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", silent)
-    compared = to_compare(parts)
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    for target in args.target_modules:  # PEFT would pass over one that is misspelt beside others
+        if target != "all-linear" and not any(layer.endswith(f".{target}") for layer in layers):
+            raise ChatError(f"--target_modules: the model has no layer called {target}.")
+    compared = to_compare(parts, tokenizer, args.max_length)
+
+    def answers(model: PreTrainedModel) -> list[str]:
+        batches = (compared[i : i + args.batch_size] for i in range(0, len(compared), args.batch_size))
+        return [text for batch in batches for text in answer(model, tokenizer, batch, stop_ids)]
+
     answers_file = args.output_dir / "answers.json"
     if PartialState().is_main_process:
         report.write_run(run, args.output_dir)
         if not (checkpoint and answers_file.is_file()):
-            before = answer(model, tokenizer, compared, stop_ids)
-            answers_file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
+            answers_file.write_text(json.dumps(answers(model), ensure_ascii=False, indent=1), "utf-8")
     trainer = make_trainer(args, model, tokenizer, lessons, resumed=checkpoint is not None)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -253,10 +265,11 @@ def learn(
         if args.use_peft:
             name_base(args.output_dir, plan)
         before = json.loads(answers_file.read_text("utf-8"))
-        after = answer(trainer.model, tokenizer, compared, stop_ids)
+        after = answers(trainer.model)
         rows = report.curves(trainer.state.log_history)
         memory = "GPU memory, at most" if found else "memory, at the end"
-        figures = {"time": f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
+        time_taken = "time since --resume" if checkpoint else "time"
+        figures = {time_taken: f"{seconds / 60:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
         write_report(args, plan, lessons, rows, figures, list(zip(compared, before, after, strict=True)))
         report.write_curves(rows, args.output_dir)  # last: a fold that has them is done
         told(f"\nThe report is {args.output_dir / 'README.md'}.")
@@ -265,7 +278,7 @@ def learn(
 
 def told(*lines: str) -> None:
     if PartialState().is_main_process:
-        print(*lines, sep="\n")
+        print(*lines, sep="\n", flush=True)  # a log is read while it grows
 
 
 def free_memory() -> None:
@@ -279,6 +292,18 @@ def silent(phase: str, done_bytes: int, total_bytes: int) -> None:
 
 
 # ---- Before the weights ----
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Raises ChatError unless what comes of the run can be written, and over nothing else."""
+    taken = {Path(name).resolve() for name in (args.model_name, args.dataset_name)}
+    for folder in filter(None, (args.output_dir, args.merge_to)):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if folder.resolve() in taken or not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ChatError(f"Nothing can be written to {folder}: give another --output_dir or --merge_to.")
+        taken.add(folder.resolve())
+    if args.merge_to and not args.resume and args.merge_to.is_dir() and any(args.merge_to.iterdir()):
+        raise ChatError(f"--merge_to {args.merge_to} is not empty. Choose another folder.")
 
 
 def fetch(model_name: str) -> tuple[Plan, PreTrainedTokenizerBase]:
@@ -518,10 +543,13 @@ def name_base(adapter: Path, plan: Plan) -> None:
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")
 
 
-def to_compare(parts: Parts) -> list[tuple[str, Conversation]]:
-    """The first few conversations of both parts, held out first."""
-    both = ("held out", parts.held_out), ("learnt", parts.learnt)
-    return [(part, row) for part, rows in both for row in rows[:COMPARED]]
+def to_compare(parts: Parts, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[str, Conversation]]:
+    """The first few conversations of both parts, held out first, whose last question fits into max_length."""
+    chosen = []
+    for part, rows in (("held out", parts.held_out), ("learnt", parts.learnt)):
+        fitting = (row for row in rows if len(prompt.encode(tokenizer, row.messages[:-1])) <= max_length)
+        chosen += [(part, row) for row in islice(fitting, COMPARED)]
+    return chosen
 
 
 def answer(

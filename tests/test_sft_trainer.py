@@ -74,6 +74,7 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--merge_to", "c"], "only an adapter can be merged"),
         ([*GIVEN, "--batch_size", "0"], "--batch_size must be above 0"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate must be above 0"),
+        ([*GIVEN, "--seed", "-1"], "--seed must be from 0"),
         ([*GIVEN, "--eval_fraction", "1"], "--eval_fraction must be from 0 to below 1"),
         ([*GIVEN, "--test_fraction", "nan"], "--test_fraction must be from 0 to below 1"),
         ([*GIVEN, "--folds", "1"], "--folds must be 2 or more"),
@@ -244,6 +245,46 @@ def test_the_embedded_model_learns_what_its_chat_has_to_write_and_to_stop(settin
 
 
 @pytest.mark.parametrize(
+    ("output_dir", "merge_to", "flags"),
+    [
+        ("model", None, ()),
+        ("data.jsonl", None, ()),
+        ("data.jsonl/run", None, ()),
+        ("run", "run", ("--resume",)),
+        ("run", "model", ("--resume",)),
+        ("run", "full", ()),
+    ],
+)
+def test_nothing_is_written_over_what_is_there(tmp_path, monkeypatch, output_dir, merge_to, flags):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "full"):
+        Path(folder).mkdir()
+        Path(folder, "config.json").touch()
+    Path("data.jsonl").touch()
+    given = arguments("model", "data.jsonl", output_dir, "--use_peft", *flags)
+    args = sft_trainer.read_arguments([*given, "--merge_to", merge_to] if merge_to else given)
+    with pytest.raises(ChatError, match=rf"(written to|--merge_to) {merge_to or output_dir}\b.* another"):
+        sft_trainer.train(args)
+
+
+def test_a_run_that_goes_on_may_write_its_merged_model_again(tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").touch()
+    given = arguments("model", "data", tmp_path / "run", "--use_peft", "--resume", "--merge_to", tmp_path / "merged")
+    sft_trainer.check_folders(sft_trainer.read_arguments([*map(str, given)]))
+
+
+def test_questions_that_do_not_fit_are_not_compared(chat_model):
+    _, tokenizer = sft_trainer.fetch(str(chat_model))
+    rows = [
+        chat_data.Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "a"}], "")
+        for text in ("hello " * 200, *"abcdefg")
+    ]
+    compared = sft_trainer.to_compare(splits.Parts(rows, rows[:1], [], []), tokenizer, 100)
+    assert compared == [("learnt", row) for row in rows[1:6]]
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (("--max_length", "5"), "Nothing is left to learn"),
@@ -260,6 +301,12 @@ def test_what_cannot_be_learnt_or_measured_is_refused_before_weights_are_loaded(
     with pytest.raises(ChatError, match=sentence):
         sft_trainer.train(args)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_the_model_lacks_is_not_passed_over(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--target_modules", "q_proj", "v_porj")
+    with pytest.raises(ChatError, match="no layer called v_porj"):
+        sft_trainer.train(sft_trainer.read_arguments(arguments(chat_model, dataset, tmp_path, *flags)))
 
 
 # ---- Training ----
