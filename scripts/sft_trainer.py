@@ -188,6 +188,7 @@ def train(args: argparse.Namespace) -> None:
         free_memory()  # for the full-precision base
         folder = Path(run.merged_to)
         moved = merging.merge(plan, tokenizer, args.output_dir, folder, samples)
+        report.write_run(run, args.output_dir)  # if it was done before, it did not say so
         told(f"The merged model is in {folder}; its logits differ from the adapter's by {moved:.1g} at most.")
         if args.merge_and_push:
             merging.push(folder, args.merge_and_push)
@@ -426,6 +427,7 @@ def make_trainer(
         gradient_checkpointing=has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
         seed=args.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number would be told as 0
         eval_strategy="steps" if held_out else "no",
         eval_steps=PARTS,
         eval_on_start=held_out and not resumed,

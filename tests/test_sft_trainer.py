@@ -4,6 +4,7 @@ Fast tests do not train. Slow ones train a tiny random model and, once, the embe
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -184,6 +185,12 @@ def test_packed_conversations_give_the_loss_of_separate_ones(chat_model, dataset
         rows.append(len(trainer.train_dataset))
     assert rows[1] < rows[0] == len(lessons["learnt"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_a_loss_that_is_no_number_is_told_as_such(chat_model, dataset, tmp_path):
+    trainer, _ = prepared(chat_model, dataset, tmp_path, "--learning_rate", "1e20", "--num_train_epochs", "1")
+    trainer.train()
+    assert math.isnan(report.curves(trainer.state.log_history)[-1]["train loss"])
 
 
 def test_a_run_is_not_overwritten_by_another(tmp_path):
@@ -414,6 +421,10 @@ def test_a_merged_model_says_what_the_adapter_says_and_one_that_does_not_is_not_
     chat_model, dataset, tmp_path, monkeypatch
 ):
     run(*arguments(chat_model, dataset, tmp_path / "run", "--use_peft", "--merge_to", tmp_path / "merged"))
+    again = tmp_path / "again"  # of a run that is done
+    run(*arguments(chat_model, dataset, tmp_path / "run", "--use_peft", "--resume", "--merge_to", again))
+    assert report.read_run(tmp_path / "run").merged_to == str(again)
+    assert (again / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
     plan, tokenizer = sft_trainer.fetch(str(chat_model))
     merged = weights.load_base(sft_trainer.fetch(str(tmp_path / "merged"))[0], "float32", "cpu", ignore)
     served = weights.load(
