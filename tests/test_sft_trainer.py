@@ -187,6 +187,40 @@ def test_packed_conversations_give_the_loss_of_separate_ones(chat_model, dataset
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
+def test_what_the_flags_say_is_what_the_trainer_does(chat_model, dataset, tmp_path):
+    flags = (
+        "--use_peft",
+        "--lora_r",
+        "4",
+        "--lora_alpha",
+        "12",
+        "--lora_dropout",
+        "0.25",
+        "--target_modules",
+        "q_proj",
+    )
+    trainer, _ = prepared(chat_model, dataset, tmp_path, *flags, "--gradient_accumulation_steps", "3")
+    adapter = trainer.model.peft_config["default"]
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 12, 0.25)
+    assert adapter.target_modules == {"q_proj"}
+    assert trainer.args.gradient_accumulation_steps == 3
+
+
+def test_answers_given_together_are_those_given_alone(chat_model):
+    plan, tokenizer = sft_trainer.fetch(str(chat_model))
+    model = weights.load_base(plan, "float32", "cpu", ignore)
+    rows = [
+        (
+            "learnt",
+            chat_data.Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "a"}], ""),
+        )
+        for text in ("hello", "hello hello hell o", "o" * 40)
+    ]
+    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    alone = [sft_trainer.answer(model, tokenizer, [row], stop_ids)[0] for row in rows]
+    assert sft_trainer.answer(model, tokenizer, rows, stop_ids) == alone
+
+
 def test_a_loss_that_is_no_number_is_told_as_such(chat_model, dataset, tmp_path):
     trainer, _ = prepared(chat_model, dataset, tmp_path, "--learning_rate", "1e20", "--num_train_epochs", "1")
     trainer.train()
