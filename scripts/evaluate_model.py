@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -50,7 +49,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 import download  # noqa: E402
 import prompt  # noqa: E402
 import weights  # noqa: E402
-from chat_types import ChatError, ModelUnavailable  # noqa: E402
+from chat_types import ChatError  # noqa: E402
 from prompt import Lesson  # noqa: E402
 from settings import Settings  # noqa: E402
 from weights import Plan  # noqa: E402
@@ -83,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.judged:
             told_judgement(args)
         else:
-            with _memory_told(args):
+            knobs = f"lower --batch_size {args.batch_size}", "leave only --precisions nf4"
+            kept = f"What was measured until then is in {args.output_dir}."
+            with sft_trainer.limits_told(knobs, args.output_dir, kept):
                 evaluate(args)
     except ChatError as error:
         sys.exit(f"evaluate_model.py: {error}")
@@ -467,21 +468,6 @@ def say(subject: Subject, model: PreTrainedModel, asked: list[Conversation], bat
             answers += sft_trainer.answer(model, subject.tokenizer, rows, stop_ids, ANSWER_TOKENS)
             bar.update(len(rows))
     return answers
-
-
-@contextmanager
-def _memory_told(args: argparse.Namespace) -> Iterator[None]:
-    """Out of memory becomes a sentence that says which knob to turn."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, ModelUnavailable) as error:  # OutOfMemoryError is a RuntimeError
-        cause = error.__cause__ if isinstance(error, ModelUnavailable) else error
-        if not isinstance(cause, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(cause):
-            raise
-        raise ChatError(
-            f"The memory ran out. Lower --batch_size {args.batch_size}, or leave only --precisions nf4. "
-            f"What was measured until then is in {args.output_dir}."
-        ) from error
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def draw_curves(runs: dict[str, Curves], file: Path) -> None:
     losses.set_ylim(bottom=0)
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
+    rates.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

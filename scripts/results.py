@@ -299,6 +299,7 @@ def _draw_curves(axes: Axes, runs: list[Taught]) -> None:
                     horizontalalignment="left" if low["step"] < taught.curves[-1]["step"] / 2 else "right",
                 )
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("while it was taught; ▾ is the lowest")
     title, columns = (None, 2) if alone else ("held-out loss", 5 if runs[0].fold else 1)
     axes.legend(loc="upper right", title=title, ncols=columns, fontsize=None if alone else "small")

@@ -20,6 +20,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "LOCAL_RANK" not in os.environ:  # not from `accelerate launch`: TRL refuses a process that sees several GPUs
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
-        with _memory_told(args):
+        with limits_told([*_knobs(args)], args.output_dir, "--resume keeps what was saved."):
             train(args)
     except ChatError as error:
         sys.exit(f"sft_trainer.py: {error}")
@@ -515,23 +516,29 @@ def memory_gb() -> float:
 
 
 @contextmanager
-def _memory_told(args: argparse.Namespace) -> Iterator[None]:
-    """Out of memory becomes a sentence that says which knob to turn."""
+def limits_told(knobs: Sequence[str], folder: Path, kept: str) -> Iterator[None]:
+    """Memory that runs out becomes a sentence that says which knobs to turn, and so does a full disk."""
     try:
         yield
-    except (RuntimeError, MemoryError, ModelUnavailable) as error:  # OutOfMemoryError is a RuntimeError
-        cause = error.__cause__ if isinstance(error, ModelUnavailable) else error
-        if not isinstance(cause, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(cause):
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, ChatError) else error
+        if cause is None:
             raise
-        knobs = []
-        if args.batch_size > 1:
-            knobs.append(f"lower --batch_size {args.batch_size} and raise --gradient_accumulation_steps as much")
-        if not args.load_in_4bit:
-            knobs.append(f"add --load_in_4bit{'' if args.use_peft else ' --use_peft'}")
-        knobs.append(f"lower --max_length {args.max_length}")
-        raise ChatError(
-            f"The memory ran out. In this order: {'; '.join(knobs)}. --resume keeps what was saved."
-        ) from error
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(cause):
+            raise ChatError(f"The memory ran out. In this order: {'; '.join(knobs)}. {kept}") from error
+        # torch.save and safetensors say it in many ways, or only that a file is not as long as it should be.
+        if "No space left" in str(cause) or (folder.is_dir() and shutil.disk_usage(folder).free < 2**20):
+            raise ChatError(f"The disk that holds {folder} is full. Make room there. {kept}") from error
+        raise
+
+
+def _knobs(args: argparse.Namespace) -> Iterator[str]:
+    """What takes less memory, best first."""
+    if args.batch_size > 1:
+        yield f"lower --batch_size {args.batch_size} and raise --gradient_accumulation_steps as much"
+    if not args.load_in_4bit:
+        yield f"add --load_in_4bit{'' if args.use_peft else ' --use_peft'}"
+    yield f"lower --max_length {args.max_length}"
 
 
 # ---- What came of it ----

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,10 +95,25 @@ def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, m
 
 def test_out_of_memory_says_which_knob_to_turn():
     args = sft_trainer.read_arguments([*GIVEN, "--use_peft", "--batch_size", "8"])
-    with pytest.raises(ChatError) as told, sft_trainer._memory_told(args):
+    with pytest.raises(ChatError) as told, sft_trainer.limits_told([*sft_trainer._knobs(args)], Path("a"), "Kept."):
         raise torch.OutOfMemoryError
-    for knob in ("--batch_size 8", "--load_in_4bit", "--max_length 1024", "--resume"):
+    for knob in ("--batch_size 8", "--load_in_4bit", "--max_length 1024", "Kept."):
         assert knob in str(told.value)
+
+
+@pytest.mark.parametrize("words", ["[Errno 28] No space left on device", "unexpected pos 512 vs 448"])
+def test_a_full_disk_is_told_in_a_sentence_whatever_the_library_says(words, tmp_path, monkeypatch):
+    # torch.save tells only that the file is too short.
+    monkeypatch.setattr(sft_trainer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    full = pytest.raises(ChatError, match=r"is full\. Make room there\. Kept\.")
+    with full, sft_trainer.limits_told([], tmp_path, "Kept."):
+        raise RuntimeError(words)
+
+
+def test_what_is_no_lack_of_memory_or_room_is_not_taken_for_one(tmp_path):
+    for error in (RuntimeError("shapes"), ChatError("A sentence of its own.")):
+        with pytest.raises(type(error), match=str(error)), sft_trainer.limits_told([], tmp_path, "Kept."):
+            raise error
 
 
 def test_without_an_account_to_upload_to_nothing_is_trained(hub):
