@@ -406,6 +406,7 @@ def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_quest
         expect_unlocked(page)
 
 
+@pytest.mark.slow
 def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(browser, settings):
     with ExitStack() as leaving:
         odd = leaving.enter_context(closing(OddServer()))

@@ -494,6 +494,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told(folder):
     assert "cannot be written" in bad("disk", cache_dir=Path(folder)).detail
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_as_a_start_tells_it():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -697,6 +697,7 @@ def test_a_gpu_that_fails_for_good_is_told_to_everyone_and_to_the_owner(tiny, ca
             engine.submit([1], GREEDY, Ids())
 
 
+@pytest.mark.slow
 @examples(max_examples=10)
 @given(
     st.lists(

@@ -267,6 +267,7 @@ def test_a_merged_model_measures_as_its_adapter(run, chat_model, tmp_path):
         assert loss_of(found, "merged", part) == pytest.approx(loss_of(found, "adapter", part), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_fold_is_measured_on_what_it_left_out(chat_model, dataset, tmp_path):
     run = save_run(chat_model, dataset, tmp_path / "folds", folds=3, test_fraction=0.0)
     found, page = evaluate(run)

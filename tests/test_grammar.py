@@ -118,6 +118,7 @@ def test_nobody_goes_on_with_whitespace_for_ever(chat, schema):
 # ---- Answers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_a_small_model_gives_what_the_schema_asks_for(chat, temperature):
     with chat.stream_reply(ANNA, replace(LIKELIEST, temperature=temperature, seed=1)) as reply:
@@ -221,6 +222,7 @@ def test_a_schema_is_looked_at_once_and_never_wears_out(chat, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_schema_waits_in_line_like_any_other_question(chat):
     with busy(chat, ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=20)):
         reply = chat.stream_reply(ANNA, LIKELIEST)

@@ -103,6 +103,7 @@ def test_a_task_that_breaks_off_does_not_stop_the_others(task, tmp_path):
     assert faults == ["broken broke off (KeyError: 'score')."]
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_asks_nobody_on_the_network(task):
     """datasets told a server of Amazon's that a local file was read."""
     program = """

@@ -470,6 +470,7 @@ def is_served(http):
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, small_address):
     asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
     body = {"messages": HELLO, "max_tokens": 1, "response_format": asked}
@@ -479,6 +480,7 @@ def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, smal
     freed(small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "fields"), [("v1/chat/completions", {"max_tokens": 1}), ("tokenize", {})])
 def test_many_long_texts_hold_up_nobody_else(http, small, small_address, path, fields, monkeypatch):
     long, come, encode = "x" * api.LONG_BODY, threading.Event(), small.encode

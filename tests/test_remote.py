@@ -606,6 +606,7 @@ def own_address(own, settings):
         yield address
 
 
+@pytest.mark.slow
 def test_our_own_server_behind_our_own_gives_the_same_answer(own_address, chat):
     params = SamplingParams(temperature=0, max_new_tokens=12)
     with chat.stream_reply(HELLO, params) as reply:
