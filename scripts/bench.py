@@ -474,7 +474,7 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
     plan, tokenizer = sft_trainer.fetch(args.model_name)
     model = weights.load_base(plan, "nf4", 0 if weights.gpus() else "cpu", lambda *_: None)
     lessons = {"learnt": [Lesson(ids, [(0, len(ids))]) for ids in _rows()], "held out": []}
-    sft_trainer.PARTS = 0.99  # of the steps, after which it saves: not on the way, as the other
+    sft_trainer.EVAL_STEPS = 0.99  # of the steps, after which it saves: not on the way, as the other
     return sft_trainer.make_trainer(args, model, tokenizer, lessons)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import random
 import sys
@@ -76,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_arguments(argv)
     # PEFT 0.21 calls transformers 5.23 by names that it has given up.
     warnings.filterwarnings("ignore", r".*gradient_checkpointing` is deprecated", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of int8 a line for each layer and batch
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
         if args.judged:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chat_data import first_line
+
 from chat_types import ChatError
 
 if TYPE_CHECKING:
@@ -58,10 +60,10 @@ def find_tasks(names: Sequence[str]) -> tuple[list[Any], list[str]]:
         except (OSError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
             faults.append(
                 f"{name} was not run: its questions cannot be read or fetched from the Hugging Face Hub "
-                f"({_first_line(error)})."
+                f"({first_line(error)})."
             )
         except Exception as error:  # a task is a program of somebody else's
-            faults.append(f"{name} was not run: lm-eval cannot load it ({type(error).__name__}: {_first_line(error)}).")
+            faults.append(f"{name} was not run: lm-eval cannot load it ({type(error).__name__}: {first_line(error)}).")
         else:
             found.append(loaded)
     for name, task in [entry for loaded in found for entry in loaded["tasks"].items()]:
@@ -96,7 +98,7 @@ def run(
                 raise
             except Exception as error:  # a task is a program of somebody else's
                 names = ", ".join(loaded["groups"] or loaded["tasks"])
-                faults.append(f"{names} broke off ({type(error).__name__}: {_first_line(error)}).")
+                faults.append(f"{names} broke off ({type(error).__name__}: {first_line(error)}).")
     return scores, faults
 
 
@@ -131,7 +133,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

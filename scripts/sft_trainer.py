@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when the Hub's client is imported; TRL would report each run
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that nobody needs here
+# It asks for a package that nobody needs here, and for int8 it logs a line for each layer and batch.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import chat_data  # noqa: E402
 import merging  # noqa: E402
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 
 COMPARED = 5  # questions of each part that are asked before and after
 ANSWER_TOKENS = 64
-PARTS = 0.05  # of a run, after which it is measured on what is held out, and saved
+EVAL_STEPS = 0.05  # of a run, after which it is measured on what is held out, and saved
 DEMO = {
     "model_name": download.EMBEDDED,
     "dataset_name": str(ROOT / "data"),
@@ -430,10 +431,10 @@ def make_trainer(
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number would be told as 0
         eval_strategy="steps" if held_out else "no",
-        eval_steps=PARTS,
+        eval_steps=EVAL_STEPS,
         eval_on_start=held_out and not resumed,
         save_strategy="steps",
-        save_steps=PARTS,
+        save_steps=EVAL_STEPS,
         save_total_limit=2,
         load_best_model_at_end=bool(args.early_stopping),
         restore_callback_states_from_checkpoint=True,  # else a resumed run waits anew before it stops early
