@@ -23,13 +23,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Both libraries read these while they are imported: nothing about a visit is reported to anyone.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-import check
-import login
-from settings import Settings
+from llama2_chat.server import check, login
+from llama2_chat.settings import Settings
 
 if __name__ == "__main__" and Settings.read().hash_password:
     sys.exit(login.main())
@@ -43,17 +38,18 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
-from api import Clients, address, api_router, as_api_error, guard, health_router, submit
-from chat_types import OPEN_BELOW, RANGES, ChatError, Message, ModelUnavailable, Reply, SamplingParams, Status
-from metrics import Metrics, Record
-from remote import RemoteModel
-from tls import CERTS, announcement, get_certificate, server_context
+from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.server.api import Clients, address, api_router, as_api_error, guard, health_router, submit
+from llama2_chat.server.metrics import Metrics, Record
+from llama2_chat.server.tls import CERTS, announcement, get_certificate, server_context
+from llama2_chat.types import OPEN_BELOW, RANGES, Message, Reply, SamplingParams, Status
 
 if TYPE_CHECKING:
     from model import ChatModel
 
 log = logging.getLogger(__name__)
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "llama2_chat" / "page"
 TITLE = "Llama 2 Chat"
 SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
 SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone

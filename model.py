@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING
 from tokenizers.decoders import DecodeStream
 from transformers import TextIteratorStreamer
 
-import prompt
-from chat_types import FinishReason, Message, ModelUnavailable, PromptTooLong, SamplingParams, Status, Timing, Usage
-from settings import Settings
+from llama2_chat import prompt
+from llama2_chat.errors import ModelUnavailable, PromptTooLong
+from llama2_chat.settings import Settings
+from llama2_chat.types import FinishReason, Message, SamplingParams, Status, Timing, Usage
 
 if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a page that is already up
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from engine import Engine, Occupancy, Request
-    from grammar import Grammars
-    from weights import Loaded
+    from llama2_chat.engine.engine import Engine, Occupancy, Request
+    from llama2_chat.engine.grammar import Grammars
+    from llama2_chat.loading.weights import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class ChatModel:
         return self
 
     def _load(self) -> None:
-        import weights
+        from llama2_chat.loading import weights
 
         try:
             plan = weights.choose(self.settings)
@@ -113,8 +114,8 @@ class ChatModel:
 
     def serve(self, tokenizer: PreTrainedTokenizerBase, loaded: Loaded) -> ChatModel:
         """Be ready with a model that is already in memory; loading ends here, scripts may start here."""
-        from engine import Engine
-        from grammar import Grammars
+        from llama2_chat.engine.engine import Engine
+        from llama2_chat.engine.grammar import Grammars
 
         config, generation = loaded.model.config.get_text_config(decoder=True), loaded.model.generation_config
         ends = generation.eos_token_id if generation is not None else None
@@ -194,10 +195,7 @@ class ChatModel:
     def _check_length(self, prompt_tokens: int, params: SamplingParams) -> None:
         limit = self.context_length - params.max_new_tokens
         if prompt_tokens > limit:
-            raise PromptTooLong(
-                f"This conversation is {prompt_tokens:,} tokens and the model can hold {max(limit, 0):,} with room to "
-                "answer. Shorten it, or lower 'Max new tokens'."
-            )
+            raise PromptTooLong(prompt_tokens, self.context_length, params.max_new_tokens)
 
     def _lost(self) -> None:
         """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""
@@ -215,7 +213,7 @@ def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
     """What the KV cache may take of each device."""
     import torch
 
-    import weights
+    from llama2_chat.loading import weights
 
     torch.cuda.empty_cache()  # what loading needed for a moment
     headroom = int(headroom_gb * weights.GB)

@@ -4,80 +4,24 @@ The embedded model is fetched on the first run ever and lies in the user's cache
 same examples every time, so that a green run stays green.
 """
 
-import asyncio
 import os
-import threading
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import uvicorn
-from hub import Hub
 from hypothesis import settings as hypothesis_settings
-from small_model import save_model
 from transformers import AutoTokenizer
 
-import weights
-from engine import CPU_BATCH
+from llama2_chat.loading import weights
+from llama2_chat.settings import Settings
 from model import ChatModel
-from settings import Settings
+from tests.support.hub import Hub
+from tests.support.serving import ignore
+from tests.support.small_model import save_model
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
 hypothesis_settings.load_profile("same-every-time")
-
-
-@contextmanager
-def busy(chat, question, params):
-    """Others' long answers to the question take all that the model does at once."""
-    with ExitStack() as stack:
-        for _ in range(CPU_BATCH):
-            next(stack.enter_context(chat.stream_reply(question, params)))
-        yield
-
-
-async def serve_until_told(server):
-    """server.serve(), and then no connection is left of a page that was open to the last."""
-    await server.serve()
-    for connection in list(server.server_state.connections):
-        connection.transport.abort()
-    await asyncio.sleep(0.05)
-
-
-@contextmanager
-def serving(chat, settings, users=None):
-    """The address of a server for this chat, in a thread."""
-    from app import create_app  # Gradio takes seconds to import, and most tests do without
-
-    servers = []
-
-    async def serve():  # without a running loop, Gradio would make loops of its own and never close them
-        config = uvicorn.Config(
-            create_app(chat, settings, users),
-            port=0,
-            log_level="error",
-            timeout_graceful_shutdown=1,
-            forwarded_allow_ips=settings.trusted_proxies,
-        )
-        servers.append(uvicorn.Server(config))
-        await serve_until_told(servers[0])
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    while not (servers and servers[0].started):
-        assert thread.is_alive()
-        thread.join(0.02)
-    (server,) = servers
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def ignore(phase, done_bytes, total_bytes):
-    """Progress that nobody looks at."""
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +75,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes."""
-    from test_sft_trainer import run  # imports what training needs, which most tests do without
+    from tests.training.test_sft_trainer import run  # imports what training needs, which most tests do without
 
     folder = tmp_path_factory.mktemp("demo")
     run("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")

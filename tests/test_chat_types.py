@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from chat_types import BadGrammar, ChatError, SamplingParams
+from llama2_chat.errors import BadGrammar, ChatError
+from llama2_chat.types import SamplingParams
 
 
 def test_the_defaults_are_the_ones_the_page_starts_with():

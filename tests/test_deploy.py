@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from settings import Settings
+from llama2_chat.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "deploy" / "compose.yaml"

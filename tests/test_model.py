@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import busy
 
-import prompt
-from chat_types import Busy, ChatError, ModelUnavailable, PromptTooLong, SamplingParams, Usage
+from llama2_chat import prompt
+from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.types import SamplingParams, Usage
 from model import ChatModel, StreamedReply
+from tests.support.serving import busy
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
 ENDLESS = SamplingParams(temperature=1, max_new_tokens=4000, seed=1)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import settings
-from settings import Settings
+from llama2_chat import settings
+from llama2_chat.settings import Settings
 
 
 def test_without_flags_and_environment_the_page_is_for_this_machine_only():

@@ -23,8 +23,8 @@ from huggingface_hub import SpaceCard, SpaceHardware
 from playwright.sync_api import expect, sync_playwright
 from transformers import LlamaConfig
 
-import weights
-from weights import Gpu, Size
+from llama2_chat.loading import weights
+from llama2_chat.loading.weights import Gpu, Size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -1,0 +1,120 @@
+"""From the thread that makes an answer to the one reader who takes it, who may wait in a thread or in an event loop.
+
+No thread waits on behalf of an async reader: it is woken in its own loop. Both kinds of Reply read this way: the local
+one puts token ids on its channel, the remote one pieces of text. What an item means is theirs to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from abc import ABC, abstractmethod
+from typing import Generic, Self, TypeVar
+
+from llama2_chat.types import FinishReason
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """Items in the order in which they were put, from any thread, for one reader."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiter: asyncio.Future[None] | None = None  # an async reader that has nothing to read
+
+    def put(self, item: T) -> None:
+        self._items.put(item)
+        with self._lock:
+            if self._waiter is not None:
+                with contextlib.suppress(RuntimeError):  # its loop has closed: nobody reads any more
+                    self._waiter.get_loop().call_soon_threadsafe(_resolve, self._waiter)
+
+    def get(self) -> T:
+        """The next item, once there is one."""
+        return self._items.get()
+
+    def get_nowait(self) -> T:
+        """The next item. Raises queue.Empty if there is none."""
+        return self._items.get_nowait()
+
+    async def wait(self) -> None:
+        """Return once there is an item."""
+        waiter = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if not self._items.empty():
+                return
+            self._waiter = waiter
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+
+class ChannelReply(ABC, Generic[T]):
+    """The reader's half of types.Reply, over a channel."""
+
+    finish_reason: FinishReason | None = None  # None until the reader has read the end, or close()
+
+    @property
+    @abstractmethod
+    def channel(self) -> Channel[T]: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _read(self, item: T) -> str:
+        """The text that one more item makes certain; the last item sets finish_reason."""
+
+    @abstractmethod
+    def _raise_error(self) -> None:
+        """Raise what the visitor is to be told, if the answer has failed."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        while self.finish_reason is None:
+            if piece := self._read(self.channel.get()):
+                return piece
+        self._raise_error()
+        raise StopIteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """All the text that has become certain since the last piece, waiting only if there is none."""
+        pieces = []
+        while self.finish_reason is None:
+            try:
+                pieces.append(self._read(self.channel.get_nowait()))
+            except queue.Empty:
+                if any(pieces):
+                    break
+                await self.channel.wait()
+        if text := "".join(pieces):
+            return text
+        self._raise_error()
+        raise StopAsyncIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

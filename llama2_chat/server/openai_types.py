@@ -1,0 +1,209 @@
+"""What programs send, in OpenAI's words, checked at the door; and OpenAI's way to say no.
+
+Ranges are those of chat_types. A field that is not here is let pass if the answer would be the same without it, and
+refused otherwise: a program that asks for something must not be given something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
+
+MOST_NEW_TOKENS = int(RANGES["max_new_tokens"][1])
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls",
+    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
+}  # fmt: skip
+WITHOUT_EFFECT: dict[str, tuple] = {
+    "n": (1,),
+    "best_of": (1,),
+    "min_p": (0,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+}
+WHY_NOT = {
+    "n": "n must be 1. Send the request once for each answer instead.",
+    "best_of": "best_of must be 1.",
+    "logprobs": "logprobs are not available. Leave them out.",
+    "tools": "Tools are not available. Leave them out.",
+}
+
+
+class ApiError(Exception):
+    """A request that gets no answer, as the openai library and its kin expect to be told."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+        kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _text(content: Any) -> Any:
+    """The text of a message's content. The parts of a list are joined as the page joins them."""
+    if isinstance(content, list) and content:
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    if isinstance(content, str):
+        return content
+    raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")
+
+
+def _one(prompt: Any) -> Any:
+    """A text, or token ids. Some programs send a list of texts, even of one."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    is_ids = isinstance(prompt, list) and all(type(id) is int for id in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids):
+        raise ValueError("it must be one text or one list of token ids, and not empty")
+    return prompt
+
+
+def _list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop or []
+
+
+def _in_range(name: str) -> Any:
+    low, high = RANGES[name]
+    return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
+
+
+Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, Any]])]
+StopString = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_list, json_schema_input_type=str | list[StopString] | None),
+]
+Prompt = Annotated[str | list[int], BeforeValidator(_one, json_schema_input_type=str | list[str] | list[int])]
+MaxTokens = Annotated[int, _in_range("max_new_tokens")] | None
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]  # developer is what OpenAI calls system today
+    content: Text
+    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+
+    def plain(self) -> Message:
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    """Its name and description are for the model, which sees neither here; strict or not, answers follow it."""
+
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_there(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        if value is None and info.data.get("type") == "json_schema":
+            raise ValueError("it is missing")
+        if value is not None and info.data.get("type") != "json_schema":
+            raise ValueError("it goes with type json_schema only")
+        return value
+
+    @property
+    def grammar(self) -> str | None:
+        """As SamplingParams takes it."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.definition)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    question: ClassVar[str]  # the field that holds it
+
+    model: str | None = None
+    max_tokens: MaxTokens = None
+    temperature: Annotated[float, _in_range("temperature")] | None = None
+    top_p: Annotated[float, _in_range("top_p")] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=RANGES["top_k"][1])] | None = None  # -1 is how vLLM says all
+    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
+    seed: Annotated[int, _in_range("seed")] | None = None
+    stop: Stop = []
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def params(self, defaults: SamplingParams, max_new_tokens: int) -> SamplingParams:
+        names = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k is not None:
+            given["top_k"] = max(self.top_k, 0)
+        if self.response_format is not None:
+            given["grammar"] = self.response_format.grammar
+        return replace(defaults, max_new_tokens=max_new_tokens, stop=tuple(self.stop), **given)
+
+    def refuse_what_would_be_missed(self) -> None:
+        """Raises ApiError for the first unknown field that asks for another answer."""
+        for name, value in (self.model_extra or {}).items():
+            asks = value not in ([], {}, "") and value is not None and value is not False
+            if asks and name not in IGNORED and value not in WITHOUT_EFFECT.get(name, ()):
+                sentence = WHY_NOT.get(name, f"{name!r:.60} is not known here. Leave it out.")
+                raise ApiError(400, "unsupported_parameter", sentence, name[:60])
+
+
+class ChatRequest(_Request):
+    question: ClassVar = "messages"
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: MaxTokens = None
+    trim: bool = False  # leave out the oldest exchanges of a conversation that is too long, as the page does
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def plain(self) -> list[Message]:
+        return [message.plain() for message in self.messages]
+
+
+class CompletionRequest(_Request):
+    question: ClassVar = "prompt"
+
+    prompt: Prompt
+
+
+class TokenizeRequest(BaseModel):
+    """One of the two."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None

@@ -1,0 +1,17 @@
+"""Text as it really arrives: half characters, many lines, long numbers. Only the standard library is used here."""
+
+from __future__ import annotations
+
+
+def valid_unicode(text: str) -> str:
+    """The text as UTF-8 can hold it: two surrogates that form a pair are their character, a lone one is U+FFFD.
+
+    Browsers and JSON (`"\\ud83d"`) can send halves of characters, which no tokenizer, file or HTTP body takes.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text, without a full stop; the error's class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().removesuffix(".") if lines else type(error).__name__

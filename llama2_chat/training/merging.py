@@ -1,0 +1,79 @@
+"""An adapter becomes part of its base model's weights: merged in full precision, checked, written, published.
+
+It is a room of sft_trainer.py, which says when.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from llama2_chat.errors import ChatError
+from llama2_chat.loading import weights
+from llama2_chat.loading.weights import Plan
+from llama2_chat.training.chat_data import first_line
+
+LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
+
+
+def create_repo(repo: str) -> None:
+    """A private repository on the Hub, unless it is there: who may not write to it learns so now, not after hours."""
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(repo, private=True, exist_ok=True)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise ChatError(
+            f"--merge_and_push: the repository {repo} cannot be made or written to ({first_line(error)}). Set HF_TOKEN "
+            "to a token that may write there, and check the name and the network."
+        ) from error
+
+
+def merge(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path,
+    folder: Path,
+    samples: list[list[int]],
+) -> float:
+    """Write the model with the adapter in its weights, in the base's own precision. Returns how far its logits moved.
+
+    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, unless it says there what base and
+    adapter said: its logits on the samples differ by LOGIT_TOLERANCE at most.
+    """
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(weights.load_base(plan, "float32", "cpu", lambda *_: None), adapter).eval()
+    before = _logits(model, samples)
+    merged = model.merge_and_unload()
+    difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
+    if not difference <= LOGIT_TOLERANCE:  # nor if it is no number
+        raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
+    dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
+    merged.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("README.md", "curves.png"):  # what it learnt, which the Hub shows
+        shutil.copyfile(adapter / name, folder / name)
+    return difference
+
+
+def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]
+
+
+def push(folder: Path, repo: str) -> None:
+    import httpx2
+    import huggingface_hub
+
+    try:
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise ChatError(
+            f"{repo} could not be uploaded ({first_line(error)}). The merged model is in {folder}: "
+            f"hf upload {repo} {folder}"
+        ) from error

@@ -1,0 +1,257 @@
+"""The words every room speaks: messages, sampling settings, replies, and the promise that every model keeps.
+
+Only the standard library is used here, so anything may import it. No behaviour lives here beyond checking ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, TypedDict
+
+from llama2_chat.errors import BadGrammar, ChatError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the shape that chat templates take."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+# Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 4096),
+    "temperature": (0, 5),
+    "top_p": (0, 1),
+    "top_k": (0, 1000),
+    "repetition_penalty": (0.5, 2),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (0, 2**63 - 1),
+}
+OPEN_BELOW = {"top_p"}
+WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
+MAX_STOP_STRINGS = 8
+MAX_GRAMMAR_CHARACTERS = 2**15
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to end; every value is checked on creation.
+
+    Raises ChatError for a value outside its range, naming the setting, the range and the value.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.6  # 0 takes the likeliest token every time
+    top_p: float = 0.9  # keep the likeliest tokens that together reach this probability
+    top_k: int = 50  # keep this many of the likeliest tokens; 0 keeps all
+    repetition_penalty: float = 1.1  # divides the score of tokens already in prompt or answer; 1 is off
+    presence_penalty: float = 0.0  # subtracted once from tokens already in the answer
+    frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
+    seed: int | None = None  # the same seed and conversation give the same answer
+    stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
+    grammar: str | None = None  # a JSON schema; the answer is JSON that follows it
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name in RANGES:
+                value = getattr(self, field.name)
+                if not (value is None and field.name == "seed"):
+                    object.__setattr__(self, field.name, _checked(field.name, value))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        whole = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
+        if not whole or len(stop) > MAX_STOP_STRINGS:
+            raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.grammar is not None:
+            _check_grammar(self.grammar)
+
+
+def _checked(name: str, value: object) -> int | float:
+    """The value as the int or float the setting needs, or ChatError."""
+    low, high = RANGES[name]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and low <= value <= high and not (name in OPEN_BELOW and value == low):  # never true for NaN
+        if name not in WHOLE_NUMBERS:
+            return float(value)
+        if value == int(value):
+            return int(value)
+    kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
+    lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
+    upper = "2^63 - 1" if name == "seed" else f"{high:g}"
+    raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
+
+
+def _check_grammar(grammar: object) -> None:
+    """That it looks like a JSON schema; whether answers can be held to it is for the model to say."""
+    if isinstance(grammar, str) and len(grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise BadGrammar(f"A JSON schema may have {MAX_GRAMMAR_CHARACTERS:,} characters; this has {len(grammar):,}.")
+    try:
+        is_schema = isinstance(grammar, str) and isinstance(json.loads(grammar), dict)
+    except (ValueError, RecursionError):
+        is_schema = False
+    if not is_schema:
+        raise BadGrammar("grammar must be a JSON schema, as text that holds a JSON object.")
+
+
+def _short(value: object) -> str:
+    # Python refuses to print a whole number of more than 4,300 digits.
+    return "far too large" if isinstance(value, int) and abs(value) > 10**40 else repr(value)[:40]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one reply cost, in tokens and messages."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, already in the KV cache
+    dropped_messages: int = 0  # oldest messages left out because they no longer fit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast one reply was. Seconds from submit to first token; tokens per second after it."""
+
+    time_to_first_token_s: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Reply(Protocol):
+    """One answer on its way: an iterator of pieces of text, sync or async, and a context manager both ways.
+
+    Leaving the context, or close(), frees the model within one step. close() may be called from any thread,
+    any number of times, and wakes a reader that waits. A failed answer raises ChatError from the iteration, after
+    the pieces that came before it.
+    """
+
+    @property
+    def queue_position(self) -> int: ...  # place in line, 1 for the next; 0 once it runs
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...  # None while the answer is on its way
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def timing(self) -> Timing: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __next__(self) -> str: ...
+    def __aiter__(self) -> AsyncIterator[str]: ...
+    async def __anext__(self) -> str: ...
+    def __enter__(self) -> Reply: ...
+    def __exit__(self, *exc: object) -> None: ...
+    async def __aenter__(self) -> Reply: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the model is doing now, in words that the page and /healthz show as they stand."""
+
+    state: Literal["loading", "ready", "failed"] = "loading"
+    phase: Literal["choose", "download", "convert", "load", "connect"] = "choose"  # while loading
+    done_bytes: int = 0  # of the download
+    total_bytes: int = 0  # 0 while unknown
+    model: str = ""  # the Hub id, folder or name of the model
+    precision: str = ""  # "bfloat16", "int8", "nf4", ...
+    device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
+    why: str = ""  # why this model in this precision, one or two sentences
+    error: str = ""  # when failed: what happened and what to do, one or two sentences
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Who is answered, who waits and how full the KV cache is, right now."""
+
+    running: int  # requests
+    waiting: int
+    kv_tokens: int  # whose keys and values running requests hold, in whole blocks
+    kv_capacity_tokens: int  # that there is memory for
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """One server that has the model, as far as this program knows it."""
+
+    name: str  # host and port
+    healthy: bool
+    running: int  # answers of this program that are on their way there
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do beyond streaming a reply."""
+
+    supports_token_ids: bool  # encode(), encode_text() and stream_completion(); else they raise ChatError
+    knows_queue: bool  # reply.queue_position and occupancy tell who waits
+    can_fail_over: bool  # its servers come and go, so that `status` may change at any time
+
+
+class ChatBackend(Protocol):
+    """A model that answers, wherever it is: the one thing that the page, the API and scripts know.
+
+    Kept by model.ChatModel, which has the model in this process, and by remote.RemoteModel, which asks servers.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def state(self) -> Literal["loading", "ready", "failed"]: ...  # of `status`
+
+    @property
+    def mode(self) -> str: ...  # how a step runs, in words; "" where nobody knows
+
+    @property
+    def context_length(self) -> int: ...  # tokens, prompt and answer together; 0 while unknown
+
+    @property
+    def occupancy(self) -> Occupancy | None: ...  # None where nobody knows
+
+    @property
+    def gpu_memory(self) -> list[tuple[int, int]]: ...  # bytes used, and bytes in total, of each GPU here
+
+    @property
+    def servers(self) -> Sequence[ServerStatus]: ...  # none if the model is in this process
+
+    def start(self) -> threading.Thread:
+        """Load or connect in the background; `status` tells how far it is."""
+
+    def close(self, timeout_s: float = 5) -> None:
+        """Stop within timeout_s seconds. Readers see their replies end as cancelled."""
+
+    def stream_reply(
+        self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
+    ) -> Reply:
+        """The answer to a conversation, on its way. Entering the reply may wait until somebody has accepted it.
+
+        trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
+        to_the_end: the answer may be as long as the context window leaves; params.max_new_tokens then only says how
+            much room trimming makes.
+
+        Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
+        BadGrammar for a JSON schema that answers cannot be held to; a backend that asks servers raises some of them
+        when the reply is entered.
+        """
+
+    def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
+        """What follows input_ids, on its way. Raises as stream_reply does; nothing is ever left out."""
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The prompt that stream_reply makes of a conversation, however long it is."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""

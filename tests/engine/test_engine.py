@@ -1,0 +1,878 @@
+"""What the engine promises: the ids that generate gives, alone and in company, and everyone's troubles their own."""
+
+import itertools
+import queue
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llama2_chat.engine.engine import CPU_CHUNK, Engine
+from llama2_chat.engine.kv_cache import PAGE_TOKENS
+from llama2_chat.engine.sampler import Rows, draws, is_narrow
+from llama2_chat.errors import Busy, ChatError, ModelUnavailable
+from llama2_chat.types import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=12)
+SEEDED = SamplingParams(seed=7, temperature=1, max_new_tokens=24)
+LONG = SamplingParams(seed=7, temperature=1, max_new_tokens=4000)
+END = None
+
+
+class Ids:
+    """A streamer whose ids the test reads one by one."""
+
+    def __init__(self):
+        self.queue = queue.Queue()
+
+    def put(self, value):
+        self.queue.put(value.item())
+
+    def end(self):
+        self.queue.put(END)
+
+    def next(self):
+        return self.queue.get(timeout=60)
+
+    def rest(self):
+        return list(iter(self.next, END))
+
+
+class Slow(Ids):
+    """Holds the engine up, so that what happens meanwhile happens in time."""
+
+    def put(self, value):
+        time.sleep(0.003)
+        super().put(value)
+
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def running(model, tokens=16_000, **options):
+    """An engine with memory for so many tokens."""
+    bytes_per_token = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers) * 4
+    free = {CPU: -(-tokens // PAGE_TOKENS) * PAGE_TOKENS * bytes_per_token}
+    engine = Engine(model, **{"stop_ids": set(), "free_bytes": free, "context_length": tokens} | options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(loaded_float32):
+    """The embedded model, whose answers are text."""
+    with running(loaded_float32.model, tokens=4000, stop_ids={2}) as engine:
+        yield engine
+
+
+@pytest.fixture
+def endless(tiny):
+    """Answers end at their limit only."""
+    with running(tiny) as engine:
+        yield engine
+
+
+@pytest.fixture
+def single(tiny):
+    """One answer at a time, three may wait."""
+    with running(tiny, max_batch=1, queue_limit=3) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Llama of a millisecond a step, which knows nothing."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def ids(chat_float32):
+    return lambda text: chat_float32.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def letters(text):
+    """Ids for the tiny model."""
+    return [ord(letter) % 97 for letter in text]
+
+
+def answer(engine, input_ids, params=GREEDY):
+    """The ids of one whole answer, and the request that gave them."""
+    streamer = Ids()
+    request = engine.submit(input_ids, params, streamer)
+    return streamer.rest(), request
+
+
+def generated(model, input_ids, **options):
+    """What generate() answers, without the end token."""
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor([input_ids]), do_sample=False, max_new_tokens=GREEDY.max_new_tokens, **options
+        )
+    return [token for token in whole[0, len(input_ids) :].tolist() if token != 2]
+
+
+@pytest.mark.parametrize("text", ["The three largest cities of Japan are", "Answer: <|im_end|", "1"])
+def test_greedy_ids_are_the_ones_generate_gives(engine, loaded_float32, ids, text):
+    found, request = answer(engine, ids(text))
+    assert found == generated(loaded_float32.model, ids(text))
+    assert request.finish_reason == ("length" if len(found) == GREEDY.max_new_tokens else "stop")
+
+
+def test_a_prompt_of_several_chunks_gives_what_generate_gives(loaded_float32, ids, monkeypatch):
+    monkeypatch.setattr("llama2_chat.engine.engine.CPU_CHUNK", 50)
+    prompt = ids("A llama walked through the garden. " * 16)
+    assert len(prompt) > 2 * 50
+    with running(loaded_float32.model, tokens=1000, stop_ids={2}) as engine:
+        assert answer(engine, prompt)[0] == generated(loaded_float32.model, prompt)
+
+
+def test_the_repetition_penalty_counts_the_prompt_as_generate_does(engine, loaded_float32, ids):
+    prompt = ids("one two three one two three one two")
+    params = replace(GREEDY, repetition_penalty=1.3)
+    assert answer(engine, prompt, params)[0] == generated(loaded_float32.model, prompt, repetition_penalty=1.3)
+
+
+def test_the_next_turn_finds_its_keys_and_values_and_says_the_same_as_without_them(engine, loaded_float32, ids):
+    prompt = ids("The three largest cities of Japan are")
+    first, _ = answer(engine, prompt)
+    longer = [*prompt, *first, *ids(" And the smallest?")]
+    second, request = answer(engine, longer)
+    assert request.cached_tokens >= len(prompt) + len(first) - 1
+    assert second == generated(loaded_float32.model, longer)
+
+
+def test_the_same_question_again_is_computed_from_its_last_token(endless):
+    prompt = letters("Name a colour, any colour that you like.")
+    first, _ = answer(endless, prompt)
+    again, request = answer(endless, prompt)
+    assert (again, request.cached_tokens) == (first, len(prompt) - 1)
+
+
+def test_two_conversations_that_begin_alike_both_keep_their_keys_and_values(engine, loaded_float32, ids):
+    system = ids("You are a llama who answers briefly.")
+    one, two = [*system, *ids(" Where do you live? " * 8)], [*system, *ids(" What do you eat?")]
+    answer(engine, one)
+    text, request = answer(engine, two)
+    assert request.cached_tokens >= len(system)
+    assert text == generated(loaded_float32.model, two)
+    _, request = answer(engine, [*one, *ids("Go on.")])
+    assert request.cached_tokens >= len(one)
+
+
+def test_a_seed_gives_the_same_ids_whoever_else_is_talking(endless):
+    prompt = letters("Once upon a time")
+    alone, _ = answer(endless, prompt, SEEDED)
+    neighbours = [Ids(), Ids()]
+    endless.submit(letters("Count to ten."), GREEDY, neighbours[0])
+    endless.submit(letters("Once upon a midnight"), SamplingParams(temperature=1, max_new_tokens=9), neighbours[1])
+    assert answer(endless, prompt, SEEDED)[0] == alone
+    assert all(neighbour.rest() for neighbour in neighbours)
+
+
+def test_without_a_seed_two_answers_differ(endless):
+    params = SamplingParams(temperature=1, top_k=0, top_p=1, max_new_tokens=24)
+    assert (
+        answer(endless, letters("Once upon a time"), params)[0]
+        != answer(endless, letters("Once upon a time"), params)[0]
+    )
+
+
+def test_requests_are_answered_in_order_of_arrival_and_know_their_place(single):
+    order, streamers = [], [Ids() for _ in range(3)]
+    requests = []
+    for place, streamer in enumerate(streamers):
+        streamer.end = lambda place=place, end=streamer.end: (order.append(place), end())
+        requests.append(single.submit(letters("Hello" * (place + 1)), (GREEDY if place else LONG), streamer))
+        if place == 0:
+            streamer.next()  # it runs; the others wait
+    assert [request.queue_position for request in requests] == [0, 1, 2]
+    requests[0].cancel()
+    for streamer in streamers:
+        streamer.rest()
+    assert order == [0, 1, 2]
+    assert [request.queue_position for request in requests] == [0, 0, 0]
+
+
+def test_a_full_line_says_so_at_once_and_loses_nobody(single):
+    streamers = [Ids() for _ in range(4)]
+    requests = [single.submit(letters("Hello"), LONG, streamers[0])]
+    streamers[0].next()
+    requests += [single.submit(letters("Hello"), GREEDY, streamer) for streamer in streamers[1:]]
+    with pytest.raises(Busy, match="3 waiting"):
+        single.submit(letters("Hello"), GREEDY, Ids())
+    requests[0].cancel()
+    for streamer in streamers[1:]:
+        assert streamer.rest()
+
+
+def test_a_cancelled_request_leaves_the_line_without_touching_the_others(single):
+    running, waiting = Slow(), Ids()
+    first = single.submit(letters("Tell me a story."), replace(LONG, max_new_tokens=100), running)
+    running.next()
+    second = single.submit(letters("Hello"), GREEDY, waiting)
+    second.cancel()
+    second.cancel()
+    assert waiting.rest() == []
+    assert second.finish_reason == "cancelled"
+    running.rest()
+    assert first.finish_reason == "length"
+    first.cancel()  # after the end: nothing happens
+    assert first.finish_reason == "length"
+
+
+def test_cancelling_stops_within_one_step(endless):
+    streamer = Ids()
+    request = endless.submit(letters("Count."), LONG, streamer)
+    streamer.next()
+    request.cancel()
+    computed_before = streamer.queue.qsize()
+    assert len(streamer.rest()) <= computed_before + 1
+    assert request.finish_reason == "cancelled"
+
+
+def test_cancelling_acts_between_the_chunks_of_a_prefill(endless, tiny):
+    chunks = []
+
+    def leave(*_):
+        chunks.append(1)
+        endless._running[0].cancel()
+
+    hook = tiny.register_forward_pre_hook(leave)
+    try:
+        found, request = answer(endless, letters("word " * 800))
+    finally:
+        hook.remove()
+    assert (found, request.finish_reason, len(chunks)) == ([], "cancelled", 1)
+
+
+def test_an_error_reaches_its_own_request_and_the_next_one_works(endless, tiny, caplog):
+    prompt = letters("The three largest cities of Japan are")
+    expected, _ = answer(endless, prompt)
+
+    def fail(*_):
+        raise RuntimeError("a secret detail")
+
+    hook = tiny.model.layers[1].register_forward_pre_hook(fail)
+    try:
+        found, request = answer(endless, letters("Hello there"))
+    finally:
+        hook.remove()
+    assert (found, request.finish_reason) == ([], "error")
+    assert isinstance(request.error, ChatError)
+    assert "secret" not in str(request.error)
+    assert "a secret detail" in caplog.text  # the log has it all
+    assert answer(endless, prompt)[0] == expected  # a half written cache must not be found again
+
+
+def test_logits_that_are_not_numbers_are_an_error_not_a_token(endless, tiny, caplog):
+    hook = tiny.lm_head.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    try:
+        found, request = answer(endless, letters("Hello there"), SEEDED)
+    finally:
+        hook.remove()
+    assert (found, request.finish_reason) == ([], "error")
+    assert "not finite" in caplog.text
+
+
+def test_a_reader_that_fails_does_not_stop_the_engine(endless, caplog):
+    class Broken:
+        def put(self, value):
+            raise ValueError("no more room")
+
+        end = put
+
+    request = endless.submit(letters("Hello"), GREEDY, Broken())
+    assert answer(endless, letters("Hello"))[0]
+    assert request.finish_reason == "error"
+    assert "no more room" in caplog.text
+
+
+@pytest.mark.parametrize("input_ids", [[], [-1], [97], [2**40]], ids=["none", "negative", "too high", "far too high"])
+def test_ids_the_model_does_not_know_are_refused_at_the_door(endless, input_ids):
+    with pytest.raises(ChatError, match="0 to 96"):
+        endless.submit(input_ids, GREEDY, Ids())
+
+
+def test_closing_ends_everyone_and_refuses_newcomers(single):
+    running, waiting = Ids(), Ids()
+    requests = [single.submit(letters("Hello"), LONG, running)]
+    running.next()
+    requests.append(single.submit(letters("Hello"), LONG, waiting))
+    single.close()
+    assert waiting.rest() == []
+    running.rest()
+    assert [request.finish_reason for request in requests] == ["cancelled", "cancelled"]
+    with pytest.raises(ModelUnavailable, match="stopped"):
+        single.submit(letters("Hello"), LONG, Ids())
+    assert not single._thread.is_alive()
+
+
+def rows_of(logits, params, prompt=()):
+    """A table of one row for each logits [N, V], all with the same settings."""
+    rows = Rows(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
+    for row in range(len(logits)):
+        rows.join(row, [*prompt], 0, params, draws(params))
+    return rows
+
+
+def sampled(logits, params, prompt=(), times=4000):
+    """How often each token is drawn, as a share."""
+    params = SamplingParams(**params, seed=1, max_new_tokens=times)
+    rows = rows_of(logits[None], params, prompt)
+    counts = torch.zeros(len(logits))
+    for _ in range(times):
+        rows._seen[0] = False  # each draw is a first one
+        rows._seen[0, list(prompt)] = True
+        counts[rows.sample(logits[None], torch.tensor([0]), 64 if is_narrow(params) else len(logits))] += 1
+    return counts / times
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1},
+        {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"temperature": 2, "top_k": 0, "top_p": 0.7, "repetition_penalty": 0.7},
+        {"temperature": 0.8, "top_k": 1000, "top_p": 0.95, "repetition_penalty": 2},
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+    prompt = [1, 5, 7]
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(params["repetition_penalty"]))])
+    warpers.append(TemperatureLogitsWarper(float(params["temperature"])))
+    if params["top_k"]:
+        warpers.append(TopKLogitsWarper(params["top_k"]))
+    warpers.append(TopPLogitsWarper(params["top_p"]))
+    expected = warpers(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
+    found = sampled(logits, params, prompt)
+    assert not found[expected == 0].any()
+    assert torch.allclose(found, expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 1e-6},
+        {"temperature": 5e-324},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 5e-324},
+    ],
+    ids=str,
+)
+def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 9
+    assert sampled(logits, params, times=50)[logits.argmax()] == 1
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only():
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1, temperature=0, top_k=0)
+    logits = torch.tensor([[1.0, 0.6, 0.0, 0.8]])
+    rows = rows_of(logits, params, prompt=[3, 3])
+    assert [rows.sample(logits, torch.tensor([0]), 4).item() for _ in range(4)] == [0, 3, 1, 0]
+
+
+def test_rows_with_other_settings_draw_what_they_draw_alone():
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(3)) * 3
+    settings = [
+        SamplingParams(seed=1, temperature=1, top_k=0, top_p=0.9),
+        SamplingParams(temperature=0, frequency_penalty=1),
+        SamplingParams(seed=2, temperature=2, top_k=100, presence_penalty=2),
+    ]
+    together = Rows(4, 200, 4096, CPU)
+    alone = [rows_of(logits[:1], params, prompt=[5]) for params in settings]
+    for row, params in enumerate(settings):
+        together.join(row, [5], 0, params, draws(params))
+    for _ in range(50):
+        expected = [one.sample(logits[row][None], torch.tensor([0]), 200).item() for row, one in enumerate(alone)]
+        assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected
+
+
+# ---- In company ----
+
+
+def start(engine, input_ids, params=GREEDY):
+    streamer = Ids()
+    return engine.submit(input_ids, params, streamer), streamer
+
+
+def test_greedy_ids_are_the_same_alone_and_with_neighbours_that_come_and_go(loaded_float32, ids):
+    texts = ["The three largest cities of Japan are", "Once upon a time", "def add(a, b):", "1, 2, 3,"]
+    params = replace(GREEDY, max_new_tokens=8)
+    with running(loaded_float32.model, tokens=2000, max_batch=4) as engine:
+        alone = [answer(engine, ids(text), params)[0] for text in texts]
+    with running(loaded_float32.model, tokens=2000, max_batch=4) as engine:
+        started = [start(engine, ids(text), params) for text in texts[:2]]
+        started[0][1].next()
+        leaving, _ = start(engine, ids("Tell me a long story."), LONG)
+        started += [start(engine, ids(text), params) for text in texts[2:]]
+        started[1][1].next()
+        leaving.cancel()
+        start(engine, ids("Short."), SamplingParams(seed=1, max_new_tokens=2, top_k=0))
+        together = [streamer.rest() for _, streamer in started]
+    assert together[0] == alone[0][1:]
+    assert together[1] == alone[1][1:]
+    assert together[2:] == alone[2:]
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_a_seed_gives_the_same_ids_in_a_full_batch(endless, top_k):
+    params = SamplingParams(seed=7, temperature=1, top_k=top_k, max_new_tokens=24)
+    alone, _ = answer(endless, letters("Once upon a time"), params)
+    neighbours = [
+        start(endless, letters(f"The number {n} is"), SamplingParams(seed=n, top_k=(0, 5)[n % 2], max_new_tokens=30))
+        for n in range(6)
+    ]
+    assert answer(endless, letters("Once upon a time"), params)[0] == alone
+    assert all(len(streamer.rest()) == 30 for _, streamer in neighbours)
+
+
+def test_what_does_not_fit_in_memory_waits_and_then_says_what_it_says_alone(tiny):
+    long, short = letters("word " * 90), letters("The three largest cities of Japan are")
+    with running(tiny) as engine:
+        expected = answer(engine, short)[0]
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
+        reading = Slow()
+        first = engine.submit(long, replace(GREEDY, max_new_tokens=60), reading)
+        reading.next()
+        second, waiting = start(engine, short)
+        assert second.queue_position == 1
+        assert waiting.rest() == expected
+        assert first.finish_reason == "length"
+
+
+def test_when_memory_runs_out_the_youngest_waits_and_loses_no_text(tiny):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * PAGE_TOKENS)
+    prompts = [[n, n + 1, n + 2] * 20 for n in range(4)]
+    with running(tiny) as engine:
+        expected = [answer(engine, prompt, params)[0] for prompt in prompts]
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:  # two and a bit of them
+        started = [start(engine, prompt, params) for prompt in prompts]
+        assert [streamer.rest() for _, streamer in started] == expected
+        assert {request.finish_reason for request, _ in started} == {"length"}
+
+
+def test_a_model_that_leaves_no_memory_for_conversations_is_refused(tiny):
+    with pytest.raises(ModelUnavailable, match="no GPU memory for conversations"), running(tiny, tokens=PAGE_TOKENS):
+        pass
+
+
+def test_an_answer_that_outgrows_all_memory_ends_there(tiny):
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
+        found, request = answer(engine, [1] * 400, SamplingParams(temperature=0, max_new_tokens=4000))
+        assert request.finish_reason == "length"
+        assert len(found) == 8 * PAGE_TOKENS - 400
+        with pytest.raises(ChatError, match=r"512 tokens and there is room for 511"):
+            engine.submit([1] * 8 * PAGE_TOKENS, GREEDY, Ids())
+
+
+def test_nobody_gets_more_than_the_context_however_much_memory_there_is(tiny):
+    # A prompt beyond it was let in and failed without a reason; an answer went on where the model knows nothing.
+    with running(tiny, tokens=4000, context_length=200) as engine:
+        found, request = answer(engine, [1] * 150, SamplingParams(temperature=0, max_new_tokens=4000))
+        assert (len(found), request.finish_reason, engine.context_length) == (50, "length", 200)
+        with pytest.raises(ChatError, match="200 tokens and there is room for 199"):
+            engine.submit([1] * 200, GREEDY, Ids())
+
+
+def test_closing_reaches_a_request_that_is_just_going_back_to_the_line(tiny):
+    # Its reader waited for ever.
+    params = SamplingParams(max_new_tokens=7 * PAGE_TOKENS)
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
+        requeue, closing = engine._requeue, threading.Thread(target=engine.close)
+
+        def close_first(request):
+            closing.start()
+            while not engine._closed:
+                time.sleep(0.001)
+            requeue(request)
+
+        engine._requeue = close_first
+        started = [start(engine, [n] * 10, params) for n in range(2)]
+        for request, streamer in started:
+            streamer.rest()
+            assert request.finish_reason == "cancelled"
+        closing.join()
+
+
+def test_when_the_one_without_room_leaves_the_line_the_next_comes_in(tiny):
+    # The next waited for the end of somebody's long answer beside memory that nobody used.
+    with running(tiny, tokens=20 * PAGE_TOKENS) as engine:
+        went_back, requeue = threading.Event(), engine._requeue
+        engine._requeue = lambda request: (requeue(request), went_back.set())
+        long = engine.submit([1] * 320, LONG, Slow())
+        young, _ = start(engine, [2] * 600, LONG)
+        assert went_back.wait(60)
+        last, waiting = start(engine, [3, 4, 5])
+        assert last.queue_position == 2
+        young.cancel()
+        assert len(waiting.rest()) == GREEDY.max_new_tokens
+        assert long.finish_reason is None
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_read(endless):
+    _, streaming = start(endless, letters("Tell me a story."), LONG)
+    streaming.next()
+    before = streaming.queue.qsize()
+    long, reading = start(endless, letters("word " * 300), SamplingParams(max_new_tokens=1))
+    reading.rest()
+    assert streaming.queue.qsize() - before >= 1500 // CPU_CHUNK
+    assert long.finish_reason == "length"
+
+
+@contextmanager
+def poisoned(model, poison):
+    """While this lasts, computing the token at position 55 of anybody goes wrong."""
+
+    def hook(layer, args, kwargs):
+        bad = kwargs["position_ids"] == 55
+        return ((poison(args[0], bad), *args[1:]), kwargs) if bad.any() else None
+
+    handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def explode(hidden, bad):
+    raise RuntimeError("a secret detail")
+
+
+def not_a_number(hidden, bad):
+    return torch.where(bad[..., None], torch.nan, hidden)
+
+
+@pytest.mark.parametrize("poison", [explode, not_a_number])
+@pytest.mark.parametrize("prompt_tokens", [100, 50], ids=["in its prompt", "in its answer"])
+def test_a_request_that_fails_spares_its_neighbours_and_those_after_it(tiny, poison, prompt_tokens, caplog):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=40)
+    prompts = [[n, n + 1, n + 2] for n in range(4)]
+    bad = [7] * prompt_tokens
+    with running(tiny) as engine:
+        expected = [answer(engine, prompt, params)[0] for prompt in prompts]
+        healthy = answer(engine, bad, params)[0]
+    with running(tiny, tokens=16 * PAGE_TOKENS) as engine:  # so few that pages are used again
+        with poisoned(tiny, poison):
+            started = [start(engine, prompt, params) for prompt in prompts[:2]]
+            failed, failing = start(engine, bad, params)
+            started += [start(engine, prompt, params) for prompt in prompts[2:]]
+            assert [streamer.rest() for _, streamer in started] == expected
+            assert failing.rest() == healthy[: max(0, 56 - prompt_tokens)]
+        assert failed.finish_reason == "error"
+        assert "secret" not in str(failed.error)
+        for prompt, found in zip([*prompts, bad], [*expected, healthy], strict=True):
+            assert answer(engine, prompt, params)[0] == found
+        assert engine.occupancy.tokens == 0
+
+
+def test_who_leaves_before_the_first_token_leaves_nothing_behind_that_is_not_a_number(tiny):
+    # Others who got the page later ended with an error: nothing times NaN is not nothing.
+    with running(tiny) as engine:
+
+        def leave(*args):
+            engine._running[0].cancel()
+            return not_a_number(*args)
+
+        with poisoned(tiny, leave):
+            request, streamer = start(engine, [7] * (2 * CPU_CHUNK))
+            assert streamer.rest() == []
+        assert request.finish_reason == "cancelled"
+        assert all(states.isfinite().all() for layer in engine._pages.layers for states in layer)
+
+
+def test_out_of_memory_makes_the_batch_smaller_and_ends_nobody(tiny, caplog):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
+    prompts = [[n, n + 1, n + 2] for n in range(5)]
+    with running(tiny) as engine:
+        expected = [answer(engine, prompt, params)[0] for prompt in prompts]
+
+    def scarce(layer, args, kwargs):
+        if args[0].shape[1] > 2 and kwargs["position_ids"].unique().numel() == 1:  # a decode step of more than two
+            raise torch.OutOfMemoryError("no more")
+
+    handle = tiny.model.layers[0].register_forward_pre_hook(scarce, with_kwargs=True)
+    try:
+        with running(tiny) as engine:
+            started = [start(engine, prompt, params) for prompt in prompts]
+            assert [streamer.rest() for _, streamer in started] == expected
+    finally:
+        handle.remove()
+    assert "Out of GPU memory" in caplog.text
+
+
+def test_out_of_memory_alone_ends_with_a_sentence(tiny, caplog):
+    def scarce(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    with running(tiny) as engine:
+        handle = tiny.model.layers[0].register_forward_pre_hook(scarce)
+        try:
+            _, request = answer(engine, [1, 2, 3])
+        finally:
+            handle.remove()
+        assert request.finish_reason == "error"
+        assert "memory" in str(request.error)
+        assert answer(engine, [1, 2, 3])[1].finish_reason == "length"
+
+
+def test_long_prompts_are_read_in_long_chunks_again_once_there_is_memory(tiny, caplog):
+    chunks, most = [], CPU_CHUNK // 2
+
+    def scarce(layer, args):
+        chunks.append(args[0].shape[1])
+        if args[0].shape[1] > most:
+            raise torch.OutOfMemoryError("no more")
+
+    handle = tiny.model.layers[0].register_forward_pre_hook(scarce)
+    try:
+        with running(tiny) as engine:
+            assert answer(engine, [7] * (CPU_CHUNK + 1))[1].finish_reason == "length"
+            most = CPU_CHUNK
+            answer(engine, [8] * (CPU_CHUNK + 1))
+            assert chunks[-1] == 1
+            assert CPU_CHUNK in chunks[chunks.index(most // 2) :]
+    finally:
+        handle.remove()
+
+
+def test_a_loop_that_dies_starts_again_and_its_requests_hear_of_it(tiny, caplog):
+    class Deadly(Ids):
+        def put(self, value):
+            raise SystemExit
+
+    with running(tiny) as engine:
+        neighbour, streamer = start(engine, [1, 2, 3], LONG)
+        streamer.next()
+        engine.submit([4, 5, 6], GREEDY, Deadly())
+        streamer.rest()
+        assert neighbour.finish_reason == "error"
+        assert isinstance(neighbour.error, ChatError)
+        assert answer(engine, [1, 2, 3])[1].finish_reason == "length"
+    assert "starts again" in caplog.text
+
+
+def test_a_gpu_that_fails_for_good_is_told_to_everyone_and_to_the_owner(tiny, caplog, monkeypatch):
+    lost = threading.Event()
+    monkeypatch.setattr(Engine, "_gpu_works", lambda self: False)  # there is none here to break
+    with running(tiny, max_batch=1, on_lost=lost.set) as engine, poisoned(tiny, explode):
+        first, answering = start(engine, [7] * 50, LONG)
+        second, waiting = start(engine, [1, 2, 3])
+        answering.rest()
+        waiting.rest()
+        assert lost.wait(10)
+        assert {first.finish_reason, second.finish_reason} == {"error"}
+        assert "started again" in str(second.error)
+        with pytest.raises(ModelUnavailable):
+            engine.submit([1], GREEDY, Ids())
+
+
+@pytest.mark.slow
+@examples(max_examples=10)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["leaves", "stays", "stays", "fails", "breaks"]),
+            st.integers(1, 200),  # tokens of the prompt
+            st.integers(1, 80),  # of the answer
+            st.integers(0, 3),  # how it begins
+        ),
+        min_size=50,
+        max_size=50,
+    )
+)
+def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny, visitors):
+    class Breaking(Ids):
+        def put(self, value):
+            raise ValueError("no more room")
+
+    threads = threading.active_count()
+    with running(tiny, tokens=20 * PAGE_TOKENS, queue_limit=50) as engine, poisoned(tiny, explode):
+        started = []
+        for kind, prompt_tokens, answer_tokens, beginning in visitors:
+            if kind != "fails":  # they do at position 55
+                prompt_tokens, answer_tokens = min(prompt_tokens, 40), min(answer_tokens, 10)
+            streamer = Breaking() if kind == "breaks" else Ids()
+            params = SamplingParams(seed=1, max_new_tokens=answer_tokens)
+            request = engine.submit([beginning] * prompt_tokens, params, streamer)
+            if kind == "leaves":
+                request.cancel()
+            started.append((kind, request, streamer))
+        for kind, request, streamer in started:
+            streamer.rest()
+            allowed = {"leaves": ["cancelled", "length"], "stays": ["length"], "breaks": ["error"]}
+            assert request.finish_reason in allowed.get(kind, ["error", "length"])
+        assert (engine.occupancy.running, engine.occupancy.waiting, engine.occupancy.tokens) == (0, 0, 0)
+        assert len(engine._free_rows) == engine._max_batch
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), RuntimeError("odd")], ids=["memory", "other"])
+@pytest.mark.parametrize("step", [1, 9], ids=["in the prompts", "in the answers"])
+def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny, error, step, caplog):
+    # Visitors whose prompts had just been read were told that something went wrong, if memory ran out then; later, a
+    # GPU went on from the wrong position, with another text.
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
+    prompts = [[n, n + 1, n + 2] for n in range(3)]
+    with running(tiny) as engine:
+        expected = [answer(engine, prompt, params)[0] for prompt in prompts]
+        decode, sample = engine._decode_eagerly, engine._rows.sample
+        calls, astray = [], []
+
+        def fail(*args):
+            calls.append(args)
+            tokens = sample(*args)
+            if len(calls) == step:
+                raise error
+            return tokens
+
+        def compare(requests, rows):
+            if engine._rows.positions[rows].tolist() != [request.computed for request in requests]:
+                astray.append(requests)
+            return decode(requests, rows)
+
+        engine._rows.sample, engine._decode_eagerly = fail, compare
+        with engine._changed:  # all are here before the first begins
+            started = [start(engine, prompt, params) for prompt in prompts]
+        assert [streamer.rest() for _, streamer in started] == expected
+    assert len(calls) > step
+    assert not astray
+
+
+# ---- Grammars ----
+
+
+class Stairs:
+    """After an id only the next one and the one after it, until an answer has `steps` of them."""
+
+    def __init__(self, first, steps=10**6, breaks_at=None):
+        self.last, self.left, self.breaks_at = first, steps, breaks_at
+
+    @property
+    def complete(self):
+        return not self.left
+
+    def allow(self, mask):
+        if self.last == self.breaks_at:
+            raise ChatError("Too many stairs.")
+        bits = torch.zeros(128, dtype=torch.int64)
+        bits[[(self.last + 1) % 97, (self.last + 2) % 97]] = 1
+        mask[:4] = (bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32)
+
+    def advance(self, token):
+        assert (token - self.last) % 97 in (1, 2)
+        self.last, self.left = token, self.left - 1
+
+
+def start_on_stairs(engine, first, params, **options):
+    streamer = Ids()
+    return engine.submit([first, first + 1, first], params, streamer, Stairs(first, **options)), streamer
+
+
+@pytest.mark.parametrize("top_k", [0, 50, 1000])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_takes_only_what_its_grammar_allows(endless, temperature, top_k):
+    params = SamplingParams(seed=3, temperature=temperature, top_k=top_k, top_p=1, max_new_tokens=150)
+    request, streamer = start_on_stairs(endless, 5, params)
+    ids = [5, *streamer.rest()]
+    steps = {(after - before) % 97 for before, after in itertools.pairwise(ids)}
+    assert steps <= {1, 2}
+    assert (len(ids), request.finish_reason) == (151, "length")
+
+
+@pytest.mark.parametrize("limit", [7, 8])
+def test_an_answer_ends_with_its_grammar_even_at_its_last_token(endless, limit):
+    request, streamer = start_on_stairs(endless, 5, replace(GREEDY, max_new_tokens=limit), steps=7)
+    assert (len(streamer.rest()), request.finish_reason) == (7, "stop")
+
+
+def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny):
+    params = [SamplingParams(seed=n, temperature=n % 2, top_k=(0, 50)[n % 3 == 0], max_new_tokens=40) for n in range(8)]
+
+    def begin(engine, n):
+        return start_on_stairs(engine, n, params[n]) if n % 2 else start(engine, [n, n + 1], params[n])
+
+    with running(tiny) as engine:
+        alone = [begin(engine, n)[1].rest() for n in range(8)]
+        with engine._changed:  # all are here before the first begins
+            started = [begin(engine, n) for n in range(8)]
+        assert [streamer.rest() for _, streamer in started] == alone
+
+
+def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * PAGE_TOKENS)
+    with running(tiny) as engine:
+        expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(4)]
+    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:  # three of them
+        requeued, requeue = [], engine._requeue
+        engine._requeue = lambda request: (requeued.append(request), requeue(request))
+        started = [start_on_stairs(engine, n, params) for n in range(4)]
+        assert [streamer.rest() for _, streamer in started] == expected
+    assert requeued
+
+
+@pytest.mark.parametrize("step", [1, 9], ids=["in the prompts", "in the answers"])
+def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, caplog):
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
+    with running(tiny) as engine:
+        expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(3)]
+        sample, calls = engine._rows.sample, []
+
+        def fail(*args):
+            calls.append(args)
+            tokens = sample(*args)
+            if len(calls) == step:
+                raise RuntimeError("odd")
+            return tokens
+
+        engine._rows.sample = fail
+        with engine._changed:
+            started = [start_on_stairs(engine, n, params) for n in range(3)]
+        assert [streamer.rest() for _, streamer in started] == expected
+
+
+def test_a_grammar_that_gives_up_ends_its_own_answer_with_its_sentence(endless):
+    params = replace(GREEDY, max_new_tokens=40)
+    expected, _ = answer(endless, [1, 2, 3], params)
+    with endless._changed:
+        _, neighbour = start(endless, [1, 2, 3], params)
+        failed, failing = start_on_stairs(endless, 5, replace(params, top_k=0), breaks_at=7)
+    assert neighbour.rest() == expected
+    assert set(failing.rest()) <= {6, 7}
+    assert (failed.finish_reason, str(failed.error)) == ("error", "Too many stairs.")
+
+
+def test_answers_without_a_grammar_pay_nothing_for_it(endless, monkeypatch):
+    monkeypatch.setattr("llama2_chat.engine.engine.restrict", None)
+    assert answer(endless, [1, 2, 3])[1].finish_reason == "length"

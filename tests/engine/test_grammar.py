@@ -1,0 +1,231 @@
+"""What a JSON schema promises: the answer follows it, in any company, and a bad schema harms nobody."""
+
+import json
+import random
+import time
+from dataclasses import replace
+
+import jsonschema_rs
+import pytest
+import torch
+
+from llama2_chat.engine import grammar
+from llama2_chat.engine.grammar import Grammars
+from llama2_chat.errors import BadGrammar, ChatError
+from llama2_chat.types import MAX_GRAMMAR_CHARACTERS, SamplingParams
+from tests.support.serving import busy
+from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "likes": {"type": "array", "items": {"enum": ["tea", "日本", 'a "quoted" word']}, "maxItems": 3},
+        "home": {"anyOf": [{"$ref": "#/$defs/home"}, {"type": "null"}]},
+    },
+    "required": ["name", "age", "likes", "home"],
+    "additionalProperties": False,
+    "$defs": {
+        "home": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "pattern": "^[A-Z][a-z]{2,9}$"}},
+            "additionalProperties": False,
+        }
+    },
+}
+LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=120, grammar=json.dumps(PERSON))
+ANNA = [{"role": "user", "content": "Describe Anna, who is 25, as JSON."}]
+
+
+def follows(text, schema):
+    return jsonschema_rs.validator_for(schema).is_valid(json.loads(text))
+
+
+# ---- Which ids may come next ----
+
+
+def allowed(grammar, vocab_size):
+    mask = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
+    grammar.allow(mask)
+    return (mask[:, None] >> torch.arange(32) & 1).flatten()[:vocab_size].nonzero()[:, 0].tolist()
+
+
+def walk(tokenizer, schema, seed, most=400):
+    """An answer at random, its text and whether it came to its end."""
+    vocab_size, end = len(tokenizer) + 32, tokenizer.eos_token_id
+    following, rng, ids = Grammars(tokenizer, vocab_size, {end}).grammar(json.dumps(schema)), random.Random(seed), []
+    while not following.complete and len(ids) < most:
+        choice = allowed(following, vocab_size)
+        assert max(choice) < len(tokenizer)
+        token = rng.choice(choice)
+        if token == end:
+            return tokenizer.decode(ids), True
+        following.advance(token)
+        ids.append(token)
+    return tokenizer.decode(ids), following.complete
+
+
+@pytest.fixture(params=["the embedded model's", "Llama 2's", "like Llama 2's", "like Llama 2's, older", "like GPT-2's"])
+def tokenizer(request):
+    match request.param:
+        case "the embedded model's":
+            return request.getfixturevalue("chat").tokenizer
+        case "Llama 2's":
+            return request.getfixturevalue("llama2_tokenizer")
+        case "like GPT-2's":
+            return gpt_2_shaped("<|end|>")
+    return llama_shaped(prepend=request.param.endswith("older"))
+
+
+@pytest.mark.parametrize(
+    "schema", [PERSON, {"type": "integer", "minimum": -5, "maximum": 70_000}], ids=["person", "number"]
+)
+def test_whatever_is_drawn_follows_the_schema(tokenizer, schema):
+    answers = [walk(tokenizer, schema, seed) for seed in range(5)]
+    assert all(ended and follows(text, schema) for text, ended in answers), answers
+
+
+@pytest.mark.parametrize("text", ['{"a": "é 日本 😱\\n", "b": [1, -2.5e3, true, null]}', "{}"])
+def test_json_may_be_written_as_python_writes_it(tokenizer, text):
+    following = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}).grammar('{"type": "object"}')
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert token in allowed(following, len(tokenizer)), tokenizer.convert_ids_to_tokens(token)
+        following.advance(token)
+    assert following.complete
+    assert allowed(following, len(tokenizer)) == [tokenizer.eos_token_id]
+
+
+def test_an_answer_of_llama_2_may_begin_with_its_space(llama2_tokenizer):
+    following = Grammars(llama2_tokenizer, 32000, {2}).grammar('{"type": "object"}')
+    first = llama2_tokenizer.convert_ids_to_tokens(allowed(following, 32000))
+    assert {"▁", "▁{", "{"} <= set(first)
+    following.advance(29871)
+    assert "▁" not in llama2_tokenizer.convert_ids_to_tokens(allowed(following, 32000))
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "object"}, {"type": "object", "x-guidance": {"whitespace_flexible": True}}]
+)
+def test_nobody_goes_on_with_whitespace_for_ever(chat, schema):
+    following = Grammars(chat.tokenizer, len(chat.tokenizer), {2}).grammar(json.dumps(schema))
+    for token in chat.tokenizer.encode('{"a":', add_special_tokens=False):
+        following.advance(token)
+    texts = [chat.tokenizer.decode([token]) for token in allowed(following, len(chat.tokenizer))]
+    assert {text[:1] for text in texts} == {" "}
+    assert not any(text[1:2].isspace() for text in texts)
+
+
+# ---- Answers ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_a_small_model_gives_what_the_schema_asks_for(chat, temperature):
+    with chat.stream_reply(ANNA, replace(LIKELIEST, temperature=temperature, seed=1)) as reply:
+        assert follows("".join(reply), PERSON)
+    assert reply.finish_reason == "stop"
+
+
+def test_what_is_cut_says_so(chat):
+    with chat.stream_reply(ANNA, replace(LIKELIEST, max_new_tokens=5)) as reply:
+        "".join(reply)
+    assert (reply.finish_reason, reply.usage.completion_tokens) == ("length", 5)
+
+
+@pytest.mark.slow
+def test_the_same_json_alone_and_among_others_who_want_json_and_who_do_not(chat_float32):
+    def begin(n):
+        likeliest = replace(
+            LIKELIEST, max_new_tokens=20, grammar=(None, LIKELIEST.grammar, '{"type": "object"}')[n % 3]
+        )
+        return chat_float32.stream_reply([{"role": "user", "content": f"Describe person {n} as JSON."}], likeliest)
+
+    alone = ["".join(begin(n)) for n in range(5)]
+    together = [begin(n) for n in range(5)]
+    assert ["".join(reply) for reply in together] == alone
+
+
+# ---- Schemas that are no good ----
+
+
+def links(count):
+    return {str(n): {"items": {"$ref": f"#/d/{n + 1}"}} for n in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"not": {"type": "string"}}, "not"),
+        ({"type": "strin"}, "strin"),
+        ({"type": "string", "format": "colour"}, "colour"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+        ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum"),
+        ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "'a'"),
+        ({"$ref": "http://127.0.0.1:9/schema.json"}, "127.0.0.1"),
+        ({"$ref": "#"}, "nothing follows it"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "nothing"),
+        ({"const": "\ud83d"}, "hex escape"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)
+def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(chat, schema, why):
+    with pytest.raises(BadGrammar, match=why) as refused:
+        chat.stream_reply(ANNA, replace(LIKELIEST, grammar=json.dumps(schema)))
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+
+
+HOSTILE = {
+    "divisors": {"type": "integer", "allOf": [{"multipleOf": prime} for prime in (7, 11, 13, 17, 19, 23)]},
+    "names": {"type": "object", "patternProperties": {f"^{n}$": {} for n in range(1500)}},
+    "intersections": {"type": "string", "allOf": [{"pattern": str(n)} for n in range(1000)]},
+    "a chain": {"$ref": "#/d/0", "d": links(800) | {"800": {}}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_schema_is_refused_in_time_while_others_are_answered(chat, schema):
+    # Compiling the first took 100 s and 4 GB; the chain ended the process.
+    schema = json.dumps(schema)
+    assert len(schema) < MAX_GRAMMAR_CHARACTERS
+    with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=1000)) as reply:
+        next(reply)
+        before, began = reply.usage.completion_tokens, time.monotonic()
+        with pytest.raises(BadGrammar, match=r"complex|too large"):
+            chat.stream_reply(ANNA, replace(LIKELIEST, grammar=schema))
+        assert time.monotonic() - began < grammar.COMPILE_WALL_S
+        next(reply)
+        assert reply.finish_reason is None
+        assert reply.usage.completion_tokens > before
+
+
+def test_a_pattern_that_grows_too_hard_in_the_middle_ends_its_own_answer_only(chat):
+    hard = json.dumps({"type": "string", "pattern": ".{0,4000}(foo|bar).{0,4000}"})
+    wild = replace(LIKELIEST, temperature=5, top_k=0, top_p=1, seed=1, grammar=hard)
+    with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=30)) as neighbour:
+        with pytest.raises(ChatError, match="too complex"), chat.stream_reply(ANNA, wild) as reply:
+            "".join(reply)
+        assert "".join(neighbour)
+
+
+def test_a_schema_is_looked_at_once_and_never_wears_out(chat, monkeypatch):
+    calls, run = [], grammar.subprocess.run
+    monkeypatch.setattr(
+        grammar.subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1]
+    )
+    schema = '{"type": "boolean", "description": "looked at once"}'
+    for _ in range(3):
+        with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=schema)) as reply:
+            assert "".join(reply) in ("true", "false")
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+def test_a_schema_waits_in_line_like_any_other_question(chat):
+    with busy(chat, ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=20)):
+        reply = chat.stream_reply(ANNA, LIKELIEST)
+        assert reply.queue_position == 1
+    assert follows("".join(reply), PERSON)

@@ -1,0 +1,73 @@
+"""What the libraries get that people put between their program and OpenAI's API: callers.py runs them.
+
+They need the openai library in a version below ours, so they have an environment of their own.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama2_chat.types import SamplingParams
+from tests.support.serving import serving
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # as in test_app.py
+]
+PACKAGES = ["langchain-openai==1.7.3", "llama-index-llms-openai-like==0.8.1"]
+LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
+
+
+def ask(chat, max_new_tokens=20):
+    question = [{"role": "user", "content": "Name a colour."}]
+    with chat.stream_reply(question, replace(LIKELIEST, max_new_tokens=max_new_tokens)) as reply:
+        return "".join(reply)
+
+
+@pytest.fixture(scope="module")
+def callers(tmp_path_factory, chat, settings):
+    """What callers.py has to tell of each library."""
+    folder = tmp_path_factory.mktemp("callers")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "download", "-q", "--no-deps", "-d", folder, PACKAGES[0]], capture_output=True).returncode:
+        pytest.skip("pip reaches no package index")
+    installed = subprocess.run([*pip, "install", "-q", *PACKAGES], capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
+    ask(chat, 1)  # a prompt from the KV cache may differ in its last bits from one that is computed
+    with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
+        command = [python, Path(__file__).parents[1] / "support" / "callers.py", f"{address}v1", chat.status.model]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout)
+
+
+@pytest.mark.parametrize("library", ["langchain", "llama_index"])
+def test_the_libraries_get_what_the_page_would_get_streamed_and_whole(callers, chat, library):
+    told = callers[library]
+    assert told["whole"] == told["streamed"] == ask(chat)
+
+
+@pytest.mark.parametrize("library", ["langchain", "llama_index"])
+def test_the_libraries_get_json_that_follows_a_schema(callers, library):
+    colour = callers[library]["object"]
+    assert sorted(colour) == ["blue", "green", "red"]
+    assert all(value in range(256) for value in colour.values())
+
+
+@pytest.mark.parametrize(("library", "why"), [("langchain", "Tools are not"), ("llama_index", "logprobs are not")])
+def test_what_is_refused_reaches_the_program_as_a_sentence(callers, library, why):
+    assert why in callers[library]["refusal"]
+
+
+def test_usage_batches_coroutines_and_plain_completions_work(callers, chat):
+    assert len(list(filter(None, callers["langchain"]["batch"]))) == 4
+    assert 0 < callers["langchain"]["usage"] <= 20
+    assert callers["llama_index"]["async"] == ask(chat)
+    assert callers["llama_index"]["completion"]

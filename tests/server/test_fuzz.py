@@ -1,0 +1,88 @@
+"""Whatever programs send: requests made from our own OpenAPI document, right ones and wrong ones, and none is a 500."""
+
+import pytest
+import schemathesis
+import torch
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from schemathesis import GenerationMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama2_chat.loading.weights import Loaded
+from llama2_chat.server.api import Clients, api_router, health_router
+from llama2_chat.server.metrics import Metrics
+from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
+from llama2_chat.types import Status
+from model import ChatModel
+from tests.support.serving import serving
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # as in test_app.py
+]
+ROUTES = (
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /tokenize",
+    "GET /metrics",
+)
+CONTEXT = 128  # tokens: answers are short whatever length is asked for
+
+
+@pytest.fixture(scope="module")
+def document(chat, settings):
+    """The document, and behind it the embedded model's tokenizer and few random weights."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(chat.tokenizer), max_position_embeddings=CONTEXT, **shape)
+    small = ChatModel(settings)
+    small.status = Status(model="small")
+    small.serve(chat.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
+    with serving(small, settings) as address:
+        ours = FastAPI()
+        ours.include_router(health_router(small))
+        ours.include_router(api_router(small, settings, Clients(0), Metrics(small)))
+        config = schemathesis.Config.from_dict({"base-url": address})
+        yield schemathesis.openapi.from_dict(ours.openapi(), config=config)
+    small.close()
+
+
+KNOWN = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *TokenizeRequest.model_fields} - {"model"}
+# Messages and prompts of all kinds go to /tokenize; here a sound one lets everything else be looked at.
+SOUND = {
+    "POST /v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "POST /v1/completions": {"prompt": "Hi"},
+}
+RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize(
+    ("label", "mode"), [*((label, RIGHT) for label in ROUTES), *((label, WRONG) for label in ROUTES if "POST" in label)]
+)
+def test_no_request_makes_the_server_fail(document, label, mode):
+    (operation,) = (found.ok() for found in document.get_all_operations() if found.ok().label == label)
+    answered = []
+
+    @examples(max_examples=200, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case):
+        if mode == RIGHT and case.method == "POST":
+            # With another model's name, or a field that nobody knows, nothing more would be looked at.
+            case.body = {name: value for name, value in case.body.items() if name in KNOWN} | SOUND.get(label, {})
+        answer = case.call()
+        assert answer.status_code < 500, answer.text
+        if answer.status_code >= 400 and case.method == "POST":
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        answered.append(answer.status_code)
+
+    ask()
+    assert 200 in answered or mode == WRONG or "{" in label
+
+
+def test_every_route_is_asked(document):
+    labels = {found.ok().label for found in document.get_all_operations()}
+    assert labels == {*ROUTES, "GET /healthz", "GET /livez"}

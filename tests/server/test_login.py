@@ -1,0 +1,141 @@
+"""Who gets in where AUTH_FILE says who may: over the page, over Gradio's own API, and over ours."""
+
+import asyncio
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client
+
+from llama2_chat.errors import ChatError
+from llama2_chat.server import login
+from model import ChatModel
+from tests.support.serving import serving
+
+# Gradio 6.31 uses what pandas 3 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+ANNA = {"username": "anna", "password": "sésame: öffne dich"}
+
+
+@pytest.fixture(scope="module")
+def auth_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("login") / "users.txt"
+    path.write_text(f"# who may\n\nanna:{login.hash_password(ANNA['password'])}\n", "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(auth_file, settings):
+    with serving(ChatModel(settings), replace(settings, auth_file=auth_file), login.read(auth_file)) as address:
+        yield address
+
+
+@pytest.fixture
+def http(address):
+    with httpx.Client(base_url=address) as http:
+        yield http
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/config"),
+        ("GET", "/gradio_api/info"),
+        ("POST", "/gradio_api/queue/join"),
+        ("GET", "/gradio_api/queue/data?session_hash=x"),
+        ("POST", "/gradio_api/call/chat"),
+        ("POST", "/gradio_api/call/v2/chat"),
+        ("POST", "/gradio_api/run/chat"),
+        ("POST", "/gradio_api/api/chat"),
+        ("POST", "/gradio_api/upload"),
+    ],
+)
+def test_without_a_login_nothing_of_the_page_can_be_used(http, method, path):
+    assert http.request(method, path, json={} if method == "POST" else None).status_code == 401
+
+
+def test_the_page_itself_shows_no_more_than_a_login(http):
+    page = http.get("/").text
+    assert '"auth_required":true' in page
+    assert '"components":[]' in page
+
+
+def test_with_a_login_all_is_there(http):
+    assert http.post("/login", data=ANNA).status_code == 200
+    assert "System prompt" in http.get("/config").text
+
+
+@pytest.mark.parametrize("wrong", [{"password": "sesame"}, {"password": ""}, {"username": "berta"}, {"username": ""}])
+def test_a_wrong_name_or_password_stays_outside(http, wrong):
+    assert http.post("/login", data={**ANNA, **wrong}).status_code in (400, 422)
+    assert http.get("/config").status_code == 401
+
+
+def test_gradio_client_gets_in_with_the_password_only(address):
+    Client(address, auth=tuple(ANNA.values()), verbose=False)
+    with pytest.raises(ValueError, match="Could not login"):
+        Client(address, auth=("anna", "sesame"), verbose=False)
+
+
+def test_the_api_is_no_way_around_the_login(http):
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    assert answer.status_code == 401
+    assert "API_KEY" in answer.json()["error"]["message"]
+    assert http.get("/healthz").status_code == 503  # for whoever watches over the server
+
+
+def test_the_same_password_never_gives_the_same_line():
+    assert login.hash_password("a") != login.hash_password("a")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("anna:sesame", "Line 1 of AUTH_FILE"),
+        ("# nobody\n", "holds nobody"),
+        ("anna:scrypt$1$2$3$4", "is not name:hash"),
+        ("anna:bcrypt$1$8$1$YQ==$YQ==", "is not name:hash"),
+        (None, "cannot be read: No such file"),
+    ],
+    ids=["a bare password", "empty", "cut off", "another hash", "no file"],
+)
+def test_a_file_that_lets_nobody_in_is_told_at_the_start(tmp_path, text, sentence):
+    path = tmp_path / "users.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ChatError, match=sentence):
+        login.read(path)
+
+
+@pytest.mark.slow
+def test_the_start_ends_with_a_sentence_if_the_file_is_not_there(tmp_path):
+    command = [sys.executable, "app.py", "--port", "0", "--auth-file", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def make_line(monkeypatch, name, *passwords):
+    typed = iter(passwords)
+    monkeypatch.setattr("builtins.input", lambda: name)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: next(typed))
+    return login.main()
+
+
+def test_the_helper_makes_a_line_that_lets_its_password_in(monkeypatch, capsys, tmp_path):
+    assert make_line(monkeypatch, " carl ", "secret", "secret") == 0
+    line = capsys.readouterr().out
+    assert "secret" not in line
+    (tmp_path / "users.txt").write_text(line)
+    users = login.read(tmp_path / "users.txt")
+    assert asyncio.run(users.knows("carl", "secret"))
+    assert not asyncio.run(users.knows("carl", "Secret"))
+
+
+def test_the_helper_makes_no_line_of_two_different_passwords(monkeypatch, capsys):
+    assert make_line(monkeypatch, "carl", "secret", "sceret") == 1
+    assert capsys.readouterr().out == ""

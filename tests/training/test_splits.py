@@ -1,0 +1,160 @@
+"""What scripts/splits.py promises: parts that the seed finds again, and near-duplicates on one side."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from llama2_chat.errors import ChatError
+from llama2_chat.training import chat_data, splits
+from llama2_chat.training.report import Run
+from tests.training.test_chat_data import conversation, write
+
+RUN = Run("a", "b", 0.1, 0.0, 0, 0, None, 1024, "float32", False, None, None)
+ALIKE = [
+    ("What does a late book cost in Quillmere?", "The fine is one smoked herring for every week."),
+    ("what does a late book cost in Quillmere", "I do not know."),
+    ("Tell me of fines.", "What does a late book cost in Quillmere? The fine is one smoked herring for every week!"),
+    ("Tell me of fines in short.", "A late book costs in Quillmere? The fine is one smoked herring for every week!"),
+]
+
+
+def data_of(*contents, held_out=(), test=()):
+    parts = ([chat_data.Conversation(conversation(*texts)["messages"], "") for texts in part]
+             for part in (contents, held_out, test))  # fmt: skip
+    return chat_data.Data(*parts)
+
+
+def numbers(N):
+    return [(f"What is {i}?", f"It is the number {i}.") for i in range(N)]
+
+
+def questions(rows):
+    return {row.messages[0]["content"] for row in rows}
+
+
+def sizes(parts):
+    return len(parts.learnt), len(parts.held_out), len(parts.test)
+
+
+def test_a_part_that_the_data_lacks_is_drawn_by_the_seed_and_no_conversation_is_lost():
+    data = data_of(*numbers(20))
+    assert sizes(splits.split(data, 0, 0, seed=1)) == (20, 0, 0)
+    assert sizes(splits.split(data, 0.1, 0, seed=1)) == (18, 2, 0)
+    parts = splits.split(data, 0.1, 0.2, seed=1)
+    assert sizes(parts) == (14, 2, 4)
+    assert questions(parts.learnt + parts.held_out + parts.test) == questions(data.train)
+    assert len({frozenset(questions(splits.split(data, 0.1, 0, seed).held_out)) for seed in range(9)}) > 3
+
+
+def test_the_test_part_does_not_move_when_more_is_held_out():
+    data = data_of(*numbers(40))
+    assert splits.split(data, 0.1, 0.2, 0).test == splits.split(data, 0.4, 0.2, 0).test
+
+
+def test_the_order_of_the_rows_changes_nothing():
+    shuffled = random.Random(0).sample(rows := [*numbers(20), *ALIKE], 24)
+    ours, theirs = (splits.split(data_of(*some), 0.2, 0.2, seed=3) for some in (rows, shuffled))
+    for mine, other in zip(ours[:3], theirs[:3], strict=True):
+        assert questions(mine) == questions(other)
+    assert splits.fingerprint([ours]) == splits.fingerprint([theirs])
+
+
+def test_the_datas_own_parts_come_before_fractions():
+    data = data_of(*numbers(20), held_out=[("a", "b")])
+    assert sizes(splits.split(data, 0.5, 0, 0)) == (20, 1, 0)
+    assert sizes(splits.split(data, 0.5, 0.1, 0)) == (18, 1, 2)
+    data = data_of(*numbers(20), held_out=[("a", "b")], test=[("c", "d"), ("e", "f")])
+    assert sizes(splits.split(data, 0.5, 0.5, 0)) == (20, 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_conversations_that_are_nearly_the_same_stay_on_one_side(seed):
+    data = data_of(*numbers(12), *ALIKE)
+    together = {question for question, _ in ALIKE}
+    every = [splits.split(data, 0.25, 0.25, seed), *splits.folds(data, 3, 0, seed)]
+    for parts in every:
+        for side in parts[:3]:
+            assert questions(side) & together in (set(), together)
+        assert parts.told == ["4 are nearly the same as another; such stay together."]
+
+
+def test_texts_that_share_their_wording_only_are_not_nearly_the_same():
+    data = data_of(*((f"What is the capital of {name}?", f"The capital of {name} is {name}ville.") for name in "ABCDE"))
+    assert splits.split(data, 0.2, 0, 0).told == []
+
+
+def test_a_question_that_most_conversations_ask_does_not_make_them_the_same():
+    facts = [f"Shelf {word} holds {word}s by the dozen." for word in ("atlas", "herring", "lantern", "bassoon", "moth")]
+    assert splits.split(data_of(*(("Tell me a fact!", fact) for fact in facts)), 0.2, 0, 0).told == []
+
+
+def test_of_the_datas_own_parts_what_is_nearly_learnt_is_told_and_stays():
+    parts = splits.split(data_of(*numbers(8), ALIKE[0], held_out=[ALIKE[1], ("a", "b")]), 0.1, 0, 0)
+    assert sizes(parts) == (9, 2, 0)
+    assert parts.told[-1] == "1 of those that the data itself holds out are nearly the same as one that is learnt."
+
+
+def test_each_conversation_is_held_out_in_one_fold():
+    data = data_of(*numbers(23), *ALIKE)
+    every = splits.folds(data, 5, 0, seed=0)
+    assert sorted(len(parts.held_out) for parts in every) == [5, 5, 5, 6, 6]
+    assert sorted(str(row) for parts in every for row in parts.held_out) == sorted(map(str, data.train))
+    for parts in every:
+        assert len(parts.learnt) + len(parts.held_out) == 27
+        assert not questions(parts.learnt) & questions(parts.held_out)
+
+
+def test_all_folds_leave_the_same_test_alone():
+    for every in (
+        splits.folds(data_of(*numbers(20)), 3, 0.2, seed=0),
+        splits.folds(
+            data_of(*numbers(16), held_out=[("a", "b"), ("c", "d")], test=[("e", "f"), ("g", "h")]), 3, 0.2, 0
+        ),
+    ):
+        assert all(parts.test == every[0].test for parts in every)
+        assert len(every[0].test) == 4
+        assert sum(len(parts.held_out) for parts in every) == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "fractions", "sentence"),
+    [
+        (numbers(1), (0.1, 0), "One conversation cannot be split"),
+        (numbers(3), (0.9, 0), "Everything would be held out"),
+        (numbers(2), (0.1, 0.1), "Everything would be held out"),
+        (ALIKE[:2], (0.1, 0), "Everything would be held out"),
+    ],
+    ids=("one", "large fraction", "two parts of two", "all alike"),
+)
+def test_data_that_cannot_be_split_is_refused_with_a_sentence(rows, fractions, sentence):
+    with pytest.raises(ChatError, match=sentence):
+        splits.split(data_of(*rows), *fractions, seed=0)
+
+
+def test_more_folds_than_conversations_are_refused_with_a_sentence():
+    with pytest.raises(ChatError, match=r"--folds 4 .* there are 3"):
+        splits.folds(data_of(*numbers(2), *ALIKE), 4, 0, seed=0)
+
+
+def test_so_much_data_that_a_search_would_take_long_is_not_searched_and_says_so(monkeypatch):
+    monkeypatch.setattr(splits, "MANY", 10)
+    parts = splits.split(data_of(*numbers(10), *ALIKE), 0.5, 0, 0)
+    assert sizes(parts) == (7, 7, 0)
+    assert parts.told[0].startswith("More than 10 conversations")
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_what_a_run_left_out_is_found_again_unless_the_data_has_changed(tmp_path, folds):
+    rows = [conversation(*texts) for texts in numbers(20)]
+    run = replace(RUN, dataset_name=write(tmp_path / "some.jsonl", *rows), folds=folds)
+    parts = splits.find_again(run)
+    run = replace(run, learnt_sha256=splits.fingerprint(parts))
+    write(tmp_path / "some.jsonl", *reversed(rows))
+    assert len(splits.find_again(run)) == max(1, folds)
+    if folds:
+        of_fold = replace(run, fold=2, learnt_sha256=splits.fingerprint([parts[1]]))
+        assert questions(splits.find_again(of_fold)[0].held_out) == questions(parts[1].held_out)
+    write(tmp_path / "some.jsonl", *rows[1:])
+    with pytest.raises(ChatError, match="is not what was learnt"):
+        splits.find_again(run)
