@@ -68,7 +68,7 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Ite
 
 
 def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """gpu_kernels.decode_attention, if all of the model is where it runs: bfloat16, GPUs of compute capability 8.0,
+    """kernels.attention.decode_attention, if all of the model is where it runs: bfloat16, GPUs of compute capability 8.0,
     heads of a power of two."""
     devices = {parameter.device for parameter in model.parameters()}
     on_gpus = all(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) for device in devices)
@@ -76,10 +76,10 @@ def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
     if not on_gpus or model.dtype != torch.bfloat16 or head_dim.bit_count() != 1:
         return None
     try:
-        from llama2_chat.kernels import gpu_kernels
+        from llama2_chat.kernels import attention
     except ImportError:  # no Triton here
         return None
-    return gpu_kernels.decode_attention
+    return attention.decode_attention
 
 
 class CompiledModel:

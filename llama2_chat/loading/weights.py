@@ -513,11 +513,11 @@ class Int8Linear(nn.Module):
 
 
 def speed_up_nf4(model: nn.Module) -> None:
-    """Let bitsandbytes' layers take a few tokens at once through gpu_kernels.nf4_linear, on the same weights."""
+    """Let bitsandbytes' layers take a few tokens at once through kernels.nf4's nf4_linear, on the same weights."""
     try:
         from bitsandbytes.nn import Linear4bit
 
-        from llama2_chat.kernels import gpu_kernels  # noqa: F401 - registers the operator; needs Triton
+        from llama2_chat.kernels import nf4  # noqa: F401 - registers the operator; needs Triton
     except ImportError:
         return
 

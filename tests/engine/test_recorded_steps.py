@@ -14,7 +14,7 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from llama2_chat.kernels import gpu_kernels
+from llama2_chat.kernels import attention
 from llama2_chat.types import SamplingParams
 from llama2_chat.engine.compiled import CompiledModel, Part, _packed, join_projections
 from llama2_chat.engine.kv_cache import ATTENTION, PAGE_TOKENS, Pages
