@@ -1,6 +1,6 @@
 """The model and nothing but the model: messages go in, pieces of text come out.
 
-ChatModel ties the rooms together: weights loads, prompt encodes, engine decodes. The reply it hands out turns ids into
+ChatModel ties the rooms together: loading loads, prompt encodes, engine decodes. The reply it hands out turns ids into
 text for whoever reads it, stops at stop strings, and lets go of the model when it is closed. This file has never heard
 of Gradio, HTTP or who is asking.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
 
     from llama2_chat.engine.engine import Engine, Occupancy, Request
     from llama2_chat.engine.grammar import Grammars
-    from llama2_chat.loading.weights import Loaded
+    from llama2_chat.loading.load import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +93,16 @@ class ChatModel:
         return self
 
     def _load(self) -> None:
-        from llama2_chat.loading import weights
+        from llama2_chat.loading.choose import choose, fetch
+        from llama2_chat.loading.load import load, load_tokenizer
 
         try:
-            plan = weights.choose(self.settings)
+            plan = choose(self.settings)
             self.status = replace(self.status, model=plan.model_id, why=plan.why)
-            plan = weights.fetch(plan, self._progress)
-            tokenizer = weights.load_tokenizer(plan)
+            checkpoint = fetch(plan, self._progress)
+            tokenizer = load_tokenizer(checkpoint)
             prompt.recognise(tokenizer)  # a prompt that would come out wrong is refused before gigabytes are fetched
-            self.serve(tokenizer, weights.load(plan, self._progress))
+            self.serve(tokenizer, load(checkpoint, self._progress))
         except ModelUnavailable as error:
             log.error("%s", error)
             self.status = replace(self.status, state="failed", error=str(error))
@@ -116,10 +117,10 @@ class ChatModel:
         """Be ready with a model that is already in memory; loading ends here, scripts may start here."""
         from llama2_chat.engine.engine import Engine
         from llama2_chat.engine.grammar import Grammars
+        from llama2_chat.loading.load import find_stop_ids
 
-        config, generation = loaded.model.config.get_text_config(decoder=True), loaded.model.generation_config
-        ends = generation.eos_token_id if generation is not None else None
-        stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        config = loaded.model.config.get_text_config(decoder=True)
+        stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
         self.chat_format = prompt.recognise(tokenizer)
         self.model, self.tokenizer = loaded.model, tokenizer
         # What is compiled for this GPU is found again at the next start.
@@ -213,11 +214,11 @@ def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
     """What the KV cache may take of each device."""
     import torch
 
-    from llama2_chat.loading import weights
+    from llama2_chat.loading.memory import GB, visible_gpus
 
     torch.cuda.empty_cache()  # what loading needed for a moment
-    headroom = int(headroom_gb * weights.GB)
-    free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(weights.gpus())}
+    headroom = int(headroom_gb * GB)
+    free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(visible_gpus())}
     return {torch.device("cpu"): CPU_KV_BYTES, **free}
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from transformers import AutoTokenizer
 
-from llama2_chat.loading import weights
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import load, load_tokenizer
 from llama2_chat.settings import Settings
 from model import ChatModel
 from tests.support.hub import Hub
@@ -42,13 +43,13 @@ def chat(settings):
 @pytest.fixture(scope="session")
 def loaded_float32(settings):
     """The embedded model in float32, where answers can be compared token for token."""
-    plan = weights.fetch(weights.choose(settings), ignore)
-    return weights.load(replace(plan, quantization="float32"), ignore)
+    checkpoint = fetch(choose(settings), ignore)
+    return load(replace(checkpoint, quantization="float32"), ignore)
 
 
 @pytest.fixture(scope="session")
 def chat_float32(settings, loaded_float32):
-    tokenizer = weights.load_tokenizer(weights.fetch(weights.choose(settings), ignore))
+    tokenizer = load_tokenizer(fetch(choose(settings), ignore))
     chat = ChatModel(settings).serve(tokenizer, loaded_float32)
     yield chat
     chat.close()

@@ -23,8 +23,8 @@ from huggingface_hub import SpaceCard, SpaceHardware
 from playwright.sync_api import expect, sync_playwright
 from transformers import LlamaConfig
 
-from llama2_chat.loading import weights
-from llama2_chat.loading.weights import Gpu, Size
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
+from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_precision
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,7 +45,7 @@ def test_the_space_runs_a_file_that_is_there_on_a_python_that_is_supported_and_h
     assert (ROOT / CARD.app_file).is_file()
     assert re.search(rf"Python .*{re.escape(CARD.python_version)}", README)
     assert CARD.suggested_hardware in list(SpaceHardware)
-    assert CARD.models == [weights.LLAMA_2]
+    assert CARD.models == [LLAMA_2_MODEL_ID]
 
 
 def test_the_space_is_described_within_the_limits_of_the_hub():
@@ -94,9 +94,9 @@ def table():
 @pytest.mark.parametrize(("hardware", "model", "precision", "gb"), list(table()))
 def test_the_hardware_table_says_what_the_program_would_do(hardware, model, precision, gb):
     size, gpus = size_of(model), [GPUS[hardware]]
-    chosen, _ = weights.choose_precision("auto", None, size, gpus)
-    weights.check_memory(model, chosen, size, gpus)
-    assert (chosen, f"{size.needed(chosen, 4096) / 1e9:.1f}") == (precision.lower(), gb)
+    chosen, _ = choose_precision("auto", size, gpus)
+    check_memory(model, chosen, size, gpus)
+    assert (chosen, f"{size.needed_bytes(chosen, 4096) / 1e9:.1f}") == (precision.lower(), gb)
 
 
 def test_the_hardware_table_is_whole_and_a_t4_computes_in_float16():
@@ -107,7 +107,7 @@ def test_the_hardware_table_is_whole_and_a_t4_computes_in_float16():
         ("L40S", "70B"),
         ("A100 large", "70B"),
     }
-    assert weights.choose_precision("none", None, size_of("7B"), [GPUS["T4 small"]])[0] == "float16"
+    assert choose_precision("none", size_of("7B"), [GPUS["T4 small"]])[0] == "float16"
 
 
 # ---- as the platform builds and runs it ----
@@ -158,7 +158,7 @@ class Space:
         for name in filter(None, tracked.split("\0")):
             (self.app / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.app / name)
-        model = weights.fetch(weights.choose(settings, has_gpu=False), lambda *_: None).base.folder
+        model = fetch(choose(settings, has_gpu=False), lambda *_: None).base.folder
         shutil.copytree(model, self.home / ".cache" / "llama2-chat" / model.name)
         (self.home / "tmp").mkdir()
         for path in (self.home, *self.home.rglob("*")):
@@ -296,4 +296,4 @@ def test_on_zero_gpu_the_space_serves_the_small_model_and_says_why(space):
     with space.running(**zero) as log:
         wait_until_ready(f"http://127.0.0.1:{port}", log)
         assert "SmolLM2" in httpx.get(f"http://127.0.0.1:{port}/healthz").json()["model"]
-    assert weights.ZERO_GPU in log.read_text()
+    assert ZERO_GPU in log.read_text()

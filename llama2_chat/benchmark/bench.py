@@ -285,7 +285,7 @@ def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingPa
 
 @contextlib.contextmanager
 def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
-    """With bitsandbytes' own layers, where weights.py has put faster ones in their place."""
+    """With bitsandbytes' own layers, where loading/quantize.py has put faster ones in their place."""
     if not torch.cuda.is_available():  # importing bitsandbytes is loud there
         yield
         return
@@ -461,7 +461,8 @@ def _rows() -> list[list[int]]:
 
 
 def our_trainer(folder: Path, output_dir: Path) -> Trainer:
-    from llama2_chat.loading import weights
+    from llama2_chat.loading.load import load_base
+    from llama2_chat.loading.memory import visible_gpus
     from llama2_chat.prompt import Lesson
     from llama2_chat.training import sft_trainer
 
@@ -469,7 +470,7 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
     flags += f" --batch_size {TRAINED_BATCH} --max_length {TRAINED_TOKENS} --num_train_epochs 1"
     args = sft_trainer.read_arguments(flags.split())
     plan, tokenizer = sft_trainer.fetch(args.model_name)
-    model = weights.load_base(plan, "nf4", 0 if weights.gpus() else "cpu", lambda *_: None)
+    model = load_base(plan, "nf4", 0 if visible_gpus() else "cpu", lambda *_: None)
     lessons = {"learnt": [Lesson(ids, [(0, len(ids))]) for ids in _rows()], "held out": []}
     sft_trainer.EVAL_STEPS = 0.99  # of the steps, after which it saves: not on the way, as the other
     return sft_trainer.make_trainer(args, model, tokenizer, lessons)
@@ -481,7 +482,7 @@ def plain_trainer(folder: Path, output_dir: Path) -> Trainer:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from llama2_chat.loading import weights
+    from llama2_chat.loading.quantize import nf4_config
 
     has_gpu = torch.cuda.is_available()
     return SFTTrainer(
@@ -489,7 +490,7 @@ def plain_trainer(folder: Path, output_dir: Path) -> Trainer:
         args=SFTConfig(
             output_dir=str(output_dir),
             model_init_kwargs={
-                "quantization_config": weights.nf4(torch.bfloat16),
+                "quantization_config": nf4_config(torch.bfloat16),
                 "dtype": torch.bfloat16,
                 "device_map": {"": 0 if has_gpu else "cpu"},
             },

@@ -33,8 +33,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama2_chat import prompt
 from llama2_chat.evaluation import harness, judging
 from llama2_chat.evaluation.results import PARTS, Measured, Results, Taught
-from llama2_chat.loading import download, weights
-from llama2_chat.loading.weights import Plan
+from llama2_chat.loading import choose, load
+from llama2_chat.loading.choose import Checkpoint, Plan
+from llama2_chat.loading.hub import fetch_weights
+from llama2_chat.loading.memory import visible_gpus
+from llama2_chat.loading.small_model import EMBEDDED
 from llama2_chat.prompt import Lesson
 from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, report, sft_trainer, splits
@@ -55,7 +58,7 @@ class Subject:
     """A model to be measured: a base, or one that was taught from it."""
 
     name: str
-    plan: Plan
+    plan: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     fold: int | None = None  # from 1, of a run with folds: which of the parts it is measured on
     base: str | None = None  # the name of the subject that it was taught from
@@ -85,10 +88,10 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL",
-        help=f"output folder of sft_trainer.py, adapter, model's folder, Hub id, or {download.EMBEDDED}")  # fmt: skip
+        help=f"output folder of sft_trainer.py, adapter, model's folder, Hub id, or {EMBEDDED}")  # fmt: skip
     add("--output_dir", type=Path, help="where the report goes (MODEL/evaluation)")
-    add("--precisions", nargs="+", choices=(*weights.FULL, "nf4", "int8"), metavar="P",
-        help=f"{', '.join(weights.FULL)}, nf4, int8; tasks and sheet use the first (full and nf4)")  # fmt: skip
+    add("--precisions", nargs="+", choices=(*load.UNQUANTIZED, "nf4", "int8"), metavar="P",
+        help=f"{', '.join(load.UNQUANTIZED)}, nf4, int8; tasks and sheet use the first (full and nf4)")  # fmt: skip
     add("--batch_size", type=int, default=8, help="conversations computed at once (8)")
     add("--max_length", type=int, help="tokens of a conversation; longer ones lose exchanges (as in training)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness, or YAML files of your own")
@@ -264,7 +267,7 @@ def _subjects(
     model: str, run: Run | None, name: str, prefix: str, fold: int | None, known: list[Subject]
 ) -> Iterator[Subject]:
     plan = _fetch(model)
-    tokenizer = weights.load_tokenizer(plan)
+    tokenizer = load.load_tokenizer(plan)
     if not (plan.adapter or run):
         yield Subject(name, plan, tokenizer, fold)
         return
@@ -276,18 +279,18 @@ def _subjects(
         yield Subject(f"{prefix}base", before, tokenizer, fold)
     base = same[0] if same else f"{prefix}base"
     if plan.adapter:
-        download.fetch_weights(plan.adapter, sft_trainer.silent, "adapter_model")
+        fetch_weights(plan.adapter, sft_trainer.silent)
     yield Subject(f"{prefix}{'adapter' if plan.adapter else 'trained'}", plan, tokenizer, fold, base)
     if run and run.merged_to and Path(run.merged_to).is_dir():
         merged = _fetch(run.merged_to)
-        yield Subject(f"{prefix}merged", merged, weights.load_tokenizer(merged), fold, base)
+        yield Subject(f"{prefix}merged", merged, load.load_tokenizer(merged), fold, base)
 
 
-def _fetch(model: str) -> Plan:
+def _fetch(model: str) -> Checkpoint:
     """The model's files but not its weights."""
     settings = Settings.read([])
     plan = Plan(model, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
-    return weights.fetch(plan, sft_trainer.silent)
+    return choose.fetch(plan, sft_trainer.silent)
 
 
 def find_taught(subjects: list[Subject], run: Run) -> list[Taught]:
@@ -313,7 +316,7 @@ def find_taught(subjects: list[Subject], run: Run) -> list[Taught]:
 def encode(subject: Subject, parts: list[Parts], run: Run) -> Lessons:
     """What the subject is measured on."""
     its = parts[(subject.fold or 1) - 1]
-    stop_ids = sft_trainer.find_stop_ids(subject.tokenizer, subject.plan)
+    stop_ids = load.find_stop_ids(subject.tokenizer, load.read_generation_config(subject.plan.base))
     lessons = {}
     for part, rows in zip(PARTS, (_sample(its, run.seed), its.held_out, its.test), strict=True):
         found, _ = chat_data.encode(rows, subject.tokenizer, stop_ids, run.max_length)
@@ -384,7 +387,7 @@ def _dialog(row: Conversation) -> str:
 
 def loaded(subjects: list[Subject], precision: str) -> Iterator[tuple[Subject, PreTrainedModel]]:
     """Each subject with its model in this precision; those of one base share its weights, and no two bases are here."""
-    device = 0 if weights.gpus() else "cpu"
+    device = 0 if visible_gpus() else "cpu"
     for folder in dict.fromkeys(subject.plan.base.folder for subject in subjects):
         model = None
         for subject in subjects:
@@ -393,11 +396,11 @@ def loaded(subjects: list[Subject], precision: str) -> Iterator[tuple[Subject, P
             if model is None:
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
-                model = weights.load_base(subject.plan, precision, device, sft_trainer.silent).eval()
+                model = load.load_base(subject.plan, precision, device, sft_trainer.silent).eval()
             if not subject.plan.adapter:
                 yield subject, model
                 continue
-            adapted = weights.adapt(model, subject.plan, precision).eval()
+            adapted = load.load_adapter(model, subject.plan, precision).eval()
             yield subject, adapted.get_base_model()
             model = adapted.unload()
             del adapted
@@ -448,7 +451,7 @@ def losses(
 
 def say(subject: Subject, model: PreTrainedModel, asked: list[Conversation], batch_size: int) -> list[str]:
     """The subject's answers to the questions of the sheet."""
-    stop_ids = sft_trainer.find_stop_ids(subject.tokenizer, subject.plan)
+    stop_ids = load.find_stop_ids(subject.tokenizer, load.read_generation_config(subject.plan.base))
     answers = []
     with tqdm(total=len(asked), desc=f"{subject.name} answers", unit=" questions", dynamic_ncols=True) as bar:
         for start in range(0, len(asked), batch_size):

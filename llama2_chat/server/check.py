@@ -34,8 +34,8 @@ from llama2_chat.process import python_command
 from llama2_chat.settings import Settings
 
 if TYPE_CHECKING:
-    from llama2_chat.loading.download import Files
-    from llama2_chat.loading.weights import Plan
+    from llama2_chat.loading.choose import Checkpoint, Plan
+    from llama2_chat.loading.disk import Files
     from llama2_chat.remote.remote import RemoteModel
 
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -213,13 +213,19 @@ class Start:
 
     @cached_property
     def plan(self) -> Plan:
-        """With its folders, unless these are of the embedded model and still to be made."""
-        from llama2_chat.loading import download, weights
+        from llama2_chat.loading.choose import choose
 
-        plan = weights.choose(self.settings)
-        if plan.embedded and not download.embedded_is_here(plan.cache_dir):
-            return plan
-        return weights.fetch(plan, lambda *_: None)
+        return choose(self.settings)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """None if it is the embedded model, which is still to be made."""
+        from llama2_chat.loading.choose import fetch
+        from llama2_chat.loading.small_model import embedded_is_here
+
+        if self.plan.is_embedded and not embedded_is_here(self.plan.cache_dir):
+            return None
+        return fetch(self.plan, lambda *_: None)
 
     @cached_property
     def model(self) -> RemoteModel:
@@ -229,10 +235,10 @@ class Start:
         return remote.RemoteModel(self.settings).look()
 
     @cached_property
-    def files(self) -> list[tuple[Files, str]]:
-        """What holds weights, and how these are called there."""
-        both = [(self.plan.base, "model"), (self.plan.adapter, "adapter_model")]
-        return [(files, stem) for files, stem in both if files]
+    def files(self) -> list[Files]:
+        """What holds weights."""
+        checkpoint = self.checkpoint
+        return [files for files in (checkpoint.base, checkpoint.adapter) if files] if checkpoint else []
 
 
 def python(start: Start) -> str:
@@ -326,52 +332,57 @@ def _nvidia_smi() -> tuple[_Card | None, str]:
 
 
 def model(start: Start) -> str:
-    from llama2_chat.loading import download, weights
+    from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
+    from llama2_chat.loading.hub import check_reachable
+    from llama2_chat.loading.load import check_headers, measure
+    from llama2_chat.loading.memory import visible_gpus
+    from llama2_chat.loading.small_model import check_index
 
-    plan = start.plan
-    if plan.embedded:
-        if weights.gpus() and not start.settings.model_id and not start.settings.zero_gpu:
-            download.check_reachable(weights.LLAMA_2, cache_dir=plan.hub_cache_dir)  # what a start would log and go on
-        if plan.base is None:
-            download.check_index()
+    plan, checkpoint = start.plan, start.checkpoint
+    if plan.is_embedded:
+        if visible_gpus() and not start.settings.model_id and not start.settings.zero_gpu:
+            check_reachable(LLAMA_2_MODEL_ID, cache_dir=plan.hub_cache_dir)  # what a start would log and go on
+        if checkpoint is None:
+            check_index()
         return f"{plan.model_id}. {plan.why}"
-    weights.measure(plan.base)
-    for files, stem in start.files:
-        weights.check_whole(files, stem)
-    for files, stem in start.files:
-        if missing := files.missing(stem):
-            download.check_reachable(files.repo, next(iter(missing)), files.cache_dir)
+    measure(start.files[0])
+    for files in start.files:
+        check_headers(files)
+    for files in start.files:
+        if (missing := files.missing()) and files.repo:
+            check_reachable(files.repo, next(iter(missing)), files.cache_dir)
             return f"{plan.model_id}. The Hub lets this account download it."
     return f"{plan.model_id}. All of it is here."
 
 
 def tokenizer(start: Start) -> str:
     from llama2_chat import prompt
-    from llama2_chat.loading import weights
+    from llama2_chat.loading.load import load_tokenizer
 
-    if start.plan.base is None:
+    if start.checkpoint is None:
         raise Skip("comes with the model, at the first start")
-    if prompt.recognise(weights.load_tokenizer(start.plan)) == prompt.LLAMA_2:
+    if prompt.recognise(load_tokenizer(start.checkpoint)) == prompt.LLAMA_2:
         return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs"
     return "has a chat template of its own, and it can write a conversation"
 
 
 def gpu_memory(start: Start) -> str:
-    from llama2_chat.loading import weights
+    from llama2_chat.loading.load import measure
+    from llama2_chat.loading.memory import GB, MIN_CONTEXT_TOKENS, check_memory, choose_precision, visible_gpus
 
-    plan, gpus = start.plan, weights.gpus()
+    checkpoint, gpus = start.checkpoint, visible_gpus()
     if not gpus:
         raise Skip("the model runs on the CPU")
-    if plan.base is None:
+    if checkpoint is None:
         raise Skip("known after the first start; the small model needs little")
-    size, own = weights.measure(plan.base)
-    precision, _ = weights.choose_precision(plan.quantization, own, size, gpus)
-    weights.check_memory(plan.model_id, precision, size, gpus)
+    size = measure(checkpoint.base)
+    precision, _ = choose_precision(checkpoint.quantization, size, gpus)
+    check_memory(checkpoint.model_id, precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
-    alone, tokens = size.needed(precision, 0), min(size.context, weights.CONTEXT_AT_LEAST)
+    alone, tokens = size.needed_bytes(precision, 0), min(size.context, MIN_CONTEXT_TOKENS)
     users = (free - alone) // (tokens * size.kv_bytes_per_token)
     return (
-        f"{free / weights.GB:.1f} GB free; {alone / weights.GB:.1f} GB for the model in {precision} and to work in, "
+        f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in, "
         f"the rest for {users:,} conversations of {tokens:,} tokens"
     )
 
@@ -394,14 +405,15 @@ def bitsandbytes(start: Start) -> str:
 
 
 def disk(start: Start) -> str:
-    from llama2_chat.loading import download
+    from llama2_chat.loading.hub import to_download
+    from llama2_chat.loading.small_model import CONVERSION_BYTES, check_cache
 
-    if start.plan.base is None:
-        folder, needed = start.plan.cache_dir, download.CONVERSION_BYTES
-        download.check_cache(folder)
+    if start.checkpoint is None:
+        folder, needed = start.plan.cache_dir, CONVERSION_BYTES
+        check_cache(folder)
     else:
-        folder = start.plan.base.folder
-        needed = sum(sum(download.to_download(*each).values()) for each in start.files)
+        folder = start.checkpoint.base.folder
+        needed = sum(sum(to_download(files).values()) for files in start.files)
     free = f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
     return f"{needed / 1e9:,.1f} GB still to be written, {free}" if needed else f"nothing to download, {free}"
 

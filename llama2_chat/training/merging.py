@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llama2_chat.errors import ChatError
-from llama2_chat.loading import weights
-from llama2_chat.loading.weights import Plan
+from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.load import load_base
 from llama2_chat.training.chat_data import first_line
 
 LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
@@ -34,7 +34,7 @@ def create_repo(repo: str) -> None:
 
 
 def merge(
-    plan: Plan,
+    plan: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     adapter: Path,
     folder: Path,
@@ -47,7 +47,7 @@ def merge(
     """
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(weights.load_base(plan, "float32", "cpu", lambda *_: None), adapter).eval()
+    model = PeftModel.from_pretrained(load_base(plan, "float32", "cpu", lambda *_: None), adapter).eval()
     before = _logits(model, samples)
     merged = model.merge_and_unload()
     difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))

@@ -9,7 +9,7 @@
     MODEL_ID=folder python app.py                                                               talk to what came out
 
 TRL's SFTTrainer trains; what it is given are ready-made ids and labels, so that no template but the chat's has a say.
-Reading data is chat_data.py's, dividing it splits.py's, fetching and loading weights.py's, what is kept report.py's.
+Reading data is chat_data.py's, dividing it splits.py's, models are the room loading's, what is kept report.py's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
@@ -47,8 +46,10 @@ from transformers import (
 
 from llama2_chat import ROOT, prompt
 from llama2_chat.errors import ChatError, ModelUnavailable
-from llama2_chat.loading import download, weights
-from llama2_chat.loading.weights import Plan
+from llama2_chat.loading import choose, load
+from llama2_chat.loading.choose import Checkpoint, Plan
+from llama2_chat.loading.memory import compute_dtype, visible_gpus
+from llama2_chat.loading.small_model import EMBEDDED
 from llama2_chat.prompt import Lesson
 from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, merging, report, splits
@@ -63,7 +64,7 @@ COMPARED = 5  # questions of each part that are asked before and after
 ANSWER_TOKENS = 64
 EVAL_STEPS = 0.05  # of a run, after which it is measured on what is held out, and saved
 DEMO = {
-    "model_name": download.EMBEDDED,
+    "model_name": EMBEDDED,
     "dataset_name": str(ROOT / "data"),
     "output_dir": Path("trained/demo"),
     "use_peft": True,
@@ -95,7 +96,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--demo", action="store_true", help="teach the embedded model the facts in data/; other flags still count")
-    add("--model_name", help=f"Hub id or folder of the model to teach, or {download.EMBEDDED}")
+    add("--model_name", help=f"Hub id or folder of the model to teach, or {EMBEDDED}")
     add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
     add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
     add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
@@ -190,10 +191,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def train_folds(
-    args: argparse.Namespace, run: Run, parts: list[Parts], plan: Plan, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, run: Run, parts: list[Parts], plan: Checkpoint, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """One training for each fold, each from the untaught model, and one page about all of them."""
-    stop_ids = find_stop_ids(tokenizer, plan)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     for i, part in enumerate(parts, 1):
         if not chat_data.encode(part.held_out, tokenizer, stop_ids, args.max_length)[0]:
             raise ChatError(
@@ -211,11 +212,11 @@ def train_folds(
 
 
 def learn(
-    args: argparse.Namespace, run: Run, parts: Parts, plan: Plan, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, run: Run, parts: Parts, plan: Checkpoint, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
     """One training, with all that is kept of it in args.output_dir. Returns the ids of two conversations learnt."""
     checkpoint = find_checkpoint(args.output_dir, args.resume, run.learnt_sha256)
-    stop_ids = find_stop_ids(tokenizer, plan)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     lessons = {}
     for part, rows in (("learnt", parts.learnt), ("held out", parts.held_out), ("test", parts.test)):
         lessons[part], faults = chat_data.encode(rows, tokenizer, stop_ids, args.max_length)
@@ -234,8 +235,8 @@ def learn(
         told(*(f"\n{chat_data.marked(lesson, tokenizer)}" for lesson in lessons["learnt"][:3]))
         told("\n⟦ ⟧ is what is learnt.\n")
 
-    found = weights.gpus()
-    model = weights.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", silent)
+    found = visible_gpus()
+    model = load.load_base(plan, run.precision, PartialState().local_process_index if found else "cpu", silent)
     layers = [f".{name}" for name, _ in model.named_modules()]
     for target in args.target_modules:  # PEFT would pass over one that is misspelt beside others
         if target != "all-linear" and not any(layer.endswith(f".{target}") for layer in layers):
@@ -301,26 +302,16 @@ def check_folders(args: argparse.Namespace) -> None:
         raise ChatError(f"--merge_to {args.merge_to} is not empty. Choose another folder.")
 
 
-def fetch(model_name: str) -> tuple[Plan, PreTrainedTokenizerBase]:
+def fetch(model_name: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
     """The model's files but not its weights, and its tokenizer with the format in which it will chat."""
     settings = Settings.read([])
-    plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
-    plan = weights.fetch(plan, silent)
+    plan = choose.fetch(Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir), silent)
     if plan.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
-    tokenizer = weights.load_tokenizer(plan)
+    tokenizer = load.load_tokenizer(plan)
     if prompt.recognise(tokenizer) == prompt.LLAMA_2 and tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
     return plan, tokenizer
-
-
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> set[int]:
-    """The ids that will end an answer in the chat."""
-    try:
-        ends = GenerationConfig.from_pretrained(plan.base.folder).eos_token_id
-    except OSError:  # it has no such file; the model then makes one of its config
-        ends = AutoConfig.from_pretrained(plan.base.folder).eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def describe(args: argparse.Namespace) -> Run:
@@ -379,10 +370,10 @@ def precision(args: argparse.Namespace) -> str:
 
 def full_precision() -> str:
     """Of this device: 16 bits, unless it is a CPU that would compute bfloat16 by hand."""
-    found, cpu = weights.gpus(), torch.cpu.get_capabilities()
+    found, cpu = visible_gpus(), torch.cpu.get_capabilities()
     if not (found or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
         return "float32"
-    return str(weights.full_precision(found)).removeprefix("torch.")
+    return str(compute_dtype(found)).removeprefix("torch.")
 
 
 # ---- Training ----
@@ -400,8 +391,8 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
-    has_gpu, held_out = bool(weights.gpus()), bool(lessons["held out"])
-    is_bfloat16 = weights.full_precision(weights.gpus()) is torch.bfloat16
+    has_gpu, held_out = bool(visible_gpus()), bool(lessons["held out"])
+    is_bfloat16 = compute_dtype(visible_gpus()) is torch.bfloat16
     config = SFTConfig(
         output_dir=str(args.output_dir),
         num_train_epochs=args.num_train_epochs,
@@ -537,11 +528,11 @@ def _knobs(args: argparse.Namespace) -> Iterator[str]:
 # ---- What came of it ----
 
 
-def name_base(adapter: Path, plan: Plan) -> None:
+def name_base(adapter: Path, plan: Checkpoint) -> None:
     """Let the adapter name its base as people do, not by the folder where this machine keeps it."""
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text("utf-8"))
-    name = plan.model_id if plan.embedded or plan.base.repo else str(plan.base.folder.absolute())
+    name = plan.model_id if plan.is_embedded or plan.base.repo else str(plan.base.folder.absolute())
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")
 
 
@@ -582,7 +573,7 @@ def answer(
 
 def write_report(
     args: argparse.Namespace,
-    plan: Plan,
+    plan: Checkpoint,
     lessons: dict[str, list[Lesson]],
     rows: Curves,
     figures: dict[str, str],
@@ -604,7 +595,7 @@ def write_report(
     report.write_page(args.output_dir, plan.base.repo, facts, lines)
 
 
-def write_folds_report(args: argparse.Namespace, plan: Plan, parts: list[Parts]) -> None:
+def write_folds_report(args: argparse.Namespace, plan: Checkpoint, parts: list[Parts]) -> None:
     """The same for all folds together."""
     curves = {f"fold {i}": report.read_curves(args.output_dir / f"fold-{i}") for i in range(1, args.folds + 1)}
     report.draw_curves(curves, args.output_dir / "curves.png")
@@ -623,7 +614,7 @@ def write_folds_report(args: argparse.Namespace, plan: Plan, parts: list[Parts])
     told(f"The report is {args.output_dir / 'README.md'}.")
 
 
-def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, str]:
+def _settings(args: argparse.Namespace, plan: Checkpoint) -> dict[str, str]:
     how = f"LoRA of rank {args.lora_r}, alpha {args.lora_alpha}," if args.use_peft else "all weights"
     return {
         "model": f"{report.public(plan.model_id)}, {how} on {precision(args)}",

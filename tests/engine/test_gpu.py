@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.engine.engine import Engine
-from llama2_chat.loading import weights
+from llama2_chat.loading.quantize import speed_up_nf4
 from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
 from tests.engine.test_engine import Ids, Stairs, answer
@@ -139,7 +139,7 @@ def test_nf4_products_equal_the_dequantised_ones(rows, out_features, in_features
     layer = Linear4bit(in_features, out_features, False, torch.bfloat16, compress_statistics=True, quant_type="nf4")
     layer = torch.nn.Sequential(layer.bfloat16().to("cuda"))
     exact = dequantize_4bit(layer[0].weight.data, layer[0].weight.quant_state).float()
-    weights.speed_up_nf4(layer)
+    speed_up_nf4(layer)
     x = torch.randn(1, rows, in_features, device="cuda", dtype=torch.bfloat16)
     expected = x.float() @ exact.T
     assert type(layer[0]) is not Linear4bit

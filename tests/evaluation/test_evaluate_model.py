@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from llama2_chat.evaluation import evaluate_model, judging, results
-from llama2_chat.loading import weights
+from llama2_chat.loading import load
 from llama2_chat.training import chat_data, report, splits
 from llama2_chat.training.report import Run
 from tests.support.hub import Hub
@@ -52,11 +52,11 @@ def save_adapter(chat_model, folder, seed=0):
     from peft import LoraConfig, get_peft_model
 
     plan = evaluate_model._fetch(str(chat_model))
-    model = weights.load_base(plan, "float32", "cpu", ignore)
+    model = load.load_base(plan, "float32", "cpu", ignore)
     torch.manual_seed(seed)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(folder)
-    weights.load_tokenizer(plan).save_pretrained(folder)
+    load.load_tokenizer(plan).save_pretrained(folder)
     return folder
 
 
@@ -113,8 +113,8 @@ def losses_one_by_one(model, lessons):
 
 def lessons_of(rows, folder):
     plan = evaluate_model._fetch(str(folder))
-    tokenizer = weights.load_tokenizer(plan)
-    stop_ids = evaluate_model.sft_trainer.find_stop_ids(tokenizer, plan)
+    tokenizer = load.load_tokenizer(plan)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     return chat_data.encode(rows, tokenizer, stop_ids, 256)[0]
 
 
@@ -151,7 +151,7 @@ def test_without_flags_it_measures_in_full_precision_and_nf4_and_writes_beside_t
 
 def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_answers_only(chat_model, dataset):
     lessons = lessons_of(chat_data.read(str(dataset)).train, chat_model)
-    model = weights.load_base(evaluate_model._fetch(str(chat_model)), "float32", "cpu", ignore)
+    model = load.load_base(evaluate_model._fetch(str(chat_model)), "float32", "cpu", ignore)
     for batch_size in (1, 5, 100):
         found = evaluate_model.losses(model, lessons, batch_size)
         np.testing.assert_allclose(found, losses_one_by_one(model, lessons), rtol=1e-4)
@@ -225,11 +225,11 @@ def test_the_interval_of_very_many_conversations_takes_little_memory():
 def test_an_adapter_is_measured_beside_its_base_on_each_part_of_its_run(run, chat_model, capsys):
     found, page = evaluate(run, "--sheet", "0")
     parts = splits.find_again(report.read_run(run))[0]
-    base = weights.load_base(evaluate_model._fetch(str(chat_model)), "float32", "cpu", ignore)
+    base = load.load_base(evaluate_model._fetch(str(chat_model)), "float32", "cpu", ignore)
     for part, rows in (("held out", parts.held_out), ("test", parts.test)):
         total, tokens = losses_one_by_one(base, lessons_of(rows, chat_model)).sum(0)
         assert loss_of(found, "base", part) == pytest.approx(total / tokens, rel=1e-4)
-    adapted = weights.adapt(base, evaluate_model._fetch(str(run)), "float32").eval()
+    adapted = load.load_adapter(base, evaluate_model._fetch(str(run)), "float32").eval()
     total, tokens = losses_one_by_one(adapted, lessons_of(parts.held_out, chat_model)).sum(0)
     assert loss_of(found, "adapter", "held out") == pytest.approx(total / tokens, rel=1e-4)
     assert loss_of(found, "adapter", "held out") != pytest.approx(loss_of(found, "base", "held out"), rel=1e-3)
@@ -251,9 +251,9 @@ def test_a_base_is_itself_again_after_its_adapter_was_measured(run):
 
 def test_a_merged_model_measures_as_its_adapter(run, chat_model, tmp_path):
     plan = evaluate_model._fetch(str(run))
-    model = weights.adapt(weights.load_base(plan, "float32", "cpu", ignore), plan, "float32").merge_and_unload()
+    model = load.load_adapter(load.load_base(plan, "float32", "cpu", ignore), plan, "float32").merge_and_unload()
     model.save_pretrained(tmp_path / "merged")
-    weights.load_tokenizer(plan).save_pretrained(tmp_path / "merged")
+    load.load_tokenizer(plan).save_pretrained(tmp_path / "merged")
     report.write_run(replace(report.read_run(run), merged_to=str(tmp_path / "merged")), run)
     found, _ = evaluate(run, "--sheet", "0")
     for part in ("learnt", "held out", "test"):
@@ -285,7 +285,7 @@ def test_each_fold_is_measured_on_what_it_left_out(chat_model, dataset, tmp_path
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(weights, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("weights were loaded"))
 
 
 def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_weights):
@@ -314,7 +314,7 @@ def test_models_that_learnt_different_things_are_compared_only_on_data_that_is_n
 ):
     other = save_run(chat_model, dataset, tmp_path / "other", seed=1)
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "load_base", lambda *_: pytest.fail("weights were loaded"))
+        patched.setattr(load, "load_base", lambda *_: pytest.fail("weights were loaded"))
         assert "have not learnt the same conversations" in refusal(run, other)
     found, page = evaluate(run, other, "--dataset_name", dataset, "--sheet", "0", "--output_dir", tmp_path / "both")
     assert [row["model"] for row in found["perplexity"] if row["part"] == "test"] == [

@@ -1,4 +1,4 @@
-"""weights.py and download.py: every way to get a model, and a sentence for every way that fails.
+"""The room loading: every way to get a model, and a sentence for every way that fails.
 
 The Hub is the stand-in of hub.py, the package index a folder; the models are tiny and random, but real files.
 """
@@ -20,8 +20,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.loading import download, weights
-from llama2_chat.loading.weights import Gpu, Size
+from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.hub import fetch_small_files, fetch_weights
+from llama2_chat.loading.load import load, load_base, load_tokenizer
+from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_device_map, choose_precision
+from llama2_chat.loading.small_model import EMBEDDED
 from llama2_chat.settings import Settings
 from tests.support.small_model import save_model, save_tokenizer
 
@@ -45,9 +50,9 @@ def ignore(phase, done, total):
 
 def get(settings, progress=ignore):
     """What a start does, from settings to a loaded model."""
-    plan = weights.fetch(weights.choose(settings), progress)
-    weights.load_tokenizer(plan)
-    return weights.load(plan, progress)
+    plan = fetch(choose(settings), progress)
+    load_tokenizer(plan)
+    return load(plan, progress)
 
 
 def sentence(call, *args):
@@ -79,41 +84,41 @@ def asking_for(model_id, **settings):
 
 
 def test_without_a_gpu_the_embedded_model_is_chosen(settings):
-    assert weights.choose(settings, has_gpu=False).embedded
+    assert choose(settings, has_gpu=False).is_embedded
 
 
 def test_with_a_gpu_and_access_llama_2_is_chosen(settings, hub, tiny, monkeypatch):
-    hub.repos[weights.LLAMA_2] = tiny
-    hub.gated.add(weights.LLAMA_2)
-    hub.accounts["hf_reader"].add(weights.LLAMA_2)
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    hub.gated.add(LLAMA_2_MODEL_ID)
+    hub.accounts["hf_reader"].add(LLAMA_2_MODEL_ID)
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    assert weights.choose(settings, has_gpu=True).model_id == weights.LLAMA_2
+    assert choose(settings, has_gpu=True).model_id == LLAMA_2_MODEL_ID
 
 
 def test_with_a_gpu_but_no_token_the_embedded_model_says_what_would_give_llama_2(settings, hub, tiny):
-    hub.repos[weights.LLAMA_2] = tiny
-    hub.gated.add(weights.LLAMA_2)
-    plan = weights.choose(settings, has_gpu=True)
-    assert plan.embedded
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    hub.gated.add(LLAMA_2_MODEL_ID)
+    plan = choose(settings, has_gpu=True)
+    assert plan.is_embedded
     assert "HF_TOKEN" in plan.why
-    assert f"{hub.url}/{weights.LLAMA_2}" in plan.why
+    assert f"{hub.url}/{LLAMA_2_MODEL_ID}" in plan.why
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_without_network_llama_2_is_chosen_if_all_of_it_is_in_the_cache(settings, hub, tiny, complete):
-    hub.repos[weights.LLAMA_2] = tiny
-    files = download.small_files(weights.LLAMA_2, ignore)
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    files = fetch_small_files(LLAMA_2_MODEL_ID, ignore)
     if complete:
-        download.fetch_weights(files, ignore)
+        fetch_weights(files, ignore)
     hub.close()
-    assert weights.choose(settings, has_gpu=True).embedded is not complete
+    assert choose(settings, has_gpu=True).is_embedded is not complete
 
 
 def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplog):
-    plan = weights.choose(replace(settings, zero_gpu=True), has_gpu=True)
-    assert plan.embedded
-    assert plan.why == weights.ZERO_GPU
-    assert weights.ZERO_GPU in caplog.text  # at once: the platform may end the program before the model is there
+    plan = choose(replace(settings, zero_gpu=True), has_gpu=True)
+    assert plan.is_embedded
+    assert plan.why == ZERO_GPU
+    assert ZERO_GPU in caplog.text  # at once: the platform may end the program before the model is there
 
 
 @pytest.mark.parametrize(
@@ -126,12 +131,14 @@ def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplo
     ],
 )
 def test_a_base_model_is_refused_by_naming_its_chat_variant(base, chat):
-    assert chat in sentence(weights.choose, asking_for(base))
+    assert chat in sentence(choose, asking_for(base))
 
 
-@pytest.mark.parametrize("model_id", [weights.LLAMA_2, "codellama/CodeLlama-7b-Instruct-hf", "meta-llama/Llama-3.1-8B"])
+@pytest.mark.parametrize(
+    "model_id", [LLAMA_2_MODEL_ID, "codellama/CodeLlama-7b-Instruct-hf", "meta-llama/Llama-3.1-8B"]
+)
 def test_other_models_are_not_refused_by_name(model_id):
-    assert weights.choose(asking_for(model_id)).model_id == model_id
+    assert choose(asking_for(model_id)).model_id == model_id
 
 
 # ---- The Hub ----
@@ -166,17 +173,17 @@ def test_on_a_space_with_storage_everything_from_the_hub_lands_there(hub, tiny, 
 
 
 def test_without_network_llama_2_is_found_in_the_storage_of_a_space(settings, hub, tiny, tmp_path):
-    hub.repos[weights.LLAMA_2] = tiny
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
     storage = tmp_path / "data"
-    download.fetch_weights(download.small_files(weights.LLAMA_2, ignore, storage), ignore)
+    fetch_weights(fetch_small_files(LLAMA_2_MODEL_ID, ignore, storage), ignore)
     hub.close()
-    assert not weights.choose(replace(settings, hub_cache_dir=storage), has_gpu=True).embedded
-    assert weights.choose(settings, has_gpu=True).embedded
+    assert not choose(replace(settings, hub_cache_dir=storage), has_gpu=True).is_embedded
+    assert choose(settings, has_gpu=True).is_embedded
 
 
 def test_the_tokenizer_is_there_before_any_weights_are_asked_for(hub):
-    plan = weights.fetch(weights.choose(asking_for("someone/tiny")), ignore)
-    assert weights.load_tokenizer(plan)("a b").input_ids == [1, 2]
+    plan = fetch(choose(asking_for("someone/tiny")), ignore)
+    assert load_tokenizer(plan)("a b").input_ids == [1, 2]
     assert not any("safetensors" in path for _, path in hub.requests)
 
 
@@ -250,7 +257,7 @@ def offline_mode(hub, monkeypatch):
     ("trouble", "facts"),
     [
         (no_token, ["someone/tiny is gated", "no token", "set HF_TOKEN", "/someone/tiny,"]),
-        (bad_token, ["refused HF_TOKEN as invalid", "settings/tokens"]),
+        (bad_token, ["rejected HF_TOKEN as invalid", "settings/tokens"]),
         (licence_not_accepted, ["account of this HF_TOKEN may not", "licence", "/someone/tiny,"]),
         (no_such_model, ["no public model someone/tiny", "MODEL_ID", "needs HF_TOKEN"]),
         (no_such_model_for_this_token, ["no model someone/tiny", "this HF_TOKEN can see", "MODEL_ID"]),
@@ -276,14 +283,14 @@ def test_a_hub_cache_that_cannot_be_written_is_told(hub, tmp_path, monkeypatch):
 
 def test_a_token_that_no_header_can_hold_is_told(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_ré")
-    assert "HF_TOKEN holds a letter" in sentence(get, asking_for("someone/tiny"))
+    assert "HF_TOKEN contains a character" in sentence(get, asking_for("someone/tiny"))
 
 
 def test_a_full_disk_is_told_in_both_numbers_before_the_weights_are_asked_for(hub, tiny, monkeypatch):
-    plan = weights.fetch(weights.choose(asking_for("someone/tiny")), ignore)
+    plan = fetch(choose(asking_for("someone/tiny")), ignore)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 12_000_000))
-    monkeypatch.setattr(download.Files, "sizes", lambda self: {"model.safetensors": 26_000_000_000})
-    told = sentence(weights.load, plan, ignore)
+    monkeypatch.setattr(Files, "sizes", lambda self: {"model.safetensors": 26_000_000_000})
+    told = sentence(load, plan, ignore)
     assert "26.0 GB" in told
     assert "12 MB free" in told
     assert "HF_HOME" in told
@@ -302,11 +309,14 @@ def test_the_real_environment_variables_work_in_a_process_of_its_own(hub, tmp_pa
     if not trouble:
         hub.accounts["hf_reader"].add("someone/tiny")
     script = (
-        "import weights, chat_types, settings\n"
+        "from llama2_chat.errors import ModelUnavailable\n"
+        "from llama2_chat.loading.choose import choose, fetch\n"
+        "from llama2_chat.loading.load import load\n"
+        "from llama2_chat.settings import Settings\n"
         "try:\n"
-        "    plan = weights.fetch(weights.choose(settings.Settings.read([])), print)\n"
-        "    print(weights.load(plan, print).precision)\n"
-        "except chat_types.ModelUnavailable as error:\n"
+        "    plan = fetch(choose(Settings.read([])), print)\n"
+        "    print(load(plan, print).precision)\n"
+        "except ModelUnavailable as error:\n"
         "    print('refused:', error)"
     )
     mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_reader", "MODEL_ID": "someone/tiny"}
@@ -333,8 +343,8 @@ def test_a_local_folder_is_loaded_as_it_lies(tiny):
 
 
 def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(adapter, tiny):
-    plan = weights.fetch(weights.choose(asking_for(adapter)), ignore)
-    merged = weights.load(replace(plan, quantization="float32"), ignore).model
+    plan = fetch(choose(asking_for(adapter)), ignore)
+    merged = load(replace(plan, quantization="float32"), ignore).model
     beside = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32), adapter)
     torch.testing.assert_close(logits(merged), logits(beside), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(LlamaForCausalLM.from_pretrained(tiny)), atol=1e-2)
@@ -351,24 +361,24 @@ def test_an_adapter_comes_from_the_hub_with_its_base(hub, adapter, tmp_path):
 def test_an_adapter_of_the_embedded_model_finds_it_by_its_name_on_every_machine(settings, adapter, tmp_path):
     named = shutil.copytree(adapter, tmp_path / "named")
     config = json.loads((named / "adapter_config.json").read_text())
-    (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": download.EMBEDDED}))
-    plan = weights.fetch(weights.choose(replace(settings, model_id=str(named))), ignore)
-    assert plan.base == weights.fetch(weights.choose(settings, has_gpu=False), ignore).base
+    (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": EMBEDDED}))
+    plan = fetch(choose(replace(settings, model_id=str(named))), ignore)
+    assert plan.base == fetch(choose(settings, has_gpu=False), ignore).base
     assert (plan.adapter.folder, plan.model_id) == (named, str(named))
 
 
 def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_came_quantised(tiny, tmp_path):
-    plan = weights.fetch(weights.choose(asking_for(tiny)), ignore)
-    assert weights.load_base(plan, "float32", "cpu", ignore).dtype == torch.float32
-    assert weights.load_base(plan, "nf4", "cpu", ignore).is_loaded_in_4bit
-    assert weights.load_base(plan, "int8", "cpu", ignore).is_loaded_in_8bit
+    plan = fetch(choose(asking_for(tiny)), ignore)
+    assert load_base(plan, "float32", "cpu", ignore).dtype == torch.float32
+    assert load_base(plan, "nf4", "cpu", ignore).is_loaded_in_4bit
+    assert load_base(plan, "int8", "cpu", ignore).is_loaded_in_8bit
     quantised = shutil.copytree(tiny, tmp_path / "quantised")
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    plan = weights.fetch(weights.choose(asking_for(quantised)), ignore)
-    assert "comes quantised with gptq" in sentence(weights.load_base, plan, "float32", "cpu", ignore)
+    plan = fetch(choose(asking_for(quantised)), ignore)
+    assert "comes quantised with gptq" in sentence(load_base, plan, "float32", "cpu", ignore)
 
 
 def test_an_adapter_stays_beside_a_base_in_nf4(adapter):
@@ -396,9 +406,9 @@ def test_an_adapter_for_another_base_is_told(adapter, tmp_path):
 def test_an_adapters_own_tokenizer_comes_first_and_new_words_get_embeddings(adapter, tmp_path):
     own = shutil.copytree(adapter, tmp_path / "own")
     save_tokenizer(own, [f"word{i}" for i in range(80)])
-    plan = weights.fetch(weights.choose(asking_for(own, quantization="none")), ignore)
-    assert len(weights.load_tokenizer(plan)) == 81
-    assert weights.load(plan, ignore).model.get_input_embeddings().num_embeddings == 81
+    plan = fetch(choose(asking_for(own, quantization="none")), ignore)
+    assert len(load_tokenizer(plan)) == 81
+    assert load(plan, ignore).model.get_input_embeddings().num_embeddings == 81
 
 
 def changed(name, change):
@@ -412,14 +422,14 @@ def changed(name, change):
 @pytest.mark.parametrize(
     ("damage", "facts"),
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 1000), ["damaged", "once more"]),
-        (changed("config.json", {"num_hidden_layers": 3}), ["damaged", "once more"]),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), ["damaged", "once more"]),
-        (lambda folder: (folder / "config.json").write_text("{"), ["damaged", "once more"]),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), ["damaged", "again"]),
+        (changed("config.json", {"num_hidden_layers": 3}), ["damaged", "again"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ["damaged", "again"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["damaged", "again"]),
         (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
         (changed("config.json", {"model_type": "martian"}), ["not a causal language model", "another model"]),
-        (changed("config.json", {"model_type": "bert"}), ["damaged", "once more"]),
+        (changed("config.json", {"model_type": "bert"}), ["damaged", "again"]),
         (changed("config.json", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}), ["Python code of its own"]),
     ],
     ids=["cut off", "layer missing", "tokenizer", "config", "no config", "no weights", "unknown", "bert", "own code"],
@@ -459,16 +469,17 @@ def test_a_missing_shard_is_named(tiny, tmp_path):
     ],
 )
 def test_the_precision_follows_the_setting_the_memory_and_the_checkpoint(asked, own, gpus, precision):
-    assert weights.choose_precision(asked, own, Size.of(LLAMA_13B), gpus)[0] == precision
+    size = replace(Size.of(LLAMA_13B), own_quantization=own, own_bytes=own and 8 * GIB)
+    assert choose_precision(asked, size, gpus)[0] == precision
 
 
 def test_too_little_gpu_memory_is_told_in_both_numbers_with_what_would_help():
     size = Size.of(LLAMA_13B)
-    told = sentence(weights.check_memory, weights.LLAMA_2, "bfloat16", size, [Gpu(22 * 10**9)])
+    told = sentence(check_memory, LLAMA_2_MODEL_ID, "bfloat16", size, [Gpu(22 * 10**9)])
     assert "30.4 GB" in told  # 26.0 of weights, 3.4 of KV cache, 1 of headroom
     assert "22.0 GB" in told
     assert "QUANTIZATION=nf4" in told
-    told = sentence(weights.check_memory, weights.LLAMA_2, "nf4", size, [Gpu(8 * 10**9)])
+    told = sentence(check_memory, LLAMA_2_MODEL_ID, "nf4", size, [Gpu(8 * 10**9)])
     assert "11.6 GB" in told
     assert "larger GPU" in told
     assert "nf4" not in told.partition("free.")[2]
@@ -476,10 +487,10 @@ def test_too_little_gpu_memory_is_told_in_both_numbers_with_what_would_help():
 
 def test_one_gpu_is_used_if_it_is_enough_and_all_if_not():
     size = Size.of(LLAMA_13B)
-    assert weights.place("bfloat16", size, [Gpu(24 * GIB), Gpu(80 * GIB)]) == ({"": 1}, None)
-    assert weights.place("bfloat16", size, [Gpu(24 * GIB), Gpu(24 * GIB)])[0] == "auto"
-    assert weights.place("nf4", size, [Gpu(24 * GIB), Gpu(23 * GIB)]) == ({"": 0}, None)
-    assert weights.place("int8", size, []) == ({"": "cpu"}, None)
+    assert choose_device_map("bfloat16", size, [Gpu(24 * GIB), Gpu(80 * GIB)]) == ({"": 1}, None)
+    assert choose_device_map("bfloat16", size, [Gpu(24 * GIB), Gpu(24 * GIB)])[0] == "auto"
+    assert choose_device_map("nf4", size, [Gpu(24 * GIB), Gpu(23 * GIB)]) == ({"": 0}, None)
+    assert choose_device_map("int8", size, []) == ({"": "cpu"}, None)
 
 
 def test_layers_of_a_width_that_the_int8_kernel_cannot_read_stay_as_they_are(tmp_path):
@@ -496,16 +507,16 @@ def test_an_int8_layer_comes_close_to_the_layer_it_replaces(rows):
     torch.manual_seed(0)
     linear = torch.nn.Linear(128, 48).to(torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 128, rows).to(torch.bfloat16).transpose(1, 2)  # strided on purpose
-    right, close = linear(x).float(), weights.Int8Linear(linear)(x).float()
+    right, close = linear(x).float(), Int8Linear(linear)(x).float()
     assert (right - close).norm() < 0.01 * right.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["auto", "none", "int8", "nf4"])
 def test_on_a_gpu_each_precision_answers_like_bfloat16_on_the_cpu(settings, precision):
-    plan = weights.fetch(weights.choose(settings, has_gpu=False), ignore)
-    ids = weights.load_tokenizer(plan)("The capital of France is", return_tensors="pt").input_ids
-    loaded = weights.load(replace(plan, quantization=precision), ignore)
+    plan = fetch(choose(settings, has_gpu=False), ignore)
+    ids = load_tokenizer(plan)("The capital of France is", return_tensors="pt").input_ids
+    loaded = load(replace(plan, quantization=precision), ignore)
     right = LlamaForCausalLM.from_pretrained(plan.base.folder, dtype=torch.bfloat16)
     with torch.inference_mode():
         likeliest = right(ids).logits[0, -1].argmax()
@@ -517,12 +528,12 @@ def test_on_a_gpu_each_precision_answers_like_bfloat16_on_the_cpu(settings, prec
 
 
 def test_the_embedded_model_starts_offline_once_it_is_in_the_cache(settings, monkeypatch):
-    weights.fetch(weights.choose(settings, has_gpu=False), ignore)
+    fetch(choose(settings, has_gpu=False), ignore)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     phases = []
-    plan = weights.fetch(weights.choose(settings, has_gpu=False), lambda *progress: phases.append(progress[0]))
-    loaded = weights.load(plan, lambda *progress: phases.append(progress[0]))
+    plan = fetch(choose(settings, has_gpu=False), lambda *progress: phases.append(progress[0]))
+    loaded = load(plan, lambda *progress: phases.append(progress[0]))
     assert phases == ["load"]
     assert (loaded.precision, loaded.device) == ("int8", "cpu")
     assert (plan.base.folder / "LICENSE").is_file()
@@ -530,12 +541,12 @@ def test_the_embedded_model_starts_offline_once_it_is_in_the_cache(settings, mon
 
 @pytest.mark.slow
 def test_int8_keeps_the_perplexity_of_bfloat16_within_one_percent(settings):
-    plan = weights.fetch(weights.choose(settings, has_gpu=False), ignore)
-    text = (Path(weights.__file__).parent / "weights.py").read_text("utf-8")
-    ids = weights.load_tokenizer(plan)(text, return_tensors="pt").input_ids[:, :1000]
+    plan = fetch(choose(settings, has_gpu=False), ignore)
+    text = (Path(__file__).parent / "prose.txt").read_text("utf-8")
+    ids = load_tokenizer(plan)(text, return_tensors="pt").input_ids[:, :1000]
 
     def perplexity(precision):
-        model = weights.load(replace(plan, quantization=precision), ignore).model
+        model = load(replace(plan, quantization=precision), ignore).model
         with torch.inference_mode():
             return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:]).exp().item()
 
@@ -627,5 +638,5 @@ def test_two_first_starts_at_once_both_succeed_and_a_damaged_cache_heals(tmp_pat
     for thread in both:
         thread.join()
     assert [one.precision for one in loaded] == ["int8", "int8"]
-    os.truncate(tmp_path / download.EMBEDDED / "model.safetensors", 1000)
+    os.truncate(tmp_path / EMBEDDED / "model.safetensors", 1000)
     assert get(settings).precision == "int8"

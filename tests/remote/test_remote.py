@@ -17,7 +17,7 @@ import pytest
 from gradio_client import Client
 
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
-from llama2_chat.loading import weights
+from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.remote import remote
 from llama2_chat.remote.remote import RemoteModel
 from llama2_chat.server import api
@@ -751,7 +751,7 @@ def free_ports():
 
 @pytest.mark.slow
 def test_two_real_engines_stand_in_for_each_other(settings, free_ports):
-    folder = weights.fetch(weights.choose(settings), ignore).base.folder
+    folder = fetch(choose(settings), ignore).base.folder
     urls = [f"http://127.0.0.1:{port}" for port in free_ports]
     params = SamplingParams(temperature=0, max_new_tokens=200)
     with (

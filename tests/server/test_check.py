@@ -21,8 +21,12 @@ import torch
 from transformers import LlamaConfig
 
 from llama2_chat.errors import ChatError, ModelUnavailable
-from llama2_chat.loading import download, weights
-from llama2_chat.loading.weights import Gpu
+from llama2_chat.loading import memory
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, choose, fetch
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.hub import check_reachable, fetch_small_files, fetch_weights
+from llama2_chat.loading.load import load, measure
+from llama2_chat.loading.memory import Gpu, check_memory
 from llama2_chat.server import check, login, tls
 from llama2_chat.server.check import Start, look, run
 from llama2_chat.settings import Settings
@@ -327,7 +331,7 @@ def shape_of_13b(tmp_path):
 
 
 def test_gpu_memory_is_weighed_against_the_model_and_its_users(shape_of_13b, monkeypatch):
-    monkeypatch.setattr(weights, "gpus", lambda: [Gpu(22 * GB)])
+    monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(22 * GB)])
     told = look("GPU memory", Start(Settings(model_id=str(shape_of_13b))))
     assert told.ok
     assert "22.0 GB free" in told.detail
@@ -338,11 +342,11 @@ def test_gpu_memory_is_weighed_against_the_model_and_its_users(shape_of_13b, mon
 
 def test_a_gpu_that_is_too_small_is_told_as_loading_tells_it(shape_of_13b, monkeypatch):
     gpus = [Gpu(8 * GB)]
-    monkeypatch.setattr(weights, "gpus", lambda: gpus)
+    monkeypatch.setattr(memory, "visible_gpus", lambda: gpus)
     told = bad("GPU memory", model_id=str(shape_of_13b))
-    size, _ = weights.measure(download.Files(shape_of_13b))
+    size = measure(Files(shape_of_13b))
     with pytest.raises(ModelUnavailable) as refused:
-        weights.check_memory(str(shape_of_13b), "nf4", size, gpus)
+        check_memory(str(shape_of_13b), "nf4", size, gpus)
     assert whole(told) == str(refused.value)
 
 
@@ -381,7 +385,7 @@ def test_a_model_that_cannot_be_had_is_told_as_loading_tells_it(hub, monkeypatch
     trouble(hub, monkeypatch)
     settings = Settings(model_id=model_id)
     with pytest.raises(ModelUnavailable) as refused:
-        weights.fetch(weights.choose(settings), lambda *_: None)
+        fetch(choose(settings), lambda *_: None)
     assert whole(bad("model", model_id=model_id)) == str(refused.value)
 
 
@@ -391,25 +395,25 @@ def test_a_model_on_the_hub_is_well_before_and_after_its_download_and_no_weights
     assert "still to be written" in look("disk", start).detail
     assert look("tokenizer", start).ok is False  # it has no template
     assert not [path for way, path in hub.requests if way == "GET" and "safetensors" in path]
-    download.fetch_weights(start.plan.base, lambda *_: None)
+    fetch_weights(start.checkpoint.base, lambda *_: None)
     assert "All of it is here" in look("model", start).detail
     assert "nothing to download" in look("disk", start).detail
 
 
 def test_small_files_in_the_cache_do_not_hide_that_the_weights_cannot_be_fetched(hub):
-    download.small_files("someone/tiny", lambda *_: None)
+    fetch_small_files("someone/tiny", lambda *_: None)
     hub.close()
     assert "cannot be reached" in bad("model", model_id="someone/tiny").detail
 
 
 def test_a_gpu_without_access_to_llama_2_is_told_what_would_give_it(hub, tiny, monkeypatch, settings):
-    hub.repos[weights.LLAMA_2] = tiny
-    hub.gated.add(weights.LLAMA_2)
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    hub.gated.add(LLAMA_2_MODEL_ID)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(weights, "gpus", lambda: [Gpu(24 * GB)])
+    monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(24 * GB)])
     told = calm(look("model", Start(settings)))
     with pytest.raises(ModelUnavailable) as refused:
-        download.check_reachable(weights.LLAMA_2)
+        check_reachable(LLAMA_2_MODEL_ID)
     assert whole(told) == str(refused.value)
 
 
@@ -430,7 +434,7 @@ def test_weights_that_are_cut_off_or_not_there_but_by_name_are_told_as_loading_t
     (folder / "model.safetensors").write_bytes(damage(whole_file))
     told = bad("model", model_id=str(folder))
     with pytest.raises(ModelUnavailable) as refused:
-        weights.load(Start(Settings(model_id=str(folder))).plan, lambda *_: None)
+        load(Start(Settings(model_id=str(folder))).checkpoint, lambda *_: None)
     assert whole(told) == str(refused.value)
 
 
@@ -477,11 +481,11 @@ def test_llama_2s_own_tokenizer_gives_the_golden_ids(llama2_tokenizer, tmp_path)
 
 def test_a_full_disk_is_told_as_loading_tells_it(hub, tmp_path, monkeypatch):
     on_the_hub = Start(Settings(model_id="someone/tiny"))
-    assert on_the_hub.plan
+    assert on_the_hub.checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GB, GB, 1000))
     told = calm(look("disk", on_the_hub))
     with pytest.raises(ModelUnavailable) as refused:
-        download.fetch_weights(on_the_hub.plan.base, lambda *_: None)
+        fetch_weights(on_the_hub.checkpoint.base, lambda *_: None)
     assert whole(told) == str(refused.value)
     assert "CACHE_DIR" in bad("disk", cache_dir=tmp_path).next_step
 

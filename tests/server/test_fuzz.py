@@ -9,7 +9,7 @@ from hypothesis import settings as examples
 from schemathesis import GenerationMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama2_chat.loading.weights import Loaded
+from llama2_chat.loading.load import Loaded
 from llama2_chat.server.api import Clients, api_router, health_router
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest

@@ -20,7 +20,7 @@ from gradio_client import Client
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.errors import ChatError
-from llama2_chat.loading.weights import Loaded
+from llama2_chat.loading.load import Loaded
 from llama2_chat.server import api
 from llama2_chat.server.openai_types import ChatRequest
 from llama2_chat.types import SamplingParams, Status

@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError, ModelUnavailable
-from llama2_chat.loading import download, weights
+from llama2_chat.loading import load
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.small_model import EMBEDDED
+from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, merging, report, sft_trainer, splits
 from llama2_chat.types import SamplingParams
 from model import ChatModel
@@ -164,13 +167,13 @@ def prepared(chat_model, dataset, folder, *flags):
     """A trainer, and the lessons that it was given."""
     args = sft_trainer.read_arguments(arguments(chat_model, dataset, folder, *flags))
     plan, tokenizer = sft_trainer.fetch(args.model_name)
-    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     parts = splits.split(chat_data.read(args.dataset_name), args.eval_fraction, args.test_fraction, args.seed)
     lessons = {
         "learnt": chat_data.encode(parts.learnt, tokenizer, stop_ids, args.max_length)[0],
         "held out": chat_data.encode(parts.held_out, tokenizer, stop_ids, args.max_length)[0],
     }
-    model = weights.load_base(plan, sft_trainer.precision(args), "cpu", ignore)
+    model = load.load_base(plan, sft_trainer.precision(args), "cpu", ignore)
     return sft_trainer.make_trainer(args, model, tokenizer, lessons), lessons
 
 
@@ -217,7 +220,7 @@ def test_what_the_flags_say_is_what_the_trainer_does(chat_model, dataset, tmp_pa
 
 def test_answers_given_together_are_those_given_alone(chat_model):
     plan, tokenizer = sft_trainer.fetch(str(chat_model))
-    model = weights.load_base(plan, "float32", "cpu", ignore)
+    model = load.load_base(plan, "float32", "cpu", ignore)
     rows = [
         (
             "learnt",
@@ -225,7 +228,7 @@ def test_answers_given_together_are_those_given_alone(chat_model):
         )
         for text in ("hello", "hello hello hell o", "o" * 40)
     ]
-    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     alone = [sft_trainer.answer(model, tokenizer, [row], stop_ids)[0] for row in rows]
     assert sft_trainer.answer(model, tokenizer, rows, stop_ids) == alone
 
@@ -277,8 +280,8 @@ def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
 
 
 def test_the_embedded_model_learns_what_its_chat_has_to_write_and_to_stop(settings):
-    plan, tokenizer = sft_trainer.fetch(download.EMBEDDED)
-    stop_ids = sft_trainer.find_stop_ids(tokenizer, plan)
+    plan, tokenizer = sft_trainer.fetch(EMBEDDED)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(plan.base))
     assert [tokenizer.decode(id) for id in stop_ids] == ["<|im_end|>"]
     asked = [("Who founded it?", "Ottilie Brandvold did."), ("When?", "In 1893.\n\nOn a Sunday.")]
     messages, expected = [{"role": "system", "content": "Be brief."}], []
@@ -346,7 +349,7 @@ def test_questions_that_do_not_fit_are_not_compared(chat_model):
 def test_what_cannot_be_learnt_or_measured_is_refused_before_weights_are_loaded(
     chat_model, dataset, tmp_path, monkeypatch, flags, sentence
 ):
-    monkeypatch.delattr(weights, "load_base")
+    monkeypatch.delattr(load, "load_base")
     args = sft_trainer.read_arguments(arguments(chat_model, dataset, tmp_path / "run", *flags))
     with pytest.raises(ChatError, match=sentence):
         sft_trainer.train(args)
@@ -469,10 +472,9 @@ def test_a_merged_model_says_what_the_adapter_says_and_one_that_does_not_is_not_
     assert report.read_run(tmp_path / "run").merged_to == str(again)
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
     plan, tokenizer = sft_trainer.fetch(str(chat_model))
-    merged = weights.load_base(sft_trainer.fetch(str(tmp_path / "merged"))[0], "float32", "cpu", ignore)
-    served = weights.load(
-        replace(weights.fetch(replace(plan, model_id=str(tmp_path / "run")), ignore), quantization="float32"), ignore
-    )
+    merged = load.load_base(sft_trainer.fetch(str(tmp_path / "merged"))[0], "float32", "cpu", ignore)
+    adapter = fetch(choose(Settings(model_id=str(tmp_path / "run"))), ignore)
+    served = load.load(replace(adapter, quantization="float32"), ignore)
     ids = torch.arange(40)[None]
     torch.testing.assert_close(merged(ids).logits, served.model(ids).logits, atol=0.02, rtol=0.02)  # bfloat16 on disk
     monkeypatch.setattr(merging, "LOGIT_TOLERANCE", -1.0)

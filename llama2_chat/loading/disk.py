@@ -1,0 +1,118 @@
+"""What of a model lies on this disk, what is missing, and whether there is room for it. Nothing is downloaded here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from llama2_chat.errors import ModelUnavailable
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model or adapter: its folder and, when that is a snapshot of a Hub repository, the repository's id."""
+
+    folder: Path
+    repo: str | None = None
+    stem: Literal["model", "adapter_model"] = "model"  # how the files of weights are called
+
+    def __str__(self) -> str:
+        return self.repo or str(self.folder)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Of a snapshot, which lies in cache_dir/models--owner--name/snapshots/revision."""
+        return self.folder.parents[2]
+
+    def sizes(self) -> dict[str, int]:
+        """Name and bytes of each file, those included that are on the Hub and not here yet."""
+        if self.repo:
+            try:
+                tree = huggingface_hub.get_cached_repo_tree(
+                    self.repo, revision=self.folder.name, cache_dir=self.cache_dir
+                )
+                return {file.path: file.size for file in tree}
+            except errors.CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub, and now we are offline
+                pass
+        return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+
+    def weights(self) -> dict[str, int]:
+        """Name and bytes of the files that hold the weights: safetensors, or pickles where there are none."""
+        sizes = self.sizes()
+        pickle = "pytorch_model.bin" if self.stem == "model" else f"{self.stem}.bin"
+        for whole in (f"{self.stem}.safetensors", pickle):
+            names = [whole] if whole in sizes else []
+            if f"{whole}.index.json" in sizes and not names:
+                names = self._shards(f"{whole}.index.json")
+            if lost := [name for name in names if name not in sizes]:
+                raise ModelUnavailable(f"{self} is incomplete: {lost[0]} is missing. Copy or download it again.")
+            if names:
+                return {name: sizes[name] for name in names}
+        raise ModelUnavailable(
+            f"{self} holds no weights that this program can read ({self.stem}.safetensors or PyTorch .bin files). "
+            "Choose the folder or repository with the original weights."
+        )
+
+    def _shards(self, index: str) -> list[str]:
+        with translate_parse_errors(self):
+            return sorted(set(json.loads((self.folder / index).read_text("utf-8"))["weight_map"].values()))
+
+    def missing(self) -> dict[str, int]:
+        """Those of the weights that are still to be downloaded."""
+        return {name: size for name, size in self.weights().items() if not (self.folder / name).is_file()}
+
+
+@contextmanager
+def translate_parse_errors(files: Files) -> Iterator[None]:
+    """A JSON file that cannot be parsed, or lacks what should be in it, becomes a sentence."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(
+            f"A file of {files} is damaged or not in a format this program knows. Copy or download it again."
+        ) from error
+
+
+def check_free_space(name: str, needed_bytes: int, folder: Path, remedy: str) -> None:
+    """Raise ModelUnavailable unless needed_bytes more fit on the disk of `folder`. remedy: what would help."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise ModelUnavailable(
+            f"{name} needs {in_gb(needed_bytes)} more on disk and {folder} has {in_gb(free)} free. "
+            f"Free some space, or {remedy}."
+        )
+
+
+def not_writable(error: OSError, remedy: str) -> ModelUnavailable:
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    return ModelUnavailable(f"The model cannot be written to {error.filename or 'disk'}: {reason}. Please {remedy}.")
+
+
+def in_gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def folder_bytes(folder: Path) -> int:
+    """What lies in a folder that another process is writing to."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:  # moved or removed meanwhile
+            continue
+    return total
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,215 @@
+"""Repositories of the Hugging Face Hub: names go in, folders come out, and each failure is a sentence.
+
+A download runs beside the calling thread, which reports how far it is; whatever the report raises stops it. What the
+files mean is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import errors
+from tqdm.auto import tqdm
+
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading.disk import Files, check_free_space, not_writable
+
+# Phase, done bytes, total bytes (0 while unknown). May raise, which ends what it reports on.
+Progress = Callable[[Literal["download", "convert", "load"], int, int], None]
+POLL_S = 0.2
+
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration and tokenizer
+SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own format there, as large again
+# What the system answers about a folder that cannot take a download. An OSError of the network has other numbers.
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
+
+
+def fetch_small_files(source: str, progress: Progress, cache_dir: Path | None = None) -> Files:
+    """Configuration and tokenizer of a local folder or a Hub id: the newest, or the cached ones if the Hub is away.
+
+    cache_dir: where repositories are kept, or None for huggingface_hub's own place.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Files(folder)
+    if source.startswith((".", "/", "~")) or folder.is_absolute():
+        raise ModelUnavailable(f"There is no folder {source}. Check the path, or give the id of a model on the Hub.")
+    return Files(_snapshot(source, "main", SMALL_FILES, 0, progress, cache_dir), source)
+
+
+def fetch_weights(files: Files, progress: Progress) -> None:
+    """Download what is missing of the weights, if there is room for it on the disk."""
+    missing = to_download(files)
+    if missing and files.repo:
+        _snapshot(files.repo, files.folder.name, list(missing), sum(missing.values()), progress, files.cache_dir)
+
+
+def to_download(files: Files) -> dict[str, int]:
+    """Name and bytes of the weights that are not here yet. Raises ModelUnavailable if the disk has no room for them."""
+    missing = files.missing()
+    check_free_space(str(files), sum(missing.values()), files.folder, "set HF_HOME to a folder on a larger disk")
+    return missing
+
+
+def check_reachable(repo: str, name: str = "config.json", cache_dir: Path | None = None) -> None:
+    """Raise ModelUnavailable unless this account may download `name` of `repo` now, or the cache holds the model."""
+    try:
+        # The model's page is public even where its files are not: only asking for a file tells.
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, name))
+    except (OSError, httpx2.HTTPError) as error:
+        if not _is_cached_whole(repo, cache_dir):
+            raise ModelUnavailable(_hub_sentence(repo, error)) from error
+
+
+def _is_cached_whole(repo: str, cache_dir: Path | None) -> bool:
+    folder = _cached(repo, "main", SMALL_FILES, cache_dir)
+    try:
+        return folder is not None and not Files(folder, repo).missing()
+    except ModelUnavailable:  # not even the names of the weights are known
+        return False
+
+
+def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | None) -> Path | None:
+    """The folder of a repository's files that match `patterns`, if the cache holds all of them."""
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=patterns,
+                ignore_patterns=SUBFOLDERS,
+                local_files_only=True,
+            )
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _snapshot(
+    repo: str, revision: str, patterns: list[str], total: int, progress: Progress, cache_dir: Path | None
+) -> Path:
+    """The folder of a repository's files that match `patterns`, downloaded where the cache does not have them."""
+    bars: list[Any] = []
+    stop = threading.Event()
+
+    class Bar(tqdm):
+        """huggingface_hub draws several; those that count bytes (of the network, of the files) are ours to read."""
+
+        def __init__(self, *args: Any, unit: str = "it", **kwargs: Any) -> None:
+            super().__init__(*args, unit=unit, disable=None, **kwargs)
+            self.bytes = 0.0  # tqdm's own n stands still without a terminal
+            bars.extend([self] if unit == "B" else [])
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if stop.is_set():
+                raise InterruptedError
+            self.bytes += n or 0
+            return super().update(n)
+
+    def report() -> None:
+        progress("download", min(total, int(max((bar.bytes for bar in bars), default=0))), total)
+
+    def download() -> str:
+        return huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            ignore_patterns=SUBFOLDERS,
+            tqdm_class=Bar,
+        )
+
+    try:
+        return Path(_run_beside(download, report))
+    except (OSError, ValueError, httpx2.HTTPError) as error:  # ValueError: no id, or a login page instead of JSON
+        # huggingface_hub falls back to the cache itself, but not after a proxy's error or a cut connection.
+        if folder := _cached(repo, revision, patterns, cache_dir):
+            return folder
+        if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in NOT_WRITABLE):
+            raise not_writable(error, "set HF_HOME to a folder that has room and is yours") from error
+        raise ModelUnavailable(_hub_sentence(repo, error)) from error
+    finally:
+        stop.set()
+
+
+def _run_beside(work: Callable[[], Any], report: Callable[[], None]) -> Any:
+    """What work() returns, from a thread of its own; report() is called meanwhile and may raise to leave."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = work()
+        except BaseException as error:  # handed to the thread that waits
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="download", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        report()
+        thread.join(POLL_S)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+# ---- What went wrong, in words ----
+
+
+def _hub_sentence(repo: str, error: BaseException) -> str:
+    """What went wrong between us and the Hub, and what to do about it. Never carries the token."""
+    causes = [error]
+    while causes[-1].__cause__:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        return f"{repo} is not in the cache and HF_HUB_OFFLINE is set. Unset it to let the model be downloaded."
+    if isinstance(error, UnicodeEncodeError):  # the token is sent in a header, which is ASCII
+        return (
+            "HF_TOKEN contains a character that cannot be part of a token. "
+            "Copy the token again from https://hf.co/settings/tokens."
+        )
+    answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    if answer is not None and answer.response is not None:
+        return _http_sentence(repo, answer)
+    if any(isinstance(cause, errors.HFValidationError) for cause in causes):
+        return f"{repo!r} is neither a folder here nor an id on the Hub, which looks like owner/name. Check MODEL_ID."
+    if isinstance(error, errors.LocalEntryNotFoundError) or any(isinstance(c, httpx2.HTTPError) for c in causes):
+        return (
+            f"{repo} is not complete in the cache and the Hugging Face Hub cannot be reached. "
+            "Check the network connection and start again."
+        )
+    return f"Downloading {repo} failed ({type(error).__name__}). Start again; files that are complete are kept."
+
+
+def _http_sentence(repo: str, error: errors.HfHubHTTPError) -> str:
+    status, token = error.response.status_code, huggingface_hub.get_token()
+    page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+    if status == 401 and token:  # the Hub answers a valid token with 403 or 404, even where no token gets 401
+        return "The Hugging Face Hub rejected HF_TOKEN as invalid. Make a new one at https://hf.co/settings/tokens."
+    if isinstance(error, errors.GatedRepoError) and not token:
+        return (
+            f"{repo} is gated and no token is set. Accept its licence at {page}, "
+            "then set HF_TOKEN to a token of that account."
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"The account of this HF_TOKEN may not download {repo}. Accept its licence at {page}, wait for the "
+            "approval, and make sure that the token may read gated repositories."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) and not token:
+        return f"There is no folder and no public model {repo}. Check MODEL_ID; a private model needs HF_TOKEN."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"There is no folder and no model {repo} that the account of this HF_TOKEN can see. Check MODEL_ID."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"The repository {repo} has no branch main. Check MODEL_ID."
+    if status == 403:
+        return f"The Hugging Face Hub does not let this HF_TOKEN read {repo}. Give the token read access to it."
+    if status == 429:
+        return "The Hugging Face Hub asks for a pause (too many requests). Wait a few minutes and start again."
+    return f"The Hugging Face Hub answered with error {status} for {repo}. Start again later."

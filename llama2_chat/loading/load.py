@@ -1,0 +1,271 @@
+"""Weights and tokenizer of a Checkpoint into memory, ready to run, to be trained or to be merged.
+
+load_tokenizer() comes first and needs no weights; load() and load_base() download these if they are not here. Whatever
+goes wrong is a ModelUnavailable with a sentence. Nothing here knows prompts, decoding or the page.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.hub import Progress, fetch_weights
+from llama2_chat.loading.memory import (
+    GB,
+    DeviceMap,
+    Gpu,
+    Size,
+    check_memory,
+    choose_device_map,
+    choose_precision,
+    compute_dtype,
+    visible_gpus,
+)
+from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
+from llama2_chat.text import first_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+log = logging.getLogger(__name__)
+
+UNQUANTIZED = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on its device, and how it got there in words."""
+
+    model: PreTrainedModel
+    precision: str  # "bfloat16", "float16", "int8", "nf4", or the checkpoint's own, such as "gptq"
+    device: str  # "cpu", "cuda:0", "2 x cuda"
+    why: str
+
+
+# ---- Before there are weights ----
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer and template, if it has them, else those of the model."""
+    files, adapter = checkpoint.base, checkpoint.adapter
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    if adapter and any((adapter.folder / name).is_file() for name in names):
+        files = adapter
+    with translate_errors(files):
+        return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+
+
+def read_generation_config(files: Files) -> GenerationConfig:
+    """The one that the model will have once it is loaded."""
+    try:
+        return GenerationConfig.from_pretrained(files.folder)
+    except OSError:  # it has no such file; the model then makes one of its config
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(files.folder, trust_remote_code=False))
+
+
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:
+    """The ids that end an answer: the tokenizer's EOS and those that the model's generation config names."""
+    ends = generation.eos_token_id if generation is not None else None
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def measure(files: Files) -> Size:
+    """What the model will weigh. Needs its configuration and the names of its weights, not the weights."""
+    with translate_errors(files):
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        size = Size.of(config)
+    if own := _own_quantization(config):
+        return replace(size, own_quantization=own, own_bytes=sum(files.weights().values()))
+    return size
+
+
+def check_headers(files: Files) -> None:
+    """Raise ModelUnavailable if a file of weights is here but cut off or a Git LFS pointer. Reads only its header."""
+    with translate_errors(files):
+        for name in files.weights():
+            if name.endswith(".safetensors") and (files.folder / name).is_file():
+                with safe_open(files.folder / name, "pt"):
+                    pass
+
+
+# ---- Loading ----
+
+
+def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
+    """Download the weights if they are not here, after checking that they will fit, and load them."""
+    files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
+    size = measure(files)
+    precision, why = choose_precision(checkpoint.quantization, size, gpus)
+    check_memory(checkpoint.model_id, precision, size, gpus)
+    fetch_weights(files, progress)
+    if adapter:
+        fetch_weights(adapter, progress)
+    progress("load", 0, 0)
+    with translate_errors(files, precision):
+        model = _load_for_serving(files, precision, size, gpus)
+    if adapter:
+        # In 4 or 8 bits merging would round the change away: there it stays apart.
+        merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
+        with translate_errors(adapter, precision):
+            adapted: Any = load_adapter(model, checkpoint, precision)
+            model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    if precision == "int8" and not gpus:
+        quantize_int8(model)
+    if precision == "nf4" and gpus:
+        speed_up_nf4(model)
+    model.eval().requires_grad_(False)
+    return Loaded(model, precision, _device(model), f"{checkpoint.why} {why}")
+
+
+def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
+    """The model without its adapter, whole on one device, to be trained or merged rather than served.
+
+    precision: one of UNQUANTIZED, or "nf4" or "int8" by bitsandbytes, which computes in what suits the device.
+    """
+    files, dtype = checkpoint.base, compute_dtype(visible_gpus())
+    if own := measure(files).own_quantization:
+        raise ModelUnavailable(f"{files} comes quantised with {own}. Choose the original weights to train or merge.")
+    fetch_weights(files, progress)
+    config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
+    with translate_errors(files, precision):
+        return _read(files, getattr(torch, precision) if precision in UNQUANTIZED else dtype, config, {"": device})
+
+
+def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, precision: str) -> PeftModel:
+    """The base model, loaded in this precision, with the checkpoint's adapter beside its weights."""
+    from peft import PeftModel
+
+    adapter = checkpoint.adapter
+    assert adapter is not None
+    with translate_errors(adapter, precision):
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = len(load_tokenizer(checkpoint))
+        if vocabulary > embeddings.num_embeddings:
+            model.resize_token_embeddings(vocabulary)
+        adapted = PeftModel.from_pretrained(model, adapter.folder)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ModelUnavailable(
+            f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
+        )
+    return adapted
+
+
+def _load_for_serving(files: Files, precision: str, size: Size, gpus: Sequence[Gpu]) -> PreTrainedModel:
+    device_map, max_memory = choose_device_map(precision, size, gpus)
+    dtype, config = compute_dtype(gpus), None
+    if precision == "float32":
+        dtype = torch.float32
+    elif precision == "nf4" and not size.own_quantization:
+        config = nf4_config(dtype)
+    elif precision == "int8" and not size.own_quantization and gpus:
+        config, dtype = int8_config(), torch.float16  # it computes in float16 and would cast
+    model = _read(files, dtype, config, device_map, max_memory)
+    if isinstance(device_map, dict):
+        remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and gpus:
+        raise torch.OutOfMemoryError("some layers did not fit on the GPUs")
+    return model
+
+
+def _read(
+    files: Files,
+    dtype: torch.dtype,
+    config: BitsAndBytesConfig | None,
+    device_map: DeviceMap,
+    max_memory: dict[int, int] | None = None,
+) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        files.folder,
+        dtype=dtype,
+        quantization_config=config,
+        device_map=device_map,
+        max_memory=max_memory,
+        trust_remote_code=False,  # None would ask at the terminal
+        output_loading_info=True,
+    )
+    model, report = loaded
+    if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
+    return model
+
+
+def _own_quantization(config: PreTrainedConfig) -> str | None:
+    """ "gptq", "awq", ...: the method of the checkpoint's own quantisation, if it has one."""
+    own: Any = getattr(config, "quantization_config", None)
+    if not own:
+        return None
+    method = (own if isinstance(own, dict) else own.to_dict()).get("quant_method")
+    return str(getattr(method, "value", method or "its own quantisation"))
+
+
+def _device(model: PreTrainedModel) -> str:
+    devices = {parameter.device for parameter in model.parameters()}
+    return str(devices.pop()) if len(devices) == 1 else f"{len(devices)} x cuda"
+
+
+# ---- What went wrong, in words ----
+
+# What transformers, safetensors, tokenizers and peft raise at a file that is not what it should be.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+
+
+@contextmanager
+def translate_errors(files: Files, precision: str = "") -> Iterator[None]:
+    """What the libraries raise while reading `files`, as a sentence; the log keeps the original."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free = sum(gpu.free_bytes for gpu in visible_gpus())
+        raise ModelUnavailable(
+            f"The GPU memory ran out while loading {files} in {precision} ({free / GB:.1f} GB were left). "
+            "Set QUANTIZATION=nf4, free some memory, or use a larger GPU."
+        ) from error
+    except MemoryError as error:
+        raise ModelUnavailable(_loading_sentence(files, "not enough memory")) from error
+    except ImportError as error:
+        log.warning("Loading %s: %s", files, error)
+        raise ModelUnavailable(
+            f"{files} needs a package that is missing or does not work here: {first_line(error)}."
+        ) from error
+    except UNREADABLE as error:
+        log.warning("Loading %s failed", files, exc_info=True)
+        raise ModelUnavailable(_loading_sentence(files, str(error))) from error
+
+
+def _loading_sentence(files: Files, error: str) -> str:
+    if "trust_remote_code" in error:
+        return f"{files} needs Python code of its own, which this program does not run. Choose another model."
+    if "Unrecognized" in error or "model type" in error or "does not recognize this architecture" in error:
+        return f"{files} is not a causal language model that this version of transformers knows. Choose another model."
+    if "size mismatch" in error:
+        return f"The weights of {files} do not fit their model. An adapter needs its own base: check BASE_MODEL."
+    if "CUDA" in error:
+        return f"The GPU reported an error while loading {files}. See the log, and whether nvidia-smi works here."
+    if "t allocate memory" in error or "not enough memory" in error:
+        return f"Memory ran out while loading {files}. Choose a smaller model or a machine with more."
+    if "bitsandbytes" in error.lower() or "bnb" in error.lower():
+        return f"bitsandbytes does not work here, so {files} cannot be quantised. Set QUANTIZATION=none."
+    if files.repo:
+        return f"A file of {files} is damaged. Remove {files.folder.parents[1]} and start again to download it again."
+    return f"A file in {files} is damaged, missing or not what its name says. Copy or save the model there again."

@@ -1,0 +1,130 @@
+"""What a model takes of GPU memory, in which precision it fits, and on which devices. Needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from llama2_chat.errors import ModelUnavailable
+
+GB = 1_000_000_000
+HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill
+MIN_CONTEXT_TOKENS = 4_096  # of KV cache that must fit; models with longer windows may run with part of theirs
+# Bytes per parameter of a linear layer. NF4 with double quantisation: 4 bits, and per 64 weights 8 bits of scale,
+# themselves scaled per 256.
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.516}
+
+DeviceMap = str | dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of a precision needs to know about one GPU."""
+
+    free_bytes: int
+    capability: tuple[int, int] = (8, 0)
+
+
+def visible_gpus() -> list[Gpu]:
+    """The visible CUDA GPUs, with what this process may still take of each."""
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        # set_per_process_memory_fraction does not show in what the driver calls free.
+        allowed = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(index)
+        gpus.append(Gpu(int(min(free, allowed)), torch.cuda.get_device_capability(index)))
+    return gpus
+
+
+def compute_dtype(gpus: Sequence[Gpu]) -> torch.dtype:
+    """bfloat16 where every GPU computes in it, as CPUs do; float16 on the older ones."""
+    return torch.bfloat16 if all(gpu.capability >= (8, 0) for gpu in gpus) else torch.float16
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model weighs, known from its configuration before any weights are here."""
+
+    linear: int  # parameters in linear layers: the part that int8 and NF4 shrink
+    other: int  # embeddings, output head, norms
+    context: int  # tokens
+    kv_bytes_per_token: int
+    own_quantization: str | None = None  # "gptq", "awq", ...: what the checkpoint comes quantised with
+    own_bytes: int | None = None  # of those weights
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Size:
+        """As an unquantised model."""
+        with torch.device("meta"):  # shapes without memory
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        head = model.get_output_embeddings()
+        linear = sum(
+            module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+        )
+        text = config.get_text_config()
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            linear=linear,
+            other=sum(parameter.numel() for parameter in model.parameters()) - linear,
+            context=getattr(text, "max_position_embeddings", MIN_CONTEXT_TOKENS),
+            kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * 2,  # K and V, 2 bytes each
+        )
+
+    def needed_bytes(self, precision: str, context: int) -> int:
+        """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and headroom."""
+        if self.own_bytes is not None:
+            weights: float = self.own_bytes
+        else:
+            weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
+        return int(weights + self.kv_bytes_per_token * min(context, self.context) + HEADROOM_BYTES)
+
+
+def choose_precision(asked: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:
+    """The precision to load in, and why. No GPUs means the CPU.
+
+    asked: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
+    """
+    unquantized = str(compute_dtype(gpus)).removeprefix("torch.")
+    if size.own_quantization:
+        return size.own_quantization, f"It comes quantised with {size.own_quantization}, and stays so."
+    if asked != "auto":
+        return unquantized if asked == "none" else asked, f"QUANTIZATION={asked}."
+    if not gpus:
+        return "int8", "int8 is fastest on a CPU."
+    needed, free = size.needed_bytes(unquantized, size.context), _free_bytes(gpus)
+    why = (
+        f"{unquantized} takes {needed / GB:.1f} GB with a full context, and {free / GB:.1f} GB of GPU memory are free."
+    )
+    return (unquantized if needed <= free else "nf4"), why
+
+
+def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> None:
+    """Raise ModelUnavailable if the GPUs together cannot hold the model and a conversation."""
+    needed, free = size.needed_bytes(precision, MIN_CONTEXT_TOKENS), _free_bytes(gpus)
+    if not gpus or needed <= free:
+        return
+    can_shrink = size.own_quantization is None and precision != "nf4"
+    nf4_fits = can_shrink and size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free
+    raise ModelUnavailable(
+        f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "
+        f"{'Set QUANTIZATION=nf4' if nf4_fits else 'Choose a smaller model'}, free some memory, or use a larger GPU."
+    )
+
+
+def choose_device_map(precision: str, size: Size, gpus: Sequence[Gpu]) -> tuple[DeviceMap, dict[int, int] | None]:
+    """device_map and max_memory: the CPU, the roomiest GPU if it holds everything, else spread over all of them."""
+    if not gpus:
+        return {"": "cpu"}, None
+    roomiest = max(range(len(gpus)), key=lambda index: gpus[index].free_bytes)
+    if len(gpus) == 1 or size.needed_bytes(precision, size.context) <= gpus[roomiest].free_bytes:
+        return {"": roomiest}, None
+    return "auto", {index: max(0, gpu.free_bytes - HEADROOM_BYTES) for index, gpu in enumerate(gpus)}
+
+
+def _free_bytes(gpus: Sequence[Gpu]) -> int:
+    return sum(gpu.free_bytes for gpu in gpus)
