@@ -24,7 +24,7 @@ from transformers import TextIteratorStreamer
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.settings import Settings
-from llama2_chat.types import FinishReason, Message, SamplingParams, Status, Timing, Usage
+from llama2_chat.types import Capabilities, FinishReason, Message, SamplingParams, Status, Timing, Usage
 
 if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a page that is already up
     import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
     from llama2_chat.engine.grammar import Grammars
     from llama2_chat.loading.load import Loaded
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
 EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -42,6 +42,8 @@ EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 class ChatModel:
     """One model that all visitors share: tokenizer, context window, engine, and how far loading has come."""
+
+    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -236,7 +236,7 @@ def wait_until_ready(address, log, seconds=120):
         time.sleep(0.2)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # as in test_app.py
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # by Gradio 6.31
 long_enough_to_install = pytest.mark.timeout(600)
 
 
@@ -279,7 +279,7 @@ def test_the_page_of_the_space_chats_in_its_frame_without_third_party_cookies_an
         inside.get_by_role("spinbutton", name="Max new tokens").fill("8")
         inside.get_by_role("textbox", name="Message").fill("Say hello.")
         inside.get_by_role("textbox", name="Message").press("Enter")
-        expect(inside.get_by_text("The answer reached 'Max new tokens'.")).to_be_visible(timeout=30_000)
+        expect(inside.get_by_text("The answer was cut off at 'Max new tokens'.")).to_be_visible(timeout=30_000)
         expect(inside.locator("#insecure")).to_be_hidden()
         with page.expect_console_message(lambda message: "frame-ancestors" in message.text):
             page.goto("https://elsewhere.example/")

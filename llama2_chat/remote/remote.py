@@ -35,7 +35,7 @@ from huggingface_hub.errors import TextGenerationError
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.prompt import Turn, checked
 from llama2_chat.settings import Settings
-from llama2_chat.types import FinishReason, Message, SamplingParams, Status, Timing, Usage
+from llama2_chat.types import Capabilities, FinishReason, Message, SamplingParams, Status, Timing, Usage
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ OWN_TEMPLATE = "The prompt is written by the server's own chat template."
 
 class RemoteModel:
     """Servers that have one model, which of them are well, and how their answers are read."""
+
+    capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -17,7 +17,6 @@ import pickle
 import platform
 import queue
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -31,6 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
 from llama2_chat.process import python_command
+from llama2_chat.server.listen import open_listener
 from llama2_chat.settings import Settings
 
 if TYPE_CHECKING:
@@ -446,22 +446,8 @@ def _raise_first(start: Start, kind: Container[str] | None = None) -> None:
             raise ChatError(f"{server.name}: {server.fault}")
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The socket that the page is served on. Raises ChatError if this address cannot be had."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    both = settings.host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
-    try:
-        socket.getaddrinfo(settings.host, settings.port, family)  # why a name has no address, in fewer words
-        return socket.create_server((settings.host, settings.port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
-        raise ChatError(
-            f"Cannot listen on {settings.host} port {settings.port}: {reason}. Choose another with --host or --port."
-        ) from error
-
-
 def port(start: Start) -> str:
-    with listen(start.settings) as listener:
+    with open_listener(start.settings) as listener:
         return f"{start.settings.host} port {listener.getsockname()[1]} is free"
 
 

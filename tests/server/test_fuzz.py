@@ -20,7 +20,7 @@ from tests.support.serving import serving
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # as in test_app.py
+    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # by Gradio 6.31
 ]
 ROUTES = (
     "GET /v1/models",

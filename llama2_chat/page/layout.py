@@ -1,0 +1,163 @@
+"""What stands where on the page: title, status line, conversation, settings, theme. page.css and page.js lie beside it.
+
+What a click does is in events.py, how a message is answered in reply.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI
+
+from llama2_chat.page import wording
+from llama2_chat.page.events import QUIET, answer_edits_and_examples, end_answer_before_clearing, lock_at_once
+from llama2_chat.page.messages import REFUSED_CLASS, verbatim
+from llama2_chat.page.reply import ReplyFunction
+from llama2_chat.server.login import Users
+from llama2_chat.settings import Settings
+from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
+
+FOLDER = Path(__file__).parent
+SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
+STATUS_EVERY_S = 10
+LATEX_DELIMITERS: list[dict[str, str | bool]] = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+
+
+def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users | None) -> FastAPI:
+    """The app, with the page at / of it; behind a login, if there are users."""
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        auth=users.knows if users else None,
+        root_path=settings.root_path or None,
+        theme=gr.themes.Default(
+            primary_hue="indigo",
+            neutral_hue="slate",
+            radius_size=gr.themes.sizes.radius_lg,
+            # Bundled with Gradio; of the other weights only a few letters are.
+            font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+        ),
+        css_paths=FOLDER / "page.css",
+        js=(FOLDER / "page.js").read_text(encoding="utf-8").replace("REFUSED", REFUSED_CLASS),
+        footer_links=[],
+        show_error=False,  # what goes wrong inside is for the log
+        max_file_size=1,  # byte: nothing here takes files
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+
+
+def build_page(chat: ChatBackend, defaults: SamplingParams, reply: ReplyFunction) -> gr.Blocks:
+    """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
+    with gr.Blocks(title=wording.TITLE, analytics_enabled=False) as page:
+        gr.HTML(f"<h1>{wording.TITLE}</h1>")
+        _status(page, chat)
+        gr.HTML(f"<p>{wording.INSECURE}</p>", elem_id="insecure")
+        conversation = gr.Column()  # shown above the settings, made after them
+        with gr.Accordion("Settings", open=False):
+            settings = _settings(defaults)
+        with conversation:
+            interface = _chat_interface(reply, settings)
+        answer_edits_and_examples(interface, reply)
+        end_answer_before_clearing(interface)
+    return page
+
+
+def _status(page: gr.Blocks, chat: ChatBackend) -> None:
+    """The line under the title, which keeps itself up to date."""
+    line, timer = gr.HTML(elem_id="status"), gr.Timer(1)
+
+    def look() -> tuple[str, gr.Timer]:
+        loading = chat.state == "loading"
+        if chat.capabilities.can_fail_over and not loading:
+            return wording.status_line(chat.status), gr.Timer(STATUS_EVERY_S)
+        return wording.status_line(chat.status), gr.Timer(active=loading)  # a model in this process stays as it is
+
+    gr.on([page.load, timer.tick], look, outputs=[line, timer], **QUIET)
+
+
+def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
+    """What stands in the accordion, in the order in which reply() takes it."""
+
+    def slider(name: str, label: str, info: str, step: float) -> gr.Slider:
+        low, high = RANGES[name]
+        lowest = step if name in OPEN_BELOW else low
+        value = getattr(defaults, name)
+        return gr.Slider(lowest, high, value, step=step, label=label, info=info, min_width=SETTING_WIDTH)
+
+    system_prompt = gr.Textbox(
+        wording.SYSTEM_PROMPT,
+        label="System prompt",
+        info="Instructions that the model reads before the conversation; may be empty.",
+        lines=3,
+    )
+    with gr.Row():
+        prompts = {
+            "Use Meta's prompt of 2023": wording.META_SYSTEM_PROMPT,
+            "Use the short prompt": wording.SYSTEM_PROMPT,
+        }
+        for label, text in prompts.items():
+            gr.Button(label, size="md").click(functools.partial(str, text), None, system_prompt, **QUIET)
+    with gr.Row():
+        numbers = [
+            slider("max_new_tokens", "Max new tokens", "The longest that an answer may be.", 1),
+            slider("temperature", "Temperature", "0 always takes the most likely word; higher is more varied.", 0.05),
+            slider("top_p", "Top-p", "Choose among the most likely words that add up to this probability.", 0.01),
+            slider("top_k", "Top-k", "Choose among this many of the most likely words; 0 is all.", 1),
+            slider("repetition_penalty", "Repetition penalty", "Above 1, words already used become less likely.", 0.05),
+        ]
+        seed = gr.Textbox(  # an empty gr.Number turns into 0 when the accordion opens
+            "" if defaults.seed is None else str(defaults.seed),
+            label="Seed",
+            info="The same seed and conversation give the same answer.",
+            placeholder="random",
+            min_width=SETTING_WIDTH,
+        )
+    for number in numbers:
+        # What Gradio's own check raises never reaches reply() and locks the page. SamplingParams checks, in words.
+        number.preprocess = lambda payload: payload  # type: ignore[method-assign]  # there is no option for it
+    return [system_prompt, *numbers, seed]
+
+
+def _chat_interface(reply: ReplyFunction, settings: list[gr.components.Component]) -> gr.ChatInterface:
+    chatbot = gr.Chatbot(
+        show_label=False,
+        elem_id="conversation",
+        editable="user",
+        buttons=["copy", "copy_all"],
+        feedback_options=None,
+        latex_delimiters=LATEX_DELIMITERS,
+    )
+    chatbot.postprocess = verbatim(chatbot.postprocess)  # type: ignore[method-assign]  # there is no option for it
+    box = gr.Textbox(
+        label="Message",
+        placeholder="Type a message",
+        elem_id="message",
+        max_lines=12,
+        autofocus=True,
+        submit_btn="Send",
+        stop_btn="Stop",
+    )
+    lock_at_once(box, chatbot)
+    interface = gr.ChatInterface(
+        reply,
+        chatbot=chatbot,
+        textbox=box,
+        additional_inputs=[*settings],
+        api_name="chat",
+        concurrency_limit=None,  # the engine has the only line
+        show_progress="hidden",
+        cache_examples=False,
+    )
+    # Set here and not above: ChatInterface would answer an example with the box left open for a second question.
+    chatbot.examples = [{"text": example} for example in wording.EXAMPLES]
+    return interface

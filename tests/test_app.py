@@ -1,0 +1,42 @@
+"""The program's start: what reaches the log, and which model it takes."""
+
+import logging
+
+import pytest
+
+import app
+import model
+from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.settings import Settings
+
+
+@pytest.fixture
+def stderr(monkeypatch, capsys):
+    """What a start writes to stderr, whose log nobody has set up before."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    level = app.log.level
+    app.log_to_stderr()
+    yield lambda: capsys.readouterr().err
+    app.log.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama2_chat.engine.anything", "llama2_chat.page.reply", app.log.name, model.log.name]
+)
+def test_a_line_of_any_module_reaches_stderr(stderr, name):
+    logging.getLogger(name).info("compiled 3 of 6 batch sizes")
+    assert "compiled 3 of 6 batch sizes" in stderr()
+
+
+def test_of_other_libraries_only_warnings_reach_stderr(stderr):
+    logging.getLogger("httpx").info("chatter")
+    logging.getLogger("httpx").warning("trouble")
+    written = stderr()
+    assert "trouble" in written
+    assert "chatter" not in written
+
+
+def test_servers_answer_if_any_are_named_and_else_a_model_in_this_process():
+    assert isinstance(app.make_backend(Settings(inference_url="http://gpu-1:8000")), RemoteModel)
+    assert isinstance(app.make_backend(Settings()), model.ChatModel)
