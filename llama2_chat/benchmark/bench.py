@@ -463,7 +463,7 @@ def _rows() -> list[list[int]]:
 def our_trainer(folder: Path, output_dir: Path) -> Trainer:
     from llama2_chat.loading.load import load_base
     from llama2_chat.loading.memory import visible_gpus
-    from llama2_chat.prompt import Lesson
+    from llama2_chat.prompt import TokenizedExample
     from llama2_chat.training import sft_trainer
 
     flags = f"--model_name {folder} --dataset_name none --output_dir {output_dir} --use_peft --load_in_4bit"
@@ -471,7 +471,7 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
     args = sft_trainer.read_arguments(flags.split())
     plan, tokenizer = sft_trainer.fetch(args.model_name)
     model = load_base(plan, "nf4", 0 if visible_gpus() else "cpu", lambda *_: None)
-    lessons = {"learnt": [Lesson(ids, [(0, len(ids))]) for ids in _rows()], "held out": []}
+    lessons = {"learnt": [TokenizedExample(ids, [(0, len(ids))]) for ids in _rows()], "held out": []}
     sft_trainer.EVAL_STEPS = 0.99  # of the steps, after which it saves: not on the way, as the other
     return sft_trainer.make_trainer(args, model, tokenizer, lessons)
 

@@ -38,7 +38,7 @@ from llama2_chat.loading.choose import Checkpoint, Plan
 from llama2_chat.loading.hub import fetch_weights
 from llama2_chat.loading.memory import visible_gpus
 from llama2_chat.loading.small_model import EMBEDDED
-from llama2_chat.prompt import Lesson
+from llama2_chat.prompt import TokenizedExample
 from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, report, sft_trainer, splits
 from llama2_chat.training.chat_data import Conversation
@@ -50,7 +50,7 @@ ANSWER_TOKENS = 128  # of an answer on the sheet
 SHEET = 20  # questions on it, beside those of safety
 OF_PARTS = ("dataset_name", "eval_fraction", "test_fraction", "seed")  # what says which conversation is in which part
 
-Lessons = dict[str, list[Lesson]]  # by part
+Lessons = dict[str, list[TokenizedExample]]  # by part
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,10 @@ def measure(
 
 @torch.inference_mode()
 def losses(
-    model: PreTrainedModel, lessons: list[Lesson], batch_size: int, done: Callable[[int], object] = lambda count: None
+    model: PreTrainedModel,
+    lessons: list[TokenizedExample],
+    batch_size: int,
+    done: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:
     """[conversations, 2]: of each the loss summed over the tokens of its answers, and how many these are."""
     found = np.zeros((len(lessons), 2))

@@ -33,7 +33,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import TextGenerationError
 
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
-from llama2_chat.prompt import Turn, checked
+from llama2_chat.prompt import Turn, check_messages
 from llama2_chat.settings import Settings
 from llama2_chat.types import Capabilities, FinishReason, Message, SamplingParams, Status, Timing, Usage
 
@@ -122,7 +122,7 @@ class RemoteModel:
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "The model's server is still being asked. Please try again.")
-        system, turns = checked(messages)
+        system, turns = check_messages(messages)
         reply = RemoteReply()
         try:
             task = self._answer(reply, system, turns, _fields(params, to_the_end), trim)

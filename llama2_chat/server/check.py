@@ -361,7 +361,7 @@ def tokenizer(start: Start) -> str:
 
     if start.checkpoint is None:
         raise Skip("comes with the model, at the first start")
-    if prompt.recognise(load_tokenizer(start.checkpoint)) == prompt.LLAMA_2:
+    if prompt.recognise(load_tokenizer(start.checkpoint)) == prompt.LLAMA_2_FORMAT:
         return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs"
     return "has a chat template of its own, and it can write a conversation"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
-from llama2_chat.prompt import Lesson
+from llama2_chat.prompt import TokenizedExample
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Collection[int],
     max_length: int,
-) -> tuple[list[Lesson], list[str]]:
+) -> tuple[list[TokenizedExample], list[str]]:
     """Lessons of at most max_length tokens, and what had to go for that.
 
     A conversation that is too long loses its last exchanges: an answer that is cut in the middle would be learnt
@@ -115,7 +115,7 @@ def encode(
     lessons, faults, shortened = [], [], 0
     for conversation in conversations:
         try:
-            lesson = prompt.encode_to_learn(tokenizer, conversation.messages, stop_ids)
+            lesson = prompt.encode_example(tokenizer, conversation.messages, stop_ids)
         except ChatError as error:
             faults.append(f"{conversation.place}: {error}")
             continue
@@ -124,7 +124,7 @@ def encode(
             faults.append(f"{conversation.place}: its first exchange is {lesson.answers[0][1]:,} tokens.")
             continue
         shortened += len(answers) < len(lesson.answers)
-        lessons.append(Lesson(lesson.input_ids[: answers[-1][1]], answers))
+        lessons.append(TokenizedExample(lesson.input_ids[: answers[-1][1]], answers))
     told = []
     if shortened:
         told.append(f"{shortened:,} are longer than {max_length:,} tokens and lose their last exchanges.")
@@ -134,7 +134,7 @@ def encode(
     return lessons, told
 
 
-def labels(lesson: Lesson) -> list[int]:
+def labels(lesson: TokenizedExample) -> list[int]:
     """The ids that are learnt, each in its place, and -100, which PyTorch's loss passes over, everywhere else."""
     labels = [-100] * len(lesson.input_ids)
     for start, end in lesson.answers:
@@ -142,7 +142,7 @@ def labels(lesson: Lesson) -> list[int]:
     return labels
 
 
-def marked(lesson: Lesson, tokenizer: PreTrainedTokenizerBase) -> str:
+def marked(lesson: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text as the model sees it, control tokens and all, with ⟦what is learnt⟧ marked."""
     text, at = "", 0
     for start, end in lesson.answers:
@@ -322,7 +322,7 @@ def _checked(messages: list[Message]) -> list[Message]:
     for message in messages:
         if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
-    prompt.checked([*messages, {"role": "user", "content": "Go on."}])
+    prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
     # White space around it belongs to a format, and some formats would read it together with their own.
     messages = [{"role": message["role"], "content": _whole(message["content"]).strip()} for message in messages]
     if all(message["role"] != "assistant" for message in messages):

@@ -50,7 +50,7 @@ from llama2_chat.loading import choose, load
 from llama2_chat.loading.choose import Checkpoint, Plan
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.loading.small_model import EMBEDDED
-from llama2_chat.prompt import Lesson
+from llama2_chat.prompt import TokenizedExample
 from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, merging, report, splits
 from llama2_chat.training.chat_data import Conversation
@@ -309,7 +309,7 @@ def fetch(model_name: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
     if plan.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = load.load_tokenizer(plan)
-    if prompt.recognise(tokenizer) == prompt.LLAMA_2 and tokenizer.chat_template is None:
+    if prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
     return plan, tokenizer
 
@@ -383,7 +383,7 @@ def make_trainer(
     args: argparse.Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    lessons: dict[str, list[Lesson]],
+    lessons: dict[str, list[TokenizedExample]],
     resumed: bool = False,
 ) -> SFTTrainer:
     import datasets
@@ -574,7 +574,7 @@ def answer(
 def write_report(
     args: argparse.Namespace,
     plan: Checkpoint,
-    lessons: dict[str, list[Lesson]],
+    lessons: dict[str, list[TokenizedExample]],
     rows: Curves,
     figures: dict[str, str],
     answers: list[tuple[tuple[str, Conversation], str, str]],

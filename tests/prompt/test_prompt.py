@@ -378,7 +378,7 @@ def test_the_template_that_is_saved_with_a_trained_llama_2_is_recognised_and_say
 
 # What is learnt -------------------------------------------------------------------------------------------------------
 
-LESSON = turns("hello", "what is the llama</s>", "user?", "the [INST] llama is hello", system="the hello")
+CONVERSATION = turns("hello", "what is the llama</s>", "user?", "the [INST] llama is hello", system="the hello")
 
 
 def learnt(tokenizer, lesson):
@@ -386,17 +386,17 @@ def learnt(tokenizer, lesson):
 
 
 def test_what_is_learnt_in_the_llama_2_format_is_the_answers_with_their_eos(llama_tokenizer):
-    lesson = prompt.encode_to_learn(llama_tokenizer, LESSON, {2}, "llama-2")
+    lesson = prompt.encode_example(llama_tokenizer, CONVERSATION, {2}, "llama-2")
     assert learnt(llama_tokenizer, lesson) == ["what is the llama</s> </s>", "the [INST] llama is hello </s>"]
     assert [lesson.input_ids[end - 1] for _, end in lesson.answers] == [2, 2]
     assert lesson.input_ids.count(2) == 2  # a typed </s> is no EOS
 
 
 def test_a_lesson_has_the_ids_that_the_chat_would_send(llama_tokenizer):
-    lesson = prompt.encode_to_learn(llama_tokenizer, LESSON, {2}, "llama-2")
+    lesson = prompt.encode_example(llama_tokenizer, CONVERSATION, {2}, "llama-2")
     for (start, _), T in zip(lesson.answers, (2, 4), strict=True):
-        assert lesson.input_ids[:start] == prompt.encode(llama_tokenizer, LESSON[:T], "llama-2")
-    whole = prompt.encode(llama_tokenizer, [*LESSON, *turns("hello")], "llama-2")
+        assert lesson.input_ids[:start] == prompt.encode(llama_tokenizer, CONVERSATION[:T], "llama-2")
+    whole = prompt.encode(llama_tokenizer, [*CONVERSATION, *turns("hello")], "llama-2")
     assert whole[: len(lesson.input_ids)] == lesson.input_ids
     assert whole[len(lesson.input_ids)] == 1  # the next exchange begins
 
@@ -406,22 +406,22 @@ def test_what_is_learnt_in_a_models_own_format_ends_with_its_stop_token(template
         pytest.skip("GPT-2's pre-tokenizer, unlike Llama 3's own, reads two line ends otherwise where a text ends")
     end = next(token for token in ("<end_of_turn>", "<|im_end|>", "</s>") if token in templated.get_vocab())
     stop_ids = {templated.convert_tokens_to_ids(end)}
-    lesson = prompt.encode_to_learn(templated, turns("hello", "the llama", "what", "is"), stop_ids)
+    lesson = prompt.encode_example(templated, turns("hello", "the llama", "what", "is"), stop_ids)
     assert [text.strip() for text in learnt(templated, lesson)] == [f"the llama{end}", f"is{end}"]
 
 
 def test_a_format_in_which_the_model_would_have_to_write_otherwise_cannot_be_learnt_from():
     tokenizer = with_template(gpt_2_shaped("<|im_start|>", "<|im_end|>"), CHATML)
     with pytest.raises(ChatError, match="without the token that stops the model"):
-        prompt.encode_to_learn(tokenizer, turns("hello", "hello"), {0})
+        prompt.encode_example(tokenizer, turns("hello", "hello"), {0})
     with pytest.raises(ChatError, match="cannot be learnt from"):  # the template's line end and the answer's are one
-        prompt.encode_to_learn(tokenizer, turns("hello", "\n"), {tokenizer.eos_token_id})
+        prompt.encode_example(tokenizer, turns("hello", "\n"), {tokenizer.eos_token_id})
 
 
 @pytest.mark.parametrize("messages", [turns("hello"), turns("hello", "hello", "hello"), []])
 def test_a_conversation_to_learn_from_ends_with_an_answer(messages):
     with pytest.raises(ChatError, match=r"ends with an answer|starts with"):
-        prompt.encode_to_learn(llama_shaped(), messages, {2}, "llama-2")
+        prompt.encode_example(llama_shaped(), messages, {2}, "llama-2")
 
 
 # At the door ----------------------------------------------------------------------------------------------------------
@@ -505,15 +505,15 @@ def test_a_message_that_cannot_fit_is_refused_with_the_numbers(speaker):
     tokenizer, chat_format = speaker
     messages = turns("the " * 3000, system="Be brief.")
     T = len(prompt.encode(tokenizer, messages, chat_format))
-    with pytest.raises(PromptTooLong, match=f"This message is {T:,} tokens, and the model can hold 924 .*Shorten it"):
+    with pytest.raises(PromptTooLong, match=f"This message is {T:,} tokens, and 100 more .* is 1,024 tokens.*Shorten it"):
         prompt.fit(tokenizer, messages, 1024, 100, chat_format)
 
 
-def test_a_refusal_says_what_to_lower_max_new_tokens_to(speaker):
+def test_a_refusal_says_how_long_an_answer_may_be_asked_for(speaker):
     tokenizer, chat_format = speaker
     messages = turns("the " * 50)
     T = len(prompt.encode(tokenizer, messages, chat_format))
-    with pytest.raises(PromptTooLong, match=f"lower 'Max new tokens' to {4096 - T:,} or less"):
+    with pytest.raises(PromptTooLong, match=f"ask for an answer of at most {4096 - T:,} tokens"):
         prompt.fit(tokenizer, messages, 4096, 4096, chat_format)
     assert prompt.fit(tokenizer, messages, 4096, 4096 - T, chat_format).dropped_messages == 0
 

@@ -291,7 +291,7 @@ def test_the_embedded_model_learns_what_its_chat_has_to_write_and_to_stop(settin
         learnt = tokenizer.encode(said, add_special_tokens=False) + list(stop_ids)
         expected += [-100] * (len(prompt_ids) - len(expected)) + learnt
         messages.append({"role": "assistant", "content": said})
-    lesson = prompt.encode_to_learn(tokenizer, messages, stop_ids)
+    lesson = prompt.encode_example(tokenizer, messages, stop_ids)
     assert chat_data.labels(lesson) == expected
     asked_on = prompt.encode(tokenizer, [*messages, {"role": "user", "content": "Why?"}])
     assert asked_on[: len(lesson.input_ids)] == lesson.input_ids

@@ -1,0 +1,51 @@
+"""Conversations as a model is trained on them: the ids that the chat will use, and which of them the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING, NamedTuple
+
+from llama2_chat.errors import ChatError
+from llama2_chat.prompt.formats import writer
+from llama2_chat.prompt.messages import check_messages
+from llama2_chat.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokenizedExample(NamedTuple):
+    """A conversation as it is learnt from: its ids, and from where to where the answers go, stop ids included."""
+
+    input_ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    stop_ids: Container[int],
+    chat_format: str | None = None,
+) -> TokenizedExample:
+    """A conversation that ends with an answer, in the ids that encode() would give it, and what is learnt of them.
+
+    Of each answer that is what the model has to write after the prompt of its question, up to and including the stop
+    id: without it a model never learns to end.
+    Raises ChatError as encode() does, and if this format writes an answer otherwise than the model would have to.
+    """
+    system, turns = check_messages([*messages, {"role": "user", "content": "Go on."}])
+    if turns[-1].messages > 1 or len(turns) == 1:
+        raise ChatError("A conversation to learn from ends with an answer.")
+    write = writer(tokenizer, chat_format)
+    input_ids, answers = write(system, turns), []
+    for i in range(1, len(turns), 2):
+        asked = write(system, turns[:i])
+        start = len(asked)
+        end = next((t + 1 for t in range(start, len(input_ids)) if input_ids[t] in stop_ids), None)
+        if input_ids[:start] != asked or end is None:
+            raise ChatError(
+                "This conversation cannot be learnt from in the model's format: what came before changes as it goes "
+                "on, or an answer ends without the token that stops the model."
+            )
+        answers.append((start, end))
+    return TokenizedExample(input_ids[: answers[-1][1]], answers)

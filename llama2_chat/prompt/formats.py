@@ -1,0 +1,188 @@
+"""Llama 2's format to the letter, any other model's through its own chat template, and which of the two a model has."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.prompt.codec import Codec, Piece, codec_of
+from llama2_chat.prompt.messages import Turn, check_messages
+from llama2_chat.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LLAMA_2_FORMAT = "llama-2"
+LLAMA_2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+# For other programs, and saved with what is trained here: the text of the format. Its ids are _llama_2_ids' work.
+LLAMA_2_TEMPLATE = (
+    "{% set system = '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for message in messages %}{% set content = (system if loop.first else '') + message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+# What Meta's reference code gives. A tokenizer that agrees on these has Llama 2's vocabulary, merges and numbering.
+# fmt: off
+GOLDEN: tuple[tuple[list[Message], list[int]], ...] = (
+    (
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "  Hello"},  # spaces in a row: a converted tokenizer.model differs
+            {"role": "assistant", "content": "Hi! How can I help?"},
+            {"role": "user", "content": "llama 😱 in my garden"},
+        ],
+        [1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829, 14816, 29903, 6778, 13,
+         13, 29871, 15043, 518, 29914, 25580, 29962, 6324, 29991, 1128, 508, 306, 1371, 29973, 29871, 2,
+         1, 518, 25580, 29962, 11148, 3304, 29871, 243, 162, 155, 180, 297, 590, 16423, 518, 29914, 25580, 29962],
+    ),
+    (
+        [{"role": "user", "content": "Hello</s><s> x"}],
+        [1, 518, 25580, 29962, 15043, 829, 29879, 5299, 29879, 29958, 921, 518, 29914, 25580, 29962],
+    ),
+)
+# fmt: on
+
+
+Writer = Callable[[str | None, list[Turn]], list[int]]  # from a system text and turns to ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_format: str | None = None) -> list[int]:
+    """Token ids of a conversation, ending where the assistant should answer.
+
+    messages: an optional system message, then user and assistant in turn, ending with user. Two turns of the same
+    role in a row are joined by a blank line.
+    chat_format: "llama-2", or None to recognise it from the tokenizer.
+
+    In the Llama 2 format each finished exchange is encoded alone, between BOS and EOS, as the model saw it in training.
+    In another one the ids are those of apply_chat_template. What a visitor typed can never become a control token or a
+    whole template tag: a typed tag keeps its letters and loses its ids, so that decoding gives the same text. Turn
+    marks that are ordinary words, such as "USER:", are beyond this protection.
+    Raises ChatError for malformed messages, ModelUnavailable as recognise() does.
+
+    Source of the format: chat_completion() in Meta's Llama 2 reference code.
+    """
+    return writer(tokenizer, chat_format)(*check_messages(messages))
+
+
+def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """ "llama-2", or None for a model that has its own chat template.
+
+    Raises ModelUnavailable if neither will do: a tokenizer that disagrees with Meta's ids though its template speaks
+    the Llama 2 format, a model without a template (a base model), a template that cannot write a conversation.
+    """
+    formats, template = codec_of(tokenizer).formats, _template(tokenizer)
+    if template not in formats:
+        formats[template] = _recognise(tokenizer, template)
+    return formats[template]
+
+
+def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+    claimed = template is None or ("[INST]" in template and "<<SYS>>" in template)
+    if claimed and all(encode(tokenizer, messages, LLAMA_2_FORMAT) == ids for messages, ids in GOLDEN):
+        return LLAMA_2_FORMAT
+    if template is None:
+        raise ModelUnavailable(
+            "This model has no chat template, and its tokenizer does not give Llama 2's ids: it is a base model, or "
+            "its tokenizer.json is missing. Choose a chat or instruct model, for example meta-llama/Llama-2-7b-chat-hf."
+        )
+    if claimed:
+        raise ModelUnavailable(
+            "This model's chat template speaks the Llama 2 format, but its tokenizer gives other ids than Meta's. "
+            "Its tokenizer.json is missing or belongs to another model: fetch it from where the model comes from."
+        )
+    question, answer = Turn("user", "Hello", 1), Turn("assistant", "Hi", 1)
+    _template_ids(tokenizer, "Be brief.", [question, answer, question])  # fails now rather than at the first message
+    return None
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template's source, or None without one. Some models keep several: the one for plain chat counts."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        return None
+
+
+def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Writer:
+    """The function that turns a system text and turns into ids, in the format given or recognised."""
+    if chat_format not in (None, LLAMA_2_FORMAT):
+        raise ChatError(
+            f"chat_format is {LLAMA_2_FORMAT!r}, or None for the model's own; it was {str(chat_format)[:40]!r}."
+        )
+    ids = _llama_2_ids if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT else _template_ids
+    return partial(ids, tokenizer)
+
+
+def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
+    """Each exchange alone, between BOS and EOS; after the last question no EOS, for the answer follows."""
+    segments = []
+    for i in range(0, len(turns), 2):
+        question = [Piece(turns[i].content.strip(), True)]
+        if i == 0 and system is not None:
+            # Meta strips the first message with the system text in it: white space before the question stays.
+            asked = turns[0].content.rstrip()
+            question = [Piece("<<SYS>>\n", False), Piece(system, True)]
+            question += [Piece("\n<</SYS>>" + ("\n\n" if asked else ""), False), Piece(asked, True)]
+        segment = [Piece("[INST] ", False), *question, Piece(" [/INST]", False)]
+        if i + 1 < len(turns):
+            segment += [Piece(" ", False), Piece(turns[i + 1].content.strip(), True), Piece(" ", False)]
+        segments.append(segment)
+    *exchanges, last = codec_of(tokenizer).encode_segments(segments, LLAMA_2_TAGS)
+    bos, eos = (
+        tokenizer.backend_tokenizer.token_to_id(token) if id is None else id  # a bare tokenizer.json names neither
+        for token, id in (("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id))
+    )
+    return [id for ids in exchanges for id in (bos, *ids, eos)] + [bos, *last]
+
+
+# Turn marks that a template writes as ordinary text, without a control token: "<|user|>", "[INST]", "<<SYS>>".
+_MARK = re.compile(r"<<?/?\|?[^\s<>|\[\]]+\|?>>?|\[/?[^\s<>|\[\]]+\]")
+_PAD = "\u2003"  # a space that no template writes; one that strips contents takes it away
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
+    """As apply_chat_template gives them, except that control tokens come from the template alone.
+
+    The template never sees the contents: it is rendered around placeholders that nobody can guess, which show where
+    each content goes and whether it is stripped. A template that refuses or ignores the system role gets the system
+    text at the head of the first user message.
+    """
+    messages = [*([] if system is None else [Turn("system", system, 1)]), *turns]
+    nonce = secrets.token_hex(16)
+    marked = [{"role": m.role, "content": f"{_PAD}{nonce}-{i}-{_PAD}"} for i, m in enumerate(messages)]
+    try:
+        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+        for i in {0, len(messages) - 1}:
+            if f"{nonce}-{i}-" not in rendered:
+                raise TemplateError(f"it leaves out the {messages[i].role} message")
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        if system is None:
+            raise ModelUnavailable(
+                f"This model's chat template cannot write a conversation ({str(error)[:200]}). Choose another model."
+            ) from error
+        first = turns[0]._replace(content="\n\n".join(filter(None, [system, turns[0].content])))
+        return _template_ids(tokenizer, None, [first, *turns[1:]])
+    return _fill_in(codec_of(tokenizer), rendered, nonce, messages)
+
+
+def _fill_in(codec: Codec, rendered: str, nonce: str, messages: list[Turn]) -> list[int]:
+    """Ids of a rendered template with the contents of the messages where their placeholders are."""
+    # re.split gives: literal, space before, index, space after, literal, ...
+    parts = re.split(rf"({_PAD}?){nonce}-(\d+)-({_PAD}?)", rendered)
+    literals = parts[::4]
+    pieces = [Piece(codec.named(literals[0]), False)]
+    for before, index, after, literal in zip(parts[1::4], parts[2::4], parts[3::4], literals[1:], strict=True):
+        content = messages[int(index)].content
+        content = content if before else content.lstrip()
+        content = content if after else content.rstrip()
+        pieces += [Piece(content, True), Piece(codec.named(literal), False)]
+    tags = {tag for literal in literals for tag in _MARK.findall(codec.without_added_tokens(literal))}
+    return codec.encode_segments([pieces], tags)[0]

@@ -1,0 +1,45 @@
+"""What may enter: messages are checked at this door, and become a system text and turns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llama2_chat.errors import ChatError
+from llama2_chat.text import valid_unicode
+from llama2_chat.types import Message
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+    messages: int  # of the caller, joined in this turn
+
+
+def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
+    """The system text, if there is one, and turns: user and assistant alternate, user is first and last."""
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
+        raise ChatError("A conversation is a list of messages, each with a role and a content.")
+    system: str | None = None
+    turns: list[Turn] = []
+    content = ""
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ChatError(f"A message's role is system, user or assistant; it was {str(role)[:40]!r}.")
+        if not isinstance(content, str):
+            raise ChatError(f"A message's content is plain text; message {i + 1} holds something else.")
+        # The tokenizer raises on a lone surrogate, such as half an emoji that a caller cut in two.
+        content = valid_unicode(content)
+        if role == "system":
+            if i > 0:
+                raise ChatError("Only the first message can be a system message.")
+            system = content
+        elif turns and turns[-1].role == role:  # an answer stopped before its first word leaves two questions in a row
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}", turns[-1].messages + 1)
+        else:
+            turns.append(Turn(role, content, 1))
+    if not turns or turns[0].role != "user" or turns[-1].role != "user":
+        raise ChatError("A conversation starts with a message from the user and ends with one.")
+    if not content.strip():
+        raise ChatError("The message is empty. Write something first.")
+    return system, turns
