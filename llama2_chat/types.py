@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypedDict
 from llama2_chat.errors import BadGrammar, ChatError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Phase = Literal["choose", "download", "convert", "load", "connect"]  # of loading
 
 
 class Message(TypedDict):
@@ -159,7 +160,7 @@ class Status:
     """What the model is doing now, in words that the page and /healthz show as they stand."""
 
     state: Literal["loading", "ready", "failed"] = "loading"
-    phase: Literal["choose", "download", "convert", "load", "connect"] = "choose"  # while loading
+    phase: Phase = "choose"  # while loading
     done_bytes: int = 0  # of the download
     total_bytes: int = 0  # 0 while unknown
     model: str = ""  # the Hub id, folder or name of the model
@@ -177,6 +178,7 @@ class Occupancy:
     waiting: int
     kv_tokens: int  # whose keys and values running requests hold, in whole blocks
     kv_capacity_tokens: int  # that there is memory for
+    preemptions: int = 0  # since the start: requests that went back to the line because memory was full
 
 
 @dataclass(frozen=True)

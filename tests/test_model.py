@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from llama2_chat import prompt
+from llama2_chat.engine.reply import StreamedReply
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.types import SamplingParams, Usage
-from model import ChatModel, StreamedReply
+from model import ChatModel
 from tests.support.serving import busy
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
 ENDLESS = SamplingParams(temperature=1, max_new_tokens=4000, seed=1)
+
+
+ENGINE = SimpleNamespace(cancel=lambda request: None)  # for replies whose ids a test puts in
 
 
 def user(text):
@@ -25,8 +29,8 @@ def user(text):
 
 def reply_of(tokenizer, text, stop=()):
     """A finished reply whose ids are those of a given text, to see how it is cut into pieces."""
-    reply = StreamedReply(tokenizer, stop, Usage())
-    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0, cancel=lambda: None)
+    reply = StreamedReply(tokenizer, ENGINE, stop, Usage())
+    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         reply.put(torch.tensor([token]))
     reply.end()
@@ -35,10 +39,10 @@ def reply_of(tokenizer, text, stop=()):
 
 def test_streamed_pieces_join_to_the_text_generate_returns(chat_float32, loaded_float32):
     messages = user("Write one sentence about llamas, with an emoji and a word of Japanese.")
-    ids = prompt.encode(chat_float32.tokenizer, messages)
+    ids = prompt.encode(chat_float32.serving.tokenizer, messages)
     with torch.inference_mode():
         whole = loaded_float32.model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
-    expected = chat_float32.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
+    expected = chat_float32.serving.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
     with chat_float32.stream_reply(messages, GREEDY) as reply:
         assert "".join(reply) == expected
 
@@ -56,7 +60,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_character_shows_at_once_and_whole(chat_float32, text):
-    pieces = list(reply_of(chat_float32.tokenizer, text))
+    pieces = list(reply_of(chat_float32.serving.tokenizer, text))
     assert "".join(pieces) == text
     assert all(pieces)
     assert "\ufffd" not in "".join(pieces)
@@ -72,9 +76,9 @@ def test_llama_2_text_streams_the_same_as_it_decodes_whole(llama2_tokenizer, tex
 
 
 def test_a_character_cut_off_by_the_limit_shows_as_a_replacement_character(chat_float32):
-    reply = reply_of(chat_float32.tokenizer, "")
+    reply = reply_of(chat_float32.serving.tokenizer, "")
     reply.text_queue.get()
-    first_byte = chat_float32.tokenizer("😱", add_special_tokens=False)["input_ids"][0]
+    first_byte = chat_float32.serving.tokenizer("😱", add_special_tokens=False)["input_ids"][0]
     reply.put(torch.tensor([first_byte]))
     reply.end()
     assert "".join(reply) == "\ufffd"
@@ -94,7 +98,7 @@ def test_a_character_cut_off_by_the_limit_shows_as_a_replacement_character(chat_
     ],
 )
 def test_a_stop_string_ends_the_answer_and_is_never_shown(chat_float32, text, stop, shown):
-    reply = reply_of(chat_float32.tokenizer, text, stop)
+    reply = reply_of(chat_float32.serving.tokenizer, text, stop)
     assert "".join(reply) == shown
     assert reply.finish_reason == ("stop" if shown != text else "length")
 
@@ -112,7 +116,7 @@ def test_usage_and_timing_say_what_the_answer_cost(chat_float32):
     messages = user("Say hello to the llama in the garden.")
     with chat_float32.stream_reply(messages, GREEDY) as reply:
         text = "".join(reply)
-    assert reply.usage.prompt_tokens == len(prompt.encode(chat_float32.tokenizer, messages))
+    assert reply.usage.prompt_tokens == len(prompt.encode(chat_float32.serving.tokenizer, messages))
     assert 0 < reply.usage.completion_tokens <= 40
     assert reply.usage.dropped_messages == 0
     assert reply.timing.time_to_first_token_s > 0
@@ -120,7 +124,7 @@ def test_usage_and_timing_say_what_the_answer_cost(chat_float32):
     more = [*messages, {"role": "assistant", "content": text}, *user("And goodbye.")]
     with chat_float32.stream_reply(more, GREEDY) as reply:
         next(reply)
-    assert reply.usage.cached_tokens > len(prompt.encode(chat_float32.tokenizer, messages)) - 8
+    assert reply.usage.cached_tokens > len(prompt.encode(chat_float32.serving.tokenizer, messages)) - 8
 
 
 def test_an_async_reader_gets_the_same_text(chat_float32):
@@ -224,14 +228,16 @@ def test_refusals_come_from_the_call_itself(chat_float32):
 
 
 def test_ids_can_be_continued_without_a_chat_format(chat_float32):
-    ids = chat_float32.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
+    ids = chat_float32.serving.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
     with chat_float32.stream_completion(ids, GREEDY) as reply:
         assert "Paris" in "".join(reply)
     assert reply.usage.prompt_tokens == len(ids)
 
 
 def test_the_line_has_an_end(settings, chat_float32, loaded_float32):
-    short = ChatModel(replace(settings, queue_limit=1, max_batch=1)).serve(chat_float32.tokenizer, loaded_float32)
+    short = ChatModel(replace(settings, queue_limit=1, max_batch=1)).serve(
+        chat_float32.serving.tokenizer, loaded_float32
+    )
     with short.stream_reply(user("Tell me a very long story."), ENDLESS) as running:
         next(running)
         with short.stream_reply(user("Hi"), ENDLESS), pytest.raises(Busy):
@@ -244,7 +250,7 @@ def test_before_loading_and_after_closing_the_model_says_so(settings, chat_float
     assert chat.state == "loading"
     with pytest.raises(ModelUnavailable, match="still loading"):
         chat.stream_reply(user("Hi"), GREEDY)
-    chat.serve(chat_float32.tokenizer, loaded_float32)
+    chat.serve(chat_float32.serving.tokenizer, loaded_float32)
     assert chat.state == "ready"
     reply = chat.stream_reply(user("Tell me a very long story."), ENDLESS)
     next(reply)
@@ -282,8 +288,8 @@ def test_the_embedded_model_says_what_it_is(chat):
 def test_stray_bytes_break_no_answer(llama2_tokenizer):
     """A visitor saw an answer end in an error: a byte that is no character came after one that is."""
     ids = llama2_tokenizer.convert_tokens_to_ids(["▁It", "<0x32>", "<0xA6>", "▁addr", "ess", "▁here"])
-    reply = StreamedReply(llama2_tokenizer, (), Usage())
-    reply.request = SimpleNamespace(finish_reason="stop", cached_tokens=0, cancel=lambda: None)
+    reply = StreamedReply(llama2_tokenizer, ENGINE, (), Usage())
+    reply.request = SimpleNamespace(finish_reason="stop", cached_tokens=0)
     for token in ids:
         reply.put(torch.tensor([token]))
     reply.end()

@@ -263,12 +263,12 @@ def plain_generate_speed() -> float:
 
 def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingParams = GREEDY) -> tuple[float, float]:
     """The same through transformers' generate(), on the same weights: tokens/s after the first, and of it all."""
-    ids = torch.tensor([_some_ids(chat, prompt_tokens)], device=chat.model.device)
+    ids = torch.tensor([_some_ids(chat, prompt_tokens)], device=chat.serving.model.device)
     sampling = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")} if params.temperature else {}
 
     def seconds(n: int) -> float:
         started = time.perf_counter()
-        chat.model.generate(
+        chat.serving.model.generate(
             ids,
             do_sample=params.temperature > 0,
             repetition_penalty=params.repetition_penalty,
@@ -278,7 +278,7 @@ def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingPa
         )
         return time.perf_counter() - started
 
-    with torch.inference_mode(), _plain_layers(chat.model):
+    with torch.inference_mode(), _plain_layers(chat.serving.model):
         first, whole = seconds(1), seconds(params.max_new_tokens)
     return (params.max_new_tokens - 1) / (whole - first), params.max_new_tokens / whole
 
@@ -302,7 +302,7 @@ def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _some_ids(chat: ChatModel, n: int) -> list[int]:
-    return chat.tokenizer(_text(), add_special_tokens=False)["input_ids"][:n]
+    return chat.serving.tokenizer(_text(), add_special_tokens=False)["input_ids"][:n]
 
 
 def _text() -> str:
@@ -312,8 +312,8 @@ def _text() -> str:
 @torch.inference_mode()
 def perplexity(chat: ChatModel, window: int = 1024) -> float:
     """exp of the mean negative log-likelihood per token, in windows that know nothing of each other."""
-    ids = torch.tensor(_some_ids(chat, PERPLEXITY_TOKENS), device=chat.model.device).split(window)
-    losses = [chat.model(input_ids=part[None], labels=part[None]).loss.float() for part in ids]
+    ids = torch.tensor(_some_ids(chat, PERPLEXITY_TOKENS), device=chat.serving.model.device).split(window)
+    losses = [chat.serving.model(input_ids=part[None], labels=part[None]).loss.float() for part in ids]
     return torch.stack(losses).mean().exp().item()
 
 
@@ -336,7 +336,7 @@ def bench_shape(args: argparse.Namespace) -> Iterator[Figures]:
         "device": chat.status.device,
         "load, s": time.perf_counter() - started,
         "memory after load, KV cache included, GB": _gpu_gb(torch.cuda.memory_allocated),
-        "KV cache, GB": chat._engine.kv_bytes / 1e9,
+        "KV cache, GB": chat.serving.engine.runner.kv_bytes / 1e9,
     }
     yield {"compile, s": wait_for_compilation(chat), "mode": chat.mode}
     yield from bench_answers(chat, args.users)

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-import model
+from llama2_chat.engine.reply import StreamedReply
 from llama2_chat.remote.remote import RemoteModel, RemoteReply
 from llama2_chat.settings import Settings
 from llama2_chat.types import Message, SamplingParams
-from model import ChatModel, StreamedReply
+from model import ChatModel
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -62,16 +62,14 @@ class TimedReply(StreamedReply):
         return [after - before for before, after in itertools.pairwise(self.times) if after > since]
 
 
-model.StreamedReply = TimedReply  # what ChatModel hands out from now on
-
-
 def ignore_stop_ids(chat: ChatModel) -> None:
-    """From now on every answer takes its full length."""
-    chat._engine._stop_ids = set()
+    """From now on every answer takes its full length, and tells when each of its tokens came."""
+    chat.reply_type = TimedReply
+    chat.serving.engine.stop_ids = set()
 
 
 def fresh_ids(chat: ChatModel, tokens: int) -> list[int]:
-    vocab_size = chat.model.get_input_embeddings().num_embeddings
+    vocab_size = chat.serving.model.get_input_embeddings().num_embeddings
     return [next(FIRST_IDS) % vocab_size, *(RANDOM.randrange(1000, vocab_size) for _ in range(tokens - 1))]
 
 
@@ -200,7 +198,7 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
     firsts = range(bool(chromium), bool(chromium) + PAGE_PROCESSES)
     context = multiprocessing.get_context("spawn")
     with (
-        _every_reply() as replies,
+        _every_reply(chat) as replies,
         _serving(site) as url,
         context.Manager() as manager,
         ProcessPoolExecutor(PAGE_PROCESSES + 1, context) as visitors,
@@ -225,7 +223,7 @@ def through_the_page(chat: ChatModel, users: int = 32, answer_tokens: int = 256)
 
 
 @contextlib.contextmanager
-def _every_reply() -> Iterator[list[TimedReply]]:
+def _every_reply(chat: ChatModel) -> Iterator[list[TimedReply]]:
     """The replies that anybody asks for meanwhile, in order of their submits."""
     replies = []
 
@@ -234,11 +232,11 @@ def _every_reply() -> Iterator[list[TimedReply]]:
             super().__init__(*args)
             replies.append(self)
 
-    model.StreamedReply = Noted
+    chat.reply_type = Noted
     try:
         yield replies
     finally:
-        model.StreamedReply = TimedReply
+        chat.reply_type = TimedReply
 
 
 @contextlib.contextmanager
@@ -369,7 +367,7 @@ def tenth_turn(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int = 100
 
 def joining(chat: ChatModel, users: int = 8, prompt_tokens: int = 3500) -> dict[str, float]:
     """The gaps in the text of users who are being answered while long prompts, one after another, are read."""
-    users = min(users, chat._engine._max_batch - 1)  # with a place for who joins
+    users = min(users, chat.serving.engine.runner.max_batch - 1)  # with a place for who joins
     gaps_s, waits_s = asyncio.run(_joining(chat, users, prompt_tokens))
     name = f"{users} users while a prompt of {prompt_tokens:,} joins"
     rows = {f"{name}, {gap}": value for gap, value in _gaps(gaps_s).items()}
@@ -445,7 +443,7 @@ def soak(chat: ChatModel, minutes: float, readers: int = 32) -> dict[str, object
         "errors": len(afternoon.errors),
         "first error": next(iter(afternoon.errors), None),
         "still in the engine": _left_over(chat),
-        "KV memory, written to before the start, MB": chat._engine.kv_bytes / MB,
+        "KV memory, written to before the start, MB": chat.serving.engine.runner.kv_bytes / MB,
         f"resident memory at minute {early:g}, MB": before,
         f"resident memory at minute {minutes:g}, MB": after,
         "growth, MB": after - before,
@@ -456,7 +454,7 @@ def soak(chat: ChatModel, minutes: float, readers: int = 32) -> dict[str, object
 def _fill_kv_memory(chat: ChatModel) -> None:
     """Write to all of it: the system hands memory over when it is first touched, and that would look like growth."""
     # In a thread that ends, or its OpenMP team would slow down the engine's; see ChatModel.load.
-    thread = threading.Thread(target=chat._engine._pages.wipe, args=(slice(None),))
+    thread = threading.Thread(target=chat.serving.engine.runner.zero_blocks, args=(slice(None),))
     thread.start()
     thread.join()
 
@@ -467,8 +465,8 @@ async def _spend(afternoon: Afternoon, chat: ChatModel, readers: int) -> None:
 
 
 def _left_over(chat: ChatModel) -> int:
-    occupancy = chat._engine.occupancy
-    return occupancy.running + occupancy.waiting + occupancy.tokens
+    occupancy = chat.occupancy
+    return occupancy.running + occupancy.waiting + occupancy.kv_tokens
 
 
 async def _watch_memory(afternoon: Afternoon) -> None:

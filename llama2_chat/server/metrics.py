@@ -125,8 +125,12 @@ class _RightNow:
         if now := self._chat.occupancy:
             yield GaugeMetricFamily("chat_requests_running", "Requests that are being answered", now.running)
             yield GaugeMetricFamily("chat_requests_waiting", "Requests in line", now.waiting)
-            yield GaugeMetricFamily("chat_kv_tokens", "Tokens in the KV cache that running requests hold", now.tokens)
-            yield GaugeMetricFamily("chat_kv_tokens_in_all", "Tokens that the KV cache has room for", now.tokens_in_all)
+            yield GaugeMetricFamily(
+                "chat_kv_tokens", "Tokens in the KV cache that running requests hold", now.kv_tokens
+            )
+            yield GaugeMetricFamily(
+                "chat_kv_tokens_in_all", "Tokens that the KV cache has room for", now.kv_capacity_tokens
+            )
         if isinstance(self._chat, RemoteModel):
             well = GaugeMetricFamily("chat_server_well", "1 when the model's server can answer", labels=["server"])
             running = GaugeMetricFamily("chat_server_requests_running", "Of this page's", labels=["server"])

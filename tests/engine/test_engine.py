@@ -1,7 +1,6 @@
 """What the engine promises: the ids that generate gives, alone and in company, and everyone's troubles their own."""
 
 import itertools
-import queue
 import threading
 import time
 from contextlib import contextmanager
@@ -12,68 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama2_chat.engine.engine import CPU_CHUNK, Engine
-from llama2_chat.engine.kv_cache import PAGE_TOKENS
-from llama2_chat.engine.sampler import Rows, draws, is_narrow
+from llama2_chat.engine.kv_pool import BLOCK_SIZE
+from llama2_chat.engine.model_runner import CPU_CHUNK
+from llama2_chat.engine.scheduler import Scheduler
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable
 from llama2_chat.types import SamplingParams
-
-GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=12)
-SEEDED = SamplingParams(seed=7, temperature=1, max_new_tokens=24)
-LONG = SamplingParams(seed=7, temperature=1, max_new_tokens=4000)
-END = None
-
-
-class Ids:
-    """A streamer whose ids the test reads one by one."""
-
-    def __init__(self):
-        self.queue = queue.Queue()
-
-    def put(self, value):
-        self.queue.put(value.item())
-
-    def end(self):
-        self.queue.put(END)
-
-    def next(self):
-        return self.queue.get(timeout=60)
-
-    def rest(self):
-        return list(iter(self.next, END))
-
-
-class Slow(Ids):
-    """Holds the engine up, so that what happens meanwhile happens in time."""
-
-    def put(self, value):
-        time.sleep(0.003)
-        super().put(value)
-
-
-CPU = torch.device("cpu")
-
-
-@contextmanager
-def running(model, tokens=16_000, **options):
-    """An engine with memory for so many tokens."""
-    bytes_per_token = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers) * 4
-    free = {CPU: -(-tokens // PAGE_TOKENS) * PAGE_TOKENS * bytes_per_token}
-    engine = Engine(model, **{"stop_ids": set(), "free_bytes": free, "context_length": tokens} | options)
-    try:
-        yield engine
-    finally:
-        engine.close()
+from tests.support.engines import GREEDY, LONG, SEEDED, Ids, Slow, Stairs, answer, running, start
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +60,12 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def ids(chat_float32):
-    return lambda text: chat_float32.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return lambda text: chat_float32.serving.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def letters(text):
     """Ids for the tiny model."""
     return [ord(letter) % 97 for letter in text]
-
-
-def answer(engine, input_ids, params=GREEDY):
-    """The ids of one whole answer, and the request that gave them."""
-    streamer = Ids()
-    request = engine.submit(input_ids, params, streamer)
-    return streamer.rest(), request
 
 
 def generated(model, input_ids, **options):
@@ -146,11 +84,10 @@ def test_greedy_ids_are_the_ones_generate_gives(engine, loaded_float32, ids, tex
     assert request.finish_reason == ("length" if len(found) == GREEDY.max_new_tokens else "stop")
 
 
-def test_a_prompt_of_several_chunks_gives_what_generate_gives(loaded_float32, ids, monkeypatch):
-    monkeypatch.setattr("llama2_chat.engine.engine.CPU_CHUNK", 50)
+def test_a_prompt_of_several_chunks_gives_what_generate_gives(loaded_float32, ids):
     prompt = ids("A llama walked through the garden. " * 16)
     assert len(prompt) > 2 * 50
-    with running(loaded_float32.model, tokens=1000, stop_ids={2}) as engine:
+    with running(loaded_float32.model, tokens=1000, stop_ids={2}, longest_chunk=50) as engine:
         assert answer(engine, prompt)[0] == generated(loaded_float32.model, prompt)
 
 
@@ -213,12 +150,12 @@ def test_requests_are_answered_in_order_of_arrival_and_know_their_place(single):
         requests.append(single.submit(letters("Hello" * (place + 1)), (GREEDY if place else LONG), streamer))
         if place == 0:
             streamer.next()  # it runs; the others wait
-    assert [request.queue_position for request in requests] == [0, 1, 2]
-    requests[0].cancel()
+    assert [single.position(request) for request in requests] == [0, 1, 2]
+    single.cancel(requests[0])
     for streamer in streamers:
         streamer.rest()
     assert order == [0, 1, 2]
-    assert [request.queue_position for request in requests] == [0, 0, 0]
+    assert [single.position(request) for request in requests] == [0, 0, 0]
 
 
 def test_a_full_line_says_so_at_once_and_loses_nobody(single):
@@ -228,7 +165,7 @@ def test_a_full_line_says_so_at_once_and_loses_nobody(single):
     requests += [single.submit(letters("Hello"), GREEDY, streamer) for streamer in streamers[1:]]
     with pytest.raises(Busy, match="3 waiting"):
         single.submit(letters("Hello"), GREEDY, Ids())
-    requests[0].cancel()
+    single.cancel(requests[0])
     for streamer in streamers[1:]:
         assert streamer.rest()
 
@@ -238,13 +175,13 @@ def test_a_cancelled_request_leaves_the_line_without_touching_the_others(single)
     first = single.submit(letters("Tell me a story."), replace(LONG, max_new_tokens=100), running)
     running.next()
     second = single.submit(letters("Hello"), GREEDY, waiting)
-    second.cancel()
-    second.cancel()
+    single.cancel(second)
+    single.cancel(second)
     assert waiting.rest() == []
     assert second.finish_reason == "cancelled"
     running.rest()
     assert first.finish_reason == "length"
-    first.cancel()  # after the end: nothing happens
+    single.cancel(first)  # after the end: nothing happens
     assert first.finish_reason == "length"
 
 
@@ -252,7 +189,7 @@ def test_cancelling_stops_within_one_step(endless):
     streamer = Ids()
     request = endless.submit(letters("Count."), LONG, streamer)
     streamer.next()
-    request.cancel()
+    endless.cancel(request)
     computed_before = streamer.queue.qsize()
     assert len(streamer.rest()) <= computed_before + 1
     assert request.finish_reason == "cancelled"
@@ -263,11 +200,13 @@ def test_cancelling_acts_between_the_chunks_of_a_prefill(endless, tiny):
 
     def leave(*_):
         chunks.append(1)
-        endless._running[0].cancel()
+        endless.cancel(request)
 
     hook = tiny.register_forward_pre_hook(leave)
     try:
-        found, request = answer(endless, letters("word " * 800))
+        with endless.paused():
+            request, streamer = start(endless, letters("word " * 800))
+        found = streamer.rest()
     finally:
         hook.remove()
     assert (found, request.finish_reason, len(chunks)) == ([], "cancelled", 1)
@@ -332,99 +271,9 @@ def test_closing_ends_everyone_and_refuses_newcomers(single):
     assert [request.finish_reason for request in requests] == ["cancelled", "cancelled"]
     with pytest.raises(ModelUnavailable, match="stopped"):
         single.submit(letters("Hello"), LONG, Ids())
-    assert not single._thread.is_alive()
-
-
-def rows_of(logits, params, prompt=()):
-    """A table of one row for each logits [N, V], all with the same settings."""
-    rows = Rows(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
-    for row in range(len(logits)):
-        rows.join(row, [*prompt], 0, params, draws(params))
-    return rows
-
-
-def sampled(logits, params, prompt=(), times=4000):
-    """How often each token is drawn, as a share."""
-    params = SamplingParams(**params, seed=1, max_new_tokens=times)
-    rows = rows_of(logits[None], params, prompt)
-    counts = torch.zeros(len(logits))
-    for _ in range(times):
-        rows._seen[0] = False  # each draw is a first one
-        rows._seen[0, list(prompt)] = True
-        counts[rows.sample(logits[None], torch.tensor([0]), 64 if is_narrow(params) else len(logits))] += 1
-    return counts / times
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1},
-        {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
-        {"temperature": 2, "top_k": 0, "top_p": 0.7, "repetition_penalty": 0.7},
-        {"temperature": 0.8, "top_k": 1000, "top_p": 0.95, "repetition_penalty": 2},
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
-    prompt = [1, 5, 7]
-    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(params["repetition_penalty"]))])
-    warpers.append(TemperatureLogitsWarper(float(params["temperature"])))
-    if params["top_k"]:
-        warpers.append(TopKLogitsWarper(params["top_k"]))
-    warpers.append(TopPLogitsWarper(params["top_p"]))
-    expected = warpers(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
-    found = sampled(logits, params, prompt)
-    assert not found[expected == 0].any()
-    assert torch.allclose(found, expected, atol=0.03)
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": 0},
-        {"temperature": 1e-6},
-        {"temperature": 5e-324},
-        {"top_k": 1},
-        {"top_p": 1e-9},
-        {"top_p": 5e-324},
-    ],
-    ids=str,
-)
-def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 9
-    assert sampled(logits, params, times=50)[logits.argmax()] == 1
-
-
-def test_presence_and_frequency_penalties_count_the_answer_only():
-    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1, temperature=0, top_k=0)
-    logits = torch.tensor([[1.0, 0.6, 0.0, 0.8]])
-    rows = rows_of(logits, params, prompt=[3, 3])
-    assert [rows.sample(logits, torch.tensor([0]), 4).item() for _ in range(4)] == [0, 3, 1, 0]
-
-
-def test_rows_with_other_settings_draw_what_they_draw_alone():
-    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(3)) * 3
-    settings = [
-        SamplingParams(seed=1, temperature=1, top_k=0, top_p=0.9),
-        SamplingParams(temperature=0, frequency_penalty=1),
-        SamplingParams(seed=2, temperature=2, top_k=100, presence_penalty=2),
-    ]
-    together = Rows(4, 200, 4096, CPU)
-    alone = [rows_of(logits[:1], params, prompt=[5]) for params in settings]
-    for row, params in enumerate(settings):
-        together.join(row, [5], 0, params, draws(params))
-    for _ in range(50):
-        expected = [one.sample(logits[row][None], torch.tensor([0]), 200).item() for row, one in enumerate(alone)]
-        assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected
 
 
 # ---- In company ----
-
-
-def start(engine, input_ids, params=GREEDY):
-    streamer = Ids()
-    return engine.submit(input_ids, params, streamer), streamer
 
 
 def test_greedy_ids_are_the_same_alone_and_with_neighbours_that_come_and_go(loaded_float32, ids):
@@ -438,7 +287,7 @@ def test_greedy_ids_are_the_same_alone_and_with_neighbours_that_come_and_go(load
         leaving, _ = start(engine, ids("Tell me a long story."), LONG)
         started += [start(engine, ids(text), params) for text in texts[2:]]
         started[1][1].next()
-        leaving.cancel()
+        engine.cancel(leaving)
         start(engine, ids("Short."), SamplingParams(seed=1, max_new_tokens=2, top_k=0))
         together = [streamer.rest() for _, streamer in started]
     assert together[0] == alone[0][1:]
@@ -462,39 +311,39 @@ def test_what_does_not_fit_in_memory_waits_and_then_says_what_it_says_alone(tiny
     long, short = letters("word " * 90), letters("The three largest cities of Japan are")
     with running(tiny) as engine:
         expected = answer(engine, short)[0]
-    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
+    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:
         reading = Slow()
         first = engine.submit(long, replace(GREEDY, max_new_tokens=60), reading)
         reading.next()
         second, waiting = start(engine, short)
-        assert second.queue_position == 1
+        assert engine.position(second) == 1
         assert waiting.rest() == expected
         assert first.finish_reason == "length"
 
 
 def test_when_memory_runs_out_the_youngest_waits_and_loses_no_text(tiny):
-    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * PAGE_TOKENS)
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * BLOCK_SIZE)
     prompts = [[n, n + 1, n + 2] * 20 for n in range(4)]
     with running(tiny) as engine:
         expected = [answer(engine, prompt, params)[0] for prompt in prompts]
-    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:  # two and a bit of them
+    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:  # two and a bit of them
         started = [start(engine, prompt, params) for prompt in prompts]
         assert [streamer.rest() for _, streamer in started] == expected
         assert {request.finish_reason for request, _ in started} == {"length"}
 
 
 def test_a_model_that_leaves_no_memory_for_conversations_is_refused(tiny):
-    with pytest.raises(ModelUnavailable, match="no GPU memory for conversations"), running(tiny, tokens=PAGE_TOKENS):
+    with pytest.raises(ModelUnavailable, match="no GPU memory for conversations"), running(tiny, tokens=BLOCK_SIZE):
         pass
 
 
 def test_an_answer_that_outgrows_all_memory_ends_there(tiny):
-    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
+    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:
         found, request = answer(engine, [1] * 400, SamplingParams(temperature=0, max_new_tokens=4000))
         assert request.finish_reason == "length"
-        assert len(found) == 8 * PAGE_TOKENS - 400
-        with pytest.raises(ChatError, match=r"512 tokens and there is room for 511"):
-            engine.submit([1] * 8 * PAGE_TOKENS, GREEDY, Ids())
+        assert len(found) == 8 * BLOCK_SIZE - 400
+        with pytest.raises(ChatError, match="512 tokens"):
+            engine.submit([1] * 8 * BLOCK_SIZE, GREEDY, Ids())
 
 
 def test_nobody_gets_more_than_the_context_however_much_memory_there_is(tiny):
@@ -502,23 +351,26 @@ def test_nobody_gets_more_than_the_context_however_much_memory_there_is(tiny):
     with running(tiny, tokens=4000, context_length=200) as engine:
         found, request = answer(engine, [1] * 150, SamplingParams(temperature=0, max_new_tokens=4000))
         assert (len(found), request.finish_reason, engine.context_length) == (50, "length", 200)
-        with pytest.raises(ChatError, match="200 tokens and there is room for 199"):
+        with pytest.raises(ChatError, match="200 tokens"):
             engine.submit([1] * 200, GREEDY, Ids())
 
 
-def test_closing_reaches_a_request_that_is_just_going_back_to_the_line(tiny):
+def test_closing_reaches_a_request_that_is_just_going_back_to_the_line(tiny, monkeypatch):
     # Its reader waited for ever.
-    params = SamplingParams(max_new_tokens=7 * PAGE_TOKENS)
-    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:
-        requeue, closing = engine._requeue, threading.Thread(target=engine.close)
+    params = SamplingParams(max_new_tokens=7 * BLOCK_SIZE)
+    grow, closed = Scheduler.grow, threading.Event()
 
-        def close_first(request):
+    def close_first(scheduler, request):
+        has_room = grow(scheduler, request)
+        if not has_room and not closing.is_alive():
             closing.start()
-            while not engine._closed:
-                time.sleep(0.001)
-            requeue(request)
+            assert closed.wait(60)  # by now close() has cancelled all who waited
+        return has_room
 
-        engine._requeue = close_first
+    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:
+        closing = threading.Thread(target=engine.close)
+        engine.runner.close = closed.set
+        monkeypatch.setattr(Scheduler, "grow", close_first)
         started = [start(engine, [n] * 10, params) for n in range(2)]
         for request, streamer in started:
             streamer.rest()
@@ -528,15 +380,14 @@ def test_closing_reaches_a_request_that_is_just_going_back_to_the_line(tiny):
 
 def test_when_the_one_without_room_leaves_the_line_the_next_comes_in(tiny):
     # The next waited for the end of somebody's long answer beside memory that nobody used.
-    with running(tiny, tokens=20 * PAGE_TOKENS) as engine:
-        went_back, requeue = threading.Event(), engine._requeue
-        engine._requeue = lambda request: (requeue(request), went_back.set())
+    with running(tiny, tokens=20 * BLOCK_SIZE) as engine:
         long = engine.submit([1] * 320, LONG, Slow())
         young, _ = start(engine, [2] * 600, LONG)
-        assert went_back.wait(60)
+        while not engine.occupancy.preemptions:
+            time.sleep(0.001)
         last, waiting = start(engine, [3, 4, 5])
-        assert last.queue_position == 2
-        young.cancel()
+        assert engine.position(last) == 2
+        engine.cancel(young)
         assert len(waiting.rest()) == GREEDY.max_new_tokens
         assert long.finish_reason is None
 
@@ -583,7 +434,7 @@ def test_a_request_that_fails_spares_its_neighbours_and_those_after_it(tiny, poi
     with running(tiny) as engine:
         expected = [answer(engine, prompt, params)[0] for prompt in prompts]
         healthy = answer(engine, bad, params)[0]
-    with running(tiny, tokens=16 * PAGE_TOKENS) as engine:  # so few that pages are used again
+    with running(tiny, tokens=16 * BLOCK_SIZE) as engine:  # so few that pages are used again
         with poisoned(tiny, poison):
             started = [start(engine, prompt, params) for prompt in prompts[:2]]
             failed, failing = start(engine, bad, params)
@@ -594,22 +445,23 @@ def test_a_request_that_fails_spares_its_neighbours_and_those_after_it(tiny, poi
         assert "secret" not in str(failed.error)
         for prompt, found in zip([*prompts, bad], [*expected, healthy], strict=True):
             assert answer(engine, prompt, params)[0] == found
-        assert engine.occupancy.tokens == 0
+        assert engine.occupancy.kv_tokens == 0
 
 
 def test_who_leaves_before_the_first_token_leaves_nothing_behind_that_is_not_a_number(tiny):
-    # Others who got the page later ended with an error: nothing times NaN is not nothing.
+    # Others who got the page later ended with an error: 0 * NaN is NaN.
     with running(tiny) as engine:
 
         def leave(*args):
-            engine._running[0].cancel()
+            engine.cancel(request)
             return not_a_number(*args)
 
         with poisoned(tiny, leave):
-            request, streamer = start(engine, [7] * (2 * CPU_CHUNK))
+            with engine.paused():
+                request, streamer = start(engine, [7] * (2 * CPU_CHUNK))
             assert streamer.rest() == []
         assert request.finish_reason == "cancelled"
-        assert all(states.isfinite().all() for layer in engine._pages.layers for states in layer)
+        assert engine.runner.are_finite([*range(engine.runner.num_blocks)])
 
 
 def test_out_of_memory_makes_the_batch_smaller_and_ends_nobody(tiny, caplog):
@@ -683,10 +535,10 @@ def test_a_loop_that_dies_starts_again_and_its_requests_hear_of_it(tiny, caplog)
     assert "starts again" in caplog.text
 
 
-def test_a_gpu_that_fails_for_good_is_told_to_everyone_and_to_the_owner(tiny, caplog, monkeypatch):
+def test_a_gpu_that_fails_for_good_is_told_to_everyone_and_to_the_owner(tiny, caplog):
     lost = threading.Event()
-    monkeypatch.setattr(Engine, "_gpu_works", lambda self: False)  # there is none here to break
     with running(tiny, max_batch=1, on_lost=lost.set) as engine, poisoned(tiny, explode):
+        engine.runner.is_alive = lambda: False  # there is none here to break
         first, answering = start(engine, [7] * 50, LONG)
         second, waiting = start(engine, [1, 2, 3])
         answering.rest()
@@ -718,7 +570,7 @@ def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny, visitors):
             raise ValueError("no more room")
 
     threads = threading.active_count()
-    with running(tiny, tokens=20 * PAGE_TOKENS, queue_limit=50) as engine, poisoned(tiny, explode):
+    with running(tiny, tokens=20 * BLOCK_SIZE, queue_limit=50) as engine, poisoned(tiny, explode):
         started = []
         for kind, prompt_tokens, answer_tokens, beginning in visitors:
             if kind != "fails":  # they do at position 55
@@ -727,14 +579,16 @@ def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny, visitors):
             params = SamplingParams(seed=1, max_new_tokens=answer_tokens)
             request = engine.submit([beginning] * prompt_tokens, params, streamer)
             if kind == "leaves":
-                request.cancel()
+                engine.cancel(request)
             started.append((kind, request, streamer))
         for kind, request, streamer in started:
             streamer.rest()
             allowed = {"leaves": ["cancelled", "length"], "stays": ["length"], "breaks": ["error"]}
             assert request.finish_reason in allowed.get(kind, ["error", "length"])
-        assert (engine.occupancy.running, engine.occupancy.waiting, engine.occupancy.tokens) == (0, 0, 0)
-        assert len(engine._free_rows) == engine._max_batch
+        assert (engine.occupancy.running, engine.occupancy.waiting, engine.occupancy.kv_tokens) == (0, 0, 0)
+        with engine.paused():  # every slot is free again
+            started = [start(engine, [1], GREEDY) for _ in range(engine.runner.max_batch)]
+        assert all(len(streamer.rest()) == GREEDY.max_new_tokens for _, streamer in started)
     assert threading.active_count() == threads
 
 
@@ -747,8 +601,8 @@ def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny, error
     prompts = [[n, n + 1, n + 2] for n in range(3)]
     with running(tiny) as engine:
         expected = [answer(engine, prompt, params)[0] for prompt in prompts]
-        decode, sample = engine._decode_eagerly, engine._rows.sample
-        calls, astray = [], []
+        decode, sample = engine.runner.decode, engine.runner.sample
+        calls, misplaced = [], []
 
         def fail(*args):
             calls.append(args)
@@ -757,47 +611,25 @@ def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny, error
                 raise error
             return tokens
 
-        def compare(requests, rows):
-            if engine._rows.positions[rows].tolist() != [request.computed for request in requests]:
-                astray.append(requests)
-            return decode(requests, rows)
+        def compare(requests):
+            positions = engine.runner.sampler.positions[[request.slot for request in requests]]
+            if positions.tolist() != [request.computed for request in requests]:
+                misplaced.append(requests)
+            return decode(requests)
 
-        engine._rows.sample, engine._decode_eagerly = fail, compare
-        with engine._changed:  # all are here before the first begins
+        engine.runner.sample, engine.runner.decode = fail, compare
+        with engine.paused():  # all are here before the first begins
             started = [start(engine, prompt, params) for prompt in prompts]
         assert [streamer.rest() for _, streamer in started] == expected
     assert len(calls) > step
-    assert not astray
+    assert not misplaced
 
 
 # ---- Grammars ----
 
 
-class Stairs:
-    """After an id only the next one and the one after it, until an answer has `steps` of them."""
-
-    def __init__(self, first, steps=10**6, breaks_at=None):
-        self.last, self.left, self.breaks_at = first, steps, breaks_at
-
-    @property
-    def complete(self):
-        return not self.left
-
-    def allow(self, mask):
-        if self.last == self.breaks_at:
-            raise ChatError("Too many stairs.")
-        bits = torch.zeros(128, dtype=torch.int64)
-        bits[[(self.last + 1) % 97, (self.last + 2) % 97]] = 1
-        mask[:4] = (bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32)
-
-    def advance(self, token):
-        assert (token - self.last) % 97 in (1, 2)
-        self.last, self.left = token, self.left - 1
-
-
 def start_on_stairs(engine, first, params, **options):
-    streamer = Ids()
-    return engine.submit([first, first + 1, first], params, streamer, Stairs(first, **options)), streamer
+    return start(engine, [first, first + 1, first], params, Stairs(first, **options))
 
 
 @pytest.mark.parametrize("top_k", [0, 50, 1000])
@@ -825,21 +657,19 @@ def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny)
 
     with running(tiny) as engine:
         alone = [begin(engine, n)[1].rest() for n in range(8)]
-        with engine._changed:  # all are here before the first begins
+        with engine.paused():  # all are here before the first begins
             started = [begin(engine, n) for n in range(8)]
         assert [streamer.rest() for _, streamer in started] == alone
 
 
 def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny):
-    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * PAGE_TOKENS)
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * BLOCK_SIZE)
     with running(tiny) as engine:
         expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(4)]
-    with running(tiny, tokens=8 * PAGE_TOKENS) as engine:  # three of them
-        requeued, requeue = [], engine._requeue
-        engine._requeue = lambda request: (requeued.append(request), requeue(request))
+    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:  # three of them
         started = [start_on_stairs(engine, n, params) for n in range(4)]
         assert [streamer.rest() for _, streamer in started] == expected
-    assert requeued
+        assert engine.occupancy.preemptions
 
 
 @pytest.mark.parametrize("step", [1, 9], ids=["in the prompts", "in the answers"])
@@ -847,7 +677,7 @@ def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, ca
     params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
     with running(tiny) as engine:
         expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(3)]
-        sample, calls = engine._rows.sample, []
+        sample, calls = engine.runner.sample, []
 
         def fail(*args):
             calls.append(args)
@@ -856,8 +686,8 @@ def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, ca
                 raise RuntimeError("odd")
             return tokens
 
-        engine._rows.sample = fail
-        with engine._changed:
+        engine.runner.sample = fail
+        with engine.paused():
             started = [start_on_stairs(engine, n, params) for n in range(3)]
         assert [streamer.rest() for _, streamer in started] == expected
 
@@ -865,7 +695,7 @@ def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, ca
 def test_a_grammar_that_gives_up_ends_its_own_answer_with_its_sentence(endless):
     params = replace(GREEDY, max_new_tokens=40)
     expected, _ = answer(endless, [1, 2, 3], params)
-    with endless._changed:
+    with endless.paused():
         _, neighbour = start(endless, [1, 2, 3], params)
         failed, failing = start_on_stairs(endless, 5, replace(params, top_k=0), breaks_at=7)
     assert neighbour.rest() == expected
@@ -874,5 +704,5 @@ def test_a_grammar_that_gives_up_ends_its_own_answer_with_its_sentence(endless):
 
 
 def test_answers_without_a_grammar_pay_nothing_for_it(endless, monkeypatch):
-    monkeypatch.setattr("llama2_chat.engine.engine.restrict", None)
+    monkeypatch.setattr("llama2_chat.engine.model_runner.restrict", None)
     assert answer(endless, [1, 2, 3])[1].finish_reason == "length"

@@ -70,7 +70,7 @@ def walk(tokenizer, schema, seed, most=400):
 def tokenizer(request):
     match request.param:
         case "the embedded model's":
-            return request.getfixturevalue("chat").tokenizer
+            return request.getfixturevalue("chat").serving.tokenizer
         case "Llama 2's":
             return request.getfixturevalue("llama2_tokenizer")
         case "like GPT-2's":
@@ -108,10 +108,10 @@ def test_an_answer_of_llama_2_may_begin_with_its_space(llama2_tokenizer):
     "schema", [{"type": "object"}, {"type": "object", "x-guidance": {"whitespace_flexible": True}}]
 )
 def test_nobody_goes_on_with_whitespace_for_ever(chat, schema):
-    following = Grammars(chat.tokenizer, len(chat.tokenizer), {2}).grammar(json.dumps(schema))
-    for token in chat.tokenizer.encode('{"a":', add_special_tokens=False):
+    following = Grammars(chat.serving.tokenizer, len(chat.serving.tokenizer), {2}).grammar(json.dumps(schema))
+    for token in chat.serving.tokenizer.encode('{"a":', add_special_tokens=False):
         following.advance(token)
-    texts = [chat.tokenizer.decode([token]) for token in allowed(following, len(chat.tokenizer))]
+    texts = [chat.serving.tokenizer.decode([token]) for token in allowed(following, len(chat.serving.tokenizer))]
     assert {text[:1] for text in texts} == {" "}
     assert not any(text[1:2].isspace() for text in texts)
 

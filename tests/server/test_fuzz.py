@@ -38,10 +38,10 @@ def document(chat, settings):
     """The document, and behind it the embedded model's tokenizer and few random weights."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(chat.tokenizer), max_position_embeddings=CONTEXT, **shape)
+    config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=CONTEXT, **shape)
     small = ChatModel(settings)
     small.status = Status(model="small")
-    small.serve(chat.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
+    small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
     with serving(small, settings) as address:
         ours = FastAPI()
         ours.include_router(health_router(small))

@@ -45,10 +45,10 @@ def small(chat, settings):
     """The embedded model's tokenizer and few random weights: fast, talkative, one answer and one in line."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(chat.tokenizer), max_position_embeddings=CONTEXT, **shape)
+    config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=CONTEXT, **shape)
     small = ChatModel(replace(settings, max_batch=1, queue_limit=1))
     small.status = Status(model="small")
-    yield small.serve(chat.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
+    yield small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
     small.close()
 
 
@@ -144,8 +144,8 @@ def test_tokenize_counts_what_a_question_costs(client, address, chat):
 
 def test_a_control_token_in_a_text_stays_text(http, chat):
     tokens = http.post("/tokenize", json={"prompt": "a<|im_end|>"}).json()["tokens"]
-    assert chat.tokenizer.decode(tokens) == "a<|im_end|>"
-    assert chat.tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokens
+    assert chat.serving.tokenizer.decode(tokens) == "a<|im_end|>"
+    assert chat.serving.tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokens
 
 
 def test_text_parts_and_developer_messages_are_what_they_were_called_before(http):

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import uvicorn
 
-from llama2_chat.engine.engine import CPU_BATCH
+from llama2_chat.engine.model_runner import CPU_BATCH
 
 
 @contextmanager

@@ -1,0 +1,370 @@
+"""A Llama on one CUDA GPU, faster: its layers compiled, its steps recorded as CUDA graphs.
+
+All layers share one compiled function, so that compiling takes seconds and not minutes. It happens in a thread of its
+own while the engine answers without it; the engine's thread then records each size between two steps. A recorded step
+reads all it needs from tensors that stay where they are, so the host only says which slots, or which ids.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.model_runner import ModelStep
+from llama2_chat.engine.prefix_cache import BlockTable
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.sampler import NARROW, SamplerState
+from llama2_chat.engine.scheduler import Chunk
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["decode", "prefill"]
+
+TILE_SIZE = 64  # tokens: a recorded prefill step takes prompts in tiles, each of one request
+# What is recorded, in the order in which it is missed most: decode steps for so many requests, prefill for so many
+# tokens. Fewer are padded to the next size.
+SIZES: tuple[tuple[Kind, int], ...] = (
+    *(("decode", 1), ("prefill", 512), ("decode", 8), ("decode", 32), ("prefill", 2048), ("prefill", 128)),
+    *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
+)
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the position
+
+
+@dataclass
+class _Recording:
+    size: int
+    inputs: Tensor  # int64, written before each replay
+    forward: torch.cuda.CUDAGraph
+    logits: Tensor  # [N, V]
+
+
+@dataclass
+class _DecodeRecording(_Recording):
+    sampling: torch.cuda.CUDAGraph  # for steps of narrow requests only
+    tokens: Tensor  # int64 [N]
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
+    """What is computed here is recorded. What another thread does meanwhile is its own affair, but a garbage collection
+    in this one might destroy what no recording may contain, such as the events of an engine that is gone."""
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        gc.enable()
+
+
+def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """kernels.attention.decode_attention, if all of the model is where it runs: bfloat16, GPUs of compute capability
+    8.0, heads of a power of two."""
+    devices = {parameter.device for parameter in model.parameters()}
+    on_gpus = all(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) for device in devices)
+    head_dim = getattr(model.config, "head_dim", None) or 0
+    if not on_gpus or model.dtype != torch.bfloat16 or head_dim.bit_count() != 1:
+        return None
+    try:
+        from llama2_chat.kernels import attention
+    except ImportError:  # no Triton here
+        return None
+    return attention.decode_attention
+
+
+class RecordedWay:
+    """What computes steps instead of the model, as far as it is ready; a model_runner.BackgroundWay."""
+
+    def __init__(self, model: LlamaForCausalLM, pool: KVPool, sampler: SamplerState, most_blocks: int) -> None:
+        self._model, self._kv_pool, self._sampler = model, pool, sampler
+        # A block more than any request has: the last tile of a prompt may reach beyond it.
+        self._table = torch.zeros(sampler.padding + 1, most_blocks + 1, dtype=torch.int32, device=sampler.device)
+        self._bound: list[tuple[BlockTable | None, int]] = [(None, 0)] * sampler.padding  # what self._table holds
+        fitting = [(kind, size) for kind, size in SIZES if kind == "prefill" or size <= sampler.padding]
+        # A full batch is recorded whatever MAX_BATCH is.
+        self._sizes: list[tuple[Kind, int]] = list(dict.fromkeys([*fitting, ("decode", sampler.padding)]))
+        self._decodes: dict[int, _DecodeRecording] = {}
+        self._prefills: dict[int, _Recording] = {}
+        self._graph_pool: tuple[int, int] | None = None
+        self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
+        self._recorded = threading.Event()
+        self._closed = False
+        self.mode = "eager"
+        self._decode_layer = torch.compile(_decode_layer, dynamic=False)
+        self._prefill_layer = torch.compile(_prefill_layer, dynamic=True)
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether this model can run compiled, where the kernels run: a Llama, whole on one GPU."""
+        rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        devices = {parameter.device for parameter in model.parameters()}
+        return type(model) is LlamaForCausalLM and len(devices) == 1 and rope in STATIC_ROPE
+
+    def start(self, wake: Callable[[], None]) -> None:
+        """Compile in the background; wake() tells the engine's thread that there is something to record."""
+        self._wake = wake
+        threading.Thread(target=self._compile, name="compile", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._recorded.set()
+
+    # In a thread of its own. Whatever it computes goes to the padding slot and to block 0.
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        started = time.perf_counter()
+        try:
+            torch.cuda.set_device(self._sampler.device)
+            for done, (kind, size) in enumerate(self._sizes):
+                self.mode = f"{self._ready()}; compiling {kind} {size}, {done + 1} of {len(self._sizes)}"
+                for _ in range(2):
+                    self._step(kind, size)
+                torch.cuda.synchronize(self._sampler.device)
+                self._recorded.clear()
+                self._compiled.put((kind, size))
+                self._wake()
+                if not self._closed:  # else clear() may have come after what close() sets
+                    self._recorded.wait()
+                if self._closed:
+                    return
+                log.info("%s %d is recorded, %.0f s after loading", kind, size, time.perf_counter() - started)
+            self.mode = self._ready()
+        except Exception:
+            self.mode = f"{self._ready()}; compiling failed"
+            log.exception("Compiling failed; what is ready is used: %s", self._ready())
+
+    def _ready(self) -> str:
+        sizes = (("decode", sorted(self._decodes)), ("prefill", sorted(self._prefills)))
+        parts = [f"{kind} {', '.join(map(str, ready))}" for kind, ready in sizes if ready]
+        return f"CUDA graphs: {'; '.join(parts)}" if parts else "eager"
+
+    def _new_inputs(self, kind: Kind, size: int) -> Tensor:
+        if kind == "decode":
+            return torch.full((size,), self._sampler.padding, device=self._sampler.device)
+        return _packed([], size, self._sampler.padding).to(self._sampler.device)
+
+    def _step(self, kind: Kind, size: int) -> None:
+        inputs = self._new_inputs(kind, size)
+        logits = self._logits(kind, size, inputs)
+        if kind == "decode":
+            self._sampler.sample(logits, inputs, NARROW)
+
+    # In the engine's thread.
+
+    @property
+    def maintenance_due(self) -> bool:
+        return not self._compiled.empty()
+
+    def maintain(self) -> None:
+        """Record a step that has been compiled, if there is one."""
+        try:
+            kind, size = self._compiled.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            self._record(kind, size)
+        except torch.OutOfMemoryError:
+            log.warning("No GPU memory is left to record the step %s %d; KV_HEADROOM_GB leaves more", kind, size)
+        except Exception:
+            self._closed = True
+            self.mode = f"{self._ready()}; recording failed"
+            log.exception("The step %s %d could not be recorded; what is ready is used: %s", kind, size, self._ready())
+        self._recorded.set()
+
+    def _record(self, kind: Kind, size: int) -> None:
+        # Once without recording: cuBLAS makes itself ready in each thread anew, which no recording may contain.
+        self._step(kind, size)
+        inputs = self._new_inputs(kind, size)
+        torch.cuda.synchronize(self._sampler.device)
+        forward = torch.cuda.CUDAGraph()
+        with _recording(forward, self._graph_pool):
+            logits = self._logits(kind, size, inputs)
+        self._graph_pool = self._graph_pool or forward.pool()
+        if kind == "prefill":
+            self._prefills[size] = _Recording(size, inputs, forward, logits)
+            return
+        sampling = torch.cuda.CUDAGraph()
+        with _recording(sampling, self._graph_pool):
+            tokens = self._sampler.sample(logits, inputs, NARROW)
+        self._decodes[size] = _DecodeRecording(size, inputs, forward, logits, sampling, tokens)
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep | None:
+        """None if no step for so many is recorded."""
+        sizes = [size for size in self._decodes if size >= len(requests)]
+        if not sizes:
+            return None
+        recording, N = self._decodes[min(sizes)], len(requests)
+        self._bind(requests)
+        slots = [request.slot for request in requests]
+        padded = slots + [self._sampler.padding] * (recording.size - N)
+        recording.inputs.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
+        recording.forward.replay()
+
+        def sample() -> Tensor:
+            recording.sampling.replay()
+            return recording.tokens[:N]
+
+        return ModelStep([*requests], recording.logits[:N], recording.inputs[:N], sample)
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """None if the longest chunk fits in no recorded step. Chunks are packed into as few steps as they fit in."""
+        longest = max(_padded(chunk) for chunk in chunks)
+        if not any(size >= longest for size in self._prefills):
+            return None
+        self._bind([chunk.request for chunk in chunks])
+        packs: list[list[Chunk]] = []
+        room = 0
+        for chunk in chunks:
+            if _padded(chunk) > room:
+                packs.append([])
+                room = max(self._prefills)
+            packs[-1].append(chunk)
+            room -= _padded(chunk)
+        logits = torch.cat([self._replay_prefill(pack) for pack in packs])
+        return logits[[index for index, chunk in enumerate(chunks) if chunk.is_last]]
+
+    def _replay_prefill(self, pack: Sequence[Chunk]) -> Tensor:
+        tokens = sum(map(_padded, pack))
+        recording = self._prefills[min(size for size in self._prefills if size >= tokens)]
+        packed = _packed(pack, recording.size, self._sampler.padding)
+        recording.inputs.copy_(packed.pin_memory(), non_blocking=True)
+        recording.forward.replay()
+        return recording.logits[: len(pack)].clone()
+
+    def _bind(self, requests: Sequence[Request]) -> None:
+        """Bring the slots' rows of the table on the device up to date. A request's own table only grows at its end."""
+        for request in requests:
+            slot, table, length = request.slot, request.blocks, len(request.blocks)
+            bound, known = self._bound[slot]
+            if bound is table and known == length:
+                continue
+            if bound is not table:
+                known = 0
+                self._table[slot] = 0
+            self._table[slot, known:length] = torch.tensor(table.blocks[known:], dtype=torch.int32)
+            self._bound[slot] = (table, length)
+
+    # The steps themselves.
+
+    def _logits(self, kind: Kind, size: int, inputs: Tensor) -> Tensor:
+        return self._decode(inputs) if kind == "decode" else self._prefill(inputs, size)
+
+    def _decode(self, slots: Tensor) -> Tensor:
+        """Logits [N, V] of the next token of each slot, int64 [N]."""
+        state = self._sampler
+        hidden, cos_sin = self._embed(state.tokens[slots], state.positions[slots])
+        for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+            where = slots, state.positions, self._table
+            hidden = self._decode_layer(layer, hidden, *cos_sin, keys, values, *where)
+        return self._model.lm_head(self._model.model.norm(hidden))[0]
+
+    def _prefill(self, inputs: Tensor, size: int) -> Tensor:
+        """Logits [slots, V] after the last token of each chunk of a pack of so many tokens, laid out by _packed()."""
+        tiles, offset = size // TILE_SIZE, torch.arange(TILE_SIZE, device=inputs.device)
+        ids, slots, starts, counts, last = inputs.split([size, tiles, tiles, tiles, self._sampler.padding])
+        positions = starts[:, None] + offset
+        block = self._table[slots[:, None], positions // BLOCK_SIZE]
+        # What only fills a tile goes to block 0.
+        kv_index = torch.where(offset < counts[:, None], block * BLOCK_SIZE + positions % BLOCK_SIZE, offset).flatten()
+        hidden, cos_sin = self._embed(ids, positions.flatten())
+        for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+            where = kv_index, slots, starts, counts, self._table
+            hidden = self._prefill_layer(layer, hidden, *cos_sin, keys, values, *where)
+        return self._model.lm_head(self._model.model.norm(hidden[:, last]))[0]
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden = self._model.model.embed_tokens(ids[None])
+        return hidden, self._model.model.rotary_emb(hidden, position_ids=positions[None])
+
+
+# One layer, as LlamaDecoderLayer computes it, with its products joined and its keys and values in the pool.
+
+
+def _decode_layer(layer, hidden, cos, sin, keys, values, slots, positions, table):
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return torch.ops.llama2_chat.decode_attention(query, key, value, keys, values, slots, positions, table, scale)
+
+    return _layer(layer, hidden, cos, sin, attend)
+
+
+def _prefill_layer(layer, hidden, cos, sin, keys, values, kv_index, slots, starts, counts, table):
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return torch.ops.llama2_chat.prefill_attention(
+            query, key, value, keys, values, kv_index, slots, starts, counts, table, scale
+        )
+
+    return _layer(layer, hidden, cos, sin, attend)
+
+
+def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projected = _together(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    hidden = hidden + attention.o_proj(attend(query, key, value, attention.scaling).flatten(2))
+    gate, up = _together(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
+    return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    joined = getattr(linears[0], "joined", None)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return F.linear(x, joined).split([linear.out_features for linear in linears], -1)
+
+
+def join_projections(model: LlamaForCausalLM) -> None:
+    """Let what is multiplied with the same input be one product, which reads weights faster than several small ones.
+
+    The single weights become views of the joined ones, so that the model itself computes as before and takes no more
+    memory. Quantised and adapted layers stay as they are.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            if all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
+                joined = torch.cat([linear.weight for linear in linears])
+                for linear, part in zip(
+                    linears, joined.split([linear.out_features for linear in linears]), strict=True
+                ):
+                    linear.weight = nn.Parameter(part, requires_grad=False)
+                linears[0].register_buffer("joined", joined, persistent=False)
+    torch.cuda.empty_cache()  # else PyTorch would keep the memory in which the single weights were
+
+
+def _padded(chunk: Chunk) -> int:
+    """Tokens that a chunk takes in a recorded step: whole tiles."""
+    return -(-(chunk.end - chunk.start) // TILE_SIZE) * TILE_SIZE
+
+
+def _packed(chunks: Sequence[Chunk], size: int, padding: int) -> Tensor:
+    """What a prefill step of so many tokens reads, int64: the ids; for each tile its slot, its start and how many of
+    its tokens count; and for each chunk where its last token is. A chunk begins with a tile of its own."""
+    ids: list[int] = []
+    slots, starts, counts, last = [], [], [], []
+    for chunk in chunks:
+        for first in range(0, len(chunk.ids), TILE_SIZE):
+            tile = chunk.ids[first : first + TILE_SIZE]
+            ids += tile + [0] * (TILE_SIZE - len(tile))
+            slots.append(chunk.request.slot)
+            starts.append(chunk.start + first)
+            counts.append(len(tile))
+        last.append(len(ids) - TILE_SIZE + counts[-1] - 1)
+    tiles = size // TILE_SIZE
+    filled = ((ids, size, 0), (slots, tiles, padding), (starts, tiles, 0), (counts, tiles, 0), (last, padding, 0))
+    return torch.tensor([number for have, want, fill in filled for number in have + [fill] * (want - len(have))])

@@ -1,0 +1,125 @@
+"""The memory for keys and values of all conversations, in blocks. Which block holds what is prefix_cache's to know.
+
+A second format (fewer bits, another layout) is a subclass with its own `write` and `read`; whoever computes a step asks
+for nothing else, apart from the kernels, which take the tensors of this one as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from llama2_chat.errors import ModelUnavailable
+
+BLOCK_SIZE = 64  # tokens
+LEAST_BLOCKS = 8  # 512 tokens; with less no conversation is worth the wait
+
+
+class KVPool:
+    """For each layer its keys and its values, [num_blocks, BLOCK_SIZE, kv_heads, head_dim], on the layer's device.
+
+    `kv_index`, int64 [T], says where tokens lie: block * BLOCK_SIZE + offset in it. Padding is written to block 0.
+    """
+
+    suits_kernels = True  # kernels.attention reads and writes `layers` as they lie
+
+    def __init__(
+        self, model: PreTrainedModel, free_bytes: Mapping[torch.device, int], context_length: int, max_batch: int
+    ) -> None:
+        """Take as much of free_bytes as max_batch requests with a full context need, on a CPU at least what one needs.
+
+        Raises ModelUnavailable if the model keeps something else than keys and values, or nothing is left for them.
+        """
+        probe = _probe(model)
+        block_bytes: dict[torch.device, int] = {}
+        for keys in probe:
+            block_bytes[keys.device] = block_bytes.get(keys.device, 0) + 2 * BLOCK_SIZE * self.token_bytes(keys)
+        fitting = min(free_bytes[device] // size for device, size in block_bytes.items())
+        whole = -(-context_length // BLOCK_SIZE)
+        if all(device.type == "cpu" for device in block_bytes):
+            fitting = max(fitting, whole)
+        if fitting < LEAST_BLOCKS:
+            raise ModelUnavailable(
+                "The model leaves no GPU memory for conversations. "
+                "Set QUANTIZATION=nf4, lower KV_HEADROOM_GB, or use a larger GPU."
+            )
+        self.num_blocks = 1 + min(fitting, max_batch * whole)
+        self.layers = [(self.allocate(keys), self.allocate(keys)) for keys in probe]
+
+    def token_bytes(self, keys: Tensor) -> int:
+        """Of one token's keys in one layer; the values take as many. keys: [1, kv_heads, 1, head_dim]."""
+        return keys.nbytes
+
+    def allocate(self, keys: Tensor) -> Tensor:
+        """Zeros for all keys of one layer, or all values. keys: [1, kv_heads, 1, head_dim], as the model makes them."""
+        return keys.new_zeros(self.num_blocks, BLOCK_SIZE, keys.shape[1], keys.shape[3])
+
+    @property
+    def tokens(self) -> int:
+        return (self.num_blocks - 1) * BLOCK_SIZE
+
+    @property
+    def bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {keys.device for keys, _ in self.layers}
+
+    def zero(self, blocks: list[int] | slice) -> None:
+        """What is masked is still multiplied, and 0 * NaN is NaN."""
+        for keys, values in self.layers:
+            keys[blocks] = 0
+            values[blocks] = 0
+
+    def are_finite(self, blocks: list[int]) -> bool:
+        """Whether numbers were computed here: NaN in one layer is NaN in those after it."""
+        return bool(self.layers[-1][1][blocks].isfinite().all())
+
+    def copy(self, source: int, target: int) -> None:
+        for keys, values in self.layers:
+            keys[target], values[target] = keys[source], values[source]
+
+    def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
+        """Put new keys and values, [1, kv_heads, T, head_dim], at their kv_index, int64 [T]."""
+        for states, new in zip(self.layers[layer], (key, value), strict=True):
+            states.view(-1, *states.shape[2:])[kv_index.to(states.device)] = new[0].transpose(0, 1)
+
+    def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens of one request, [1, kv_heads, length, head_dim].
+
+        blocks: int64 [B] on the CPU or the layer's device. On a CPU the result is a view if they lie in a row.
+        """
+        keys, values = (_gather(states, blocks, length) for states in self.layers[layer])
+        return keys, values
+
+    def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of several requests, [N, kv_heads, B * BLOCK_SIZE, head_dim]. tables: int64 [N, B]."""
+        keys, values = (states[tables].flatten(1, 2).transpose(1, 2) for states in self.layers[layer])
+        return keys, values
+
+
+def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:
+    if states.device.type == "cpu" and bool((blocks.diff() == 1).all()):
+        found = states[blocks[0] : blocks[-1] + 1]
+    else:
+        found = states[blocks.to(states.device)]
+    return found.flatten(0, 1)[:length].transpose(0, 1)[None]
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel) -> list[Tensor]:
+    """The keys of one token, [1, kv_heads, 1, head_dim], as each layer makes them."""
+    cache = DynamicCache(config=model.config)
+    device = model.get_input_embeddings().weight.device
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        raise ModelUnavailable(
+            "This model keeps more than keys and values of past tokens, which this program cannot share between "
+            "visitors. Choose a Llama 2, or a model that attends as it does."
+        )
+    return [layer.keys for layer in cache.layers]

@@ -1,0 +1,313 @@
+"""What a step computes: the batch's tensors, the forward pass in one of several ways, and the next tokens.
+
+A way takes a step if it can, and the first that takes it computes it: recorded steps (cuda_graphs.py) where they are
+ready, else transformers' own forward, below. The engine knows none of this, only runner.Runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, DecodeStep, PrefillStep
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.runner import Masks
+from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
+from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.types import RANGES
+
+CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
+CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
+SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
+
+
+@dataclass
+class ModelStep:
+    """Logits from which the next tokens are chosen."""
+
+    requests: list[Request]
+    logits: Tensor  # [N, V]
+    slots: Tensor  # int64 [N], on the model's device
+    sample: Callable[[], Tensor] | None = None  # recorded sampling, if all requests are narrow: int64 [N]
+
+
+@dataclass
+class TokensInFlight:
+    tokens: Tensor  # int64 [N] on the CPU, valid after `arrived`
+    arrived: torch.cuda.Event | None = None
+
+    def result(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # the only wait for the GPU in a step
+        return self.tokens.tolist()
+
+
+class StepWay(Protocol):
+    """One way to compute steps. None: this way cannot, or not yet."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Logits [n, V] after each chunk that is the last of its request."""
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep | None: ...
+
+
+class BackgroundWay(StepWay, Protocol):
+    """A way that becomes ready in the background: recorded steps."""
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def maintenance_due(self) -> bool: ...
+
+    def start(self, wake: Callable[[], None]) -> None: ...
+    def maintain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ModelRunner:
+    """The Runner of a transformers model.
+
+    model: a causal LM in eval mode, on its device or devices, that attends by ATTENTION.
+    pool: where its keys and values are.
+    faster: what computes instead of transformers' forward as far as it is ready.
+    """
+
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KVPool,
+        sampler: SamplerState,
+        context_length: int,
+        kernel: Callable[..., Tensor] | None = None,
+        faster: BackgroundWay | None = None,
+        longest_chunk: int | None = None,
+    ) -> None:
+        self._pool, self.sampler, self._faster = pool, sampler, faster
+        self._model, self._device = model, sampler.device
+        self._eager = EagerWay(model, pool, sampler, kernel, most_blocks=-(-context_length // BLOCK_SIZE))
+        self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
+        on_gpu = self._device.type == "cuda"
+        self.pipelined = on_gpu
+        self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+        self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
+        self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
+        self.context_length = min(context_length, pool.tokens)
+
+    @property
+    def mode(self) -> str:
+        """ "eager", or what has been recorded so far."""
+        return self._faster.mode if self._faster else "eager"
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._pool.bytes
+
+    def start(self, wake: Callable[[], None]) -> None:
+        if self._faster:
+            self._faster.start(wake)
+
+    def close(self) -> None:
+        if self._faster:
+            self._faster.close()
+
+    def enter_thread(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # for events, graphs and kernels; else they take the first GPU
+
+    @property
+    def maintenance_due(self) -> bool:
+        return self._faster is not None and self._faster.maintenance_due
+
+    def maintain(self) -> None:
+        if self._faster:
+            self._faster.maintain()
+
+    # ---- A step ----
+
+    def prefill(self, chunks: Sequence[Chunk]) -> ModelStep:
+        logits = next(logits for way in self._ways if (logits := way.prefill(chunks)) is not None)
+        ready = [chunk.request for chunk in chunks if chunk.is_last]
+        for request in ready:
+            self.sampler.join(request.slot, request.ids, request.answer_tokens, request.params, request.draws)
+        return ModelStep(ready, logits, self._slots(ready))
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep:
+        return next(step for way in self._ways if (step := way.decode(requests)) is not None)
+
+    def new_masks(self, count: int) -> Tensor:
+        return torch.zeros(count, -(-self.vocab_size // 32), dtype=torch.int32, pin_memory=self.pipelined)
+
+    def sample(self, step: ModelStep, masks: Masks | None) -> TokensInFlight:
+        """The next token of each request. Who shares a step changes nobody's way of being sorted."""
+        if masks is not None:
+            restrict(step.logits[:, : self.vocab_size], masks.indices, masks.bits)
+        narrow = [index for index, request in enumerate(step.requests) if is_narrow(request.params)]
+        wide = [index for index, request in enumerate(step.requests) if not is_narrow(request.params)]
+        if not wide and step.sample is not None:
+            tokens = step.sample()
+        elif not wide or not narrow:
+            tokens = self.sampler.sample(step.logits, step.slots, NARROW if narrow else self.vocab_size)
+        else:
+            tokens = torch.empty_like(step.slots)
+            for indices, candidates in ((narrow, NARROW), (wide, self.vocab_size)):
+                which = torch.tensor(indices, device=self._device)
+                tokens[which] = self.sampler.sample(step.logits[which], step.slots[which], candidates)
+        return self._send(tokens)
+
+    def _send(self, tokens: Tensor) -> TokensInFlight:
+        """On their way to the CPU."""
+        if not self.pipelined:
+            return TokensInFlight(tokens)
+        tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return TokensInFlight(tokens, arrived)
+
+    def _slots(self, requests: Sequence[Request]) -> Tensor:
+        return torch.tensor([request.slot for request in requests], dtype=torch.long, device=self._device)
+
+    # ---- Memory and devices ----
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def is_alive(self) -> bool:
+        try:
+            for device in self._pool.devices:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        except Exception:
+            return False
+        return True
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._pool.copy(source, target)
+
+    def zero_blocks(self, blocks: list[int] | slice) -> None:
+        self._pool.zero(blocks)
+
+    def are_finite(self, blocks: list[int]) -> bool:
+        return self._pool.are_finite(blocks)
+
+    # ---- At the start ----
+
+    @torch.inference_mode()
+    def self_check(self, request: Request) -> bool:
+        """Compare a prompt in two chunks, and its last token decoded, with the model's own forward."""
+        ids, half = request.ids, len(request.ids) // 2
+        expected = self._model(torch.tensor([ids], device=self._device), use_cache=False).logits[0, -1].float()
+        expected = expected.to(self._device)
+        self._eager.prefill([Chunk(request, 0, half)])
+        prefilled = self._eager.prefill([Chunk(request, half, len(ids))])
+        request.computed = len(ids) - 1
+        self.sampler.tokens[request.slot] = ids[-1]
+        decoded = self._eager.decode([request]).logits
+        errors = [torch.linalg.norm(logits[0].float() - expected) for logits in (prefilled, decoded)]
+        return all(bool(error < 0.1 * torch.linalg.norm(expected)) for error in errors)
+
+
+class EagerWay:
+    """Steps through transformers' own forward, whatever the model and wherever its layers are."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KVPool,
+        sampler: SamplerState,
+        kernel: Callable[..., Tensor] | None,
+        most_blocks: int,
+    ) -> None:
+        self._model, self._pool, self._sampler, self._kernel = model, pool, sampler, kernel
+        self._most_blocks, self._device = most_blocks, sampler.device
+        self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
+        ids: list[int] = []
+        positions, kv_index, spans, last = [], [], [], []
+        for table, chunk in zip(tables, chunks, strict=True):
+            blocks = torch.tensor(chunk.request.blocks.blocks)
+            table[: len(blocks)] = blocks
+            position = torch.arange(chunk.start, chunk.end)
+            positions.append(position)
+            kv_index.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            spans.append((len(ids), len(ids) + len(position), chunk.start))
+            ids += chunk.ids
+            if chunk.is_last:
+                last.append(len(ids) - 1)
+        step = PrefillStep(self._pool, torch.cat(kv_index).to(self._device), spans, tables)
+        on_device = torch.tensor(ids).to(self._device), torch.cat(positions).to(self._device)
+        return self._forward(*on_device, step, torch.tensor(last, dtype=torch.long, device=self._device))
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep:
+        lengths = [request.computed for request in requests]
+        width = max(lengths) // BLOCK_SIZE + 1
+        tables = torch.zeros(len(requests), width, dtype=torch.long)
+        for table, request in zip(tables, requests, strict=True):
+            blocks = request.blocks.blocks[:width]
+            table[: len(blocks)] = torch.tensor(blocks)
+        slots = torch.tensor([request.slot for request in requests], device=self._device)
+        step = DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
+        everyone = torch.arange(len(requests), device=self._device)
+        logits = self._forward(self._sampler.tokens[slots], step.positions, step, everyone)
+        return ModelStep([*requests], logits, slots)
+
+    def _forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
+        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T], at these positions."""
+        output = self._model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=self._mask,
+            use_cache=False,
+            logits_to_keep=last,
+            step=step,
+        )
+        return output.logits[0].to(self._device)
+
+
+def build_runner(
+    model: PreTrainedModel,
+    free_bytes: Mapping[torch.device, int],
+    context_length: int,
+    *,
+    max_batch: int | None = None,
+    longest_chunk: int | None = None,
+    compile: bool = True,
+    pool_type: type[KVPool] = KVPool,
+) -> ModelRunner:
+    """The fastest runner that this model can have where it is.
+
+    free_bytes: for each device of the model what the KV pool may take there.
+    context_length: tokens of prompt and answer that one request may have; more memory than that for each is not taken.
+    max_batch: requests answered at once.
+    compile: make a Llama on a single GPU faster, in the background.
+    pool_type: how keys and values are kept.
+
+    Raises ModelUnavailable if the model keeps something else than keys and values, or no memory is left for them.
+    """
+    from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel, join_projections
+
+    embeddings = model.get_input_embeddings().weight
+    max_batch = max_batch or (GPU_BATCH if embeddings.device.type == "cuda" else CPU_BATCH)
+    model.set_attn_implementation(ATTENTION)
+    kernel = decode_kernel(model) if pool_type.suits_kernels else None
+    compiles = compile and kernel is not None and RecordedWay.supports(model)
+    if compiles:
+        join_projections(model)
+    pool = pool_type(model, free_bytes, context_length, max_batch)
+    sampler = SamplerState(max_batch, embeddings.shape[0], int(RANGES["max_new_tokens"][1]), embeddings.device)
+    faster = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE)) if compiles else None
+    return ModelRunner(model, pool, sampler, context_length, kernel, faster, longest_chunk)

@@ -1,0 +1,170 @@
+"""Which block of the KV pool holds what: a tree whose path from the root spells the ids, so that conversations share
+the blocks of whatever they begin alike. Numbers only: no tensor is touched here, and no torch imported.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(eq=False)
+class Node:
+    """One block in the tree: its ids follow those of its parent. Only a block that is full has children."""
+
+    ids: tuple[int, ...]
+    block: int
+    parent: Node | None
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    ref_count: int = 0  # running requests that read it; with none it may be evicted, the longest unused first
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """The blocks of one running request, in order: those it shares, then its own. It only ever grows at its end."""
+
+    shared: list[Node] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[int]:
+        return [*(node.block for node in self.shared), *self.own]
+
+    def __len__(self) -> int:
+        return len(self.shared) + len(self.own)
+
+
+class Match(NamedTuple):
+    """What the cache knows of a prompt."""
+
+    table: BlockTable  # of full blocks, each now with one more reference
+    nearest: Node | None  # the block that goes on as the prompt does for longest after them, to be copied from
+    common: int  # for how many ids it does
+
+
+class PrefixCache:
+    """Blocks 1 to num_blocks - 1, each free, in a BlockTable, or in the tree. Block 0 belongs to nobody: padding is
+    written there."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._root = Node((), 0, None)
+        self._free = list(range(num_blocks - 1, 0, -1))  # the lowest block is handed out first
+        self._evictable: OrderedDict[Node, None] = OrderedDict()  # leaves without references, the longest unused first
+        self._unreferenced = 0  # blocks in the tree without references
+
+    @property
+    def available(self) -> int:
+        """Blocks that allocate() could still hand out."""
+        return len(self._free) + self._unreferenced
+
+    def allocate(self) -> int | None:
+        """A block, taken from the longest unused conversation if none is free; None if all are referenced."""
+        if not self._free:
+            if not self._evictable:
+                return None
+            self._remove(next(iter(self._evictable)))
+        return self._free.pop()
+
+    def match(self, ids: Sequence[int]) -> Match:
+        """The blocks that begin as ids do. The last id is always left to compute: its logits are needed."""
+        table, node, start = BlockTable(), self._root, 0
+        while child := node.children.get(self._next_block(ids, start)):
+            if len(child.ids) < self.block_size:
+                break
+            self._reference(child)
+            table.shared.append(child)
+            node, start = child, start + self.block_size
+        rest = self._next_block(ids, start)
+        nearest = max(node.children.values(), key=lambda child: _common(child.ids, rest), default=None)
+        common = _common(nearest.ids, rest) if nearest else 0
+        return Match(table, nearest if common else None, common)
+
+    def _next_block(self, ids: Sequence[int], start: int) -> tuple[int, ...]:
+        return tuple(ids[start : min(start + self.block_size, len(ids) - 1)])
+
+    def insert(self, table: BlockTable, ids: Sequence[int]) -> None:
+        """Let others find the blocks that ids fill to the brim, while their request goes on."""
+        node = table.shared[-1] if table.shared else self._root
+        while table.own and len(ids) >= (len(table.shared) + 1) * self.block_size:
+            start = len(table.shared) * self.block_size
+            key = tuple(ids[start : start + self.block_size])
+            if key in node.children:
+                return  # a neighbour was first; both keep their own until they end
+            node = self._add(node, key, table.own.pop(0))
+            self._reference(node)
+            table.shared.append(node)
+
+    def release(self, table: BlockTable, ids: Sequence[int]) -> None:
+        """Keep what the blocks hold, ids, for the next who begins alike; the request no longer runs."""
+        node = table.shared[-1] if table.shared else self._root
+        for index, block in enumerate(table.own, len(table.shared)):
+            key = tuple(ids[index * self.block_size : (index + 1) * self.block_size])
+            if not key:
+                self._free.append(block)
+                continue
+            known = next((child for child in node.children.values() if child.ids[: len(key)] == key), None)
+            if known is not None:
+                self._free.append(block)
+                node = known
+                continue
+            for child in [child for child in node.children.values() if child.ids == key[: len(child.ids)]]:
+                if not child.ref_count and not child.children:
+                    self._remove(child)  # the block before it grew by this turn
+            node = self._add(node, key, block)
+        if node in self._evictable:
+            self._evictable.move_to_end(node)
+        for shared in reversed(table.shared):
+            self._dereference(shared)
+        table.shared, table.own = [], []
+
+    def evict(self, table: BlockTable) -> list[int]:
+        """Forget what a request has written that failed. Returns the blocks that this frees: nobody knows what they
+        hold, so they must be zeroed."""
+        freed = [*table.own]
+        self._free += table.own
+        for node in reversed(table.shared):
+            self._dereference(node)
+            if not node.ref_count and not node.children:
+                self._remove(node)
+                freed.append(node.block)
+        table.shared, table.own = [], []
+        return freed
+
+    def _add(self, parent: Node, ids: tuple[int, ...], block: int) -> Node:
+        node = parent.children[ids] = Node(ids, block, parent)
+        self._evictable.pop(parent, None)
+        self._evictable[node] = None
+        self._unreferenced += 1
+        return node
+
+    def _reference(self, node: Node) -> None:
+        if not node.ref_count:
+            self._unreferenced -= 1
+        node.ref_count += 1
+        self._evictable.pop(node, None)
+
+    def _dereference(self, node: Node) -> None:
+        node.ref_count -= 1
+        if not node.ref_count:
+            self._unreferenced += 1
+            if not node.children:
+                self._evictable[node] = None
+
+    def _remove(self, node: Node) -> None:
+        """Take a leaf without references out of the tree; its block is free."""
+        parent = node.parent
+        assert parent is not None  # the root is never evictable
+        del self._evictable[node], parent.children[node.ids]
+        self._unreferenced -= 1
+        self._free.append(node.block)
+        if parent is not self._root and not parent.children and not parent.ref_count:
+            self._evictable[parent] = None
+            self._evictable.move_to_end(parent, last=False)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """For how many ids a and b begin alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

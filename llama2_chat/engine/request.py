@@ -1,0 +1,67 @@
+"""One prompt on its way through the engine, and what whoever asks brings along. Data only: the engine acts on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from llama2_chat.engine.prefix_cache import BlockTable
+from llama2_chat.errors import ChatError
+from llama2_chat.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:  # the scheduler reads requests and knows no torch
+    from torch import Tensor
+
+NO_SLOT = -1
+
+
+class Streamer(Protocol):
+    """Where ids go: any of transformers' streamers that skips no prompt. Called from the engine's thread."""
+
+    def put(self, value: Tensor) -> None: ...  # int64 [1], on the CPU
+    def end(self) -> None: ...  # always called, once, whatever happened; the request then says why
+
+
+class Grammar(Protocol):
+    """Which ids may come next in one answer. Used by the engine's thread alone; raises ChatError when it gives up."""
+
+    @property
+    def complete(self) -> bool: ...  # nothing may follow but the end
+
+    def allow(self, mask: Tensor) -> None: ...  # writes a bit for each id to int32 [words] on the CPU, lowest first
+    def advance(self, token: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """Everything that belongs to one prompt; it is born and dies with it. Only the engine's thread changes it, except
+    that anyone may set `cancelled`, through Engine.cancel()."""
+
+    ids: list[int]  # prompt and answer so far
+    params: SamplingParams
+    streamer: Streamer
+    limit: int  # tokens of its answer, at most
+    draws: Tensor  # float32 [max_new_tokens]: the random numbers of its answer
+    grammar: Grammar | None = None  # as far as ids have been emitted
+
+    prompt_tokens: int = field(init=False)
+    cached_tokens: int = 0  # of the prompt, found in the KV cache
+    finish_reason: FinishReason | None = None
+    error: ChatError | None = None  # what to tell the visitor when finish_reason is "error"
+    cancelled: bool = False
+
+    slot: int = NO_SLOT  # where it runs; NO_SLOT while it waits and after the end
+    blocks: BlockTable = field(default_factory=BlockTable)
+    computed: int = 0  # ids whose keys and values are in its blocks
+    sampled: int = 0  # tokens of its answer chosen so far, some perhaps still in flight; 0 before and in prefill
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.ids)
+
+    @property
+    def runs(self) -> bool:
+        return self.slot != NO_SLOT
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.ids) - self.prompt_tokens

@@ -1,0 +1,100 @@
+"""What the engine asks of whoever computes its steps. ModelRunner keeps this promise; tests have one that computes
+nothing. All methods but `start` and `close` are called by the engine's thread alone, or before that thread begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.scheduler import Chunk
+
+
+class Step(Protocol):
+    """A step that has been computed, or is being computed, as far as choosing the next tokens."""
+
+    @property
+    def requests(self) -> Sequence[Request]: ...  # whose next token can be chosen
+
+
+class Tokens(Protocol):
+    """The next token of each request of a step, perhaps still on its way."""
+
+    def result(self) -> list[int]: ...  # waits; -1 where the logits were not finite
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What the grammars of some requests of a step allow."""
+
+    indices: list[int]  # which requests of the step
+    bits: Tensor  # int32 [len(indices), words]: a bit for each id, lowest first
+
+
+StepT = TypeVar("StepT", bound=Step)
+
+
+class Runner(Protocol[StepT]):
+    """A model, the pool of its keys and values, and the state of its sampler."""
+
+    num_blocks: int  # of the pool; block 0 takes what padding computes
+    block_size: int  # tokens
+    max_batch: int  # requests in a decode step
+    longest_chunk: int  # tokens of prompts in a prefill step
+    shortest_chunk: int  # below, the weights are read for too few tokens
+    vocab_size: int
+    context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
+    pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
+
+    @property
+    def mode(self) -> str: ...  # how a step runs, in words
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+    def start(self, wake: Callable[[], None]) -> None:
+        """Begin with whatever makes steps faster later; wake() tells the engine's thread that maintain() is due."""
+
+    def close(self) -> None: ...
+
+    def enter_thread(self) -> None:
+        """Called once by the thread that will call all other methods."""
+
+    @property
+    def maintenance_due(self) -> bool: ...
+
+    def maintain(self) -> None:
+        """Whatever must happen between two steps."""
+
+    def self_check(self, request: Request) -> bool:
+        """Whether the ids of a request that has a slot and blocks give through them what the model alone gives."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> StepT:
+        """Compute the keys and values of these chunks; the step's requests are those whose chunk is the last."""
+
+    def decode(self, requests: Sequence[Request]) -> StepT:
+        """Compute the keys and values of the newest token of each request, at position request.computed."""
+
+    def new_masks(self, count: int) -> Tensor:
+        """Zeros, int32 [count, words], on the CPU: nothing is allowed."""
+
+    def sample(self, step: StepT, masks: Masks | None) -> Tokens: ...
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for has been computed."""
+
+    def is_alive(self) -> bool:
+        """Whether the devices still compute."""
+
+    def release_memory(self) -> None:
+        """After torch.OutOfMemoryError: give back what is kept for later."""
+
+    def copy_block(self, source: int, target: int) -> None: ...
+
+    def zero_blocks(self, blocks: list[int] | slice) -> None: ...
+
+    def are_finite(self, blocks: list[int]) -> bool: ...

@@ -1,0 +1,236 @@
+"""Who runs: the line, admission, preemption, and how much of a prompt one step may read.
+
+Lists and numbers only. Nothing here knows tensors, threads or time: the engine calls it under its lock where the line
+is concerned, tells it how long a step took, and carries out what it decides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llama2_chat.engine.prefix_cache import PrefixCache
+from llama2_chat.engine.request import NO_SLOT, Request
+from llama2_chat.errors import Busy
+
+CHUNK_S = 0.1  # while others are being answered a chunk takes about so long, and no longer is the gap in their text
+RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    num_blocks: int  # of the KV pool; block 0 is padding
+    block_size: int  # tokens
+    max_batch: int  # requests that run at once
+    longest_chunk: int  # tokens of prompts per step
+    shortest_chunk: int  # below, the weights are read for too few tokens
+    queue_limit: int  # requests that may wait
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a request's ids that one step reads."""
+
+    request: Request
+    start: int
+    end: int
+
+    @property
+    def ids(self) -> list[int]:
+        return self.request.ids[self.start : self.end]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token can be chosen after it."""
+        return self.end == len(self.request.ids)
+
+
+class BlockCopy(NamedTuple):
+    """What the pool must do before the next step: source may be handed to somebody else after that."""
+
+    source: int
+    target: int
+
+
+class Scheduler:
+    """Requests wait in the order in which they came, and run as long as there are slots and blocks for them."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.waiting: deque[Request] = deque()
+        self.preemptions = 0  # since the start
+        self._prefill_tokens_per_s = 0.0  # as last measured
+        self.reset()
+
+    def reset(self) -> None:
+        """Nobody runs, and all slots and blocks are free; whoever waits goes on waiting."""
+        config = self.config
+        self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.running: list[Request] = []  # in order of admission
+        self._free_slots = list(range(config.max_batch - 1, -1, -1))
+        self._memory_full = False  # then nobody comes in before somebody has left, or the youngest would thrash
+        self._batch_limit, self._chunk_limit = config.max_batch, config.longest_chunk
+
+    @property
+    def kv_tokens(self) -> int:
+        """Whose keys and values running requests hold, in whole blocks."""
+        return (self.config.num_blocks - 1 - self.cache.available) * self.config.block_size
+
+    # ---- The line ----
+
+    def add(self, request: Request) -> None:
+        """Place a request last in line. Raises Busy when the line is full."""
+        if len(self.waiting) >= self.config.queue_limit:
+            raise Busy(f"The line is full ({len(self.waiting)} waiting). Please try again in a minute.")
+        self.waiting.append(request)
+
+    def position(self, request: Request) -> int:
+        """Its place in line, 1 for the next; 0 if it does not wait."""
+        return self.waiting.index(request) + 1 if request in self.waiting else 0
+
+    def withdraw(self, request: Request) -> bool:
+        """Take a request out of the line; False if it does not wait."""
+        if request not in self.waiting:
+            return False
+        if request is self.waiting[0]:
+            self._memory_full = False  # there may be room for the next
+        self.waiting.remove(request)
+        return True
+
+    # ---- Admission and preemption ----
+
+    def admit(self) -> list[BlockCopy]:
+        """Let requests in, first come first served, as long as there are slots, and blocks for what is known of them.
+
+        Returns the copies between blocks that must be made before the next step, in this order.
+        """
+        if not self.running:
+            self._memory_full = False
+        copies: list[BlockCopy] = []
+        while self.waiting and not self._memory_full and len(self.running) < self._batch_limit:
+            if not self._find_blocks(self.waiting[0], copies):
+                break
+            request = self.waiting.popleft()
+            request.slot = self._free_slots.pop()
+            self.running.append(request)
+        return copies
+
+    def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
+        """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""
+        table, nearest, common = self.cache.match(request.ids)
+        needed = len(request.ids) // self.config.block_size + 1 - len(table)
+        if self.running and needed + RESERVED_BLOCKS * len(self.running) > self.cache.available:
+            self.cache.release(table, [])
+            return False
+        request.blocks, request.computed = table, len(table) * self.config.block_size
+        for _ in range(needed):
+            block = self.cache.allocate()
+            assert block is not None  # alone, a request always has room: submit() has seen to it
+            if nearest is not None:  # if just this block was evicted, what it holds is still there
+                copies.append(BlockCopy(nearest.block, block))
+                request.computed += common
+                nearest = None
+            table.own.append(block)
+        if not request.answer_tokens:
+            request.cached_tokens = request.computed
+        return True
+
+    def grow(self, request: Request) -> bool:
+        """Whether there is a block for one more token of a running request; if not, somebody must be preempted."""
+        if len(request.blocks) * self.config.block_size > request.computed:
+            return True
+        block = self.cache.allocate()
+        if block is None:
+            return False
+        request.blocks.own.append(block)
+        return True
+
+    @property
+    def youngest(self) -> Request:
+        """The running request that is preempted first."""
+        return self.running[-1]
+
+    def preempt(self, request: Request) -> None:
+        """Back to the head of the line with all its text: it goes on where it was once there is room."""
+        self._release(request)
+        self.preemptions += 1
+        self._memory_full = True
+        self.waiting.appendleft(request)
+
+    def finish(self, request: Request) -> None:
+        """Take the slot and blocks of a running request that has ended; what the blocks hold stays in the cache."""
+        self._release(request)
+        # What shrink_batch() and shrink_chunk() took comes back little by little.
+        self._batch_limit = min(self._batch_limit + 1, self.config.max_batch)
+        self._chunk_limit = min(self._chunk_limit * 2, self.config.longest_chunk)
+
+    def evict(self, request: Request) -> list[int]:
+        """Forget what a running request has written. Returns the blocks that must be zeroed."""
+        return self.cache.evict(request.blocks)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self._memory_full = False
+        self.cache.release(request.blocks, request.ids[: request.computed])
+        self._free_slots.append(request.slot)
+        request.slot, request.computed, request.sampled = NO_SLOT, 0, 0
+
+    # ---- What a step reads ----
+
+    @property
+    def prefilling(self) -> list[Request]:
+        return [request for request in self.running if not request.sampled]
+
+    @property
+    def decoding(self) -> list[Request]:
+        return [request for request in self.running if request.sampled]
+
+    def prefill_chunks(self, requests: Sequence[Request]) -> list[Chunk]:
+        """The next ids of these requests, in order, as many as one step may read."""
+        room, chunks = self._chunk_tokens(), []
+        for request in requests:
+            end = min(len(request.ids), request.computed + room)
+            if end > request.computed:
+                chunks.append(Chunk(request, request.computed, end))
+                room -= end - request.computed
+        return chunks
+
+    def _chunk_tokens(self) -> int:
+        if not self.decoding:
+            return self._chunk_limit
+        return min(self._chunk_limit, max(int(self._prefill_tokens_per_s * CHUNK_S), self.config.shortest_chunk))
+
+    def prefilled(self, chunks: Sequence[Chunk]) -> None:
+        """The keys and values of these chunks are in their blocks."""
+        for chunk in chunks:
+            chunk.request.computed = chunk.end
+            self.cache.insert(chunk.request.blocks, chunk.request.ids[: chunk.end])
+
+    def measured(self, chunks: Sequence[Chunk], seconds: float) -> None:
+        """So long did these chunks take; the next ones are as long as CHUNK_S allows."""
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        if tokens >= self.config.shortest_chunk:
+            self._prefill_tokens_per_s = tokens / seconds
+
+    # ---- After a step that failed ----
+
+    def rewind(self, requests: Sequence[Request]) -> None:
+        """Let requests go on from what was emitted: how far a step that failed has come nobody knows."""
+        for request in requests:
+            request.computed, request.sampled = min(request.computed, len(request.ids) - 1), 0
+
+    def shrink_batch(self) -> Request | None:
+        """Ask less of the next step: one request fewer may run. Returns whom to preempt; None if one runs at most."""
+        if len(self.running) < 2:
+            return None
+        self._batch_limit = len(self.running) - 1
+        return self.youngest
+
+    def shrink_chunk(self, request: Request) -> bool:
+        """Ask less of the next step: half as many ids of its prompt. False if they are few already."""
+        if min(self._chunk_limit, len(request.ids) - request.computed) <= self.config.shortest_chunk:
+            return False
+        self._chunk_limit //= 2
+        return True

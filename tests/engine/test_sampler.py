@@ -1,0 +1,99 @@
+"""What the sampler promises: tokens with the probabilities that generate uses, whoever else is in the batch."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llama2_chat.engine.sampler import SamplerState, draws, is_narrow
+from llama2_chat.types import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def state_of(logits, params, prompt=()):
+    """A table of one row for each logits [N, V], all with the same settings."""
+    rows = SamplerState(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
+    for row in range(len(logits)):
+        rows.join(row, [*prompt], 0, params, draws(params))
+    return rows
+
+
+def sampled(logits, params, prompt=(), times=4000):
+    """How often each token is drawn as the first of an answer, as a share."""
+    params = SamplingParams(**params, seed=1, max_new_tokens=times)
+    state, numbers = SamplerState(times, len(logits), max_new_tokens=1, device=CPU), draws(params)
+    for slot in range(times):
+        state.join(slot, [*prompt], 0, params, numbers[slot : slot + 1])
+    kept = 64 if is_narrow(params) else len(logits)
+    tokens = state.sample(logits.expand(times, -1), torch.arange(times), kept)
+    return tokens.bincount(minlength=len(logits)) / times
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1},
+        {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"temperature": 2, "top_k": 0, "top_p": 0.7, "repetition_penalty": 0.7},
+        {"temperature": 0.8, "top_k": 1000, "top_p": 0.95, "repetition_penalty": 2},
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+    prompt = [1, 5, 7]
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(params["repetition_penalty"]))])
+    warpers.append(TemperatureLogitsWarper(float(params["temperature"])))
+    if params["top_k"]:
+        warpers.append(TopKLogitsWarper(params["top_k"]))
+    warpers.append(TopPLogitsWarper(params["top_p"]))
+    expected = warpers(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
+    found = sampled(logits, params, prompt)
+    assert not found[expected == 0].any()
+    assert torch.allclose(found, expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 1e-6},
+        {"temperature": 5e-324},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 5e-324},
+    ],
+    ids=str,
+)
+def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 9
+    assert sampled(logits, params, times=50)[logits.argmax()] == 1
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only():
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1, temperature=0, top_k=0)
+    logits = torch.tensor([[1.0, 0.6, 0.0, 0.8]])
+    rows = state_of(logits, params, prompt=[3, 3])
+    assert [rows.sample(logits, torch.tensor([0]), 4).item() for _ in range(4)] == [0, 3, 1, 0]
+
+
+def test_rows_with_other_settings_draw_what_they_draw_alone():
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(3)) * 3
+    settings = [
+        SamplingParams(seed=1, temperature=1, top_k=0, top_p=0.9),
+        SamplingParams(temperature=0, frequency_penalty=1),
+        SamplingParams(seed=2, temperature=2, top_k=100, presence_penalty=2),
+    ]
+    together = SamplerState(4, 200, 4096, CPU)
+    alone = [state_of(logits[:1], params, prompt=[5]) for params in settings]
+    for row, params in enumerate(settings):
+        together.join(row, [5], 0, params, draws(params))
+    for _ in range(50):
+        expected = [one.sample(logits[row][None], torch.tensor([0]), 200).item() for row, one in enumerate(alone)]
+        assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected
