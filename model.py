@@ -158,7 +158,7 @@ class ChatModel:
         )
         engine = Engine(runner, stop_ids, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
-        grammars = Grammars(tokenizer, loaded.model.get_input_embeddings().num_embeddings, stop_ids)
+        grammars = Grammars(tokenizer, runner.vocab_size, stop_ids)
         self._serving = Serving(loaded.model, tokenizer, chat_format, engine, grammars)
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             engine.close()

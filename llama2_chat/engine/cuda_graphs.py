@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class _DecodeRecording(_Recording):
 
 
 @contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """What is computed here is recorded. What another thread does meanwhile is its own affair, but a garbage collection
     in this one might destroy what no recording may contain, such as the events of an engine that is gone."""
     gc.disable()
@@ -98,7 +98,7 @@ class RecordedWay:
         self._sizes: list[tuple[Kind, int]] = list(dict.fromkeys([*fitting, ("decode", sampler.padding)]))
         self._decodes: dict[int, _DecodeRecording] = {}
         self._prefills: dict[int, _Recording] = {}
-        self._graph_pool: tuple[int, int] | None = None
+        self._graph_pool: Any = None  # the memory that all recordings share; PyTorch keeps its type to itself
         self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
         self._recorded = threading.Event()
         self._closed = False
@@ -107,7 +107,7 @@ class RecordedWay:
         self._prefill_layer = torch.compile(_prefill_layer, dynamic=True)
 
     @staticmethod
-    def supports(model: PreTrainedModel) -> bool:
+    def supports(model: PreTrainedModel) -> TypeGuard[LlamaForCausalLM]:
         """Whether this model can run compiled, where the kernels run: a Llama, whole on one GPU."""
         rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         devices = {parameter.device for parameter in model.parameters()}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -22,7 +22,7 @@ from llama2_chat.process import python_command
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # What one answer may take, in llguidance's units: some 10 ms of a core for a token and 30 MB. Its speed does not need
 # what it could compute beforehand.
@@ -41,7 +41,7 @@ COMPILE_BYTES = 2**28  # of addresses, of which a heap takes some for itself
 COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what passes has room to spare here
 PATIENCE_S = 10  # a new schema waits no longer for others' to be compiled
 # As Python writes JSON. Where any whitespace is allowed a small model goes on with it for ever.
-FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "whitespace_pattern": None}
+FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "whitespace_pattern": None}
 TOO_COMPLEX = "This JSON schema is too complex to be followed. Make it smaller."
 
 
@@ -76,7 +76,8 @@ class Grammars:
         from llguidance.hf import from_tokenizer
 
         try:
-            return from_tokenizer(self._hf_tokenizer, self._vocab_size, sorted(self._stop_ids) or None)
+            tokenizer = cast("PreTrainedTokenizerFast", self._hf_tokenizer)  # every tokenizer is fast in transformers 5
+            return from_tokenizer(tokenizer, self._vocab_size, sorted(self._stop_ids) or None)
         except ValueError as error:
             raise BadGrammar("This model's tokenizer cannot be held to a JSON schema. Leave it out.") from error
 

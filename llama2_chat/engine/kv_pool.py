@@ -7,9 +7,10 @@ for nothing else, apart from the kernels, which take the tensors of this one as 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -115,11 +116,16 @@ def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:
 def _probe(model: PreTrainedModel) -> list[Tensor]:
     """The keys of one token, [1, kv_heads, 1, head_dim], as each layer makes them."""
     cache = DynamicCache(config=model.config)
-    device = model.get_input_embeddings().weight.device
+    device = input_embeddings(model).weight.device
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    layers = [layer for layer in cache.layers if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if len(layers) < len(cache.layers):
         raise ModelUnavailable(
             "This model keeps more than keys and values of past tokens, which this program cannot share between "
             "visitors. Choose a Llama 2, or a model that attends as it does."
         )
-    return [layer.keys for layer in cache.layers]
+    return [cast(Tensor, cast(DynamicLayer, layer).keys) for layer in layers]
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())

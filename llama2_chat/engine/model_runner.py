@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, DecodeStep, PrefillStep
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
@@ -300,14 +300,15 @@ def build_runner(
     """
     from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel, join_projections
 
-    embeddings = model.get_input_embeddings().weight
-    max_batch = max_batch or (GPU_BATCH if embeddings.device.type == "cuda" else CPU_BATCH)
+    weight = input_embeddings(model).weight
+    max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
+    sampler = SamplerState(max_batch, weight.shape[0], int(RANGES["max_new_tokens"][1]), weight.device)
     model.set_attn_implementation(ATTENTION)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
-    compiles = compile and kernel is not None and RecordedWay.supports(model)
-    if compiles:
-        join_projections(model)
+    if not (compile and kernel is not None and RecordedWay.supports(model)):
+        pool = pool_type(model, free_bytes, context_length, max_batch)
+        return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk)
+    join_projections(model)
     pool = pool_type(model, free_bytes, context_length, max_batch)
-    sampler = SamplerState(max_batch, embeddings.shape[0], int(RANGES["max_new_tokens"][1]), embeddings.device)
-    faster = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE)) if compiles else None
-    return ModelRunner(model, pool, sampler, context_length, kernel, faster, longest_chunk)
+    recorded = RecordedWay(model, pool, sampler, most_blocks=-(-context_length // BLOCK_SIZE))
+    return ModelRunner(model, pool, sampler, context_length, kernel, recorded, longest_chunk)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -116,14 +116,14 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     step: AttentionStep | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the pool when the engine passes a step through the model, else transformers' own."""
     if step is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with soft caps or sinks")
-    return step.attend(module.layer_idx, query, key, value, scaling or query.shape[-1] ** -0.5), None
+    return step.attend(cast(int, module.layer_idx), query, key, value, scaling or query.shape[-1] ** -0.5), None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -34,7 +34,7 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, engine: Engine, stop: Sequence[str], usage: Usage) -> None:
         TextIteratorStreamer.__init__(self, tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.text_queue: Channel[torch.Tensor | None] = Channel()
+        self.text_queue: Channel[torch.Tensor | None] = Channel()  # type: ignore[assignment]  # has put() and get(), too
         self.request: Request  # set by whoever submits, before anyone reads
         self._engine = engine
         self._stop = stop
@@ -90,10 +90,9 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             return ""
         if value is self.stop_signal:
             # Bytes of a character that never became whole are still in the decoder; they show as U+FFFD.
-            whole = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
-            self._text += whole[len(self._text) :]
+            self._text += self._decode_whole()[len(self._text) :]
             piece = self._certain(held_back=0)
-            self._finish(self.request.finish_reason)
+            self._finish(cast(FinishReason, self.request.finish_reason))
             return piece
         for token in value.tolist():
             self.token_cache.append(token)
@@ -107,7 +106,10 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         except Exception:
             # A stray byte token: with it the bytes before it, shown already as what they were, decode to U+FFFD.
             self._decoder = DecodeStream(ids=[token], skip_special_tokens=True)
-            return self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[len(self._text) :]
+            return self._decode_whole()[len(self._text) :]
+
+    def _decode_whole(self) -> str:
+        return cast(str, self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
     def _certain(self, held_back: int) -> str:
         """The text not shown yet, up to a stop string or to the characters that may become one."""
@@ -124,7 +126,7 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             self.finish_reason = self.finish_reason or reason
 
     def _raise_error(self) -> None:
-        if self.finish_reason == "error":
+        if self.finish_reason == "error" and self.request.error:
             raise self.request.error
 
 

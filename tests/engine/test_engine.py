@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.engine.kv_pool import BLOCK_SIZE
 from llama2_chat.engine.model_runner import CPU_CHUNK
@@ -42,20 +41,9 @@ def single(tiny):
         yield engine
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A Llama of a millisecond a step, which knows nothing."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+@pytest.fixture
+def tiny(tiny_llama):
+    return tiny_llama
 
 
 @pytest.fixture(scope="module")

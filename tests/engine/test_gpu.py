@@ -11,10 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.loading.quantize import speed_up_nf4
 from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
-from tests.engine.test_engine import Ids, Stairs, answer
+from tests.support.engines import Ids, Stairs, answer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -38,8 +39,9 @@ def small_llama(device="cuda"):
 
 
 def running(model, compile, **options):
-    engine = Engine(model, set(), {model.device: 2**30}, context_length=4096, compile=compile, **options)
-    while compile and "compiles" in engine.mode:
+    runner = build_runner(model, {model.device: 2**30}, context_length=4096, compile=compile)
+    engine = Engine(runner, set(), **options)
+    while compile and "compiling" in engine.mode:
         time.sleep(0.2)
     return engine
 
@@ -119,15 +121,15 @@ def test_answers_with_a_grammar_share_recorded_steps_with_the_others(compiled, t
         assert {(after - before) % 97 for before, after in itertools.pairwise([n, *found[n]])} <= {1, 2}
 
 
-def test_recorded_steps_give_pages_back(compiled):
+def test_recorded_steps_give_blocks_back(compiled):
     streamers = [Ids() for _ in range(8)]
     requests = [compiled.submit([n] * 100, SamplingParams(max_new_tokens=4000), s) for n, s in enumerate(streamers)]
     for request, streamer in zip(requests, streamers, strict=True):
         streamer.next()
-        request.cancel()
+        compiled.cancel(request)
     for streamer in streamers:
         streamer.rest()
-    assert (compiled.occupancy.running, compiled.occupancy.tokens) == (0, 0)
+    assert (compiled.occupancy.running, compiled.occupancy.kv_tokens) == (0, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 32, 33, 100])
@@ -148,8 +150,9 @@ def test_nf4_products_equal_the_dequantised_ones(rows, out_features, in_features
 
 LOSE_THE_GPU = """
 import sys, threading, torch
-sys.path[:0] = {paths!r}
-from tests.engine.test_gpu import small_llama, running, Ids, GREEDY
+sys.path.insert(0, {root!r})
+from tests.engine.test_gpu import small_llama, running, GREEDY
+from tests.support.engines import Ids
 from llama2_chat.settings import Settings
 from model import ChatModel
 chat = ChatModel(Settings.read([], {{}}))
@@ -166,8 +169,7 @@ threading.Event().wait(30)
 
 
 def test_a_gpu_that_fails_ends_the_process_with_a_sentence_and_its_own_exit_code():
-    here = Path(__file__).parent
-    script = LOSE_THE_GPU.format(paths=[str(here), str(here.parent)])
+    script = LOSE_THE_GPU.format(root=str(Path(__file__).parents[2]))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "stopped working" in run.stdout
     assert run.returncode == EXIT_GPU_LOST

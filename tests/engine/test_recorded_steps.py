@@ -16,18 +16,23 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels import attention
 from llama2_chat.types import SamplingParams
-from llama2_chat.engine.compiled import CompiledModel, Part, _packed, join_projections
-from llama2_chat.engine.kv_cache import ATTENTION, PAGE_TOKENS, Pages
-from llama2_chat.engine.sampler import Rows, draws
+from llama2_chat.engine.cuda_graphs import RecordedWay, _packed, join_projections
+from llama2_chat.engine.kv_pool import KVPool
+from llama2_chat.engine.paged_attention import ATTENTION
+from llama2_chat.engine.prefix_cache import BlockTable
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.sampler import SamplerState, draws
+from llama2_chat.engine.scheduler import Chunk
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval().requires_grad_(False)
 model.set_attn_implementation(ATTENTION)
-pages = Pages(model, {{torch.device("cpu"): 2**30}}, context_length=512, requests=4)
-rows = Rows(4, 97, 64, torch.device("cpu"))
-compiled = CompiledModel(model, pages, rows, most_pages=8)
+pool = KVPool(model, {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
+state = SamplerState(4, 97, 64, torch.device("cpu"))
+recorded = RecordedWay(model, pool, state, most_blocks=8)
+params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)
 
 def expected(ids):
     return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -36,29 +41,29 @@ with torch.inference_mode():
     before = expected([1, 2, 3])
     join_projections(model)
     assert expected([1, 2, 3]).equal(before)
-    prompts = {{row: torch.randint(0, 97, (length,)).tolist() for row, length in enumerate((1, 63, 64, 200))}}
-    for row in prompts:
-        compiled.set_pages(row, 0, [1 + 4 * row + place for place in (2, 0, 3, 1)])
+    prompts = [torch.randint(0, 97, (length,)).tolist() for length in (1, 63, 64, 200)]
+    requests = [Request(ids, params, None, 64, draws(params), slot=slot) for slot, ids in enumerate(prompts)]
+    for request in requests:
+        request.blocks = BlockTable(own=[1 + 4 * request.slot + place for place in (2, 0, 3, 1)])
     # The first half of each, then the rest of all, in one pack each.
-    halves = [Part(row, 0, ids[: len(ids) // 2]) for row, ids in prompts.items() if len(ids) > 1]
-    compiled._prefill(_packed(halves, 256, 4), 256)
-    rest = [Part(row, len(ids) // 2, ids[len(ids) // 2 :]) for row, ids in prompts.items()]
-    logits = compiled._prefill(_packed(rest, 512, 4), 512)
-    for row, ids in prompts.items():
-        torch.testing.assert_close(logits[row], expected(ids), atol=1e-3, rtol=1e-3)
-    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)
-    for row, ids in prompts.items():
-        rows.join(row, ids, 0, params, draws(params))
-    known = {{row: [*ids, token] for (row, ids), token in
-             zip(prompts.items(), rows.sample(logits[:4], torch.arange(4), 64).tolist())}}
+    halves = [Chunk(r, 0, len(r.ids) // 2) for r in requests if len(r.ids) > 1]
+    rest = [Chunk(r, len(r.ids) // 2, len(r.ids)) for r in requests]
+    recorded._bind(requests)
+    recorded._prefill(_packed(halves, 256, 4), 256)
+    logits = recorded._prefill(_packed(rest, 512, 4), 512)
+    for request in requests:
+        torch.testing.assert_close(logits[request.slot], expected(request.ids), atol=1e-3, rtol=1e-3)
+        state.join(request.slot, request.ids, 0, params, request.draws)
+    for request, token in zip(requests, state.sample(logits[:4], torch.arange(4), 64).tolist()):
+        request.ids.append(token)
     everyone = torch.tensor([3, 0, 2, 1, 4, 4])  # two are padding
     for step in range(3):
-        logits = compiled._decode(everyone)
-        for place, row in enumerate(everyone[:4].tolist()):
-            torch.testing.assert_close(logits[place], expected(known[row]), atol=1e-3, rtol=1e-3)
-        for row, token in zip(everyone.tolist(), rows.sample(logits, everyone, 64).tolist()):
-            if row < 4:
-                known[row].append(token)
+        logits = recorded._decode(everyone)
+        for place, slot in enumerate(everyone[:4].tolist()):
+            torch.testing.assert_close(logits[place], expected(requests[slot].ids), atol=1e-3, rtol=1e-3)
+        for slot, token in zip(everyone.tolist(), state.sample(logits, everyone, 64).tolist()):
+            if slot < 4:
+                requests[slot].ids.append(token)
 print("equal")
 """
 
