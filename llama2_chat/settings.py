@@ -1,7 +1,8 @@
 """Every knob, read once from the command line and the environment into one frozen dataclass.
 
 A flag beats its environment variable, which beats the default. Secrets come from the environment only; HF_TOKEN is
-read by huggingface_hub itself, so it never stands in here. No other file reads os.environ.
+read by huggingface_hub itself, so it is not among the settings. The chat reads os.environ nowhere else: other files
+only set variables that libraries read, and pass the environment on to processes that they start.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,22 +37,24 @@ class Settings:
     host: str = _knob(
         "127.0.0.1",
         "GRADIO_SERVER_NAME",
-        "address to listen on; 127.0.0.1 unless told, 0.0.0.0 with HTTPS or on a Space",
+        "address to listen on; by default 127.0.0.1, and 0.0.0.0 with HTTPS or on a Space",
     )
     port: int = _knob(7860, "PORT GRADIO_SERVER_PORT", "where the page is served; 0 takes any free port")
-    https: bool = _knob(False, "HTTPS", "serve over HTTPS with a certificate made in certs/, to the whole network")
-    certfile: Path | None = _knob(None, "CERTFILE", "a certificate of your own, PEM, instead of the one in certs/")
-    keyfile: Path | None = _knob(None, "KEYFILE", "its private key, PEM; KEY_PASSWORD is for an encrypted one")
+    https: bool = _knob(False, "HTTPS", "serve the whole network over HTTPS, with a certificate made in certs/")
+    certfile: Path | None = _knob(None, "CERTFILE", "your own certificate, PEM, instead of the one in certs/")
+    keyfile: Path | None = _knob(None, "KEYFILE", "its private key, PEM; KEY_PASSWORD decrypts it")
     key_password: str | None = field(default=None, repr=False)  # from the environment only
     root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # API_KEY, from the environment only
     auth_file: Path | None = _knob(None, "AUTH_FILE", "who may log in to the page: lines that --hash-password makes")
     body_limit_mb: float | None = _knob(
-        None, "BODY_LIMIT_MB", f"largest request that is read; {BODY_LIMIT_MB} unless only this machine is served"
+        None,
+        "BODY_LIMIT_MB",
+        f"largest request body; by default {BODY_LIMIT_MB}, and any size if only this machine is served",
     )
-    client_limit: int = _knob(0, "CLIENT_LIMIT", "answers that one API key or address may have on their way; 0 is any")
+    client_limit: int = _knob(0, "CLIENT_LIMIT", "answers in progress for one API key or address; 0 for no limit")
     trusted_proxies: str = _knob(
-        "127.0.0.1", "TRUSTED_PROXIES", "addresses and networks whose X-Forwarded-For is believed, with commas between"
+        "127.0.0.1", "TRUSTED_PROXIES", "comma-separated addresses and networks whose X-Forwarded-For is believed"
     )
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
@@ -60,7 +63,7 @@ class Settings:
     inference_url: str = _knob(
         "",
         "INFERENCE_URL",
-        "an OpenAI-compatible server that has the model, such as http://gpu-1:8000; several with commas between them",
+        "an OpenAI-compatible server that has the model, such as http://gpu-1:8000, or several, comma-separated",
     )
     inference_model: str | None = _knob(
         None, "INFERENCE_MODEL", "the model's name on those servers; may be left out where a server has only one"
@@ -72,18 +75,22 @@ class Settings:
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place, HF_HOME; /data on a Space that has storage
     on_space: bool = False
     zero_gpu: bool = False  # a Space on ZeroGPU hardware
-    queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; one more is told the line is full")
+    queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
-        None, "MAX_BATCH", "answers computed at once, the others wait in line; 32 on a GPU and 8 on a CPU unless told"
+        None, "MAX_BATCH", "answers computed at once, the others wait in line; by default 32 on a GPU and 8 on a CPU"
     )
     kv_headroom_gb: float = _knob(
         1.5, "KV_HEADROOM_GB", "GPU memory left alone for prefill; raise it if other programs share the card"
     )
-    compile: bool = _knob(True, "COMPILE", "make decoding on a GPU faster, in the background after each start")
-    check: bool = _knob(False, "", "start nothing; say what would go wrong, and what to do about it")
+    compile: bool = _knob(
+        True, "COMPILE", "compile the model for faster decoding on a GPU, in the background after each start"
+    )
+    check: bool = _knob(False, "", "start nothing; say what would go wrong and how to fix it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
-    hash_password: bool = _knob(False, "", "start nothing; ask for a name and a password, print a line for AUTH_FILE")
-    sampling: SamplingParams = SamplingParams()  # where the page's sliders start; the API's, unless a request says
+    hash_password: bool = _knob(
+        False, "", "start nothing; ask for a name and a password, and print a line for AUTH_FILE"
+    )
+    sampling: SamplingParams = SamplingParams()  # where the page's sliders start, and what an API request leaves out
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -91,83 +98,99 @@ class Settings:
         if not 0 <= self.port <= 65535:
             raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
         if self.queue_limit < 1:
-            raise ChatError(f"queue limit must be 1 or more; it was {self.queue_limit}.")
+            raise ChatError(f"queue_limit must be 1 or more; it was {self.queue_limit}.")
         if self.max_batch is not None and not 1 <= self.max_batch <= 256:
-            raise ChatError(f"max batch must be from 1 to 256; it was {self.max_batch}.")
+            raise ChatError(f"max_batch must be from 1 to 256; it was {self.max_batch}.")
         if not 0 <= self.kv_headroom_gb < float("inf"):
-            raise ChatError(f"kv headroom gb must be 0 or more; it was {self.kv_headroom_gb}.")
+            raise ChatError(f"kv_headroom_gb must be 0 or more; it was {self.kv_headroom_gb}.")
         for url in self.inference_urls:
             if not _is_http(url):
                 raise ChatError(
-                    f"inference url must be like http://gpu-1:8000, or several with commas; it was {url!r}."
+                    f"inference_url must be like http://gpu-1:8000, or several with commas; it was {url!r}."
                 )
         if not (self.inference_key.isascii() and self.inference_key.isprintable()):
             raise ChatError(
-                "INFERENCE_KEY holds characters that no HTTP header can; only ASCII letters and signs can be in it."
+                "INFERENCE_KEY contains characters that an HTTP header cannot carry. Use printable ASCII only."
             )
         if self.client_limit < 0:
-            raise ChatError(f"client limit must be 0 or more; it was {self.client_limit}.")
+            raise ChatError(f"client_limit must be 0 or more; it was {self.client_limit}.")
         if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
-            raise ChatError(f"body limit mb must be above 0; it was {self.body_limit_mb}.")
+            raise ChatError(f"body_limit_mb must be above 0; it was {self.body_limit_mb}.")
         if not all(map(_is_network, self.trusted_proxies.split(","))):
             raise ChatError(
-                f"trusted proxies must be addresses and networks, such as 10.0.0.0/8; it was {self.trusted_proxies!r}."
+                f"trusted_proxies must be addresses and networks, such as 10.0.0.0/8; it was {self.trusted_proxies!r}."
             )
         if self.root_path and not self.root_path.startswith("/"):
-            raise ChatError(f"root path must start with a slash; it was {self.root_path!r}.")
+            raise ChatError(f"root_path must start with a slash; it was {self.root_path!r}.")
         if self.json and not self.check:
-            raise ChatError("--json is how --check prints; add --check.")
+            raise ChatError("--json needs --check: it says how --check prints.")
 
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine is served."""
-        return self.host == "localhost" or (_is_network(self.host) and ipaddress.ip_network(self.host).is_loopback)
+        return _is_loopback(self.host)
 
     @property
     def inference_urls(self) -> tuple[str, ...]:
         """The servers that have the model; none if it is loaded here."""
-        return tuple(filter(None, map(str.strip, self.inference_url.split(","))))
+        return _split(self.inference_url)
 
     @classmethod
     def read(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
         """The settings of this process. Ends the program with a sentence and exit code 2 if one makes no sense."""
-        parser = argparse.ArgumentParser(
-            description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
-            "API_KEY (several with commas between them), INFERENCE_KEY, KEY_PASSWORD."
-        )
-        for knob in fields(cls):
-            if knob.metadata:
-                env = knob.metadata["env"]
-                given = next((environ[name] for name in env if environ.get(name)), None)
-                kind = type(knob.default) if isinstance(knob.default, (int, float, Path)) else str
-                kind = OPTIONAL.get(knob.name, kind)
-                _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
-        for name in SHOWN_SAMPLING:
-            default, env = getattr(SamplingParams(), name), name.upper()
-            kind = int if name == "seed" else type(default)
-            low, high = RANGES[name]
-            help = f"where the page's setting starts, {low:g} to {high:g}"
-            _add(parser, name, [env], kind, environ.get(env) or default, help)
+        parser = _parser(environ)
         values = vars(parser.parse_args(argv))
         try:
-            sampling = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
-            for name in ("cache_dir", "certfile", "keyfile", "auth_file"):
-                values[name] = values[name] and values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
-            given_keys = environ.get("API_KEY", "")
-            values["api_keys"] = tuple(filter(None, map(str.strip, given_keys.split(","))))
-            if given_keys and not values["api_keys"]:
-                raise ChatError("API_KEY holds no key. Give one, or leave it out to let everybody in.")
-            values["inference_key"] = environ.get("INFERENCE_KEY", "").strip()
-            values["key_password"] = environ.get("KEY_PASSWORD") or None
-            values["https"] = values["https"] or bool(values["certfile"] or values["keyfile"])
-            values["host"] = values["host"] or ("0.0.0.0" if values["https"] else cls.host)
-            values["root_path"] = values["root_path"].rstrip("/")
-            settings = cls(sampling=sampling, **values, **_space(environ))
-            if settings.body_limit_mb is None and not settings.on_loopback:
-                settings = replace(settings, body_limit_mb=BODY_LIMIT_MB)
-            return settings
+            values["sampling"] = SamplingParams(**{name: values.pop(name) for name in SHOWN_SAMPLING})
+            return cls(**_completed(values, environ), **_space(environ))
         except ChatError as error:
             parser.error(str(error))
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Flags for every knob, whose defaults are what the environment says."""
+    parser = argparse.ArgumentParser(
+        description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
+        "API_KEY (one or several, comma-separated), INFERENCE_KEY, KEY_PASSWORD."
+    )
+    for knob in fields(Settings):
+        if knob.metadata:
+            env = knob.metadata["env"]
+            given = next((environ[name] for name in env if environ.get(name)), None)
+            kind = type(knob.default) if isinstance(knob.default, (int, float, Path)) else str
+            kind = OPTIONAL.get(knob.name, kind)
+            _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
+    for name in SHOWN_SAMPLING:
+        default, env = getattr(SamplingParams(), name), name.upper()
+        kind = int if name == "seed" else type(default)
+        low, high = RANGES[name]
+        help = f"where the page's setting starts, {low:g} to {high:g}"
+        _add(parser, name, [env], kind, environ.get(env) or default, help)
+    return parser
+
+
+def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What the flags gave, with the secrets and what follows from other knobs."""
+    for name in ("cache_dir", "certfile", "keyfile", "auth_file"):
+        if values[name] is not None:
+            values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
+    api_keys = _split(environ.get("API_KEY", ""))
+    if environ.get("API_KEY") and not api_keys:
+        raise ChatError("API_KEY contains no key. Set one, or unset API_KEY to let everybody in.")
+    https = bool(values["https"] or values["certfile"] or values["keyfile"])
+    host = values["host"] or ("0.0.0.0" if https else Settings.host)
+    body_limit_mb = values["body_limit_mb"]
+    if body_limit_mb is None and not _is_loopback(host):
+        body_limit_mb = BODY_LIMIT_MB
+    return values | {
+        "api_keys": api_keys,
+        "inference_key": environ.get("INFERENCE_KEY", "").strip(),
+        "key_password": environ.get("KEY_PASSWORD") or None,
+        "https": https,
+        "host": host,
+        "body_limit_mb": body_limit_mb,
+        "root_path": values["root_path"].rstrip("/"),
+    }
 
 
 def _add(parser: argparse.ArgumentParser, name: str, env: list[str], kind: type, default: Any, help: str) -> None:
@@ -194,12 +217,12 @@ def _default(knob: Field, environ: Mapping[str, str]) -> Any:
 
 def _space(environ: Mapping[str, str]) -> dict[str, Any]:
     """What only a Hugging Face Space decides; its variables are set by the platform, not by people."""
-    told = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    has_own_folder = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
     return {
         "on_space": bool(environ.get("SPACE_ID")),
         "zero_gpu": _is_true(environ.get("SPACES_ZERO_GPU")),
         # The folder that HF_HOME=/data/.huggingface would give, as the Hub's documentation advises.
-        "hub_cache_dir": PERSISTENT / ".huggingface" / "hub" if _has_storage(environ) and not told else None,
+        "hub_cache_dir": PERSISTENT / ".huggingface" / "hub" if _has_storage(environ) and not has_own_folder else None,
     }
 
 
@@ -207,11 +230,19 @@ def _has_storage(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("SPACE_ID")) and PERSISTENT.is_dir() and os.access(PERSISTENT, os.W_OK)
 
 
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_network(host) and ipaddress.ip_network(host).is_loopback)
+
+
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # the port is not a number
         return False
 
 

@@ -77,11 +77,11 @@ class SamplingParams:
 def _checked(name: str, value: object) -> int | float:
     """The value as the int or float the setting needs, or ChatError."""
     low, high = RANGES[name]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and low <= value <= high and not (name in OPEN_BELOW and value == low):  # never true for NaN
-        if name not in WHOLE_NUMBERS:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        in_range = low <= value <= high and not (name in OPEN_BELOW and value == low)  # False for NaN
+        if in_range and name not in WHOLE_NUMBERS:
             return float(value)
-        if value == int(value):
+        if in_range and value == int(value):
             return int(value)
     kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"

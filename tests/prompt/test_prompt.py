@@ -505,7 +505,9 @@ def test_a_message_that_cannot_fit_is_refused_with_the_numbers(speaker):
     tokenizer, chat_format = speaker
     messages = turns("the " * 3000, system="Be brief.")
     T = len(prompt.encode(tokenizer, messages, chat_format))
-    with pytest.raises(PromptTooLong, match=f"This message is {T:,} tokens, and 100 more .* is 1,024 tokens.*Shorten it"):
+    with pytest.raises(
+        PromptTooLong, match=f"This message is {T:,} tokens, and 100 more .* is 1,024 tokens.*Shorten it"
+    ):
         prompt.fit(tokenizer, messages, 1024, 100, chat_format)
 
 
