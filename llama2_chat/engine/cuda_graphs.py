@@ -130,7 +130,7 @@ class RecordedWay:
         try:
             torch.cuda.set_device(self._sampler.device)
             for done, (kind, size) in enumerate(self._sizes):
-                self.mode = f"{self._ready()}; compiling {kind} {size}, {done + 1} of {len(self._sizes)}"
+                self.mode = f"{self._ready()}; {kind} {size} compiles, {done + 1} of {len(self._sizes)}"
                 for _ in range(2):
                     self._step(kind, size)
                 torch.cuda.synchronize(self._sampler.device)

@@ -41,7 +41,7 @@ def small_llama(device="cuda"):
 def running(model, compile, **options):
     runner = build_runner(model, {model.device: 2**30}, context_length=4096, compile=compile)
     engine = Engine(runner, set(), **options)
-    while compile and "compiling" in engine.mode:
+    while compile and "compiles" in engine.mode:
         time.sleep(0.2)
     return engine
 
