@@ -41,7 +41,7 @@ def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users |
             primary_hue="indigo",
             neutral_hue="slate",
             radius_size=gr.themes.sizes.radius_lg,
-            # Bundled with Gradio; of the other weights only a few letters are.
+            # Bundled with Gradio, whose other weights of this font hold only a few letters.
             font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
         ),
         css_paths=FOLDER / "page.css",
@@ -76,13 +76,13 @@ def _status(page: gr.Blocks, chat: ChatBackend) -> None:
     """The line under the title, which keeps itself up to date."""
     line, timer = gr.HTML(elem_id="status"), gr.Timer(1)
 
-    def look() -> tuple[str, gr.Timer]:
+    def refresh() -> tuple[str, gr.Timer]:
         loading = chat.state == "loading"
         if chat.capabilities.can_fail_over and not loading:
             return wording.status_line(chat.status), gr.Timer(STATUS_EVERY_S)
         return wording.status_line(chat.status), gr.Timer(active=loading)  # a model in this process stays as it is
 
-    gr.on([page.load, timer.tick], look, outputs=[line, timer], **QUIET)
+    gr.on([page.load, timer.tick], refresh, outputs=[line, timer], **QUIET)
 
 
 def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
