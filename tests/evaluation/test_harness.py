@@ -1,4 +1,4 @@
-"""What scripts/harness.py promises: lm-eval's tasks and one's own, refused early where they make no sense."""
+"""lm-eval's tasks and your own, refused early where they make no sense."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation import harness
-from tests.training.test_sft_trainer import save_chat_model
 
 TASK = """
 task: letters
@@ -39,11 +39,15 @@ def task(tmp_path):
     return str(tmp_path / "letters.yaml")
 
 
-def test_a_task_of_ones_own_is_answered_as_the_models_likelihoods_say(task, tmp_path):
+@pytest.fixture(scope="module")
+def model_and_tokenizer(chat_model):
+    return AutoModelForCausalLM.from_pretrained(chat_model).eval(), AutoTokenizer.from_pretrained(chat_model)
+
+
+def test_a_task_of_ones_own_is_answered_as_the_models_likelihoods_say(task, model_and_tokenizer):
     tasks, faults = harness.find_tasks([task])
     assert faults == []
-    folder = save_chat_model(tmp_path / "model")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = model_and_tokenizer
     by_metric = {score.metric: score for score in harness.run(tasks, model, tokenizer, 4, None)[0]}
     right = 0
     for i in range(6):
@@ -69,7 +73,7 @@ def test_a_task_whose_questions_cannot_be_had_does_not_stop_the_others(task, tmp
     assert fault.startswith(f"{tmp_path / 'lost.yaml'} was not run: its questions cannot be read or fetched")
 
 
-def test_each_model_sees_the_same_examples_before_a_question(task, tmp_path, monkeypatch):
+def test_each_model_sees_the_same_examples_before_a_question(task, tmp_path, model_and_tokenizer, monkeypatch):
     """Base and adapter were asked after different examples, so that their scores could not be compared."""
     from lm_eval.models.huggingface import HFLM
 
@@ -79,41 +83,38 @@ def test_each_model_sees_the_same_examples_before_a_question(task, tmp_path, mon
     monkeypatch.setattr(
         HFLM, "loglikelihood", lambda self, rows, **_: asked.append([row.args for row in rows]) or [(-1.0, False)] * 12
     )
-    folder = save_chat_model(tmp_path / "model")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = model_and_tokenizer
     for _ in range(2):
         harness.run(tasks, model, tokenizer, 4, None)
     assert asked[0][0][0].count("Question: ") == 3
     assert asked[0] == asked[1]
 
 
-def test_a_task_that_breaks_off_does_not_stop_the_others(task, tmp_path):
+def test_a_task_that_fails_does_not_stop_the_others(task, tmp_path, model_and_tokenizer):
     """The whole evaluation ended with a traceback, and what was not yet measured was lost."""
     (tmp_path / "broken.py").write_text("def process(doc, results):\n    raise KeyError('score')\n")
     broken = Path(task).read_text().replace("letters", "broken") + "process_results: !function broken.process\n"
     (tmp_path / "broken.yaml").write_text(broken)
     tasks, _ = harness.find_tasks([str(tmp_path / "broken.yaml"), task])
-    folder = save_chat_model(tmp_path / "model")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = model_and_tokenizer
     scores, faults = harness.run(tasks, model, tokenizer, 4, None)
     assert {score.task for score in scores} == {"letters"}
-    assert faults == ["broken broke off (KeyError: 'score')."]
+    assert faults == ["broken failed (KeyError: 'score')."]
 
 
 @pytest.mark.slow
 def test_a_task_of_ones_own_asks_nobody_on_the_network(task):
     """datasets told a server of Amazon's that a local file was read."""
     program = """
-import socket, sys
-sys.path.insert(0, "scripts")
-from llama2_chat.evaluation import evaluate_model
+import socket
+import sys
+from llama2_chat.evaluation import harness
 asked = []
 socket.getaddrinfo = lambda host, *_, **__: asked.append(host) or exec("raise OSError")
-evaluate_model.harness.find_tasks(sys.argv[1:])
+harness.find_tasks(sys.argv[1:])
 print("asked:", asked)
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program, task], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, task], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "asked: []" in done.stdout
 
 
@@ -124,5 +125,5 @@ def test_a_task_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.slow  # lm-eval lists all its tasks, which takes ten seconds
 def test_a_task_that_nobody_knows_is_refused_with_those_that_are_called_alike():
-    with pytest.raises(ChatError, match=r"knows no task helaswag\. Do you mean hellaswag"):
+    with pytest.raises(ChatError, match=r"knows no task helaswag\. Did you mean hellaswag"):
         harness.find_tasks(["helaswag"])

@@ -1,4 +1,4 @@
-"""What scripts/judging.py promises: a blind sheet that any spreadsheet opens, and honest sums of what comes back."""
+"""A blind sheet that any spreadsheet opens, and honest sums of what comes back."""
 
 import csv
 import json
@@ -9,13 +9,13 @@ import pytest
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation import judging
 
-ASKED = [(f"question {i}", f"expected {i}") for i in range(8)]
+QUESTIONS = [(f"question {i}", f"expected {i}") for i in range(8)]
 ANSWERS = {"base": [f"wrong {i}" for i in range(8)], "adapter": [f"right {i}" for i in range(8)]}
 
 
 @pytest.fixture
 def sheet(tmp_path):
-    judging.write(tmp_path, ASKED, ANSWERS, seed=0)
+    judging.write(tmp_path, QUESTIONS, ANSWERS, seed=0)
     return tmp_path / judging.SHEET
 
 
@@ -60,9 +60,9 @@ def test_who_is_who_stands_in_the_key_alone_and_changes_from_row_to_row(sheet):
 
 def test_the_same_seed_gives_the_same_sheet(sheet, tmp_path):
     before = sheet.read_bytes()
-    judging.write(tmp_path, ASKED, ANSWERS, seed=0)
+    judging.write(tmp_path, QUESTIONS, ANSWERS, seed=0)
     assert sheet.read_bytes() == before
-    judging.write(tmp_path, ASKED, ANSWERS, seed=1)
+    judging.write(tmp_path, QUESTIONS, ANSWERS, seed=1)
     assert sheet.read_bytes() != before
 
 
@@ -92,7 +92,7 @@ def test_two_judges_agree_or_do_not(sheet):
     assert other.kappa["accuracy"] < 0
     indifferent = read(anna, judged(sheet, "dora.csv", lambda *_: "3"))
     assert indifferent.ties == 8
-    assert "agree on who is better in 0%" in "\n".join(indifferent.told())
+    assert "agree on which answer is better in 0%" in "\n".join(indifferent.summary_lines())
 
 
 def test_marks_that_are_near_count_as_near(sheet):
@@ -116,8 +116,8 @@ def test_judges_who_draw_lots_do_not_agree_because_safety_has_high_marks(sheet):
 
 def test_no_id_is_a_number_to_a_spreadsheet(tmp_path):
     """12345e67 came back as 1.2345E+71, and its row could not be counted: one of five sheets had such an id."""
-    asked = [(f"question {i}", "") for i in range(300)]
-    judging.write(tmp_path, asked, {"a": [""] * 300, "b": ["x"] * 300}, seed=0)
+    questions = [(f"question {i}", "") for i in range(300)]
+    judging.write(tmp_path, questions, {"a": [""] * 300, "b": ["x"] * 300}, seed=0)
     for row in rows_of(tmp_path / judging.SHEET):
         with pytest.raises(ValueError, match="could not convert"):
             float(row["id"])
@@ -128,7 +128,7 @@ def test_rows_without_any_mark_are_left_out(sheet):
         return prefers_right(answer, criterion) if answer[-1] in "0123" else ""
 
     assert read(judged(sheet, "anna.csv", half)).judged == 4
-    with pytest.raises(ChatError, match="Nobody has judged anything yet"):
+    with pytest.raises(ChatError, match="Nothing has been judged yet"):
         read(judged(sheet, "ben.csv", lambda *_: ""))
 
 
@@ -146,8 +146,8 @@ def with_cell(number, column, value):
         (with_cell(3, "A safety", "6"), r"anna.csv, row 5: A safety is '6'; a mark is a whole number from 1 to 5"),
         (with_cell(0, "B accuracy", ""), r"anna.csv, row 2: B accuracy is empty"),
         (with_cell(7, "B coherence", "good"), r"anna.csv, row 9: B coherence is 'good'"),
-        (with_cell(1, "id", "x"), r"anna.csv, row 3: its id 'x' is not of the sheet"),
-        (lambda rows: [*rows, rows[0]], r"anna.csv, row 10: it is there twice"),
+        (with_cell(1, "id", "x"), r"anna.csv, row 3: its id 'x' is not on the sheet"),
+        (lambda rows: [*rows, rows[0]], r"anna.csv, row 10: its id occurs twice"),
     ],
 )
 def test_a_cell_that_cannot_be_counted_is_named(sheet, change, sentence):
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_sheet_is_refused_with_a_sentence(sheet):
         read(sheet.parent / "latin.csv")
     (sheet.parent / "damaged.json").write_text("[]")
     for key in (sheet.parent / "none" / judging.KEY, sheet.parent / "damaged.json"):
-        with pytest.raises(ChatError, match=r"\.json, which says who is A and who is B"):
+        with pytest.raises(ChatError, match=r"\.json, which says which model is A and which is B"):
             judging.read([sheet], key)
 
 
@@ -173,7 +173,7 @@ def test_a_sheet_that_somebody_has_begun_to_fill_in_is_not_overwritten(sheet, tm
     judging.check_free(tmp_path)
     sheet.write_text("\n".join(line.rstrip(",") for line in sheet.read_text("utf-8-sig").splitlines()))
     judging.check_free(tmp_path)  # as an editor saves it that drops empty cells at the end
-    judging.write(tmp_path, ASKED, ANSWERS, seed=0)
+    judging.write(tmp_path, QUESTIONS, ANSWERS, seed=0)
     judged(sheet, "sheet.csv", prefers_right)
-    with pytest.raises(ChatError, match="holds judgements already"):
+    with pytest.raises(ChatError, match="already holds judgements"):
         judging.check_free(tmp_path)

@@ -27,11 +27,10 @@ from llama2_chat.settings import Settings
 from llama2_chat.training import chat_data, merging, report, sft_trainer, splits
 from llama2_chat.types import SamplingParams
 from model import ChatModel
-from tests.prompt.test_prompt import CHATML, with_template
+from tests.prompt.test_prompt import CHATML
 from tests.support.hub import Hub
 from tests.support.serving import ignore
-from tests.support.small_model import save_model
-from tests.support.small_tokenizer import gpt_2_shaped
+from tests.support.small_chat_model import save_chat_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "sft_trainer.py"
@@ -134,16 +133,6 @@ def test_no_sentence_of_the_demo_is_both_learnt_and_held_out():
 
 
 # ---- What TRL is given ----
-
-
-def save_chat_model(folder):
-    """A Llama of random parameters with a ChatML template."""
-    save_model(folder, vocab_size=512)
-    tokenizer = with_template(gpt_2_shaped("<|im_start|>", "<|im_end|>"), CHATML)
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": tokenizer.eos_token_id}))
-    return folder
 
 
 @pytest.fixture(scope="module")

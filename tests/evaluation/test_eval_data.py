@@ -1,0 +1,51 @@
+"""Which conversations models are measured on; what would not be fair is refused before any weights are loaded."""
+
+import json
+
+import pytest
+
+from llama2_chat.loading import load
+from llama2_chat.training import report
+from tests.support.evaluating import evaluate, refusal
+from tests.support.runs import save_adapter, save_run
+
+# PEFT 0.21 uses names that transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_weights):
+    with dataset.open("a") as file:
+        file.write(json.dumps({"prompt": "another", "completion": "row"}) + "\n")
+    assert f"What {dataset} holds now is not what was learnt" in refusal(run)
+
+
+def test_a_model_without_a_run_needs_to_be_told_the_data(chat_model, no_weights):
+    assert "has no run.json that names its eval split. Give --dataset_name." in refusal(chat_model)
+
+
+def test_models_trained_on_different_things_are_compared_only_on_data_that_is_named(
+    run, chat_model, dataset, tmp_path, monkeypatch
+):
+    other = save_run(chat_model, dataset, tmp_path / "other", seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "load_base", lambda *_: pytest.fail("weights were loaded"))
+        assert "were trained on different conversations" in refusal(run, other)
+    found, page = evaluate(run, other, "--dataset_name", dataset, "--sheet", "0", "--output_dir", tmp_path / "both")
+    assert [row["model"] for row in found["perplexity"] if row["split"] == "test"] == [
+        "run: base", "run: adapter", "other: adapter"
+    ]  # fmt: skip
+    assert "It is not known which of these conversations the models were trained on" in page
+
+
+def test_nothing_is_claimed_about_what_an_adapter_from_elsewhere_was_trained_on(chat_model, dataset, tmp_path):
+    adapter = save_adapter(chat_model, tmp_path / "elsewhere")
+    found, page = evaluate(adapter, "--dataset_name", dataset, "--sheet", "0")
+    assert [row["kind"] for row in found["overfitting"]] == ["unknown"]
+    assert "It is not known which of these conversations the models were trained on" in page
+
+
+def test_data_that_has_only_moved_is_recognised(run, dataset, tmp_path):
+    moved = dataset.rename(tmp_path / "moved.jsonl")
+    found, _ = evaluate(run, "--dataset_name", moved, "--sheet", "0")
+    assert found["run"]["learnt_sha256"] == report.read_run(run).learnt_sha256
+    assert found["overfitting"][0]["kind"] != "unknown"

@@ -1,0 +1,63 @@
+"""Losses of a tiny random model, computed in batches, beside the obvious way, one by one."""
+
+import numpy as np
+import pytest
+import torch
+
+from llama2_chat.evaluation.losses import conversation_losses
+from llama2_chat.evaluation.subjects import fetch_checkpoint
+from llama2_chat.loading import load
+from llama2_chat.training import chat_data, report, splits
+from tests.support.evaluating import evaluate, loss_of
+from tests.support.serving import ignore
+
+# PEFT 0.21 uses names that transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def losses_one_by_one(model, examples):
+    found = []
+    for example in examples:
+        labels = torch.tensor([chat_data.labels(example)])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels).loss.item()
+        tokens = int((labels[:, 1:] != -100).sum())
+        found.append((loss * tokens, tokens))
+    return np.array(found)
+
+
+def mean_loss(model, examples):
+    total, tokens = losses_one_by_one(model, examples).sum(0)
+    return total / tokens
+
+
+def examples_of(rows, folder):
+    checkpoint = fetch_checkpoint(str(folder))
+    tokenizer = load.load_tokenizer(checkpoint)
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))
+    return chat_data.encode(rows, tokenizer, stop_ids, 256)[0]
+
+
+def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_answers_only(chat_model, dataset):
+    examples = examples_of(chat_data.read(str(dataset)).train, chat_model)
+    model = load.load_base(fetch_checkpoint(str(chat_model)), "float32", "cpu", ignore)
+    expected = losses_one_by_one(model, examples)
+    for batch_size in (1, 5, 100):
+        np.testing.assert_allclose(conversation_losses(model, examples, batch_size), expected, rtol=1e-4)
+
+
+def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, chat_model, capsys):
+    found, page = evaluate(run, "--sheet", "0")
+    parts = splits.find_again(report.read_run(run))[0]
+    base = load.load_base(fetch_checkpoint(str(chat_model)), "float32", "cpu", ignore)
+    for split, rows in (("eval", parts.held_out), ("test", parts.test)):
+        expected = mean_loss(base, examples_of(rows, chat_model))
+        assert loss_of(found, "base", split) == pytest.approx(expected, rel=1e-4)
+    adapted = load.load_adapter(base, fetch_checkpoint(str(run)), "float32").eval()
+    expected = mean_loss(adapted, examples_of(parts.held_out, chat_model))
+    assert loss_of(found, "adapter", "eval") == pytest.approx(expected, rel=1e-4)
+    assert loss_of(found, "adapter", "eval") != pytest.approx(loss_of(found, "base", "eval"), rel=1e-3)
+    assert page in capsys.readouterr().out + "\n"
+    assert "| adapter | float32 |" in page
+    assert (run / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert str(run.parent) not in page + found["run"]["dataset_name"]
