@@ -56,7 +56,8 @@ def main() -> int:
     chat = make_backend(settings)
     server = make_server(create_app(chat, settings, users), chat, settings, context)
     announce(settings, listener, certificate() if context else None)
-    # uvicorn stops at SIGTERM, then raises it again for whoever was there before: us, who have a model to close.
+    # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
+    # without closing the model.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         chat.start()

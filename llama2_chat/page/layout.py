@@ -41,7 +41,7 @@ def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users |
             primary_hue="indigo",
             neutral_hue="slate",
             radius_size=gr.themes.sizes.radius_lg,
-            # Bundled with Gradio; of the other weights only a few letters are.
+            # Bundled with Gradio, whose other weights of this font hold only a few letters.
             font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
         ),
         css_paths=FOLDER / "page.css",
@@ -76,13 +76,13 @@ def _status(page: gr.Blocks, chat: ChatBackend) -> None:
     """The line under the title, which keeps itself up to date."""
     line, timer = gr.HTML(elem_id="status"), gr.Timer(1)
 
-    def look() -> tuple[str, gr.Timer]:
+    def refresh() -> tuple[str, gr.Timer]:
         loading = chat.state == "loading"
         if chat.capabilities.can_fail_over and not loading:
             return wording.status_line(chat.status), gr.Timer(STATUS_EVERY_S)
         return wording.status_line(chat.status), gr.Timer(active=loading)  # a model in this process stays as it is
 
-    gr.on([page.load, timer.tick], look, outputs=[line, timer], **QUIET)
+    gr.on([page.load, timer.tick], refresh, outputs=[line, timer], **QUIET)
 
 
 def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
@@ -97,7 +97,7 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
     system_prompt = gr.Textbox(
         wording.SYSTEM_PROMPT,
         label="System prompt",
-        info="Instructions that the model reads before the conversation; may be empty.",
+        info="Instructions for the whole conversation; may be empty.",
         lines=3,
     )
     with gr.Row():
@@ -109,16 +109,16 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
             gr.Button(label, size="md").click(functools.partial(str, text), None, system_prompt, **QUIET)
     with gr.Row():
         numbers = [
-            slider("max_new_tokens", "Max new tokens", "The longest that an answer may be.", 1),
-            slider("temperature", "Temperature", "0 always takes the most likely word; higher is more varied.", 0.05),
-            slider("top_p", "Top-p", "Choose among the most likely words that add up to this probability.", 0.01),
-            slider("top_k", "Top-k", "Choose among this many of the most likely words; 0 is all.", 1),
+            slider("max_new_tokens", "Max new tokens", "The longest that an answer can be.", 1),
+            slider("temperature", "Temperature", "0 always takes the likeliest word; higher varies more.", 0.05),
+            slider("top_p", "Top-p", "Choose among the likeliest words with this total probability.", 0.01),
+            slider("top_k", "Top-k", "Choose among the k likeliest words; 0 means all.", 1),
             slider("repetition_penalty", "Repetition penalty", "Above 1, words already used become less likely.", 0.05),
         ]
         seed = gr.Textbox(  # an empty gr.Number turns into 0 when the accordion opens
             "" if defaults.seed is None else str(defaults.seed),
             label="Seed",
-            info="The same seed and conversation give the same answer.",
+            info="Same seed and conversation, same answer.",
             placeholder="random",
             min_width=SETTING_WIDTH,
         )

@@ -39,11 +39,9 @@ class Shown:
         if self.waiting and not self.text:
             # Stop leaves this turn behind; page.css then shows its second half.
             both = f"<span class=waiting>{html.escape(self.waiting)}</span><span class=stopped>{wording.STOPPED}</span>"
-            turns.append(_remark(both, "remark", "remark"))
-        elif self.remark and self.refused:
-            turns.append(_remark(html.escape(self.remark), "refused", f"refused {REFUSED_CLASS}"))
+            turns.append(_remark_turn(both))
         elif self.remark:
-            turns.append(_remark(html.escape(self.remark), "remark", "remark"))
+            turns.append(_remark_turn(html.escape(self.remark), self.refused))
         return turns
 
 
@@ -51,7 +49,8 @@ def text_turn(role: str, text: str) -> Turn:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _remark(markup: str, kind: str, css_class: str) -> Turn:
+def _remark_turn(markup: str, refused: bool = False) -> Turn:
+    kind, css_class = ("refused", f"refused {REFUSED_CLASS}") if refused else ("remark", "remark")
     return {**text_turn("assistant", f'<small class="{css_class}">{markup}</small>'), "metadata": {"id": kind}}
 
 

@@ -23,7 +23,7 @@ from llama2_chat.server.metrics import Metrics, Record
 from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams
 
 SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
-SIGN_OF_LIFE_S = 0.4  # while there is no text yet; Stop and a closed tab are noticed at once all the same
+REFRESH_EVERY_S = 0.4  # while nothing new comes; Stop and a closed tab cancel an async generator at once
 
 ReplyFunction = Callable[..., AsyncGenerator[Any, None]]  # yields turns to the page, and plain text to programs
 
@@ -85,7 +85,7 @@ async def _answer(
     """What to show, step by step. A message that arrives while the model loads waits for it."""
     while chat.state == "loading":
         yield Shown(waiting=wording.progress(chat.status))
-        await asyncio.sleep(SIGN_OF_LIFE_S)
+        await asyncio.sleep(REFRESH_EVERY_S)
     record.question = messages
     if not chat.capabilities.knows_queue:  # its server may take a while to accept the question
         yield Shown(waiting=wording.READING)
@@ -104,7 +104,7 @@ async def _texts(reply: Reply) -> AsyncIterator[str]:
     with contextlib.suppress(StopAsyncIteration):
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SIGN_OF_LIFE_S):
+                async with asyncio.timeout(REFRESH_EVERY_S):
                     text += await anext(reply)
             yield text
             await asyncio.sleep(SHOW_EVERY_S if text else 0)

@@ -30,7 +30,7 @@ def open_listener(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     both = settings.host == "::" and socket.has_dualstack_ipv6()  # IPv4 too
     try:
-        socket.getaddrinfo(settings.host, settings.port, family)  # why a name has no address, in fewer words
+        socket.getaddrinfo(settings.host, settings.port, family)  # says in fewer words why a name has no address
         return socket.create_server((settings.host, settings.port), family=family, dualstack_ipv6=both)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error

@@ -2,13 +2,17 @@
 
 import http.server
 import threading
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from llama2_chat.page import layout
 from llama2_chat.page.wording import META_SYSTEM_PROMPT
+from llama2_chat.types import Status
 from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, ignore_pandas, open_settings, send
-from tests.support.scripted import Scripted
+from tests.support.scripted import HERE, READY, Scripted, ScriptedChat
+from tests.support.serving import serving
 
 pytestmark = ignore_pandas
 
@@ -16,6 +20,18 @@ pytestmark = ignore_pandas
 def test_the_page_says_which_model_answers_and_why(page, chat):
     expect(page.locator("#status")).to_contain_text(chat.status.model)
     expect(page.locator("#status")).to_contain_text(chat.status.why)
+
+
+def test_the_status_line_follows_servers_that_come_and_go(browser, settings, monkeypatch):
+    monkeypatch.setattr(layout, "STATUS_EVERY_S", 0.5)
+    chat = ScriptedChat(capabilities=replace(HERE, can_fail_over=True))
+    with serving(chat, settings) as address, browser.new_page() as page:
+        page.goto(address)
+        expect(page.locator("#status")).to_contain_text("scripted")
+        chat.status = Status(state="failed", error="No server answers.")
+        expect(page.locator("#status")).to_have_text("No model. No server answers.")
+        chat.status = READY
+        expect(page.locator("#status")).to_contain_text("scripted")
 
 
 def test_metas_system_prompt_is_one_click_away(page):

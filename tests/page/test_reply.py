@@ -1,6 +1,7 @@
 """How a message is answered, in a real browser and by programs: streaming, stopping, refusing, and nothing locks it."""
 
 import re
+import threading
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
@@ -10,11 +11,10 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import expect
 
-from llama2_chat.errors import Busy
+from llama2_chat.errors import Busy, ModelUnavailable
 from llama2_chat.page.wording import SYSTEM_PROMPT
 from llama2_chat.remote.remote import CUT, NOT_WHOLE, OWN_TEMPLATE, RemoteModel
 from llama2_chat.types import Status
-from model import ChatModel
 from tests.support.browser import (
     BEGUN,
     LIKELIEST,
@@ -30,7 +30,7 @@ from tests.support.browser import (
     stop,
 )
 from tests.support.odd_server import HEAD, OddServer, event, reset, silence, status
-from tests.support.scripted import Scripted, raising, spy
+from tests.support.scripted import HERE, READY, Scripted, ScriptedChat, raising, spy
 from tests.support.serving import busy, serving
 
 pytestmark = ignore_pandas
@@ -139,30 +139,41 @@ def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_lost(p
     expect(box(page)).to_have_value(SHORT)
 
 
-def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(browser, chat, settings):
-    loading = ChatModel(settings)  # not started: it stays where it is
-    loading.status = Status(phase="download", done_bytes=120_000_000, total_bytes=269_000_000)
-    with serving(loading, settings) as address, browser.new_page() as page:
+def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(browser, settings):
+    chat = ScriptedChat(Status(phase="download", done_bytes=120_000_000, total_bytes=269_000_000))
+    with serving(chat, settings) as address, browser.new_page() as page:
         page.goto(address)
         expect(page.locator("#status")).to_have_text("Downloading the model: 120 of 269 MB")
         send(page, SHORT)
         expect(answers(page).last).to_contain_text("Downloading the model: 120 of 269 MB")
-        loading.stream_reply = chat.stream_reply
-        loading.status = chat.status
+        chat.status = READY
         expect_unlocked(page)
-        expect(answers(page).last).not_to_contain_text("Downloading")
-        expect(page.locator("#status")).to_contain_text(chat.status.model)
+        expect(answers(page)).to_have_text(["Hello!"])
+        expect(page.locator("#status")).to_have_text("scripted · paper on desk. A test wrote it.")
 
 
 def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_question(browser, settings):
-    failed = ChatModel(settings)
-    failed.status = Status(state="failed", error="The licence of Llama 2 is not accepted yet.")
-    with serving(failed, settings) as address, browser.new_page() as page:
+    reason = "The licence of Llama 2 is not accepted yet."
+    chat = ScriptedChat(Status(state="failed", error=reason))
+    chat.stream_reply = raising(ModelUnavailable(reason))
+    with serving(chat, settings) as address, browser.new_page() as page:
         page.goto(address)
-        expect(page.locator("#status")).to_contain_text("The licence of Llama 2 is not accepted yet.")
+        expect(page.locator("#status")).to_have_text(f"No model. {reason}")
         send(page, SHORT)
-        expect(answers(page).last).to_contain_text("The licence of Llama 2 is not accepted yet.")
+        expect(answers(page).last).to_have_text(reason)
         expect_unlocked(page)
+
+
+def test_a_server_that_takes_its_time_to_accept_a_message_is_waited_for_in_words(browser, settings):
+    accepted = threading.Event()
+    chat = ScriptedChat(capabilities=replace(HERE, knows_queue=False), reply=Scripted("Hello!", accepted=accepted))
+    with serving(chat, settings) as address, browser.new_page() as page:
+        page.goto(address)
+        send(page, SHORT)
+        expect(answers(page).last).to_contain_text("Reading …")
+        accepted.set()
+        expect_unlocked(page)
+        expect(answers(page)).to_have_text(["Hello!"])
 
 
 @pytest.mark.slow

@@ -154,20 +154,6 @@ def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("host", "key", "told"),
-    [("0.0.0.0", "", 1), ("0.0.0.0", "key", 0), ("127.0.0.1", "", 0)],
-)
-def test_a_start_that_opens_the_model_to_the_network_says_so_once(host, key, told, monkeypatch, tmp_path):
-    monkeypatch.setenv("API_KEY", key)
-    with process("--host", host, "--model-id", str(tmp_path / "no-such-model")) as (server, address):
-        while health(address.replace("0.0.0.0", "127.0.0.1"))["status"] != "failed":
-            time.sleep(0.1)
-        _, said = end(server, signal.SIGTERM)
-    assert said.count("without a key") == told
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_the_server_leaves_quietly_while_the_model_loads(chat, signal_number):  # `chat`: the model is here
     with process() as (server, address):

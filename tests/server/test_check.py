@@ -29,7 +29,6 @@ from llama2_chat.loading.load import load, measure
 from llama2_chat.loading.memory import Gpu, check_memory
 from llama2_chat.server import check, login, tls
 from llama2_chat.server.check import Start, look, run
-from llama2_chat.server.listen import open_listener
 from llama2_chat.settings import Settings
 from tests.support.odd_server import OddServer, reset, status
 from tests.support.small_model import save_model
@@ -517,16 +516,6 @@ def test_a_name_that_leads_nowhere_is_told_in_few_words():
     told = bad("port", host="nowhere.invalid", port=0)
     assert told.detail.startswith("Cannot listen on nowhere.invalid port 0: ")
     assert "(" not in told.detail
-
-
-@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
-@pytest.mark.parametrize(("host", "reached"), [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])])
-def test_the_page_can_be_served_over_ipv6(host, reached):
-    settings = Settings(host=host, port=0)
-    assert look("port", Start(settings)).ok
-    with open_listener(settings) as listener:
-        for address in reached:
-            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
 
 
 def test_an_expired_certificate_is_told_as_a_start_tells_it(tmp_path):

@@ -1,0 +1,75 @@
+"""An adapter finds its base, and answers merged as it does beside it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.small_model import EMBEDDED
+from tests.support.loading import asking_for, get, logits, refusal
+from tests.support.serving import ignore
+from tests.support.small_model import save_model, save_tokenizer
+
+# peft 0.21 asks transformers 5.23 by a name that it has given up.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(adapter, tiny):
+    checkpoint = fetch(choose(asking_for(adapter)), ignore)
+    merged = load(replace(checkpoint, quantization="float32"), ignore).model
+    beside = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32), adapter)
+    torch.testing.assert_close(logits(merged), logits(beside), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(LlamaForCausalLM.from_pretrained(tiny)), atol=1e-2)
+
+
+def test_an_adapter_comes_from_the_hub_with_its_base(hub, adapter, tmp_path):
+    repo = shutil.copytree(adapter, tmp_path / "repo")
+    config = json.loads((repo / "adapter_config.json").read_text())
+    (repo / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
+    hub.repos["someone/adapter"] = repo
+    assert get(asking_for("someone/adapter")).precision == "int8"
+
+
+def test_an_adapter_of_the_embedded_model_finds_it_by_its_name_on_every_machine(settings, adapter, tmp_path):
+    named = shutil.copytree(adapter, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_text())
+    (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": EMBEDDED}))
+    checkpoint = fetch(choose(replace(settings, model_id=str(named))), ignore)
+    assert checkpoint.base == fetch(choose(settings, has_gpu=False), ignore).base
+    assert (checkpoint.adapter.folder, checkpoint.model_id) == (named, str(named))
+
+
+def test_an_adapter_stays_beside_a_base_in_nf4(adapter):
+    model = get(asking_for(adapter, quantization="nf4")).model
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    assert type(model) is LlamaForCausalLM
+
+
+def test_base_model_overrides_what_the_adapter_names_and_says_so_if_that_is_gone(adapter, tiny, tmp_path):
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    sentence = refusal(get, asking_for(moved))
+    assert "/gone/base" in sentence
+    assert "BASE_MODEL" in sentence
+    assert get(asking_for(moved, base_model=str(tiny))).precision == "int8"
+
+
+def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
+    other = save_model(tmp_path / "other", hidden_size=128)
+    sentence = refusal(get, asking_for(adapter, base_model=str(other)))
+    assert "BASE_MODEL" in sentence
+
+
+def test_an_adapters_own_tokenizer_comes_first_and_new_words_get_embeddings(adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    save_tokenizer(own, [f"word{i}" for i in range(80)])
+    checkpoint = fetch(choose(asking_for(own, quantization="none")), ignore)
+    assert len(load_tokenizer(checkpoint)) == 81
+    assert load(checkpoint, ignore).model.get_input_embeddings().num_embeddings == 81

@@ -1,0 +1,68 @@
+"""Which model a start takes, and what is refused by name."""
+
+from dataclasses import replace
+
+import pytest
+
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose
+from llama2_chat.loading.hub import fetch_small_files, fetch_weights
+from tests.support.loading import asking_for, refusal
+from tests.support.serving import ignore
+
+
+def test_without_a_gpu_the_embedded_model_is_chosen(settings):
+    assert choose(settings, has_gpu=False).is_embedded
+
+
+def test_with_a_gpu_and_access_llama_2_is_chosen(settings, hub, tiny, monkeypatch):
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    hub.gated.add(LLAMA_2_MODEL_ID)
+    hub.accounts["hf_reader"].add(LLAMA_2_MODEL_ID)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    assert choose(settings, has_gpu=True).model_id == LLAMA_2_MODEL_ID
+
+
+def test_with_a_gpu_but_no_token_the_embedded_model_says_what_would_give_llama_2(settings, hub, tiny):
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    hub.gated.add(LLAMA_2_MODEL_ID)
+    plan = choose(settings, has_gpu=True)
+    assert plan.is_embedded
+    assert "HF_TOKEN" in plan.why
+    assert f"{hub.url}/{LLAMA_2_MODEL_ID}" in plan.why
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_without_network_llama_2_is_chosen_if_all_of_it_is_in_the_cache(settings, hub, tiny, complete):
+    hub.repos[LLAMA_2_MODEL_ID] = tiny
+    files = fetch_small_files(LLAMA_2_MODEL_ID, ignore)
+    if complete:
+        fetch_weights(files, ignore)
+    hub.close()
+    assert choose(settings, has_gpu=True).is_embedded is not complete
+
+
+def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplog):
+    plan = choose(replace(settings, zero_gpu=True), has_gpu=True)
+    assert plan.is_embedded
+    assert plan.why == ZERO_GPU
+    assert ZERO_GPU in caplog.text  # at once: the platform may end the program before the model is there
+
+
+@pytest.mark.parametrize(
+    ("base", "chat"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
+        ("meta-llama/Llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
+        ("codellama/CodeLlama-7b-hf", "codellama/CodeLlama-7b-Instruct-hf"),
+        ("codellama/CodeLlama-13b-Python-hf", "codellama/CodeLlama-13b-Instruct-hf"),
+    ],
+)
+def test_a_base_model_is_refused_by_naming_its_chat_variant(base, chat):
+    assert chat in refusal(choose, asking_for(base))
+
+
+@pytest.mark.parametrize(
+    "model_id", [LLAMA_2_MODEL_ID, "codellama/CodeLlama-7b-Instruct-hf", "meta-llama/Llama-3.1-8B"]
+)
+def test_other_models_are_not_refused_by_name(model_id):
+    assert choose(asking_for(model_id)).model_id == model_id

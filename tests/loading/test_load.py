@@ -1,0 +1,88 @@
+"""Folders with tiny random models, whole and damaged."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import find_stop_ids, load, load_base, load_tokenizer, read_generation_config
+from tests.support.loading import asking_for, get, logits, refusal
+from tests.support.serving import ignore
+
+
+def test_a_local_folder_is_loaded_as_it_lies(tiny):
+    loaded = get(asking_for(tiny, quantization="none"))
+    torch.testing.assert_close(logits(loaded.model), logits(LlamaForCausalLM.from_pretrained(tiny)))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_came_quantised(tiny, tmp_path):
+    checkpoint = fetch(choose(asking_for(tiny)), ignore)
+    assert load_base(checkpoint, "float32", "cpu", ignore).dtype == torch.float32
+    assert load_base(checkpoint, "nf4", "cpu", ignore).is_loaded_in_4bit
+    assert load_base(checkpoint, "int8", "cpu", ignore).is_loaded_in_8bit
+    quantised = shutil.copytree(tiny, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    checkpoint = fetch(choose(asking_for(quantised)), ignore)
+    assert "comes quantised with gptq" in refusal(load_base, checkpoint, "float32", "cpu", ignore)
+
+
+def changed(name, change):
+    def damage(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "facts"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), ["damaged", "again"]),
+        (changed("config.json", {"num_hidden_layers": 3}), ["damaged", "again"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ["damaged", "again"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["damaged", "again"]),
+        (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
+        (changed("config.json", {"model_type": "martian"}), ["not a causal language model", "another model"]),
+        (changed("config.json", {"model_type": "bert"}), ["damaged", "again"]),
+        (changed("config.json", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}), ["Python code of its own"]),
+    ],
+    ids=["cut off", "layer missing", "tokenizer", "config", "no config", "no weights", "unknown", "bert", "own code"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_a_sentence(tiny, tmp_path, damage, facts):
+    folder = shutil.copytree(tiny, tmp_path / "broken")
+    damage(folder)
+    sentence = refusal(get, asking_for(folder))
+    assert [fact for fact in facts if fact not in sentence] == []
+
+
+def test_a_missing_shard_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "sharded")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors is missing" in refusal(get, asking_for(folder))
+
+
+@pytest.mark.parametrize("ends", [[7, 9], 7, None], ids=str)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_the_ids_that_end_an_answer_are_the_same_before_and_after_the_weights_are_loaded(tiny, tmp_path, name, ends):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) if name == "config.json" else {}
+    (folder / name).write_text(json.dumps(config | {"eos_token_id": ends}))
+    checkpoint = fetch(choose(asking_for(folder)), ignore)
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.eos_token = "a"
+    stop_ids = find_stop_ids(tokenizer, read_generation_config(checkpoint.base))
+    assert stop_ids == {1} | ({7} if ends else set()) | ({9} if ends == [7, 9] else set())
+    assert stop_ids == find_stop_ids(tokenizer, load(checkpoint, ignore).model.generation_config)

@@ -1,0 +1,61 @@
+"""In which precision a model fits, and where."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
+from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_device_map, choose_precision
+from tests.support.loading import refusal
+
+LLAMA_13B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    max_position_embeddings=4096,
+)
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "gpus", "precision"),
+    [
+        ("auto", None, [], "int8"),
+        ("none", None, [], "bfloat16"),
+        ("nf4", None, [], "nf4"),
+        ("auto", None, [Gpu(40 * GIB)], "bfloat16"),
+        ("auto", None, [Gpu(40 * GIB, (7, 5))], "float16"),
+        ("auto", None, [Gpu(22 * GIB)], "nf4"),
+        ("auto", None, [Gpu(22 * GIB), Gpu(22 * GIB)], "bfloat16"),
+        ("none", None, [Gpu(22 * GIB, (7, 0))], "float16"),
+        ("int8", None, [Gpu(22 * GIB)], "int8"),
+        ("auto", "gptq", [Gpu(22 * GIB)], "gptq"),
+        ("nf4", "awq", [Gpu(22 * GIB)], "awq"),
+    ],
+)
+def test_the_precision_follows_the_setting_the_memory_and_the_checkpoint(asked, own, gpus, precision):
+    size = replace(Size.of(LLAMA_13B), own_quantization=own, own_bytes=own and 8 * GIB)
+    assert choose_precision(asked, size, gpus)[0] == precision
+
+
+def test_too_little_gpu_memory_is_refused_with_both_numbers_with_what_would_help():
+    size = Size.of(LLAMA_13B)
+    sentence = refusal(check_memory, LLAMA_2_MODEL_ID, "bfloat16", size, [Gpu(22 * 10**9)])
+    assert "30.4 GB" in sentence  # 26.0 of weights, 3.4 of KV cache, 1 of headroom
+    assert "22.0 GB" in sentence
+    assert "QUANTIZATION=nf4" in sentence
+    sentence = refusal(check_memory, LLAMA_2_MODEL_ID, "nf4", size, [Gpu(8 * 10**9)])
+    assert "11.6 GB" in sentence
+    assert "larger GPU" in sentence
+    assert "nf4" not in sentence.partition("free.")[2]
+
+
+def test_one_gpu_is_used_if_it_is_enough_and_all_if_not():
+    size = Size.of(LLAMA_13B)
+    assert choose_device_map("bfloat16", size, [Gpu(24 * GIB), Gpu(80 * GIB)]) == ({"": 1}, None)
+    assert choose_device_map("bfloat16", size, [Gpu(24 * GIB), Gpu(24 * GIB)])[0] == "auto"
+    assert choose_device_map("nf4", size, [Gpu(24 * GIB), Gpu(23 * GIB)]) == ({"": 0}, None)
+    assert choose_device_map("int8", size, []) == ({"": "cpu"}, None)

@@ -1,0 +1,38 @@
+"""What the tests of loading share: a start without a page, and the sentence of a refusal."""
+
+import pytest
+import torch
+
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.settings import Settings
+from tests.support.serving import ignore
+
+
+def asking_for(model_id, **settings):
+    return Settings(model_id=str(model_id), **settings)
+
+
+def get(settings, progress=ignore):
+    """What a start does, from settings to a loaded model."""
+    plan = fetch(choose(settings), progress)
+    load_tokenizer(plan)
+    return load(plan, progress)
+
+
+def refusal(call, *args):
+    """The one or two sentences with which a call is refused."""
+    with pytest.raises(ModelUnavailable) as refused:
+        call(*args)
+    text = str(refused.value)
+    assert text[0] != "<"
+    assert text.endswith(".")
+    assert "Traceback" not in text
+    assert "hf_" not in text  # no token
+    return text
+
+
+def logits(model, ids=(1, 2, 3)):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits.float()
