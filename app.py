@@ -77,7 +77,7 @@ def log_to_stderr() -> None:
 def make_backend(settings: Settings) -> ChatBackend:
     """What answers: the servers that INFERENCE_URL names, or a model in this process."""
     if settings.inference_urls:
-        from llama2_chat.remote.remote import RemoteModel
+        from llama2_chat.remote import RemoteModel
 
         return RemoteModel(settings)
     from model import ChatModel  # a page whose model is elsewhere needs none of the packages below it

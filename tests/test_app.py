@@ -6,7 +6,7 @@ import pytest
 
 import app
 import model
-from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
 
 

@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from llama2_chat import ROOT
 from llama2_chat.benchmark import crowd
-from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
 from llama2_chat.types import SamplingParams
 from model import ChatModel

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llama2_chat.engine.reply import StreamedReply
-from llama2_chat.remote.remote import RemoteModel, RemoteReply
+from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
-from llama2_chat.types import Message, SamplingParams
+from llama2_chat.types import Message, Reply, SamplingParams
 from model import ChatModel
 
 if TYPE_CHECKING:
@@ -122,12 +122,12 @@ def together_over_http(server: RemoteModel, users: int, words: int, answer_token
     """As together(), by the usage that the server reports. Gaps are between pieces of text, which may hold tokens."""
     params = SamplingParams(**SAMPLING, max_new_tokens=answer_tokens)
 
-    async def ask() -> tuple[RemoteReply, list[float]]:
+    async def ask() -> tuple[Reply, list[float]]:
         async with server.stream_reply(_fresh_question(words), params) as reply:
             times = [time.perf_counter() async for _ in reply]
         return reply, times
 
-    async def all_of_them() -> list[tuple[RemoteReply, list[float]]]:
+    async def all_of_them() -> list[tuple[Reply, list[float]]]:
         return await asyncio.gather(*(ask() for _ in range(users)))
 
     started = time.perf_counter()

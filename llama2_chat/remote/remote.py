@@ -16,11 +16,11 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
@@ -35,7 +35,19 @@ from huggingface_hub.errors import TextGenerationError
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.prompt import Turn, check_messages
 from llama2_chat.settings import Settings
-from llama2_chat.types import Capabilities, FinishReason, Message, SamplingParams, Status, Timing, Usage
+from llama2_chat.types import (
+    Capabilities,
+    ChatBackend,
+    FinishReason,
+    Message,
+    Occupancy,
+    Reply,
+    SamplingParams,
+    ServerStatus,
+    Status,
+    Timing,
+    Usage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +61,12 @@ CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
 GREETING: list[Message] = [{"role": "user", "content": "Hello"}]
 EXTRAS = ("top_k", "repetition_penalty")  # not in OpenAI's API, and some servers refuse what is not
 NOT_WHOLE = "What is above is not the whole answer."
+NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
 OWN_TEMPLATE = "The prompt is written by the server's own chat template."
 
 
 class RemoteModel:
-    """Servers that have one model, which of them are well, and how their answers are read."""
+    """Servers that have one model, which of them are healthy, and how their answers are read."""
 
     capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True)
 
@@ -62,9 +75,9 @@ class RemoteModel:
         self.status = Status(phase="connect", model=settings.inference_model or "")
         self.context_length = 0  # tokens, as the server says it; 0 if it does not
         self.mode = ""
-        self.occupancy = None
-        self.gpu_memory: list[tuple[int, int]] = []
-        self.servers = list({server.url: server for server in map(Server, settings.inference_urls)}.values())
+        self.occupancy: Occupancy | None = None  # servers do not say who waits there
+        self.gpu_memory: list[tuple[int, int]] = []  # none of theirs is here
+        self._servers = list({server.url: server for server in map(Server, settings.inference_urls)}.values())
         key = settings.inference_key
         # Without one, huggingface_hub would send these servers the HF_TOKEN of this machine.
         self._headers = {"authorization": f"Bearer {key}" if key else None}
@@ -74,9 +87,18 @@ class RemoteModel:
         self._thread: threading.Thread | None = None
 
     @property
-    def state(self) -> str:
-        """ "loading", "ready" or "failed", and this may change at any time."""
+    def state(self) -> Literal["loading", "ready", "failed"]:
+        """Of `status`; it may change at any time."""
         return self.status.state
+
+    @property
+    def servers(self) -> list[ServerStatus]:
+        return [ServerStatus(server.name, server.healthy, server.running) for server in self._servers]
+
+    @property
+    def faults(self) -> list[tuple[str, str]]:
+        """The name of each server that cannot answer, and why, in a sentence."""
+        return [(server.name, server.fault) for server in self._servers if server.fault]
 
     def start(self) -> threading.Thread:
         """Look after the servers, in a thread of its own, until close()."""
@@ -93,12 +115,12 @@ class RemoteModel:
         self._known.wait()
         return self
 
-    def look(self) -> RemoteModel:
-        """self, once every server has been asked, without start(): nothing can be answered afterwards."""
+    def probe(self) -> RemoteModel:
+        """self, once every server has been probed, without start(): nothing can be answered afterwards."""
         set_async_client_factory(_http_client)
 
         async def look_at_all() -> None:
-            await asyncio.gather(*map(self._look_at, self.servers))
+            await asyncio.gather(*map(self._look_at, self._servers))
 
         asyncio.run(look_at_all())
         return self
@@ -132,6 +154,15 @@ class RemoteModel:
             raise ModelUnavailable("The server is being stopped.") from None
         return reply
 
+    def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
+        raise ChatError(NO_TOKENS)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        raise ChatError(NO_TOKENS)
+
+    def encode_text(self, text: str) -> list[int]:
+        raise ChatError(NO_TOKENS)
+
     # ---- In the loop: answers ----
 
     async def _answer(
@@ -146,11 +177,11 @@ class RemoteModel:
                 try:
                     await self._read(server, reply, _messages(system, turns), fields)
                     return reply.end(reply.last_reason)
-                except _TooLong as error:
+                except PromptTooLong as error:
                     again = reply.usage.dropped_messages > 0
                     shorter = _shortened(system, turns, error, fields, again) if trim and not reply.begun else []
                     if not shorter:
-                        return reply.end("error", error)
+                        return reply.end("error", _too_long_for(turns, error, fields))
                     reply.drop(sum(turn.messages for turn in turns[: -len(shorter)]))
                     turns = shorter
                 except (_Fault, Busy) as error:
@@ -175,7 +206,7 @@ class RemoteModel:
 
         One that has just failed comes last until it was asked for a token: the question may have been at fault.
         """
-        untried = (server for server in self.servers if server.well and server not in tried)
+        untried = (server for server in self._servers if server.healthy and server not in tried)
         return min(untried, key=lambda server: (server.doubted.is_set(), server.running), default=None)
 
     async def _read(self, server: Server, reply: RemoteReply, messages: list[Message], fields: dict[str, Any]) -> None:
@@ -219,18 +250,18 @@ class RemoteModel:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
         started.set()
         with suppress(asyncio.CancelledError):
-            await asyncio.gather(*map(self._look_after, self.servers))
+            await asyncio.gather(*map(self._look_after, self._servers))
 
     async def _look_after(self, server: Server) -> None:
         while True:
             await self._look_at(server)
             server.doubted.clear()
-            pause_s = IDLE_S if server.well else UNWELL_S
+            pause_s = IDLE_S if server.healthy else UNWELL_S
             while pause_s > 0 and not server.doubted.is_set():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):  # wait_for of Python 3.11 can lose a cancel
                         await server.doubted.wait()
-                pause_s = server.heard + IDLE_S - time.monotonic() if server.well else 0  # an answer is a probe too
+                pause_s = server.heard + IDLE_S - time.monotonic() if server.healthy else 0  # an answer is a probe too
 
     async def _look_at(self, server: Server) -> None:
         """Ask it for one token, and whatever is still unknown before."""
@@ -287,19 +318,23 @@ class RemoteModel:
 
     def _tell(self) -> None:
         """Put into words who is well."""
-        well = [server for server in self.servers if server.well]
+        well = [server for server in self._servers if server.healthy]
         if well:
             why = [OWN_TEMPLATE]
-            if len(well) < len(self.servers):
-                why.append(f"{len(self.servers) - len(well)} of {len(self.servers)} servers cannot answer now.")
+            if len(well) < len(self._servers):
+                why.append(f"{len(self._servers) - len(well)} of {len(self._servers)} servers cannot answer now.")
             if not all(server.knows_extras for server in well):
                 why.append("Top-k and repetition penalty have no effect there.")
             count = "a server" if len(well) == 1 else f"{len(well)} servers"  # whose names no visitor needs
             self.status = replace(self.status, state="ready", device=count, why=" ".join(why), error="")
-        elif all(server.fault for server in self.servers):
-            self.status = replace(self.status, state="failed", error=self.servers[0].fault)
+        elif all(server.fault for server in self._servers):
+            self.status = replace(self.status, state="failed", error=self._servers[0].fault)
         if self.state != "loading":
             self._known.set()
+
+
+if TYPE_CHECKING:
+    _keeps_the_promise: type[ChatBackend] = RemoteModel
 
 
 class Server:
@@ -320,7 +355,7 @@ class Server:
         self.listed = False  # whether it was asked which models it has
 
     @property
-    def well(self) -> bool:
+    def healthy(self) -> bool:
         return self.fault == ""
 
 
@@ -491,7 +526,7 @@ def _messages(system: str | None, turns: list[Turn]) -> list[Message]:
 
 
 def _shortened(
-    system: str | None, turns: list[Turn], error: _TooLong, fields: dict[str, Any], again: bool
+    system: str | None, turns: list[Turn], error: PromptTooLong, fields: dict[str, Any], again: bool
 ) -> list[Turn]:
     """Without as many of the oldest exchanges as the server's numbers tell, and one at least; [] if there are none.
 
@@ -511,6 +546,13 @@ def _shortened(
         kept -= sum(sizes[first : first + 2])
         first += 2
     return turns[first:]
+
+
+def _too_long_for(turns: list[Turn], error: PromptTooLong, fields: dict[str, Any]) -> PromptTooLong:
+    """The server's numbers, and what else the visitor can change: the length of the answer."""
+    max_new_tokens = fields.get("max_tokens", 0) if error.prompt_tokens else 0
+    subject: Literal["conversation", "message"] = "message" if len(turns) == 1 else "conversation"
+    return PromptTooLong(error.prompt_tokens, error.context_length, max_new_tokens, subject=subject)
 
 
 # ---- What goes wrong, in sentences. Where it happened, and what the server says, is for the log. ----
@@ -540,17 +582,6 @@ class _Fault(ModelUnavailable):
 
 class _Refused(ChatError):
     """The question's fault, in the server's words."""
-
-
-class _TooLong(PromptTooLong):
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
-        came = f"is {prompt_tokens:,} tokens" if prompt_tokens else "is longer"
-        holds = f"can hold {context_length:,}, the answer included" if context_length else "can hold"
-        than = "and" if prompt_tokens else "than"
-        super().__init__(
-            f"This conversation {came} {than} the model's server {holds}. Shorten it, or ask for a shorter answer."
-        )
-        self.prompt_tokens, self.context_length = prompt_tokens, context_length
 
 
 def _for_the_log(error: Exception) -> str:
@@ -632,13 +663,13 @@ PROMPT = re.compile(
 )
 
 
-def _too_long(said: str) -> _TooLong | None:
+def _too_long(said: str) -> PromptTooLong | None:
     """If that is what the server says."""
     context, prompt = (pattern.search(said) for pattern in (CONTEXT, PROMPT))
     if not context and "context_length_exceeded" not in said:
         return None
     numbers = [int(next(filter(None, found.groups())).replace(",", "")) if found else 0 for found in (prompt, context)]
-    return _TooLong(*numbers)
+    return PromptTooLong(*numbers)
 
 
 # ---- HTTP ----

@@ -31,7 +31,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
-from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.remote import RemoteModel
+from llama2_chat.remote.remote import NO_TOKENS
 from llama2_chat.server.metrics import Metrics, Record
 from llama2_chat.server.openai_types import MOST_NEW_TOKENS, ApiError, ChatRequest, CompletionRequest, TokenizeRequest
 from llama2_chat.settings import Settings
@@ -50,7 +51,6 @@ SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which
 LONG_BODY = 2**18  # bytes, from which on one text is encoded at a time: 10 MB take seconds and more than 1 GB
 STARTED = int(time.time())
 FAILED = "Something went wrong on the server, and its log says what."
-NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
 
 # An answer is shown as Markdown and may hold images, forms and links that a model made up or a visitor asked for:
 # nothing in it may reach another host. Gradio itself needs inline code and, for its event handlers, eval.

@@ -36,7 +36,7 @@ from llama2_chat.settings import Settings
 if TYPE_CHECKING:
     from llama2_chat.loading.choose import Checkpoint, Plan
     from llama2_chat.loading.disk import Files
-    from llama2_chat.remote.remote import RemoteModel
+    from llama2_chat.remote import RemoteModel
 
 REQUIREMENTS = ROOT / "requirements.txt"
 PYTHONS = ("3.11", "3.12")
@@ -230,9 +230,9 @@ class Start:
     @cached_property
     def model(self) -> RemoteModel:
         """Whose servers have each been asked for a token."""
-        from llama2_chat.remote import remote
+        from llama2_chat.remote import RemoteModel
 
-        return remote.RemoteModel(self.settings).look()
+        return RemoteModel(self.settings).probe()
 
     @cached_property
     def files(self) -> list[Files]:
@@ -441,9 +441,9 @@ def answer(start: Start) -> str:
 
 def _raise_first(start: Start, kind: Container[str] | None = None) -> None:
     """The first fault of this kind, or of any, that one of the model's servers has."""
-    for server in start.model.servers:
-        if server.fault and (kind is None or server.fault in kind):
-            raise ChatError(f"{server.name}: {server.fault}")
+    for name, fault in start.model.faults:
+        if kind is None or fault in kind:
+            raise ChatError(f"{name}: {fault}")
 
 
 def port(start: Start) -> str:

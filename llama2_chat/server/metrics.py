@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.remote import RemoteModel
 from llama2_chat.types import Message, Reply
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class _RightNow:
             well = GaugeMetricFamily("chat_server_well", "1 when the model's server can answer", labels=["server"])
             running = GaugeMetricFamily("chat_server_requests_running", "Of this page's", labels=["server"])
             for server in self._chat.servers:
-                well.add_metric([server.name], server.well)
+                well.add_metric([server.name], server.healthy)
                 running.add_metric([server.name], server.running)
             yield from (well, running)
         used = GaugeMetricFamily("chat_gpu_memory_used_bytes", "Taken, by whomever", labels=["gpu"])

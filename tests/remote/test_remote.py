@@ -18,9 +18,7 @@ from gradio_client import Client
 
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.remote import remote
-from llama2_chat.remote.remote import RemoteModel
-from llama2_chat.server import api
+from llama2_chat.remote import RemoteModel, remote
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.types import SamplingParams, Usage
 from tests.support.odd_server import (
@@ -240,7 +238,7 @@ def test_every_fault_before_the_first_token_has_its_sentence_and_another_server_
         assert sentence in str(error)
         assert "secret" not in str(error)
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         assert read(model)[0] == "Hello!"
         assert (len(odd.asked), len(other.asked)) == (2, 1)
 
@@ -259,7 +257,7 @@ def test_a_fault_in_mid_answer_keeps_what_was_said_and_nobody_else_is_asked(sett
     steps, sentence = AFTER_IT[fault]
     odd.answer = [HEAD, event("Once upon"), 0.05, *steps]
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         text, error = read(model)
     assert (text, type(error)) == ("Once upon", ModelUnavailable)
     assert sentence in str(error)
@@ -309,11 +307,11 @@ def test_numbers_that_are_none_count_as_nothing(settings, odd, number):
 def test_what_a_server_refuses_is_said_in_its_words_and_asked_nowhere_else(settings, odd, other):
     odd.answer = status(400, {"error": {"message": "stop may hold 4 strings"}})
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         text, error = read(model)
         assert (text, str(error)) == ("", "The model's server refuses this: stop may hold 4 strings")
         assert not other.asked
-        assert model.servers[0].well
+        assert model.servers[0].healthy
 
 
 def test_a_question_that_is_too_large_for_a_proxy_does_not_take_the_server_away(settings, odd):
@@ -326,9 +324,9 @@ def test_a_question_that_is_too_large_for_a_proxy_does_not_take_the_server_away(
 def test_a_full_server_is_no_fault_and_others_are_asked(settings, odd, other):
     odd.answer = status(429, {"error": {"message": "full"}})
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         assert read(model)[0] == "Hello!"
-        assert model.servers[0].well
+        assert model.servers[0].healthy
         other.answer = odd.answer
         assert isinstance(read(model)[1], Busy)
 
@@ -357,12 +355,12 @@ def test_health_is_a_real_completion(settings, odd):
 def test_a_server_that_failed_once_is_asked_at_once_and_others_answer_until_it_is_well(settings, odd, other):
     odd.answer = status(502, "")
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         before, odd.probe = odd.probed, [0.2, *words("Hi")]
         assert [read(model)[0] for _ in range(3)] == ["Hello!"] * 3
         assert len(odd.asked) == 1
         until(lambda: odd.probed > before, within_s=1)
-        until(lambda: not model.servers[0].doubted.is_set())
+        until(lambda: not model._servers[0].doubted.is_set())
         odd.answer = words("Back.")
         assert read(model)[0] == "Back."
 
@@ -380,12 +378,12 @@ def test_a_failed_server_is_back_when_it_answers_again(settings, odd, other):
     good = odd.probe
     odd.answer = odd.probe = status(500, "")
     with behind(settings, odd, other) as model:
-        until(lambda: model.state == "ready" and model.servers[0].fault)
+        until(lambda: model.state == "ready" and not model.servers[0].healthy)
         assert "1 of 2 servers cannot answer now" in model.status.why
         assert read(model)[0] == "Hello!"
         assert not odd.asked
         odd.answer, odd.probe = words("Back."), good
-        until(lambda: model.servers[0].well)
+        until(lambda: model.servers[0].healthy)
         assert read(model)[0] == "Back."
         assert model.status.device == "2 servers"
 
@@ -393,7 +391,7 @@ def test_a_failed_server_is_back_when_it_answers_again(settings, odd, other):
 def test_the_least_loaded_server_answers_and_the_first_when_nobody_else_asks(settings, odd, other):
     odd.answer = other.answer = [HEAD, event("a"), silence]
     with behind(settings, odd, other) as model:
-        until(lambda: all(server.well for server in model.servers))
+        until(lambda: all(server.healthy for server in model.servers))
         replies = [model.stream_reply(HELLO, PARAMS) for _ in range(4)]
         for reply in replies:
             next(reply)
@@ -501,7 +499,7 @@ def test_a_conversation_that_cannot_be_shortened_is_refused_with_both_numbers(se
         assert isinstance(error, PromptTooLong)
         assert "4,096" in str(error)
         assert f"{sum(len(message['content']) for message in messages) // 4:,}" in str(error)
-        assert model.servers[0].well
+        assert model.servers[0].healthy
 
 
 def test_what_turns_out_too_long_in_mid_answer_is_not_asked_again(settings, odd):
@@ -509,14 +507,14 @@ def test_what_turns_out_too_long_in_mid_answer_is_not_asked_again(settings, odd)
     odd.answer = [HEAD, event("Once upon"), error, LAST]
     with behind(settings, odd) as model:
         text, problem = read(model, [*LONG, *HELLO])
-    assert (text, type(problem), len(odd.asked)) == ("Once upon", remote._TooLong, 1)
+    assert (text, type(problem), len(odd.asked)) == ("Once upon", PromptTooLong, 1)
 
 
 def test_a_refusal_that_only_mentions_a_context_length_stays_a_refusal(settings, odd):
     odd.answer = status(400, {"error": {"message": "Choose a context length, or input tokens"}})
     with behind(settings, odd) as model:
         assert "refuses this: Choose a context length" in str(read(model)[1])
-        assert model.servers[0].well
+        assert model.servers[0].healthy
 
 
 def test_an_error_that_repeats_a_long_question_is_read_at_once(settings, odd):
@@ -670,7 +668,7 @@ def test_what_only_the_model_itself_could_do_is_refused(settings, odd):
         for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/completions", {"prompt": [5]}),
                            ("/tokenize", {"messages": HELLO}), ("/tokenize", {"prompt": "a"})):  # fmt: skip
             answer = http.post(path, json=body)
-            assert (answer.status_code, answer.json()["error"]["message"]) == (400, api.NO_TOKENS)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, remote.NO_TOKENS)
 
 
 def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
@@ -759,7 +757,7 @@ def test_two_real_engines_stand_in_for_each_other(settings, free_ports):
         transformers_serve(folder, free_ports[1]),
         behind(settings, *urls, inference_model=str(folder)) as model,
     ):
-        until(lambda: all(server.well for server in model.servers), within_s=120)
+        until(lambda: all(server.healthy for server in model.servers), within_s=120)
         text, reply = read(model, HELLO, replace(params, max_new_tokens=12))
         assert (len(text.split()) > 3, reply.usage.completion_tokens) == (True, 12)
         with model.stream_reply(HELLO, params) as begun:
@@ -767,8 +765,8 @@ def test_two_real_engines_stand_in_for_each_other(settings, free_ports):
             first.kill()
             with pytest.raises(ModelUnavailable, match="not the whole answer"):
                 list(begun)
-        until(lambda: model.servers[0].fault)
+        until(lambda: not model.servers[0].healthy)
         assert read(model, HELLO, replace(params, max_new_tokens=12))[0] == text
         assert "1 of 2 servers cannot answer now" in model.status.why
         with transformers_serve(folder, free_ports[0]):
-            until(lambda: model.servers[0].well, within_s=120)
+            until(lambda: model.servers[0].healthy, within_s=120)
