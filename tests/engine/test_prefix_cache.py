@@ -1,0 +1,147 @@
+"""What the prefix cache promises: no block is lost or handed out twice, and a match holds just the ids it claims."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llama2_chat.engine.prefix_cache import PrefixCache
+
+SIZE = 4  # tokens of a block
+
+
+def filled(cache, ids):
+    """The table of a request whose ids have all been computed."""
+    table, _, _ = cache.match(ids)
+    while len(table) * SIZE < len(ids):
+        table.own.append(cache.allocate())
+    return table
+
+
+def keep(cache, ids):
+    cache.release(filled(cache, ids), ids)
+
+
+def test_a_conversation_that_goes_on_finds_its_full_blocks_and_the_one_to_copy_from():
+    cache = PrefixCache(10, SIZE)
+    keep(cache, [1, 2, 3, 4, 5, 6])
+    table, nearest, common = cache.match([1, 2, 3, 4, 5, 6, 7])
+    assert (table.blocks, nearest.block, common) == ([1], 2, 2)
+
+
+def test_the_last_id_is_always_left_to_compute():
+    cache = PrefixCache(10, SIZE)
+    keep(cache, [1, 2, 3, 4])
+    table, nearest, common = cache.match([1, 2, 3, 4])
+    assert (len(table), nearest.block, common) == (0, 1, 3)
+
+
+def test_what_nobody_reads_is_evicted_the_longest_unused_first():
+    cache = PrefixCache(4, SIZE)
+    for first in (10, 20, 30):
+        keep(cache, [first] * SIZE)
+    keep(cache, [10] * SIZE)  # used again
+    keep(cache, [40] * SIZE)  # takes the block of 20
+    assert cache.match([20] * (SIZE + 1)).common == 0
+    assert [len(cache.match([first] * (SIZE + 1)).table) for first in (10, 20, 30, 40)] == [1, 0, 1, 1]
+
+
+def test_a_block_that_somebody_reads_is_never_evicted():
+    cache = PrefixCache(3, SIZE)
+    keep(cache, [1] * SIZE)
+    table = cache.match([1] * SIZE + [2]).table
+    assert cache.allocate() == 2
+    assert cache.allocate() is None
+    cache.release(table, [])
+    assert cache.allocate() == 1
+
+
+def test_what_a_failed_request_has_written_is_found_by_nobody():
+    cache = PrefixCache(10, SIZE)
+    ids = [1, 2, 3, 4, 5]
+    table = filled(cache, ids)
+    cache.insert(table, ids)
+    assert sorted(cache.evict(table)) == [1, 2]
+    assert cache.match([*ids, 6]).common == 0
+    assert cache.available == 9
+
+
+def test_a_block_that_grew_by_a_turn_takes_the_place_of_the_shorter_one():
+    cache = PrefixCache(10, SIZE)
+    keep(cache, [1, 2])
+    keep(cache, [1, 2, 3])
+    assert cache.match([1, 2, 3, 9]).common == 3
+    assert cache.available == 9
+
+
+IDS = st.lists(st.integers(0, 1), min_size=1, max_size=3 * SIZE)  # so few that many begin alike
+
+
+class Visitors(RuleBasedStateMachine):
+    """Requests that come, are computed bit by bit, and end well or badly, against a plain list of what blocks hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = PrefixCache(9, SIZE)
+        self.written = {}  # block -> the ids that lead to it and into it
+        self.running = []  # (table, ids)
+
+    def write(self, table, ids):
+        for index, block in enumerate(table.blocks):
+            if ids[index * SIZE :]:
+                self.written[block] = ids[: (index + 1) * SIZE]
+
+    @rule(ids=IDS)
+    def come(self, ids):
+        table, nearest, common = self.cache.match(ids)
+        for index, block in enumerate(table.blocks):
+            assert self.written[block] == ids[: (index + 1) * SIZE]
+        start = len(table) * SIZE
+        assert start + common < len(ids)
+        if nearest:
+            assert self.written[nearest.block][: start + common] == ids[: start + common]
+        while len(table) * SIZE < len(ids):
+            block = self.cache.allocate()
+            if block is None:
+                self.cache.release(table, ids[: len(table.shared) * SIZE])
+                return
+            table.own.append(block)
+        self.write(table, ids)
+        self.running.append((table, ids))
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99))
+    def share(self, which):
+        self.cache.insert(*self.running[which % len(self.running)])
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99), computed=st.integers(0, 3 * SIZE))
+    def end(self, which, computed):
+        table, ids = self.running.pop(which % len(self.running))
+        self.cache.release(table, ids[: max(computed, len(table.shared) * SIZE)])
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99))
+    def fail(self, which):
+        table, _ = self.running.pop(which % len(self.running))
+        for block in self.cache.evict(table):
+            self.written.pop(block, None)
+
+    @invariant()
+    def every_block_is_in_one_place(self):
+        own = [block for table, _ in self.running for block in table.own]
+        assert len(own) == len(set(own))
+        shared = {node.block for table, _ in self.running for node in table.shared}
+        assert not shared & set(own)
+        assert self.cache.available == 8 - len(own) - len(shared)
+
+
+TestVisitors = Visitors.TestCase
+
+
+@given(st.lists(IDS, max_size=20))
+def test_all_blocks_come_back(conversations):
+    cache = PrefixCache(9, SIZE)
+    for ids in conversations:
+        keep(cache, ids)
+    assert cache.available == 8
+    assert sorted(cache.allocate() for _ in range(8)) == [*range(1, 9)]

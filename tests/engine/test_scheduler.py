@@ -1,0 +1,206 @@
+"""What the scheduler promises, shown without a model: who runs, who waits, and that nobody starves or is lost."""
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
+from llama2_chat.errors import Busy
+from llama2_chat.types import SamplingParams
+
+CONFIG = {
+    "num_blocks": 17,
+    "block_size": 4,
+    "max_batch": 3,
+    "longest_chunk": 16,
+    "shortest_chunk": 4,
+    "queue_limit": 50,
+}
+
+
+def scheduler(**config):
+    return Scheduler(SchedulerConfig(**CONFIG | config))
+
+
+def request(ids, limit=8):
+    return Request([*ids], SamplingParams(), streamer=None, limit=limit, draws=None)
+
+
+def admitted(scheduler, *prompts, **options):
+    requests = [request(ids, **options) for ids in prompts]
+    for each in requests:
+        scheduler.add(each)
+    scheduler.admit()
+    return requests
+
+
+def prefill(scheduler, requests):
+    """As the engine does it; the first token of who is complete is chosen, and emitted as id 0."""
+    chunks = scheduler.prefill_chunks(requests)
+    complete = [chunk.request for chunk in chunks if chunk.is_last]
+    scheduler.prefilled(chunks)
+    for each in complete:
+        each.sampled = each.answer_tokens + 1
+        each.ids.append(0)
+    return chunks
+
+
+def decode(scheduler):
+    """One step for all who have room; returns who was preempted for it."""
+    preempted = []
+    for each in scheduler.decoding:
+        while each.runs and not scheduler.grow(each):
+            preempted.append(scheduler.youngest)
+            scheduler.preempt(scheduler.youngest)
+    for each in scheduler.decoding:
+        each.computed += 1
+        each.sampled += 1
+        each.ids.append(0)
+    return preempted
+
+
+def test_requests_come_in_by_turns_and_know_their_place():
+    s = scheduler()
+    requests = admitted(s, *([n] * 3 for n in range(5)))
+    assert s.running == requests[:3]
+    assert [s.position(each) for each in requests] == [0, 0, 0, 1, 2]
+    s.finish(requests[1])
+    s.admit()
+    assert s.running == [requests[0], requests[2], requests[3]]
+    assert len({each.slot for each in s.running}) == 3
+
+
+def test_a_full_line_refuses_the_next():
+    s = scheduler(queue_limit=2)
+    for n in range(2):
+        s.add(request([n]))
+    with pytest.raises(Busy, match="2 waiting"):
+        s.add(request([9]))
+
+
+def test_who_withdraws_leaves_the_others_in_order():
+    s = scheduler(max_batch=1)
+    requests = admitted(s, [1], [2], [3], [4])
+    assert s.withdraw(requests[2])
+    assert not s.withdraw(requests[0])  # it runs
+    assert [s.position(each) for each in requests] == [0, 1, 0, 2]
+
+
+def test_a_prompt_that_begins_as_another_did_is_computed_from_there_on():
+    s = scheduler()
+    (first,) = admitted(s, [1, 2, 3, 4, 5, 6])
+    prefill(s, [first])
+    s.finish(first)
+    again = request([1, 2, 3, 4, 5, 9])
+    s.add(again)
+    (copy,) = s.admit()
+    assert (again.computed, again.cached_tokens) == (5, 5)
+    assert copy.target in again.blocks.own
+
+
+def test_long_prompts_are_read_in_chunks_and_short_ones_beside_them():
+    s = scheduler()
+    long, short = admitted(s, [1] * 20, [2] * 3)
+    assert [(c.start, c.end, c.is_last) for c in prefill(s, s.prefilling)] == [(0, 16, False)]
+    assert [(c.request, c.start, c.end) for c in s.prefill_chunks(s.prefilling)] == [(long, 16, 20), (short, 0, 3)]
+
+
+def test_while_others_are_answered_a_chunk_takes_a_tenth_of_a_second():
+    s = scheduler()
+    answered, long = admitted(s, [1] * 3, [2] * 20)
+    prefill(s, [answered])
+    s.measured(s.prefill_chunks([long]), seconds=0.2)  # 4 tokens, so 20 a second
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [4]  # never fewer than the shortest chunk
+    s.measured(s.prefill_chunks([long]), seconds=0.04)  # 100 a second
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [10]
+
+
+def test_when_memory_is_full_the_youngest_goes_back_to_the_head_of_the_line():
+    s = scheduler(num_blocks=7)  # six blocks of four tokens
+    old, young = admitted(s, [1] * 7, [2] * 3, limit=99)
+    prefill(s, s.prefilling)
+    last = request([3])
+    s.add(last)
+    while not (preempted := decode(s)):
+        pass
+    assert preempted == [young]
+    assert (s.position(young), s.position(last), s.preemptions) == (1, 2, 1)
+    assert (young.computed, young.sampled, young.runs) == (0, 0, False)
+    s.admit()
+    assert s.running == [old]  # nobody comes in before somebody has left
+
+
+def test_out_of_memory_lowers_the_batch_and_then_the_chunk_and_success_brings_them_back():
+    s = scheduler()
+    first, second = admitted(s, [1] * 16, [2] * 3)
+    assert s.shrink_batch() is second
+    s.preempt(second)
+    assert s.shrink_batch() is None
+    assert s.shrink_chunk(first)
+    assert [c.end for c in s.prefill_chunks([first])] == [8]
+    assert s.shrink_chunk(first)
+    assert not s.shrink_chunk(first)
+    s.finish(first)
+    s.admit()
+    (third,) = admitted(s, [3] * 16)
+    assert [c.end for c in s.prefill_chunks([third])] == [8]
+
+
+def test_a_step_that_failed_is_done_again_from_what_was_emitted():
+    s = scheduler()
+    (one,) = admitted(s, [1] * 6)
+    prefill(s, [one])
+    decode(s)
+    one.computed, one.sampled = one.computed + 1, one.sampled + 1  # a step whose token never came out
+    s.rewind([one])
+    assert (one.sampled, one.computed) == (0, len(one.ids) - 1)
+    assert s.prefilling == [one]
+
+
+@examples(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 30),  # tokens of the prompt
+            st.integers(1, 30),  # of the answer
+            st.integers(0, 2),  # how it begins
+            st.sampled_from(["stays", "stays", "leaves", "fails"]),
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(16, 40),  # blocks: room for one at least
+)
+def test_everybody_is_served_in_the_end_and_nothing_is_left_behind(visitors, num_blocks):
+    s = scheduler(num_blocks=num_blocks)
+    ends = {}
+    for prompt_tokens, answer_tokens, first, end in visitors:
+        each = request([first] * prompt_tokens, answer_tokens)
+        ends[each] = end
+        s.add(each)
+    finished = []
+    for _ in range(20_000):
+        if not (s.waiting or s.running):
+            break
+        s.admit()
+        assert s.running, "somebody waits beside an idle machine"
+        prefill(s, s.prefilling)
+        decode(s)
+        held = [block for each in s.running for block in each.blocks.own]
+        assert len(held) == len(set(held))
+        assert len(s.running) <= CONFIG["max_batch"]
+        assert len({each.slot for each in s.running}) == len(s.running)
+        for each in [*s.running]:
+            assert len(each.blocks) * CONFIG["block_size"] >= each.computed
+            if each.answer_tokens >= 1 and ends[each] == "fails":
+                s.evict(each)
+            elif not (each.answer_tokens >= each.limit or ends[each] == "leaves"):
+                continue
+            s.finish(each)
+            finished.append(each)
+    assert len(finished) == len(visitors)
+    assert s.kv_tokens == 0
+    again = admitted(s, [1], [2], [3])  # every slot is free
+    assert sorted(each.slot for each in again) == [0, 1, 2]
