@@ -1,13 +1,11 @@
 """HTTPS from outside: curl, httpx, OpenSSL and a real Chromium decide whom they trust; a moved clock decides when."""
 
-import asyncio
 import ipaddress
 import os
 import shutil
 import ssl
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -37,7 +35,7 @@ from llama2_chat.server.tls import (
     urls,
 )
 from llama2_chat.types import SamplingParams
-from tests.support.serving import serve_until_told
+from tests.support.serving import listening
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HOSTS = ("localhost", "llama.local", "llama", "127.0.0.1", "127.0.0.2", "::1", "192.168.7.7", "fd00::7")
@@ -56,29 +54,16 @@ async def hello(scope, receive, send):
     await send({"type": "http.response.body", "body": b"<title>Hello</title>"})
 
 
-@contextmanager
-def serving(get, look_every_s=60, app=hello):
-    """The port of a server with the certificate that get() returns."""
+def serving(get, look_every_s=60, app=lambda: hello):
+    """The port of a server with the certificate that get() returns, for what app() makes in the server's loop."""
     context = server_context(get, look_every_s)
-    config = uvicorn.Config(
-        app,
-        host="0.0.0.0",
-        port=0,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-        lifespan="off" if app is hello else "on",
-    )
-    config.ssl_context_factory = lambda *_: context
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(serve_until_told(server)))
-    thread.start()
-    while not server.started:
-        thread.join(0.02)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
+
+    def build():
+        config = uvicorn.Config(app(), host="0.0.0.0", port=0, log_level="error", timeout_graceful_shutdown=1)
+        config.ssl_context_factory = lambda *_: context
+        return config
+
+    return listening(build)
 
 
 def local(folder):
@@ -241,11 +226,7 @@ def site(folder, chat, settings):
     local_certificate(folder, hosts=HOSTS)
     short = replace(settings, sampling=SamplingParams(temperature=0, max_new_tokens=8))
 
-    async def build():
-        return create_app(chat, short)
-
-    app = asyncio.run(build())  # without a running loop, Gradio makes loops of its own and never closes them
-    with serving(local(folder), app=app) as port:
+    with serving(local(folder), app=lambda: create_app(chat, short)) as port:
         yield port
 
 

@@ -18,31 +18,31 @@ def busy(chat, question, params):
         yield
 
 
-async def serve_until_told(server):
-    """server.serve(), and then no connection is left of a page that was open to the last."""
-    await server.serve()
-    for connection in list(server.server_state.connections):
-        connection.transport.abort()
-    await asyncio.sleep(0.05)
+class Server(uvicorn.Server):
+    """A server that cuts every connection when it ends: pages and clients of a test may be there to the last.
+
+    uvicorn would wait for their streams and then cancel them. Over TLS such a connection waits for the other side's
+    goodbye, beyond the end of the loop, and the garbage collector finds it in the middle of another test.
+    """
+
+    async def shutdown(self, sockets=None):
+        for listener in self.servers:
+            listener.close()  # nobody comes back
+        while self.server_state.connections:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0)  # in which the loop tells them
+        await super().shutdown(sockets)
 
 
 @contextmanager
-def serving(chat, settings, users=None):
-    """The address of a server for this chat, in a thread."""
-    from app import create_app  # Gradio takes seconds to import, and most tests do without
-
+def listening(build):
+    """The port of a server in a thread, whose uvicorn.Config build() makes in the loop that it then runs in."""
     servers = []
 
-    async def serve():  # without a running loop, Gradio would make loops of its own and never close them
-        config = uvicorn.Config(
-            create_app(chat, settings, users),
-            port=0,
-            log_level="error",
-            timeout_graceful_shutdown=1,
-            forwarded_allow_ips=settings.trusted_proxies,
-        )
-        servers.append(uvicorn.Server(config))
-        await serve_until_told(servers[0])
+    async def serve():
+        servers.append(Server(build()))
+        await servers[0].serve()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
@@ -51,10 +51,28 @@ def serving(chat, settings, users=None):
         thread.join(0.02)
     (server,) = servers
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def serving(chat, settings, users=None):
+    """The address of a server for this chat, in a thread."""
+    from app import create_app  # Gradio takes seconds to import, and most tests do without
+
+    def build():  # without a running loop, Gradio would make loops of its own and never close them
+        return uvicorn.Config(
+            create_app(chat, settings, users),
+            port=0,
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            forwarded_allow_ips=settings.trusted_proxies,
+        )
+
+    with listening(build) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 def ignore(phase, done_bytes, total_bytes):
