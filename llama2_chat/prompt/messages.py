@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.text import valid_unicode
@@ -10,7 +10,7 @@ from llama2_chat.types import Message
 
 
 class Turn(NamedTuple):
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
     messages: int  # of the caller, joined in this turn
 

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.remote import RemoteModel
-from llama2_chat.remote.remote import NO_TOKENS
+from llama2_chat.remote.remote_model import NO_TOKENS
 from llama2_chat.server.metrics import Metrics, Record
 from llama2_chat.server.openai_types import MOST_NEW_TOKENS, ApiError, ChatRequest, CompletionRequest, TokenizeRequest
 from llama2_chat.settings import Settings

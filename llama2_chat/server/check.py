@@ -419,16 +419,16 @@ def disk(start: Start) -> str:
 
 
 def server(start: Start) -> str:
-    from llama2_chat.remote import remote
+    from llama2_chat.remote.faults import CONNECTION_FAULTS
 
-    _raise_first(start, remote.CONNECTION_FAULTS)
+    _raise_first(start, CONNECTION_FAULTS)
     return f"{', '.join(server.name for server in start.model.servers)} can be reached"
 
 
 def key(start: Start) -> str:
-    from llama2_chat.remote import remote
+    from llama2_chat.remote.faults import WRONG_KEY
 
-    _raise_first(start, (remote.WRONG_KEY,))
+    _raise_first(start, (WRONG_KEY,))
     return "accepted" if start.settings.inference_key else "none is set, and none is asked for"
 
 

@@ -13,7 +13,9 @@ from playwright.sync_api import expect
 
 from llama2_chat.errors import Busy, ModelUnavailable
 from llama2_chat.page.wording import SYSTEM_PROMPT
-from llama2_chat.remote.remote import CUT, NOT_WHOLE, OWN_TEMPLATE, RemoteModel
+from llama2_chat.remote import RemoteModel
+from llama2_chat.remote.faults import CUT, INCOMPLETE
+from llama2_chat.remote.health import OWN_TEMPLATE
 from llama2_chat.types import Status
 from tests.support.browser import (
     BEGUN,
@@ -191,7 +193,7 @@ def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(bro
         odd.answer = [HEAD, event("Once upon"), 0.2, reset]
         ask(page)
         expect(answers(page).nth(-2)).to_have_text("Once upon")
-        expect(answers(page).last).to_have_text(f"{CUT} {NOT_WHOLE}")
+        expect(answers(page).last).to_have_text(f"{CUT} {INCOMPLETE}")
         odd.answer = status(400, {"error": {"message": "maximum context length is 4096 tokens", "code": 400}})
         send(page, "far too long")
         expect(answers(page)).to_have_count(3)

@@ -18,7 +18,9 @@ from gradio_client import Client
 
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.remote import RemoteModel, remote
+from llama2_chat.remote import RemoteModel, faults
+from llama2_chat.remote.client import Timeouts
+from llama2_chat.remote.remote_model import NO_TOKENS
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.types import SamplingParams, Usage
 from tests.support.odd_server import (
@@ -57,18 +59,14 @@ def other():
     server.close()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "UNWELL_S", 0.05)
-    monkeypatch.setattr(remote, "SILENT_S", 1.0)
-    monkeypatch.setattr(remote, "LAST_WORDS_S", 0.2)
+IMPATIENT = Timeouts(silence_s=1.0, unhealthy_s=0.05, usage_s=0.2)
 
 
 @contextmanager
-def behind(settings, *servers, **more):
+def behind(settings, *servers, timeouts=IMPATIENT, **more):
     """The model of these servers."""
     urls = ",".join(getattr(server, "url", server) for server in servers)
-    model = RemoteModel(replace(settings, inference_url=urls, **more)).load()
+    model = RemoteModel(replace(settings, inference_url=urls, **more), timeouts).load()
     try:
         yield model
     finally:
@@ -159,7 +157,7 @@ def test_letters_that_end_lines_elsewhere_arrive_whole(settings, odd):
 def test_half_a_character_from_a_server_is_none_here(settings, odd):
     odd.answer = [HEAD, packet(rb'data: {"choices": [{"delta": {"content": "a\ud83e"}}]}' + b"\n\n"), *words("b")[1:]]
     with behind(settings, odd) as model:
-        assert read(model)[0] == "a?b"
+        assert read(model)[0] == "a\ufffdb"
 
 
 @pytest.mark.parametrize("at_once", [1, 7], ids=["byte by byte", "in sevens"])
@@ -186,7 +184,7 @@ def test_only_our_own_key_is_sent_to_a_server(settings, odd, monkeypatch):
 def test_a_server_that_redirects_does_not_pass_the_key_on(settings, odd, other):
     odd.probe = [f"HTTP/1.1 307 Go\r\nLocation: {other.url}/v1/chat/completions\r\nContent-Length: 0\r\n\r\n".encode()]
     with behind(settings, odd, inference_key="ours") as model:
-        assert model.status.error == remote.NO_API
+        assert model.status.error == faults.NO_API
     assert not other.headers
 
 
@@ -207,25 +205,25 @@ def test_a_scheme_in_capitals_is_still_an_address(settings, odd):
 
 ERROR = packet(b'data: {"error": {"message": "CUDA error at /secret", "code": 500}}\n\n')
 BEFORE_THE_FIRST_TOKEN = {
-    "wrong key": (status(401, {"error": {"message": "no"}}), remote.WRONG_KEY),
-    "unknown model": (status(404, {"message": "The model `odd` does not exist."}), remote.NO_SUCH_MODEL),
-    "failed": (status(500, "Internal Server Error", "text/plain"), remote.FAILED),
-    "still loading": (status(503, {"error": {"message": "loading"}}), remote.STARTING),
-    "a page instead of JSON": (status(200, "<html>Welcome</html>", "text/html"), remote.NO_API),
-    "JSON instead of a stream": (status(200, {"choices": []}), remote.NO_API),
-    "cut before its headers": ([reset], remote.CUT),
-    "cut after its headers": ([HEAD, 0.05, reset], remote.CUT),
-    "no HTTP at all": ([b"SSH-2.0-OpenSSH_9.6\r\n"], remote.CUT),
-    "silent": ([silence], remote.SILENT),
-    "silent after its headers": ([HEAD, silence], remote.SILENT),
-    "an error in the stream": ([HEAD, ERROR, LAST], remote.FAILED),
-    "an empty stream": ([HEAD, LAST], "without saying why"),
-    "broken JSON": ([HEAD, packet(b'data: {"choices": [\n\n'), LAST], remote.NO_API),
-    "JSON of another shape": ([HEAD, packet(b'data: {"choices": [7]}\n\n'), LAST], remote.NO_API),
-    "a list": ([HEAD, packet(b"data: []\n\n"), LAST], remote.NO_API),
-    "a line without an end": ([HEAD, *[packet(b"x" * 2**17)] * 20], remote.NO_API),
-    "an error without an end": ([b"HTTP/1.1 500 No\r\n\r\n", *[b"x" * 2**17] * 20], remote.FAILED),
-    "given up": ([HEAD, event(finish="abort"), LAST], "gave this answer up"),
+    "wrong key": (status(401, {"error": {"message": "no"}}), faults.WRONG_KEY),
+    "unknown model": (status(404, {"message": "The model `odd` does not exist."}), faults.NO_SUCH_MODEL),
+    "failed": (status(500, "Internal Server Error", "text/plain"), faults.FAILED),
+    "still loading": (status(503, {"error": {"message": "loading"}}), faults.STARTING),
+    "a page instead of JSON": (status(200, "<html>Welcome</html>", "text/html"), faults.NO_API),
+    "JSON instead of a stream": (status(200, {"choices": []}), faults.NO_API),
+    "cut before its headers": ([reset], faults.CUT),
+    "cut after its headers": ([HEAD, 0.05, reset], faults.CUT),
+    "no HTTP at all": ([b"SSH-2.0-OpenSSH_9.6\r\n"], faults.CUT),
+    "silent": ([silence], faults.SILENT),
+    "silent after its headers": ([HEAD, silence], faults.SILENT),
+    "an error in the stream": ([HEAD, ERROR, LAST], faults.FAILED),
+    "an empty stream": ([HEAD, LAST], "without giving a reason"),
+    "broken JSON": ([HEAD, packet(b'data: {"choices": [\n\n'), LAST], faults.NO_API),
+    "JSON of another shape": ([HEAD, packet(b'data: {"choices": [7]}\n\n'), LAST], faults.NO_API),
+    "a list": ([HEAD, packet(b"data: []\n\n"), LAST], faults.NO_API),
+    "a line without an end": ([HEAD, *[packet(b"x" * 2**17)] * 20], faults.NO_API),
+    "an error without an end": ([b"HTTP/1.1 500 No\r\n\r\n", *[b"x" * 2**17] * 20], faults.FAILED),
+    "given up": ([HEAD, event(finish="abort"), LAST], "aborted this answer"),
 }  # fmt: skip
 
 
@@ -234,7 +232,7 @@ def test_every_fault_before_the_first_token_has_its_sentence_and_another_server_
     odd.answer, sentence = BEFORE_THE_FIRST_TOKEN[fault]
     with behind(settings, odd) as model:
         text, error = read(model)
-        assert (text, type(error)) == ("", remote._Fault)
+        assert (text, type(error)) == ("", faults.ServerFault)
         assert sentence in str(error)
         assert "secret" not in str(error)
     with behind(settings, odd, other) as model:
@@ -244,11 +242,11 @@ def test_every_fault_before_the_first_token_has_its_sentence_and_another_server_
 
 
 AFTER_IT = {
-    "cut": ([reset], remote.CUT),
-    "silent": ([silence], remote.SILENT),
-    "an error in the stream": ([ERROR, LAST], remote.FAILED),
-    "without a finish_reason": ([packet(b"data: [DONE]\n\n"), LAST], "without saying why"),
-    "broken JSON": ([packet(b"data: {]\n\n"), LAST], remote.NO_API),
+    "cut": ([reset], faults.CUT),
+    "silent": ([silence], faults.SILENT),
+    "an error in the stream": ([ERROR, LAST], faults.FAILED),
+    "without a finish_reason": ([packet(b"data: [DONE]\n\n"), LAST], "without giving a reason"),
+    "broken JSON": ([packet(b"data: {]\n\n"), LAST], faults.NO_API),
 }
 
 
@@ -261,13 +259,13 @@ def test_a_fault_in_mid_answer_keeps_what_was_said_and_nobody_else_is_asked(sett
         text, error = read(model)
     assert (text, type(error)) == ("Once upon", ModelUnavailable)
     assert sentence in str(error)
-    assert "not the whole answer" in str(error)
+    assert "answer above is incomplete" in str(error)
     assert not other.asked
 
 
 @pytest.mark.parametrize(
     ("url", "sentence"),
-    [("http://127.0.0.1:9", remote.REFUSED), ("http://no-such-host.invalid", remote.UNREACHABLE)],
+    [("http://127.0.0.1:9", faults.REFUSED), ("http://no-such-host.invalid", faults.UNREACHABLE)],
     ids=["refused", "no such host"],
 )
 def test_a_server_that_is_not_there_is_said_at_once(settings, url, sentence):
@@ -281,7 +279,7 @@ def test_the_log_says_which_server_and_what_it_said_but_visitors_do_not_read_it(
     odd.answer = status(500, {"error": "CUDA error at /secret"})
     with behind(settings, odd) as model:
         read(model)
-    assert f"{odd.url[7:]}: {remote.FAILED} (HTTP 500: 'CUDA error at /secret')" in caplog.messages
+    assert f"{odd.url[7:]}: {faults.FAILED} (HTTP 500: 'CUDA error at /secret')" in caplog.messages
 
 
 def test_a_whole_answer_stays_whole_when_the_connection_does_not_end_well(settings, odd):
@@ -309,7 +307,7 @@ def test_what_a_server_refuses_is_said_in_its_words_and_asked_nowhere_else(setti
     with behind(settings, odd, other) as model:
         until(lambda: all(server.healthy for server in model.servers))
         text, error = read(model)
-        assert (text, str(error)) == ("", "The model's server refuses this: stop may hold 4 strings")
+        assert (text, str(error)) == ("", "The model's server rejects this request: stop may hold 4 strings")
         assert not other.asked
         assert model.servers[0].healthy
 
@@ -317,7 +315,7 @@ def test_what_a_server_refuses_is_said_in_its_words_and_asked_nowhere_else(setti
 def test_a_question_that_is_too_large_for_a_proxy_does_not_take_the_server_away(settings, odd):
     odd.answer = status(413, "<html>Request Entity Too Large</html>", "text/html")
     with behind(settings, odd) as model:
-        assert str(read(model)[1]) == "The model's server refuses this: HTTP 413"
+        assert str(read(model)[1]) == "The model's server rejects this request: HTTP 413"
         assert model.state == "ready"
 
 
@@ -346,7 +344,7 @@ def test_health_is_a_real_completion(settings, odd):
     """A server may list its models, and say that it is well, while its GPU is gone."""
     odd.probe = status(500, {"error": "CUDA"})
     with behind(settings, odd) as model:
-        assert (model.state, model.status.error) == ("failed", remote.FAILED)
+        assert (model.state, model.status.error) == ("failed", faults.FAILED)
         odd.probe = words("Hi")
         until(lambda: model.state == "ready")
         assert read(model)[0] == "Hello!"
@@ -360,7 +358,7 @@ def test_a_server_that_failed_once_is_asked_at_once_and_others_answer_until_it_i
         assert [read(model)[0] for _ in range(3)] == ["Hello!"] * 3
         assert len(odd.asked) == 1
         until(lambda: odd.probed > before, within_s=1)
-        until(lambda: not model._servers[0].doubted.is_set())
+        until(lambda: not model._servers[0].suspect.is_set())
         odd.answer = words("Back.")
         assert read(model)[0] == "Back."
 
@@ -370,7 +368,7 @@ def test_a_question_that_a_server_fails_at_takes_it_away_from_nobody_else(settin
     odd.probe = [0.5, *words("Hi")]
     odd.answer = lambda question: status(500, "") if question["messages"] == HELLO else words("Well.")
     with behind(settings, odd) as model:
-        assert str(read(model)[1]) == remote.FAILED
+        assert str(read(model)[1]) == faults.FAILED
         assert read(model, [{"role": "user", "content": "How are you?"}])[0] == "Well."
 
 
@@ -403,10 +401,9 @@ def test_the_least_loaded_server_answers_and_the_first_when_nobody_else_asks(set
         assert (len(odd.asked), len(other.asked)) == (3, 2)
 
 
-def test_an_idle_server_is_asked_now_and_then_and_a_busy_one_is_not(settings, odd, monkeypatch):
-    monkeypatch.setattr(remote, "IDLE_S", 0.2)
+def test_an_idle_server_is_asked_now_and_then_and_a_busy_one_is_not(settings, odd):
     odd.answer = [HEAD, *[event("a"), 0.05] * 12, event(finish="stop"), LAST]
-    with behind(settings, odd) as model:
+    with behind(settings, odd, timeouts=replace(IMPATIENT, idle_s=0.2)) as model:
         before = odd.probed
         read(model)
         assert odd.probed == before
@@ -425,7 +422,7 @@ def test_without_a_name_the_only_model_is_taken_and_of_several_none(settings, od
     assert odd.asked[0]["model"] == "even"
     odd.models = status(500, "")
     with behind(settings, odd) as model:
-        assert model.status.error == remote.NO_LIST
+        assert model.status.error == faults.NO_LIST
     with behind(settings, odd, inference_model="even") as model:
         assert model.state == "ready"
 
@@ -513,7 +510,7 @@ def test_what_turns_out_too_long_in_mid_answer_is_not_asked_again(settings, odd)
 def test_a_refusal_that_only_mentions_a_context_length_stays_a_refusal(settings, odd):
     odd.answer = status(400, {"error": {"message": "Choose a context length, or input tokens"}})
     with behind(settings, odd) as model:
-        assert "refuses this: Choose a context length" in str(read(model)[1])
+        assert "rejects this request: Choose a context length" in str(read(model)[1])
         assert model.servers[0].healthy
 
 
@@ -522,7 +519,7 @@ def test_an_error_that_repeats_a_long_question_is_read_at_once(settings, odd):
     odd.answer = status(400, {"detail": [{"msg": "Not so.", "input": "1" * 500_000}]})
     with behind(settings, odd) as model:
         began = time.monotonic()
-        assert str(read(model)[1]) == "The model's server refuses this: Not so."
+        assert str(read(model)[1]) == "The model's server rejects this request: Not so."
         assert time.monotonic() - began < 1
 
 
@@ -668,7 +665,7 @@ def test_what_only_the_model_itself_could_do_is_refused(settings, odd):
         for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/completions", {"prompt": [5]}),
                            ("/tokenize", {"messages": HELLO}), ("/tokenize", {"prompt": "a"})):  # fmt: skip
             answer = http.post(path, json=body)
-            assert (answer.status_code, answer.json()["error"]["message"]) == (400, remote.NO_TOKENS)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, NO_TOKENS)
 
 
 def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
@@ -693,12 +690,12 @@ def test_programs_get_the_status_that_tells_them_what_to_do(settings, odd):
         assert (ask(http).status_code, ask(http, stream=True).status_code) == (400, 400)
         odd.answer = [HEAD, event("a"), reset]
         assert ask(http).json()["error"]["code"] == "generation_failed"
-        assert "broke off" in ask(http, stream=True).text.splitlines()[-2]
+        assert "was lost" in ask(http, stream=True).text.splitlines()[-2]
         odd.answer = odd.probe = status(401, {})
         assert ask(http, stream=True).status_code == 503
         until(lambda: model.state == "failed")
-        assert http.get("/healthz").json() == {"status": "failed", "error": remote.WRONG_KEY}
-        assert ask(http).json()["error"]["message"] == remote.WRONG_KEY
+        assert http.get("/healthz").json() == {"status": "failed", "error": faults.WRONG_KEY}
+        assert ask(http).json()["error"]["message"] == faults.WRONG_KEY
 
 
 def test_a_program_that_leaves_before_the_server_accepts_is_not_waited_for(settings, odd):
@@ -763,7 +760,7 @@ def test_two_real_engines_stand_in_for_each_other(settings, free_ports):
         with model.stream_reply(HELLO, params) as begun:
             next(begun)
             first.kill()
-            with pytest.raises(ModelUnavailable, match="not the whole answer"):
+            with pytest.raises(ModelUnavailable, match="answer above is incomplete"):
                 list(begun)
         until(lambda: not model.servers[0].healthy)
         assert read(model, HELLO, replace(params, max_new_tokens=12))[0] == text

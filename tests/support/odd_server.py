@@ -6,7 +6,7 @@ import struct
 import threading
 import time
 
-from llama2_chat.remote.remote import GREETING
+from llama2_chat.remote.health import GREETING
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 BARE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"  # the answer ends where the connection does

@@ -1,0 +1,82 @@
+"""A conversation as servers are asked it, and without its oldest exchanges if they say that it is too long."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama2_chat.errors import PromptTooLong
+from llama2_chat.prompt import Turn, check_messages
+from llama2_chat.remote.client import schema_format
+from llama2_chat.types import Message, SamplingParams
+
+MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
+EXTRAS = ("top_k", "repetition_penalty")  # not in OpenAI's API, so some servers reject them
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one answer is asked for with."""
+
+    system: str | None
+    turns: list[Turn]
+    fields: dict[str, Any]  # of the request's JSON, except the model and the messages
+    dropped_messages: int = 0  # oldest ones that were left out
+
+    @classmethod
+    def of(cls, messages: list[Message], params: SamplingParams, to_the_end: bool = False) -> Question:
+        """Raises ChatError for malformed messages."""
+        return cls(*check_messages(messages), _fields(params, to_the_end))
+
+    @property
+    def messages(self) -> list[Message]:
+        system = [Message(role="system", content=self.system)] if self.system is not None else []
+        return [*system, *(Message(role=turn.role, content=turn.content) for turn in self.turns)]
+
+    def shortened(self, error: PromptTooLong) -> Question | None:
+        """Without as many of the oldest exchanges as the server's numbers say, at least one; None if there is none."""
+        if len(self.turns) == 1:
+            return None
+        first = self._first_kept(error)
+        dropped = sum(turn.messages for turn in self.turns[:first])
+        return replace(self, turns=self.turns[first:], dropped_messages=self.dropped_messages + dropped)
+
+    def _first_kept(self, error: PromptTooLong) -> int:
+        """The index of the turn that a shorter question starts with."""
+        half, quarter = len(self.turns) // 4 * 2 + 2, len(self.turns) // 8 * 2 + 2  # of the turns, in whole exchanges
+        if not (error.prompt_tokens and error.context_length):
+            return half
+        # A server that stops counting at the end of its context reports too few tokens, so that what its numbers leave
+        # is too long again: each further attempt drops at least a quarter.
+        first = quarter if self.dropped_messages else 2
+        sizes = [len(turn.content) for turn in self.turns]
+        system_size = len(self.system or "")
+        tokens_per_character = error.prompt_tokens / (system_size + sum(sizes) + 1)
+        tokens_per_character = max(tokens_per_character, 1 / MAX_CHARACTERS_PER_TOKEN)
+        room = (error.context_length - self.fields.get("max_tokens", 1)) / tokens_per_character - system_size
+        kept = sum(sizes[first:])
+        while first < len(sizes) - 1 and kept > room:
+            kept -= sum(sizes[first : first + 2])
+            first += 2
+        return first
+
+    def too_long(self, error: PromptTooLong) -> PromptTooLong:
+        """The server's numbers, and the length that was asked for the answer, which is also the visitor's to change."""
+        max_new_tokens = self.fields.get("max_tokens", 0) if error.prompt_tokens else 0
+        return PromptTooLong(
+            error.prompt_tokens,
+            error.context_length,
+            max_new_tokens,
+            subject="message" if len(self.turns) == 1 else "conversation",
+        )
+
+
+def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
+    """Each of them in every request: for a missing one, servers use the model's generation_config.json."""
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+    fields = {name: getattr(params, name) for name in names}
+    fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # servers take -1 for all
+    if params.grammar is not None:
+        fields["response_format"] = schema_format(json.loads(params.grammar))
+    return fields if to_the_end else {**fields, "max_tokens": params.max_new_tokens}

@@ -1,0 +1,202 @@
+"""The promise of ChatBackend, kept by servers: which of them is asked, and who is asked next if it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal
+
+from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.remote.client import Timeouts, use_our_http
+from llama2_chat.remote.faults import INCOMPLETE, ServerFault, log_text
+from llama2_chat.remote.health import Health
+from llama2_chat.remote.question import Question
+from llama2_chat.remote.reply import RemoteReply
+from llama2_chat.remote.server import Server
+from llama2_chat.settings import Settings
+from llama2_chat.types import (
+    Capabilities,
+    ChatBackend,
+    Message,
+    Occupancy,
+    Reply,
+    SamplingParams,
+    ServerStatus,
+    Status,
+)
+
+log = logging.getLogger("llama2_chat")
+
+NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
+STOPPED = "The server is being stopped."
+
+
+class RemoteModel:
+    """Servers that have one model, asked one after another until one answers.
+
+    timeouts: how long they are waited for and left alone.
+    """
+
+    capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True)
+    mode = ""
+    occupancy: Occupancy | None = None  # servers do not say who waits there
+
+    def __init__(self, settings: Settings, timeouts: Timeouts = Timeouts()) -> None:
+        servers = [Server(url, settings.inference_key, timeouts) for url in settings.inference_urls]
+        self._servers = list({server.client.url: server for server in servers}.values())
+        self._health = Health(self._servers, settings.inference_model or "", settings.sampling, timeouts)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watching: asyncio.Task[None] | None = None  # the loop's main task
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._stopped = False  # the loop takes no more answers
+
+    @property
+    def status(self) -> Status:
+        return self._health.status
+
+    @property
+    def state(self) -> Literal["loading", "ready", "failed"]:
+        """Of `status`; it may change at any time."""
+        return self.status.state
+
+    @property
+    def context_length(self) -> int:
+        return self._health.context_length
+
+    @property
+    def gpu_memory(self) -> list[tuple[int, int]]:
+        return []  # theirs is not here
+
+    @property
+    def servers(self) -> list[ServerStatus]:
+        return [server.status for server in self._servers]
+
+    @property
+    def faults(self) -> list[tuple[str, str]]:
+        """The name of each server that cannot answer, and why, in a sentence."""
+        return [(server.name, server.fault) for server in self._servers if server.fault]
+
+    def start(self) -> threading.Thread:
+        """Watch the servers, in a thread of its own, until close()."""
+        use_our_http()
+        started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="remote", daemon=True)
+        self._thread.start()
+        started.wait()
+        return self._thread
+
+    def load(self) -> RemoteModel:
+        """self, once it is known whether any server can answer."""
+        self.start()
+        self._health.known.wait()
+        return self
+
+    def probe(self) -> RemoteModel:
+        """self, once every server has been probed, in place of start(): nothing can be answered afterwards."""
+        use_our_http()
+        asyncio.run(self._health.probe_all())
+        return self
+
+    def close(self, timeout_s: float = 5) -> None:
+        """Close all connections, within timeout_s seconds. Readers see their replies end as cancelled."""
+        if self._thread and self._loop and self._watching:
+            with suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(self._watching.cancel)
+            self._thread.join(timeout_s)
+
+    def stream_reply(
+        self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
+    ) -> RemoteReply:
+        """The answer to a conversation, on its way. Entering the reply waits until a server has accepted it.
+
+        trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
+        to_the_end: the answer may be as long as the server lets it, instead of params.max_new_tokens.
+
+        Raises ModelUnavailable if no server is healthy, ChatError for malformed messages. Entering or reading raises
+        PromptTooLong, Busy, ModelUnavailable, and ChatError for what the server rejects.
+        """
+        if self.state != "ready":
+            raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
+        question, reply = Question.of(messages, params, to_the_end), RemoteReply()
+        with self._lock:
+            if self._loop is None or self._stopped:
+                raise ModelUnavailable(STOPPED)
+            reply.task = asyncio.run_coroutine_threadsafe(self._answer(reply, question, trim), self._loop)
+        reply.task.add_done_callback(lambda _: reply.end("cancelled"))  # cancelled before its first step
+        return reply
+
+    def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
+        raise ChatError(NO_TOKENS)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        raise ChatError(NO_TOKENS)
+
+    def encode_text(self, text: str) -> list[int]:
+        raise ChatError(NO_TOKENS)
+
+    # What runs in the event loop.
+
+    async def _run(self, started: threading.Event) -> None:
+        self._loop, self._watching = asyncio.get_running_loop(), asyncio.current_task()
+        started.set()
+        try:
+            with suppress(asyncio.CancelledError):
+                await self._health.watch()
+        finally:
+            with self._lock:
+                self._stopped = True
+            await asyncio.sleep(0)  # what was submitted before becomes a task, so that asyncio.run() can cancel it
+
+    async def _answer(self, reply: RemoteReply, question: Question, trim: bool) -> None:
+        """Ask one server after another until one has sent text; what happens to it then is final."""
+        tried: set[Server] = set()
+        fault: ChatError = ModelUnavailable(self.status.error or "No server can answer now. Please try again.")
+        try:
+            while server := self._least_loaded(tried):
+                try:
+                    return await self._ask(server, question, reply)
+                except PromptTooLong as error:
+                    shorter = question.shortened(error) if trim and not reply.has_text else None
+                    if shorter is None:
+                        raise question.too_long(error) from error
+                    question = shorter
+                except (ServerFault, Busy) as error:
+                    log.warning("%s: %s", server.name, log_text(error))
+                    if not isinstance(error, Busy):
+                        server.suspect.set()
+                    if reply.has_text:
+                        raise ModelUnavailable(f"{error} {INCOMPLETE}") from error
+                    tried.add(server)
+                    fault = error
+            raise fault
+        except asyncio.CancelledError:
+            reply.end("cancelled")
+            raise
+        except Exception as error:
+            reply.end("error", error)
+
+    def _least_loaded(self, tried: set[Server]) -> Server | None:
+        """The first of those: a visitor who is alone stays where the conversation is in the KV cache.
+
+        A suspect comes last: its question may have been at fault rather than the server, which a probe will tell.
+        """
+        untried = (server for server in self._servers if server.healthy and server not in tried)
+        return min(untried, key=lambda server: (server.suspect.is_set(), server.running), default=None)
+
+    async def _ask(self, server: Server, question: Question, reply: RemoteReply) -> None:
+        reply.count_dropped(question.dropped_messages)
+        server.running += 1
+        try:
+            await server.answer(self.status.model, question, reply)
+        finally:
+            server.running -= 1
+        if reply.server_reason:
+            reply.end(reply.server_reason)
+
+
+if TYPE_CHECKING:
+    _keeps_the_promise: type[ChatBackend] = RemoteModel

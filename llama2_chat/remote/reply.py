@@ -1,0 +1,143 @@
+"""One answer on its way, as types.Reply promises: the event loop's thread puts text in, one reader takes it out.
+
+Entering waits until a server has accepted the question, so that a refusal is raised before anything is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Self
+
+from huggingface_hub import ChatCompletionStreamOutput
+
+from llama2_chat.channel import Channel, ChannelReply
+from llama2_chat.remote.faults import ABORTED, ServerFault
+from llama2_chat.text import valid_unicode
+from llama2_chat.types import FinishReason, Timing, Usage
+
+ACCEPTED = ""  # the first item of an answer that a server has accepted; text follows
+END = None  # the last item
+
+
+class RemoteReply(ChannelReply[str | None]):
+    queue_position = 0  # servers do not say
+
+    def __init__(self) -> None:
+        self.task: Future[None] | None = None  # what reads the server's answer; nobody cancels a probe's
+        self.usage = Usage()
+        self.server_reason: FinishReason | None = None  # why the answer ended, by the server; its usage may still come
+        self.has_text = False  # whether any came
+        self._channel: Channel[str | None] = Channel()
+        self._accepted = False  # as far as the reader knows
+        self._half = ""  # half a character, that is a surrogate, whose other half the next piece may begin with
+        self._put_times = [time.perf_counter()]  # of the submit, the first piece and the latest
+        self._ending: tuple[FinishReason, Exception | None] | None = None
+        self._lock = threading.Lock()
+
+    # What the event loop's thread calls.
+
+    def count_dropped(self, messages: int) -> None:
+        self.usage = replace(self.usage, dropped_messages=messages)
+
+    def accept(self) -> None:
+        self._channel.put(ACCEPTED)
+
+    def put(self, chunk: ChatCompletionStreamOutput) -> None:
+        for choice in chunk.choices or ():
+            if choice.delta and choice.delta.content:
+                self._put_text(choice.delta.content)
+            if choice.finish_reason in ("abort", "error"):
+                raise ServerFault(ABORTED)
+            if choice.finish_reason:
+                self.server_reason = "length" if choice.finish_reason == "length" else "stop"
+        if chunk.usage:
+            details = getattr(chunk.usage, "prompt_tokens_details", None) or {}
+            self.usage = replace(
+                self.usage,
+                prompt_tokens=count(chunk.usage.prompt_tokens),
+                completion_tokens=count(chunk.usage.completion_tokens) or self.usage.completion_tokens,
+                cached_tokens=count(details.get("cached_tokens")),
+            )
+
+    def _put_text(self, text: str) -> None:
+        self._put_times[2:] = []
+        self._put_times.append(time.perf_counter())
+        self._channel.put(text)
+        self.has_text = True
+        # An estimate until the server reports its usage, which not all do: a piece is a token, or a few.
+        self.usage = replace(self.usage, completion_tokens=self.usage.completion_tokens + 1)
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """Only the first call does anything."""
+        with self._lock:
+            first = self._ending is None
+            self._ending = self._ending or (reason, error)
+        if first:
+            self._channel.put(END)
+
+    # What readers see.
+
+    @property
+    def channel(self) -> Channel[str | None]:
+        return self._channel
+
+    @property
+    def timing(self) -> Timing:
+        submitted, *times = self._put_times
+        seconds = times[-1] - times[0] if times else 0
+        later_tokens = self.usage.completion_tokens - 1
+        return Timing(times[0] - submitted if times else None, later_tokens / seconds if seconds else None)
+
+    def close(self) -> None:
+        self._finish("cancelled")
+        if self.task:
+            self.task.cancel()
+        self.end("cancelled")  # wakes a reader
+
+    def __enter__(self) -> Self:
+        while self._is_entering():
+            self._read(self._channel.get())
+        return self
+
+    async def __aenter__(self) -> Self:
+        try:
+            while self._is_entering():
+                await self._channel.wait()
+                self._read(self._channel.get_nowait())
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        return self
+
+    def _is_entering(self) -> bool:
+        if not self._accepted and self.finish_reason is not None:
+            self._raise_error()
+        return not self._accepted and self.finish_reason is None
+
+    def _read(self, item: str | None) -> str:
+        if item is END:
+            text, self._half = self._half, ""
+            if self._ending:
+                self._finish(self._ending[0])
+            return valid_unicode(text)
+        self._accepted = True
+        text = self._half + item
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        return valid_unicode(text.removesuffix(self._half))
+
+    def _finish(self, reason: FinishReason) -> None:
+        with self._lock:
+            self.finish_reason = self.finish_reason or reason
+
+    def _raise_error(self) -> None:
+        if self.finish_reason == "error" and self._ending and self._ending[1]:
+            raise self._ending[1]
+
+
+def count(value: object) -> int:
+    """A number of tokens that a server reports; 0 if it reports something else."""
+    return value if type(value) is int and 0 < value < 2**63 else 0

@@ -1,0 +1,60 @@
+"""One address of a server, what is known about it, and one answer from it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from urllib.parse import urlsplit
+
+from llama2_chat.errors import ChatError
+from llama2_chat.remote.client import Client, Timeouts
+from llama2_chat.remote.faults import NO_REASON, ServerFault
+from llama2_chat.remote.question import EXTRAS, Question
+from llama2_chat.remote.reply import RemoteReply
+from llama2_chat.types import ServerStatus
+
+
+class Server:
+    """Used in the event loop alone, except for its `status`."""
+
+    def __init__(self, url: str, key: str, timeouts: Timeouts) -> None:
+        parts = urlsplit(url)
+        path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        # geturl() writes the scheme in small letters: huggingface_hub takes HTTP:// for the name of a model on its Hub,
+        # and would send the questions there.
+        self.client = Client(parts._replace(path=f"{path}/v1").geturl(), key, timeouts)
+        self.name = parts.netloc.rpartition("@")[2] + path  # without a password
+        self.fault: str | None = None  # a sentence; "" if it is healthy, None if it has not been probed yet
+        self.running = 0  # answers of this program
+        self.last_seen = 0.0  # time.monotonic() of the latest sign of life
+        self.suspect = asyncio.Event()  # an answer failed, and no probe has ended since
+        self.takes_extras = True
+        self.has_listed = False  # its models
+
+    @property
+    def healthy(self) -> bool:
+        return self.fault == ""
+
+    @property
+    def status(self) -> ServerStatus:
+        return ServerStatus(self.name, self.healthy, self.running)
+
+    async def answer(self, model: str, question: Question, reply: RemoteReply) -> None:
+        """Read the answer into the reply, which then has a server_reason. Raises ChatError."""
+        names = [name for name in EXTRAS if self.takes_extras and name in question.fields]
+        extras = {name: question.fields[name] for name in names}
+        fields = {name: value for name, value in question.fields.items() if name not in EXTRAS}
+        asking = self.client.stream_chat(model, question.messages, fields, extras)
+        try:
+            async with asyncio.timeout(None) as limit, asking as chunks:
+                reply.accept()
+                async for chunk in chunks:
+                    self.last_seen = time.monotonic()
+                    reply.put(chunk)
+                    if reply.server_reason and limit.when() is None:
+                        limit.reschedule(asyncio.get_running_loop().time() + self.client.timeouts.usage_s)
+        except (ChatError, TimeoutError):
+            if not reply.server_reason:
+                raise
+        if not reply.server_reason:
+            raise ServerFault(NO_REASON)
