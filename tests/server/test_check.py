@@ -622,8 +622,8 @@ def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(o
     ("probe", "name", "step"),
     [
         ([reset], "server", ""),
-        (status(401, {}), "key", "The right one belongs in INFERENCE_KEY."),
-        (status(404, {}), "answer", "INFERENCE_MODEL and INFERENCE_URL say where to look."),
+        (status(401, {}), "key", "Set INFERENCE_KEY to the right one."),
+        (status(404, {}), "answer", "Check INFERENCE_MODEL and INFERENCE_URL."),
     ],
     ids=["not reached", "wrong key", "no such model"],
 )
