@@ -16,7 +16,7 @@ import signal
 import sys
 
 from llama2_chat.errors import ChatError
-from llama2_chat.server import check, login
+from llama2_chat.server import login, preflight
 from llama2_chat.settings import Settings
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     if requested.hash_password:
         sys.exit(login.main())
     if requested.check:
-        sys.exit(check.main(requested))
+        sys.exit(preflight.main(requested))
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
@@ -33,9 +33,12 @@ from fastapi.responses import FileResponse
 from llama2_chat.page.layout import build_page, mount_page
 from llama2_chat.page.reply import make_reply
 from llama2_chat.page.wording import TITLE
-from llama2_chat.server.api import Clients, api_router, guard, health_router
+from llama2_chat.server.health import health_router
+from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.listen import announce, make_server, open_listener
 from llama2_chat.server.metrics import Metrics
+from llama2_chat.server.openai_api import api_router
+from llama2_chat.server.security import add_security_middleware
 from llama2_chat.server.tls import CERTS, get_certificate, server_context
 from llama2_chat.types import ChatBackend
 
@@ -88,10 +91,10 @@ def make_backend(settings: Settings) -> ChatBackend:
 def create_app(chat: ChatBackend, settings: Settings, users: login.Users | None = None) -> FastAPI:
     """The whole site: the page at /, the API and health beside it. The chat may still be loading."""
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
-    guard(app, settings)
-    clients, metrics = Clients(settings.client_limit), Metrics(chat, settings.log_messages)
+    add_security_middleware(app, settings)
+    limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
     app.include_router(health_router(chat))
-    app.include_router(api_router(chat, settings, clients, metrics))
+    app.include_router(api_router(chat, settings, limiter, metrics))
     if settings.https and not settings.certfile:
 
         @app.get("/ca.crt")
@@ -99,7 +102,7 @@ def create_app(chat: ChatBackend, settings: Settings, users: login.Users | None 
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    page = build_page(chat, settings.sampling, make_reply(chat, clients, metrics))
+    page = build_page(chat, settings.sampling, make_reply(chat, limiter, metrics))
     return mount_page(app, page, settings, users)
 
 

@@ -18,8 +18,10 @@ import gradio as gr
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.page import wording
 from llama2_chat.page.messages import Shown, Turn, plain_messages
-from llama2_chat.server.api import Clients, address, as_api_error, submit
+from llama2_chat.server.errors import as_api_error
+from llama2_chat.server.limits import ConcurrencyLimiter, client_address
 from llama2_chat.server.metrics import Metrics, Record
+from llama2_chat.server.responses import submit
 from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams
 
 SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
@@ -28,7 +30,7 @@ REFRESH_EVERY_S = 0.4  # while nothing new comes; Stop and a closed tab cancel a
 ReplyFunction = Callable[..., AsyncGenerator[Any, None]]  # yields turns to the page, and plain text to programs
 
 
-def make_reply(chat: ChatBackend, clients: Clients, metrics: Metrics) -> ReplyFunction:
+def make_reply(chat: ChatBackend, limiter: ConcurrencyLimiter, metrics: Metrics) -> ReplyFunction:
     """What gr.ChatInterface calls. Programs send their settings by the names of its parameters."""
 
     async def reply(
@@ -56,8 +58,8 @@ def make_reply(chat: ChatBackend, clients: Clients, metrics: Metrics) -> ReplyFu
                 repetition_penalty=repetition_penalty,
                 seed=_seed(seed),
             )
-            room = clients.place(address(request))
-            async with contextlib.aclosing(_answer(chat, messages, params, record, room)) as steps:
+            slot = limiter.slot(client_address(request))
+            async with contextlib.aclosing(_answer(chat, messages, params, record, slot)) as steps:
                 async for shown in steps:
                     yield shown.turns() if on_page else shown.text
         except Exception as error:
@@ -80,7 +82,7 @@ async def _answer(
     messages: list[Message],
     params: SamplingParams,
     record: Record,
-    room: contextlib.AbstractContextManager[None],
+    slot: contextlib.AbstractContextManager[None],
 ) -> AsyncGenerator[Shown, None]:
     """What to show, step by step. A message that arrives while the model loads waits for it."""
     while chat.state == "loading":
@@ -90,7 +92,7 @@ async def _answer(
     if not chat.capabilities.knows_queue:  # its server may take a while to accept the question
         yield Shown(waiting=wording.READING)
     text = ""
-    with room:
+    with slot:
         async with await submit(lambda: chat.stream_reply(messages, params)) as reply:
             record.reply = reply
             async for text in _texts(reply):

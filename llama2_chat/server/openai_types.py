@@ -1,21 +1,20 @@
-"""What programs send, in OpenAI's words, checked at the door; and OpenAI's way to say no.
+"""What programs send, in OpenAI's words, checked at the door.
 
-Ranges are those of chat_types. A field that is not here is let pass if the answer would be the same without it, and
+Ranges are those of types.py. A field that is not here is let pass if the answer would be the same without it, and
 refused otherwise: a program that asks for something must not be given something else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from llama2_chat.server.errors import ApiError
 from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
 
-MOST_NEW_TOKENS = int(RANGES["max_new_tokens"][1])
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls",
     "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
@@ -29,24 +28,12 @@ WITHOUT_EFFECT: dict[str, tuple] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
 }
-WHY_NOT = {
+WHY_UNSUPPORTED = {
     "n": "n must be 1. Send the request once for each answer instead.",
     "best_of": "best_of must be 1.",
     "logprobs": "logprobs are not available. Leave them out.",
     "tools": "Tools are not available. Leave them out.",
 }
-
-
-class ApiError(Exception):
-    """A request that gets no answer, as the openai library and its kin expect to be told."""
-
-    def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
-        kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _text(content: Any) -> Any:
@@ -136,7 +123,7 @@ class ResponseFormat(BaseModel):
 
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
-    question: ClassVar[str]  # the field that holds it
+    question_field: ClassVar[str]  # that a ChatError is about
 
     model: str | None = None
     max_tokens: MaxTokens = None
@@ -153,40 +140,44 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
 
     @property
-    def most_new_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
+        """The longest answer; None for as long as the context window leaves."""
         return self.max_tokens
 
     @property
-    def wants_usage(self) -> bool:
+    def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def params(self, defaults: SamplingParams, max_new_tokens: int) -> SamplingParams:
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the request sets, and the server's defaults for the rest."""
         names = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.requested_tokens is not None:
+            given["max_new_tokens"] = self.requested_tokens
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
         if self.response_format is not None:
             given["grammar"] = self.response_format.grammar
-        return replace(defaults, max_new_tokens=max_new_tokens, stop=tuple(self.stop), **given)
+        return replace(defaults, stop=tuple(self.stop), **given)
 
-    def refuse_what_would_be_missed(self) -> None:
+    def reject_unsupported(self) -> None:
         """Raises ApiError for the first unknown field that asks for another answer."""
         for name, value in (self.model_extra or {}).items():
-            asks = value not in ([], {}, "") and value is not None and value is not False
-            if asks and name not in IGNORED and value not in WITHOUT_EFFECT.get(name, ()):
-                sentence = WHY_NOT.get(name, f"{name!r:.60} is not known here. Leave it out.")
+            is_set = value not in ([], {}, "") and value is not None and value is not False
+            if is_set and name not in IGNORED and value not in WITHOUT_EFFECT.get(name, ()):
+                sentence = WHY_UNSUPPORTED.get(name, f"{name!r:.60} is not known here. Leave it out.")
                 raise ApiError(400, "unsupported_parameter", sentence, name[:60])
 
 
 class ChatRequest(_Request):
-    question: ClassVar = "messages"
+    question_field: ClassVar = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens = None
     trim: bool = False  # leave out the oldest exchanges of a conversation that is too long, as the page does
 
     @property
-    def most_new_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     def plain(self) -> list[Message]:
@@ -194,7 +185,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    question: ClassVar = "prompt"
+    question_field: ClassVar = "prompt"
 
     prompt: Prompt
 

@@ -655,7 +655,7 @@ def test_health_and_metrics_tell_of_the_servers_behind(own, own_address):
         health = http.get("/healthz").json()
         assert (health["status"], health["model"], health["device"]) == ("ready", own.status.model, "a server")
         numbers = http.get("/metrics").text
-    assert f'chat_server_well{{server="{own.servers[0].name}"}} 1.0' in numbers
+    assert f'chat_server_healthy{{server="{own.servers[0].name}"}} 1.0' in numbers
     assert f'chat_server_requests_running{{server="{own.servers[0].name}"}} 0.0' in numbers
 
 
@@ -672,8 +672,8 @@ def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
     """Prometheus takes no sample that is there twice."""
     urls = "http://name:secret@gpus/one/v1,http://gpus:8000/two/,http://gpus:8000/two/v1/chat/completions"
     numbers = Metrics(RemoteModel(replace(settings, inference_url=urls))).text().decode()
-    wells = [line for line in numbers.splitlines() if line.startswith("chat_server_well")]
-    assert wells == ['chat_server_well{server="gpus/one"} 0.0', 'chat_server_well{server="gpus:8000/two"} 0.0']
+    wells = [line for line in numbers.splitlines() if line.startswith("chat_server_healthy")]
+    assert wells == ['chat_server_healthy{server="gpus/one"} 0.0', 'chat_server_well{server="gpus:8000/two"} 0.0']
 
 
 def ask(http, **fields):

@@ -10,8 +10,10 @@ from schemathesis import GenerationMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.loading.load import Loaded
-from llama2_chat.server.api import Clients, api_router, health_router
+from llama2_chat.server.health import health_router
+from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
+from llama2_chat.server.openai_api import api_router
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
 from llama2_chat.types import Status
 from model import ChatModel
@@ -45,7 +47,7 @@ def document(chat, settings):
     with serving(small, settings) as address:
         ours = FastAPI()
         ours.include_router(health_router(small))
-        ours.include_router(api_router(small, settings, Clients(0), Metrics(small)))
+        ours.include_router(api_router(small, settings, ConcurrencyLimiter(0), Metrics(small)))
         config = schemathesis.Config.from_dict({"base-url": address})
         yield schemathesis.openapi.from_dict(ours.openapi(), config=config)
     small.close()

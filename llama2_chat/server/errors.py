@@ -1,0 +1,79 @@
+"""OpenAI's way to say no: every exception as a status, a code and a sentence.
+
+ApiError is raised by the routes themselves; as_api_error() makes one of whatever else is raised. What a ChatError says
+is written for people and shown as it stands; everything else is logged, and the program gets one calm sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 5
+INTERNAL_ERROR = "Something went wrong on the server. Its log has the details."
+
+
+class ApiError(Exception):
+    """A request that gets no answer, as the openai library and its kin expect to be told."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+        kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: Exception, param: str | None = None) -> ApiError:
+    """The same in OpenAI's words; what is not meant for visitors goes to the log. param: what a ChatError is about."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _invalid_request(error.errors()[0])
+        case HTTPException(status_code=413):
+            return ApiError(413, "request_too_large", "This request is larger than the server accepts.")
+        case HTTPException():
+            return ApiError(error.status_code, "invalid_request", str(error.detail))
+        case PromptTooLong():
+            return ApiError(400, "context_length_exceeded", str(error), param)
+        case Busy():
+            return ApiError(429, "rate_limit_exceeded", str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+        case BadGrammar():
+            return ApiError(400, "invalid_value", str(error), "response_format")
+        case ModelUnavailable():
+            return ApiError(503, "model_unavailable", str(error))
+        case ChatError():
+            return ApiError(400, "invalid_value", str(error), param)
+    log.error("Answering failed", exc_info=error)
+    return ApiError(500, "internal_error", INTERNAL_ERROR)
+
+
+def generation_error(error: Exception) -> ApiError:
+    """Of an answer that has begun: the request was fine, or there would be no reply."""
+    return ApiError(500, "generation_failed", str(error)) if isinstance(error, ChatError) else as_api_error(error)
+
+
+def _invalid_request(error: dict[str, Any]) -> ApiError:
+    """What pydantic found, as a sentence that names the field."""
+    if error["type"] == "json_invalid":
+        return ApiError(400, "invalid_json", f"The body is not JSON: {error['ctx']['error']}.")
+    path = [str(part) for part in error["loc"][1:]]
+    if not path:
+        return ApiError(400, "invalid_request", "The body must be a JSON object, sent as application/json.")
+    if error["type"] == "missing":
+        return ApiError(400, "missing_parameter", f"{'.'.join(path)} is missing.", path[0])
+    what = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    received = repr(error["input"])
+    received = f"; it was {received}" if len(received) < 60 else ""
+    param = path[0] if path[0] != "messages" else ".".join(path)
+    return ApiError(400, "invalid_value", f"{'.'.join(path)}: {what}{received}.", param)

@@ -1,0 +1,74 @@
+"""Who is asking, whether they may, and how many answers at once: API keys, addresses and CLIENT_LIMIT."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import Request
+
+from llama2_chat.errors import Busy
+from llama2_chat.server.errors import ApiError
+from llama2_chat.settings import Settings
+
+
+class ConcurrencyLimiter:
+    """Counts the answers that each client has on their way. Used from the event loop alone."""
+
+    def __init__(self, limit: int) -> None:
+        """limit: of one client; 0 is any number."""
+        self._limit = limit
+        self._running: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def slot(self, client: str) -> Iterator[None]:
+        """Room for one more answer of this client. Raises Busy if there is none."""
+        if self._limit and self._running[client] >= self._limit:
+            raise Busy(f"You have {self._limit} answers on their way, and no more are allowed. Wait for one to end.")
+        self._running[client] += 1
+        try:
+            yield
+        finally:
+            self._running[client] -= 1
+            if not self._running[client]:
+                del self._running[client]
+
+
+def client_id(request: Request, settings: Settings) -> str:
+    """Who counts as one client: the key, or the address where there are no keys."""
+    return _given_key(request) if settings.api_keys else client_address(request)
+
+
+def client_address(request: Any) -> str:
+    """Where a request comes from; uvicorn has looked at X-Forwarded-For if a trusted proxy sent it.
+
+    request: FastAPI's, or Gradio's, which passes on the attributes of FastAPI's.
+    """
+    return request.client.host if request.client else ""
+
+
+def check_key(request: Request, settings: Settings) -> None:
+    """Raises ApiError unless the request has one of the keys.
+
+    Without API_KEY everybody may ask, unless the page has a login: the API would be a way around it.
+    """
+    if not settings.api_keys and not settings.auth_file:
+        return
+    given = _given_key(request).encode("latin-1")  # as Starlette decoded it
+    # A list, not a generator: every key is compared, in constant time.
+    matches = [hmac.compare_digest(given, key.encode()) for key in settings.api_keys]
+    if any(matches):
+        return
+    sentence = "Send one of the server's API keys, as Authorization: Bearer."
+    if not settings.api_keys:
+        sentence = "This server has a login and no API key, so programs cannot ask it. Its operator can set API_KEY."
+    raise ApiError(401, "invalid_api_key", sentence, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _given_key(request: Request) -> str:
+    """The key alone: "bearer  KEY" is "Bearer KEY"."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,177 @@
+"""OpenAI's routes for programs, /tokenize and /metrics.
+
+What a request may say stands in openai_types.py, how an answer is written in responses.py, how one is refused in
+errors.py. Lengths, prompts and whose turn it is are the model's affair: here a request becomes one call of ChatBackend.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Protocol
+
+import anyio
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error
+from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
+from llama2_chat.server.metrics import Metrics, Question, Record
+from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
+from llama2_chat.server.responses import AnswerFormat, EventStream, closed_on_disconnect, events, submit, whole_text
+from llama2_chat.settings import Settings
+from llama2_chat.types import ChatBackend, Reply, SamplingParams
+
+SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
+LONG_BODY = 2**18  # bytes, from which on one text is encoded at a time: 10 MB take seconds and more than 1 GB
+STARTED = int(time.time())
+
+
+class StartReply(Protocol):
+    """stream_reply or stream_completion of a ChatBackend, with its question."""
+
+    def __call__(self, params: SamplingParams, *, to_the_end: bool) -> Reply: ...
+
+
+def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimiter, metrics: Metrics) -> APIRouter:
+    """All of them. Without a model they say why there is none."""
+    router = APIRouter(route_class=_route_class(settings, metrics))
+    # What is slow to read has threads of its own, or a few such requests would leave none for everybody else.
+    schema_threads, long_body_threads = anyio.CapacityLimiter(SCHEMA_THREADS), anyio.CapacityLimiter(1)
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        _check_ready(chat)
+        return {"object": "list", "data": [_model_object(chat)]}
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        _check_model(chat, model)
+        return _model_object(chat)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        messages = body.plain()
+        return await answer(body, request, messages, functools.partial(chat.stream_reply, messages, trim=body.trim))
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
+            return chat.stream_completion(_prompt_ids(chat, body.prompt), params, to_the_end=to_the_end)
+
+        return await answer(body, request, body.prompt, start)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+        _check_model(chat, body.model)
+        encode = functools.partial(_encode, chat, body)
+        ids = await anyio.to_thread.run_sync(encode, limiter=await threads_for(request))
+        return {"tokens": ids, "count": len(ids), "max_model_len": chat.context_length}
+
+    @router.get("/metrics")
+    def prometheus_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    methods = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
+
+    @router.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
+    async def unknown(path: str, request: Request) -> None:
+        raise ApiError(404, "unknown_url", f"There is no {request.method} /v1/{path:.60} here.")
+
+    async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
+        return long_body_threads if len(await request.body()) > LONG_BODY else None
+
+    async def answer(
+        body: ChatRequest | CompletionRequest, request: Request, question: Question, start: StartReply
+    ) -> Response:
+        _check_model(chat, body.model)
+        body.reject_unsupported()
+        record: Record = request.state.record
+        record.question = question
+        params, to_the_end = body.params(settings.sampling), body.requested_tokens is None
+        async with AsyncExitStack() as cleanup:
+            cleanup.enter_context(limiter.slot(client_id(request, settings)))
+            try:
+                threads = await threads_for(request) or (schema_threads if body.response_format else None)
+                reply = await submit(lambda: start(params, to_the_end=to_the_end), threads)
+                async with closed_on_disconnect(reply, request):  # a remote server may take a while to accept it
+                    record.reply = await cleanup.enter_async_context(reply)
+            except ChatError as error:
+                raise as_api_error(error, body.question_field) from error
+            written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest))
+            if body.stream:
+                return EventStream(events(written, reply, record, body.include_usage), record, cleanup.pop_all())
+            record.answer = await whole_text(reply, request)
+            return JSONResponse(written.whole(record.answer, reply))
+
+    return router
+
+
+def _route_class(settings: Settings, metrics: Metrics) -> type[APIRoute]:
+    """What every route does first and last: ask for the key, and turn whatever is raised into a response."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable:
+            handle = super().get_route_handler()
+
+            async def handle_and_record(request: Request) -> Response:
+                record = request.state.record = Record(metrics, self.path)
+                try:
+                    check_key(request, settings)  # before the body is read
+                    response = await handle(request)
+                except Exception as error:
+                    problem = as_api_error(error)
+                    record.end(problem.code)
+                    return JSONResponse(problem.body, problem.status, problem.headers)
+                if not isinstance(response, EventStream):
+                    record.end()
+                return response
+
+            return handle_and_record
+
+    return Route
+
+
+def _check_ready(chat: ChatBackend) -> None:
+    if chat.state == "loading":
+        sentence = "The model is still loading. Please try again in a minute."
+        raise ApiError(503, "model_loading", sentence, headers={"Retry-After": str(RETRY_AFTER_S)})
+    if chat.state == "failed":
+        raise ModelUnavailable(chat.status.error)
+
+
+def _check_model(chat: ChatBackend, name: str | None) -> None:
+    _check_ready(chat)
+    if name is not None and name != chat.status.model:
+        sentence = f"There is no model {name!r:.100} here; this server has {chat.status.model}."
+        raise ApiError(404, "model_not_found", sentence, "model")
+
+
+def _model_object(chat: ChatBackend) -> dict[str, Any]:
+    return {
+        "id": chat.status.model,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "llama-2-chat",
+        "max_model_len": chat.context_length or None,  # what a remote server does not say
+    }
+
+
+def _prompt_ids(chat: ChatBackend, prompt: str | list[int]) -> list[int]:
+    return chat.encode_text(prompt) if isinstance(prompt, str) else prompt
+
+
+def _encode(chat: ChatBackend, body: TokenizeRequest) -> list[int]:
+    """The ids of whichever of the two was sent."""
+    match body.prompt, body.messages:
+        case str(prompt), None:
+            return chat.encode_text(prompt)
+        case None, list(messages):
+            return chat.encode([message.plain() for message in messages])
+    raise ApiError(400, "invalid_value", "Send either a prompt or messages.", "prompt")

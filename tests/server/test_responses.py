@@ -1,0 +1,124 @@
+"""Answers that end before their time: readers leave, the model fails, the server stops; and signs of life meanwhile."""
+
+import json
+import threading
+
+import openai
+import pytest
+
+from llama2_chat.errors import ChatError
+from llama2_chat.server import responses
+from tests.support.programs import HELLO, ask, error, freed, raw, streaming, until
+
+# Gradio 6.31 uses what pandas 3 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+
+
+@pytest.fixture
+def replies(small, monkeypatch):
+    """The replies that the small model has been asked for."""
+    replies, stream_reply = [], small.stream_reply
+
+    def record(*args, **options):
+        replies.append(stream_reply(*args, **options))
+        return replies[-1]
+
+    monkeypatch.setattr(small, "stream_reply", record)
+    return replies
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_a_client_that_leaves_frees_the_model(small_address, small, stream, replies):
+    with raw(small_address, stream=stream) as connection:
+        if stream:
+            connection.recv(1000)
+        until(lambda: small.occupancy.running)
+    freed(small)
+    assert replies[0].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_a_client_that_leaves_while_it_waits_leaves_the_line(http, small_address, small, stream):
+    with streaming(http):
+        with raw(small_address, stream=stream):
+            until(lambda: small.occupancy.waiting)
+        until(lambda: not small.occupancy.waiting)
+        assert small.occupancy.running
+    freed(small)
+
+
+def test_a_stream_begins_while_it_waits_in_line_and_shows_signs_of_life(http, monkeypatch):
+    monkeypatch.setattr(responses, "HEARTBEAT_S", 0.05)
+    with streaming(http), streaming(http) as lines:
+        assert [line for line in (next(lines) for _ in range(5)) if line] == [": waiting", ": waiting"]
+
+
+def test_the_official_client_reads_over_signs_of_life(small_address, monkeypatch):
+    monkeypatch.setattr(responses, "HEARTBEAT_S", 0.0001)
+    with openai.OpenAI(base_url=f"{small_address}v1", api_key="none", max_retries=0) as client:
+        chunks = list(client.chat.completions.create(model="small", messages=HELLO, max_tokens=5, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+class FailingReply:
+    """A piece, then an error, as when the GPU fails in the middle of an answer."""
+
+    def __init__(self, reply):
+        self.reply, self.pieces = reply, iter(["Well, "])
+
+    def __getattr__(self, name):
+        return getattr(self.reply, name)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc):
+        self.reply.close()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        for piece in self.pieces:
+            return piece
+        raise ChatError("The GPU ran out of memory.")
+
+
+@pytest.fixture
+def failing(small, monkeypatch):
+    stream_reply = small.stream_reply
+    monkeypatch.setattr(small, "stream_reply", lambda *args, **options: FailingReply(stream_reply(*args, **options)))
+
+
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event(http, failing):
+    *_, piece, last = [line for line in ask(http, stream=True).text.splitlines() if line]
+    assert "Well, " in piece
+    told = json.loads(last.removeprefix("data: "))["error"]
+    assert (told["message"], told["type"]) == ("The GPU ran out of memory.", "server_error")
+
+
+def test_the_official_client_raises_what_a_stream_ends_with(small_address, failing):
+    with openai.OpenAI(base_url=f"{small_address}v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(model="small", messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match="ran out of memory"):
+            list(stream)
+
+
+def test_an_error_before_the_whole_answer_is_500_with_its_sentence(http, failing):
+    answer = ask(http)
+    assert (answer.status_code, error(answer)["message"]) == (500, "The GPU ran out of memory.")
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_an_answer_that_the_server_ends_says_so(http, small, stream, replies):
+    def stop():  # what ChatModel.close() does to every reply
+        until(lambda: small.occupancy.running)
+        replies[0].close()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    answer = ask(http, max_tokens=3000, stream=stream)
+    thread.join()
+    assert "The server is being stopped" in answer.text
+    assert "[DONE]" not in answer.text
+    assert answer.status_code == (200 if stream else 503)
