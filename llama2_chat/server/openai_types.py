@@ -39,9 +39,10 @@ WHY_UNSUPPORTED = {
 def _text(content: Any) -> Any:
     """The text of a message's content. The parts of a list are joined as the page joins them."""
     if isinstance(content, list) and content:
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
-            return "\n".join(parts)
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        readable = [text for text in texts if isinstance(text, str)]
+        if len(readable) == len(content):
+            return "\n".join(readable)
     if isinstance(content, str):
         return content
     raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")

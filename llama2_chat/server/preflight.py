@@ -173,7 +173,7 @@ class _Worker:
 
     def _start(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(python_command("llama2_chat.server.check:answer_probes"), **pipes)
+        self._process = subprocess.Popen(python_command("llama2_chat.server.preflight:answer_probes"), **pipes)
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
         self._send(self._settings)

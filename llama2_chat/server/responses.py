@@ -33,8 +33,13 @@ async def submit(start: Callable[[], Reply], threads: anyio.CapacityLimiter | No
     try:
         return await asyncio.shield(submitting)
     except asyncio.CancelledError:
-        submitting.add_done_callback(lambda done: done.exception() or done.result().close())
+        submitting.add_done_callback(_close_unread)
         raise
+
+
+def _close_unread(submitting: asyncio.Future[Reply]) -> None:
+    if submitting.exception() is None:
+        submitting.result().close()
 
 
 class AnswerFormat:
@@ -87,8 +92,13 @@ async def whole_text(reply: Reply, request: Request) -> str:
 @contextlib.asynccontextmanager
 async def closed_on_disconnect(reply: Reply, request: Request) -> AsyncIterator[asyncio.Future[None]]:
     """The reply is closed, and the future done, when the reader leaves."""
+
+    def close(disconnected: asyncio.Future[None]) -> None:
+        if not disconnected.cancelled():
+            reply.close()
+
     disconnected = asyncio.ensure_future(_disconnect(request))
-    disconnected.add_done_callback(lambda done: done.cancelled() or reply.close())
+    disconnected.add_done_callback(close)
     try:
         yield disconnected
     finally:

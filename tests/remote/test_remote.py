@@ -673,7 +673,7 @@ def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
     urls = "http://name:secret@gpus/one/v1,http://gpus:8000/two/,http://gpus:8000/two/v1/chat/completions"
     numbers = Metrics(RemoteModel(replace(settings, inference_url=urls))).text().decode()
     wells = [line for line in numbers.splitlines() if line.startswith("chat_server_healthy")]
-    assert wells == ['chat_server_healthy{server="gpus/one"} 0.0', 'chat_server_well{server="gpus:8000/two"} 0.0']
+    assert wells == ['chat_server_healthy{server="gpus/one"} 0.0', 'chat_server_healthy{server="gpus:8000/two"} 0.0']
 
 
 def ask(http, **fields):

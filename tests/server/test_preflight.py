@@ -27,8 +27,8 @@ from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import check_reachable, fetch_small_files, fetch_weights
 from llama2_chat.loading.load import load, measure
 from llama2_chat.loading.memory import Gpu, check_memory
-from llama2_chat.server import check, login, tls
-from llama2_chat.server.check import Start, look, run
+from llama2_chat.server import login, preflight, tls
+from llama2_chat.server.preflight import Start, look, run
 from llama2_chat.settings import Settings
 from tests.support.odd_server import OddServer, reset, status
 from tests.support.small_model import save_model
@@ -92,7 +92,7 @@ def fake(tmp_path, monkeypatch):
 def test_where_the_small_model_runs_all_is_well(settings):
     done = start_check("--json")
     findings = json.loads(done.stdout)
-    assert [finding["name"] for finding in findings] == [name for name in check.PROBES if name not in check.ELSEWHERE]
+    assert [finding["name"] for finding in findings] == [name for name in preflight.PROBES if name not in preflight.ELSEWHERE]
     assert [finding for finding in findings if finding["ok"] is False] == []
     assert all(set(finding) == {"name", "ok", "detail", "next_step", "seconds"} for finding in findings)
     assert (done.returncode, done.stderr) == (0, "")
@@ -141,9 +141,9 @@ def test_a_package_that_only_the_page_needs_does_not_stop_the_check(fake):
 def test_a_driver_that_hangs_inside_a_c_call_costs_one_line_and_the_program_still_ends(fake):
     fake("torch", "import ctypes; ctypes.PyDLL(None).sleep(1000)")  # PyDLL keeps the interpreter locked
     script = (
-        "import check, settings, sys\n"
-        "check.PROBES['GPU'] = check.PROBES['GPU']._replace(limit_s=1)\n"
-        "sys.exit(check.main(settings.Settings(port=0)))"
+        "import sys\nfrom llama2_chat.server import preflight\nfrom llama2_chat.settings import Settings\n"
+        "preflight.PROBES['GPU'] = preflight.PROBES['GPU']._replace(limit_s=1)\n"
+        "sys.exit(preflight.main(Settings(port=0)))"
     )
     environ = {name: os.environ[name] for name in ("PATH", "PYTHONPATH")} | {"PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
@@ -187,7 +187,7 @@ def test_a_reader_that_leaves_early_sees_no_traceback(fake):
 
 @pytest.mark.slow  # for a Hub that says nothing, huggingface_hub waits a minute and more
 def test_a_hub_that_hangs_costs_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(check.PROBES, "model", check.PROBES["model"]._replace(limit_s=15))
+    monkeypatch.setitem(preflight.PROBES, "model", preflight.PROBES["model"]._replace(limit_s=15))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -217,7 +217,7 @@ def test_what_a_probe_did_not_expect_is_a_calm_sentence(monkeypatch):
     def surprised(start):
         raise KeyError("surprise")
 
-    monkeypatch.setitem(check.PROBES, "port", check.PROBES["port"]._replace(look=surprised))
+    monkeypatch.setitem(preflight.PROBES, "port", preflight.PROBES["port"]._replace(look=surprised))
     assert "unexpected KeyError ('surprise')" in bad("port").detail
 
 
@@ -225,7 +225,7 @@ def test_what_a_probe_did_not_expect_is_a_calm_sentence(monkeypatch):
 
 
 def test_another_python_than_the_tested_ones_is_told(monkeypatch):
-    monkeypatch.setattr(check, "PYTHONS", ("2.7", "3.4"))
+    monkeypatch.setattr(preflight, "PYTHONS", ("2.7", "3.4"))
     assert "pinned for 2.7 and 3.4" in bad("Python").detail
 
 
@@ -235,11 +235,11 @@ def test_packages_that_deviate_are_told_in_one_line_with_the_command(tmp_path, m
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(check, "REQUIREMENTS", tmp_path / "requirements.txt")
+    monkeypatch.setattr(preflight, "REQUIREMENTS", tmp_path / "requirements.txt")
     pins = "# a remark\nwell==1.0\nbuilt-here==1.0\n"
-    check.REQUIREMENTS.write_text(pins)
+    preflight.REQUIREMENTS.write_text(pins)
     assert look("packages", Start(Settings())).detail == "all 2 as pinned"
-    check.REQUIREMENTS.write_text(pins + "newer==1.0\nabsent==1.0\nelsewhere==1; sys_platform == 'nowhere'\n")
+    preflight.REQUIREMENTS.write_text(pins + "newer==1.0\nabsent==1.0\nelsewhere==1; sys_platform == 'nowhere'\n")
     told = bad("packages")
     assert told.detail == "newer is 2.0 instead of 1.0, absent is missing."
     assert told.next_step == "Run: pip install -r requirements.txt"
@@ -291,7 +291,7 @@ def test_a_tool_that_hangs_is_told_and_ended(nvidia_smi, tmp_path, monkeypatch):
     nvidia_smi("")
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/id\nexec sleep 1000\n")
-    monkeypatch.setattr(check, "NVIDIA_SMI_LIMIT_S", 1)
+    monkeypatch.setattr(preflight, "NVIDIA_SMI_LIMIT_S", 1)
     assert "no answer within 1 s" in bad("GPU").detail
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "id").read_text()), 0)
@@ -604,13 +604,13 @@ def odd():
 def elsewhere(server, settings, **more):
     """The findings about a model's server."""
     told = replace(settings, inference_url=server.url, **more)
-    return {finding.name: finding for finding in check.run(told, check.ELSEWHERE)}
+    return {finding.name: finding for finding in preflight.run(told, preflight.ELSEWHERE)}
 
 
 def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(odd, settings):
     done = start_check("--json", INFERENCE_URL=odd.url, PORT="0")
     findings = json.loads(done.stdout)
-    assert [finding["name"] for finding in findings] == [name for name in check.PROBES if name not in check.HERE]
+    assert [finding["name"] for finding in findings] == [name for name in preflight.PROBES if name not in preflight.HERE]
     assert done.returncode == 0
     assert (odd.probed, odd.asked) == (1, [])
     found = elsewhere(odd, settings, inference_key="ours")
@@ -630,8 +630,8 @@ def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(o
 def test_what_is_wrong_with_a_models_server_is_told_apart(odd, settings, probe, name, step):
     odd.probe = probe
     found = elsewhere(odd, settings)
-    assert [one for one in check.ELSEWHERE if found[one].ok is False] == [name]
+    assert [one for one in preflight.ELSEWHERE if found[one].ok is False] == [name]
     assert odd.url[7:] in found[name].detail
     assert found[name].next_step == step
-    later = check.ELSEWHERE[check.ELSEWHERE.index(name) + 1 :]
+    later = preflight.ELSEWHERE[preflight.ELSEWHERE.index(name) + 1 :]
     assert all("not looked at before" in found[one].detail for one in later)
