@@ -36,10 +36,11 @@ from llama2_chat.page.wording import TITLE
 from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.listen import announce, make_server, open_listener
+from llama2_chat.server.local_ca import CERTS
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
 from llama2_chat.server.security import add_security_middleware
-from llama2_chat.server.tls import CERTS, get_certificate, server_context
+from llama2_chat.server.tls import get_certificate, server_context
 from llama2_chat.types import ChatBackend
 
 log = logging.getLogger("llama2_chat")
@@ -51,7 +52,7 @@ def main() -> int:
     certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
     try:
         context = server_context(certificate) if settings.https else None
-        users = login.read(settings.auth_file) if settings.auth_file else None
+        users = login.read_users(settings.auth_file) if settings.auth_file else None
         listener = open_listener(settings)
     except ChatError as error:
         log.error("%s", error)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from llama2_chat.server.tls import Certificate
+    from llama2_chat.server.certificate import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,6 @@ def announce(settings: Settings, listener: socket.socket, certificate: Certifica
     if not settings.on_loopback and not settings.api_keys and not settings.auth_file:
         log.warning("Any program that reaches this port may use the model without a key. Set API_KEY to ask for one.")
     if certificate:
-        from llama2_chat.server.tls import announcement
+        from llama2_chat.server.announcement import announcement
 
         print(announcement(certificate, settings.host, port, sys.stderr.isatty()), file=sys.stderr, flush=True)

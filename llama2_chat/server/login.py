@@ -3,7 +3,7 @@
     python app.py --hash-password >> users.txt        asks for a name and a password
     python app.py --auth-file users.txt
 
-A line is name:scrypt$N$r$p$salt$hash. Programs have keys instead, which api.py looks at.
+A line is name:scrypt$N$r$p$salt$hash. Programs have keys instead, which limits.py checks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Users:
     def __init__(self, lines: dict[str, str]) -> None:
         self._hashes = lines
         self._nobody = hash_password(secrets.token_hex())
-        self._one_at_a_time = threading.Lock()  # many guesses at once shall not take the memory and the cores
+        self._one_at_a_time = threading.Lock()  # many guesses at once must not take all memory and cores
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -47,7 +47,7 @@ class Users:
         return fits and name in self._hashes
 
 
-def read(path: Path) -> Users:
+def read_users(path: Path) -> Users:
     """The users in a file. Raises ChatError for one that cannot be read or says nothing."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -69,7 +69,7 @@ def read(path: Path) -> Users:
             ) from error
         users[name] = hashed
     if not users:
-        raise ChatError(f"AUTH_FILE {path} holds nobody. Make a line with python app.py --hash-password.")
+        raise ChatError(f"AUTH_FILE {path} names no user. Make a line with python app.py --hash-password.")
     return Users(users)
 
 

@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client
 
 from llama2_chat.server import openai_api
-from tests.support.programs import HELLO, ask, error, freed, streaming
+from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, streaming
 from tests.support.serving import serving
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
@@ -37,7 +37,7 @@ def test_with_keys_the_api_needs_one_of_them_and_the_page_none(small, settings):
 
 
 def test_a_full_line_is_429_and_says_when_to_come_back(http, small):
-    with streaming(http), streaming(http):  # one runs, one waits
+    with one_running_one_waiting(http, small):
         answer = ask(http)
     assert (answer.status_code, error(answer)["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["Retry-After"]) > 0

@@ -29,7 +29,7 @@ def auth_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(auth_file, settings):
-    with serving(ChatModel(settings), replace(settings, auth_file=auth_file), login.read(auth_file)) as address:
+    with serving(ChatModel(settings), replace(settings, auth_file=auth_file), login.read_users(auth_file)) as address:
         yield address
 
 
@@ -95,7 +95,7 @@ def test_the_same_password_never_gives_the_same_line():
     ("text", "sentence"),
     [
         ("anna:sesame", "Line 1 of AUTH_FILE"),
-        ("# nobody\n", "holds nobody"),
+        ("# nobody\n", "names no user"),
         ("anna:scrypt$1$2$3$4", "is not name:hash"),
         ("anna:bcrypt$1$8$1$YQ==$YQ==", "is not name:hash"),
         (None, "cannot be read: No such file"),
@@ -107,7 +107,7 @@ def test_a_file_that_lets_nobody_in_is_told_at_the_start(tmp_path, text, sentenc
     if text is not None:
         path.write_text(text)
     with pytest.raises(ChatError, match=sentence):
-        login.read(path)
+        login.read_users(path)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_the_helper_makes_a_line_that_lets_its_password_in(monkeypatch, capsys, 
     line = capsys.readouterr().out
     assert "secret" not in line
     (tmp_path / "users.txt").write_text(line)
-    users = login.read(tmp_path / "users.txt")
+    users = login.read_users(tmp_path / "users.txt")
     assert asyncio.run(users.knows("carl", "secret"))
     assert not asyncio.run(users.knows("carl", "Secret"))
 

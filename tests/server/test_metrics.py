@@ -8,7 +8,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from tests.support.programs import TALK, ask, freed, streaming, until
+from tests.support.programs import TALK, ask, freed, one_running_one_waiting, until
 from tests.support.serving import serving
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
@@ -35,7 +35,7 @@ def test_metrics_count_requests_tokens_times_and_errors(small, settings):
 
 
 def test_metrics_tell_what_goes_on_right_now(http, small):
-    with streaming(http), streaming(http):
+    with one_running_one_waiting(http, small):
         assert (number(http, "chat_requests_running"), number(http, "chat_requests_waiting")) == (1, 1)
         assert 0 < number(http, "chat_kv_cache_used_tokens") < number(http, "chat_kv_cache_capacity_tokens")
     freed(small)

@@ -27,8 +27,10 @@ from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import check_reachable, fetch_small_files, fetch_weights
 from llama2_chat.loading.load import load, measure
 from llama2_chat.loading.memory import Gpu, check_memory
-from llama2_chat.server import login, preflight, tls
-from llama2_chat.server.preflight import Start, look, run
+from llama2_chat.server import gpu_probes, local_ca, login, preflight, probes
+from llama2_chat.server.certificate import own_certificate
+from llama2_chat.server.preflight import run, run_probe
+from llama2_chat.server.probes import PlannedStart
 from llama2_chat.settings import Settings
 from tests.support.odd_server import OddServer, reset, status
 from tests.support.small_model import save_model
@@ -56,7 +58,7 @@ def start_check(*flags, python=sys.executable, **environ):
 
 def bad(name, **settings):
     """The finding of a probe that fails, calmly."""
-    return calm(look(name, Start(Settings(**settings))))
+    return calm(run_probe(name, PlannedStart(Settings(**settings))))
 
 
 def calm(finding):
@@ -92,7 +94,9 @@ def fake(tmp_path, monkeypatch):
 def test_where_the_small_model_runs_all_is_well(settings):
     done = start_check("--json")
     findings = json.loads(done.stdout)
-    assert [finding["name"] for finding in findings] == [name for name in preflight.PROBES if name not in preflight.ELSEWHERE]
+    assert [finding["name"] for finding in findings] == [
+        name for name in preflight.PROBES if name not in preflight.REMOTE
+    ]
     assert [finding for finding in findings if finding["ok"] is False] == []
     assert all(set(finding) == {"name", "ok", "detail", "next_step", "seconds"} for finding in findings)
     assert (done.returncode, done.stderr) == (0, "")
@@ -153,7 +157,7 @@ def test_a_driver_that_hangs_inside_a_c_call_costs_one_line_and_the_program_stil
     at = next(i for i, line in enumerate(lines) if line.startswith("✗ GPU"))
     assert "No answer within 1 s." in lines[at]
     assert "nvidia-smi" in lines[at + 1]
-    assert "not looked at before GPU is well" in lines[at + 2]
+    assert "skipped, because it depends on GPU" in lines[at + 2]
     assert "✓ port" in done.stdout
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -217,7 +221,7 @@ def test_what_a_probe_did_not_expect_is_a_calm_sentence(monkeypatch):
     def surprised(start):
         raise KeyError("surprise")
 
-    monkeypatch.setitem(preflight.PROBES, "port", preflight.PROBES["port"]._replace(look=surprised))
+    monkeypatch.setitem(preflight.PROBES, "port", preflight.PROBES["port"]._replace(run=surprised))
     assert "unexpected KeyError ('surprise')" in bad("port").detail
 
 
@@ -225,7 +229,7 @@ def test_what_a_probe_did_not_expect_is_a_calm_sentence(monkeypatch):
 
 
 def test_another_python_than_the_tested_ones_is_told(monkeypatch):
-    monkeypatch.setattr(preflight, "PYTHONS", ("2.7", "3.4"))
+    monkeypatch.setattr(probes, "PYTHONS", ("2.7", "3.4"))
     assert "pinned for 2.7 and 3.4" in bad("Python").detail
 
 
@@ -235,11 +239,11 @@ def test_packages_that_deviate_are_told_in_one_line_with_the_command(tmp_path, m
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(preflight, "REQUIREMENTS", tmp_path / "requirements.txt")
+    monkeypatch.setattr(probes, "REQUIREMENTS", tmp_path / "requirements.txt")
     pins = "# a remark\nwell==1.0\nbuilt-here==1.0\n"
-    preflight.REQUIREMENTS.write_text(pins)
-    assert look("packages", Start(Settings())).detail == "all 2 as pinned"
-    preflight.REQUIREMENTS.write_text(pins + "newer==1.0\nabsent==1.0\nelsewhere==1; sys_platform == 'nowhere'\n")
+    probes.REQUIREMENTS.write_text(pins)
+    assert run_probe("packages", PlannedStart(Settings())).detail == "all 2 as pinned"
+    probes.REQUIREMENTS.write_text(pins + "newer==1.0\nabsent==1.0\nelsewhere==1; sys_platform == 'nowhere'\n")
     told = bad("packages")
     assert told.detail == "newer is 2.0 instead of 1.0, absent is missing."
     assert told.next_step == "Run: pip install -r requirements.txt"
@@ -291,7 +295,7 @@ def test_a_tool_that_hangs_is_told_and_ended(nvidia_smi, tmp_path, monkeypatch):
     nvidia_smi("")
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/id\nexec sleep 1000\n")
-    monkeypatch.setattr(preflight, "NVIDIA_SMI_LIMIT_S", 1)
+    monkeypatch.setattr(gpu_probes, "NVIDIA_SMI_LIMIT_S", 1)
     assert "no answer within 1 s" in bad("GPU").detail
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "id").read_text()), 0)
@@ -299,7 +303,7 @@ def test_a_tool_that_hangs_is_told_and_ended(nvidia_smi, tmp_path, monkeypatch):
 
 def test_a_machine_without_a_gpu_passes_though_it_has_nvidias_tools(nvidia_smi):
     nvidia_smi("No devices were found", 6)
-    assert look("GPU", Start(Settings())).ok is None
+    assert run_probe("GPU", PlannedStart(Settings())).ok is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_unless_it_was_hidden_from_it(nvid
     nvidia_smi("Tesla V100-SXM2-16GB, 535.104.05, 7.0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
-    told = look("GPU", Start(Settings()))
+    told = run_probe("GPU", PlannedStart(Settings()))
     assert told.ok is ok
     assert (error.partition(".")[0] in told.detail) is (ok is False)
     assert ("whl/cu126" in told.next_step) is (ok is False)
@@ -332,7 +336,7 @@ def shape_of_13b(tmp_path):
 
 def test_gpu_memory_is_weighed_against_the_model_and_its_users(shape_of_13b, monkeypatch):
     monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(22 * GB)])
-    told = look("GPU memory", Start(Settings(model_id=str(shape_of_13b))))
+    told = run_probe("GPU memory", PlannedStart(Settings(model_id=str(shape_of_13b))))
     assert told.ok
     assert "22.0 GB free" in told.detail
     assert "in nf4" in told.detail
@@ -390,14 +394,14 @@ def test_a_model_that_cannot_be_had_is_told_as_loading_tells_it(hub, monkeypatch
 
 
 def test_a_model_on_the_hub_is_well_before_and_after_its_download_and_no_weights_are_fetched(hub):
-    start = Start(Settings(model_id="someone/tiny"))
-    assert "this account" in look("model", start).detail
-    assert "still to be written" in look("disk", start).detail
-    assert look("tokenizer", start).ok is False  # it has no template
+    start = PlannedStart(Settings(model_id="someone/tiny"))
+    assert "this account" in run_probe("model", start).detail
+    assert "still to be written" in run_probe("disk", start).detail
+    assert run_probe("tokenizer", start).ok is False  # it has no template
     assert not [path for way, path in hub.requests if way == "GET" and "safetensors" in path]
     fetch_weights(start.checkpoint.base, lambda *_: None)
-    assert "All of it is here" in look("model", start).detail
-    assert "nothing to download" in look("disk", start).detail
+    assert "All files are here" in run_probe("model", start).detail
+    assert "nothing to download" in run_probe("disk", start).detail
 
 
 def test_small_files_in_the_cache_do_not_hide_that_the_weights_cannot_be_fetched(hub):
@@ -411,7 +415,7 @@ def test_a_gpu_without_access_to_llama_2_is_told_what_would_give_it(hub, tiny, m
     hub.gated.add(LLAMA_2_MODEL_ID)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(24 * GB)])
-    told = calm(look("model", Start(settings)))
+    told = calm(run_probe("model", PlannedStart(settings)))
     with pytest.raises(ModelUnavailable) as refused:
         check_reachable(LLAMA_2_MODEL_ID)
     assert whole(told) == str(refused.value)
@@ -434,7 +438,7 @@ def test_weights_that_are_cut_off_or_not_there_but_by_name_are_told_as_loading_t
     (folder / "model.safetensors").write_bytes(damage(whole_file))
     told = bad("model", model_id=str(folder))
     with pytest.raises(ModelUnavailable) as refused:
-        load(Start(Settings(model_id=str(folder))).checkpoint, lambda *_: None)
+        load(PlannedStart(Settings(model_id=str(folder))).checkpoint, lambda *_: None)
     assert whole(told) == str(refused.value)
 
 
@@ -457,7 +461,7 @@ def test_a_package_index_without_the_small_model_is_told_before_the_first_start(
 
 
 def test_before_the_first_start_the_tokenizer_cannot_be_looked_at(tmp_path):
-    assert look("tokenizer", Start(Settings(cache_dir=tmp_path))).ok is None
+    assert run_probe("tokenizer", PlannedStart(Settings(cache_dir=tmp_path))).ok is None
 
 
 def test_a_tokenizer_that_disagrees_with_metas_ids_is_told(tmp_path):
@@ -473,17 +477,17 @@ def test_a_tokenizer_that_disagrees_with_metas_ids_is_told(tmp_path):
 def test_llama_2s_own_tokenizer_gives_the_golden_ids(llama2_tokenizer, tmp_path):
     folder = save_model(tmp_path / "model")
     llama2_tokenizer.save_pretrained(folder)
-    assert "Meta's ids" in look("tokenizer", Start(Settings(model_id=str(folder)))).detail
+    assert "Meta's ids" in run_probe("tokenizer", PlannedStart(Settings(model_id=str(folder)))).detail
 
 
 # ---- Disk, port, certificate ----
 
 
 def test_a_full_disk_is_told_as_loading_tells_it(hub, tmp_path, monkeypatch):
-    on_the_hub = Start(Settings(model_id="someone/tiny"))
+    on_the_hub = PlannedStart(Settings(model_id="someone/tiny"))
     assert on_the_hub.checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GB, GB, 1000))
-    told = calm(look("disk", on_the_hub))
+    told = calm(run_probe("disk", on_the_hub))
     with pytest.raises(ModelUnavailable) as refused:
         fetch_weights(on_the_hub.checkpoint.base, lambda *_: None)
     assert whole(told) == str(refused.value)
@@ -519,33 +523,33 @@ def test_a_name_that_leads_nowhere_is_told_in_few_words():
 
 
 def test_an_expired_certificate_is_told_as_a_start_tells_it(tmp_path):
-    tls.local_certificate(tmp_path, hosts=["localhost"], now=datetime.now(UTC) - timedelta(days=500))
+    local_ca.local_certificate(tmp_path, hosts=["localhost"], now=datetime.now(UTC) - timedelta(days=500))
     own = {"certfile": tmp_path / "server.crt", "keyfile": tmp_path / "server.key"}
     told = bad("certificate", https=True, **own)
     assert "expired on" in told.detail
     with pytest.raises(ChatError) as refused:
-        tls.own_certificate(**own)
+        own_certificate(**own)
     assert whole(told) == str(refused.value)
 
 
 def test_a_certificate_that_is_good_says_for_whom_and_how_long(tmp_path):
-    made = tls.local_certificate(tmp_path, hosts=["localhost"])
-    found = look("certificate", Start(Settings(https=True, certfile=made.certfile, keyfile=made.keyfile)))
+    made = local_ca.local_certificate(tmp_path, hosts=["localhost"])
+    found = run_probe("certificate", PlannedStart(Settings(https=True, certfile=made.certfile, keyfile=made.keyfile)))
     assert found.ok
     assert "for localhost, until 20" in found.detail
 
 
 def test_the_local_certificate_is_looked_at_and_never_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(tls, "CERTS", tmp_path / "certs")
-    start = Start(Settings(https=True))
-    assert "will make one" in look("certificate", start).detail
-    assert not tls.CERTS.exists()
-    monkeypatch.setattr(tls, "CERTS", Path("/proc/certs"))
-    assert "cannot be read or written" in calm(look("certificate", start)).detail
+    monkeypatch.setattr(local_ca, "CERTS", tmp_path / "certs")
+    start = PlannedStart(Settings(https=True))
+    assert "will make one" in run_probe("certificate", start).detail
+    assert not local_ca.CERTS.exists()
+    monkeypatch.setattr(local_ca, "CERTS", Path("/proc/certs"))
+    assert "cannot be read or written" in calm(run_probe("certificate", start)).detail
 
 
 def test_without_https_no_certificate_is_needed():
-    assert look("certificate", Start(Settings())).ok is None
+    assert run_probe("certificate", PlannedStart(Settings())).ok is None
 
 
 # ---- Who may ask ----
@@ -556,7 +560,7 @@ def test_without_https_no_certificate_is_needed():
     [
         (None, "No such file"),
         (b"\xff", "not text"),
-        (b"# nobody yet\n", "holds nobody"),
+        (b"# nobody yet\n", "names no user"),
         (b"# one\nanna:secret\n", "Line 2 of AUTH_FILE"),
     ],
     ids=["missing", "not text", "empty", "malformed"],
@@ -568,19 +572,19 @@ def test_a_login_that_would_keep_the_page_from_starting_is_told_as_the_start_tel
     told = bad("access", auth_file=path)
     assert why in told.detail
     with pytest.raises(ChatError) as refused:
-        login.read(path)
+        login.read_users(path)
     assert whole(told) == str(refused.value)
 
 
 def test_who_may_ask_is_told_without_a_secret(tmp_path):
     path = tmp_path / "users.txt"
     path.write_text(f"anna:{login.hash_password('sesame')}\n")
-    told = look("access", Start(Settings(auth_file=path))).detail
+    told = run_probe("access", PlannedStart(Settings(auth_file=path))).detail
     assert told == "1 may log in, no API key, so programs cannot ask"
-    told = look("access", Start(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
+    told = run_probe("access", PlannedStart(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
     assert told == "no login, 2 API keys"
-    assert "whoever reaches the port" in look("access", Start(Settings(host="0.0.0.0"))).detail
-    assert look("access", Start(Settings())).ok is None
+    assert "anyone who reaches the port" in run_probe("access", PlannedStart(Settings(host="0.0.0.0"))).detail
+    assert run_probe("access", PlannedStart(Settings())).ok is None
 
 
 def test_the_flags_of_the_start_are_the_flags_of_the_check(tmp_path, fake):
@@ -604,13 +608,15 @@ def odd():
 def elsewhere(server, settings, **more):
     """The findings about a model's server."""
     told = replace(settings, inference_url=server.url, **more)
-    return {finding.name: finding for finding in preflight.run(told, preflight.ELSEWHERE)}
+    return {finding.name: finding for finding in preflight.run(told, preflight.REMOTE)}
 
 
 def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(odd, settings):
     done = start_check("--json", INFERENCE_URL=odd.url, PORT="0")
     findings = json.loads(done.stdout)
-    assert [finding["name"] for finding in findings] == [name for name in preflight.PROBES if name not in preflight.HERE]
+    assert [finding["name"] for finding in findings] == [
+        name for name in preflight.PROBES if name not in preflight.LOCAL
+    ]
     assert done.returncode == 0
     assert (odd.probed, odd.asked) == (1, [])
     found = elsewhere(odd, settings, inference_key="ours")
@@ -630,8 +636,8 @@ def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(o
 def test_what_is_wrong_with_a_models_server_is_told_apart(odd, settings, probe, name, step):
     odd.probe = probe
     found = elsewhere(odd, settings)
-    assert [one for one in preflight.ELSEWHERE if found[one].ok is False] == [name]
+    assert [one for one in preflight.REMOTE if found[one].ok is False] == [name]
     assert odd.url[7:] in found[name].detail
     assert found[name].next_step == step
-    later = preflight.ELSEWHERE[preflight.ELSEWHERE.index(name) + 1 :]
-    assert all("not looked at before" in found[one].detail for one in later)
+    later = preflight.REMOTE[preflight.REMOTE.index(name) + 1 :]
+    assert all("skipped, because" in found[one].detail for one in later)

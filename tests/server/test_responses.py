@@ -8,7 +8,7 @@ import pytest
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server import responses
-from tests.support.programs import HELLO, ask, error, freed, raw, streaming, until
+from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, raw, streaming, until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
@@ -47,9 +47,9 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_line(http, small_address
     freed(small)
 
 
-def test_a_stream_begins_while_it_waits_in_line_and_shows_signs_of_life(http, monkeypatch):
+def test_a_stream_begins_while_it_waits_in_line_and_shows_signs_of_life(http, small, monkeypatch):
     monkeypatch.setattr(responses, "HEARTBEAT_S", 0.05)
-    with streaming(http), streaming(http) as lines:
+    with one_running_one_waiting(http, small) as lines:
         assert [line for line in (next(lines) for _ in range(5)) if line] == [": waiting", ": waiting"]
 
 

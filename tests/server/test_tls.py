@@ -24,16 +24,12 @@ from playwright.sync_api import expect, sync_playwright
 
 from app import create_app
 from llama2_chat.errors import ChatError
-from llama2_chat.server import tls
-from llama2_chat.server.tls import (
-    Certificate,
-    announcement,
-    local_certificate,
-    own_certificate,
-    own_hosts,
-    server_context,
-    urls,
-)
+from llama2_chat.server import announcement as announcements
+from llama2_chat.server.announcement import announcement, qr_code, urls
+from llama2_chat.server.certificate import Certificate, own_certificate
+from llama2_chat.server.hosts import as_address, own_hosts
+from llama2_chat.server.local_ca import local_certificate
+from llama2_chat.server.tls import get_certificate, server_context
 from llama2_chat.types import SamplingParams
 from tests.support.serving import listening
 
@@ -54,9 +50,9 @@ async def hello(scope, receive, send):
     await send({"type": "http.response.body", "body": b"<title>Hello</title>"})
 
 
-def serving(get, look_every_s=60, app=lambda: hello):
+def serving(get, check_every_s=60, app=lambda: hello):
     """The port of a server with the certificate that get() returns, for what app() makes in the server's loop."""
-    context = server_context(get, look_every_s)
+    context = server_context(get, check_every_s)
 
     def build():
         config = uvicorn.Config(app(), host="0.0.0.0", port=0, log_level="error", timeout_graceful_shutdown=1)
@@ -91,6 +87,11 @@ def contents(folder):
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
+def general_name(host):
+    address = as_address(host)
+    return x509.DNSName(host) if address is None else x509.IPAddress(address)
+
+
 def forged(folder, name, file="forged.crt", issuer=("ca.crt", "ca.key"), is_ca=False):
     """What whoever stole a CA's key could make for this name, good for whatever that CA may allow."""
     issuer_key, key = (load_pem_private_key((folder / file).read_bytes(), None) for file in (issuer[1], "server.key"))
@@ -102,7 +103,7 @@ def forged(folder, name, file="forged.crt", issuer=("ca.crt", "ca.key"), is_ca=F
         .serial_number(x509.random_serial_number())
         .not_valid_before(NOW - DAY)
         .not_valid_after(NOW + DAY)
-        .add_extension(x509.SubjectAlternativeName([tls._general_name(name)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([general_name(name)]), critical=False)
         .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
         .sign(issuer_key, hashes.SHA256())
     )
@@ -267,7 +268,7 @@ def test_the_certificate_is_for_every_host_as_a_server_and_for_397_days_at_most(
     assert names_in(folder / "server.crt") == set(HOSTS)
     assert leaf.not_valid_after_utc - leaf.not_valid_before_utc < 397 * DAY
     assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
-        tls.ExtendedKeyUsageOID.SERVER_AUTH
+        x509.ExtendedKeyUsageOID.SERVER_AUTH
     ]
 
 
@@ -331,7 +332,7 @@ def test_a_running_server_shows_the_new_certificate_at_the_next_handshake(folder
             raise ChatError("The disk is full.")
         return local_certificate(folder, hosts=hosts)
 
-    with serving(get, look_every_s=0) as port:
+    with serving(get, check_every_s=0) as port:
         assert curl("--cacert", folder / "ca.crt", f"https://127.0.0.2:{port}/").returncode == 60
         hosts.append("127.0.0.2")
         assert curl("--cacert", folder / "ca.crt", f"https://127.0.0.2:{port}/").returncode == 0
@@ -391,12 +392,13 @@ def test_an_authority_that_was_not_made_here_is_left_alone(folder):
 def test_programs_that_start_at_once_share_one_authority_and_one_certificate(folder):
     program = """
 import sys, pathlib
-from llama2_chat.server import tls
+from llama2_chat.server.announcement import fingerprint
+from llama2_chat.server.local_ca import local_certificate
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(8):
-    made = tls.local_certificate(pathlib.Path(sys.argv[1]) / str(number), hosts=["localhost"])
-    print(tls.fingerprint(made.ca), tls.fingerprint(made.certfile))
+    made = local_certificate(pathlib.Path(sys.argv[1]) / str(number), hosts=["localhost"])
+    print(fingerprint(made.ca), fingerprint(made.certfile))
 """
     command = [sys.executable, "-c", program, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -529,7 +531,7 @@ def test_a_key_that_openssl_finds_too_weak_is_refused_before_the_start(tmp_path)
 
 def test_a_keyfile_alone_is_refused(own):
     with pytest.raises(ChatError, match=r"certificate\. Set --certfile too"):
-        tls.get_certificate(None, own / "server.key", None)
+        get_certificate(None, own / "server.key", None)
 
 
 def test_the_password_is_not_shown_with_the_certificate(own):
@@ -573,7 +575,7 @@ def test_the_announcement_has_all_that_another_device_needs(folder):
 
 @pytest.mark.parametrize("host", ["203.0.113.9", "llama.example", "0.0.0.0"])
 def test_an_address_that_no_certificate_made_here_is_good_for_is_named(folder, host, monkeypatch):
-    monkeypatch.setattr(tls, "_own_addresses", lambda: ["203.0.113.9", "192.168.7.7", "2001:db8::9"])
+    monkeypatch.setattr(announcements, "own_addresses", lambda: ["203.0.113.9", "192.168.7.7", "2001:db8::9"])
     left_out = "203.0.113.9" if host == "0.0.0.0" else host
     assert f"Not in the certificate: {left_out}. " in announcement(local(folder)(), host, 7860)
     assert "Not in the certificate" not in announcement(local(folder)(), "192.168.7.7", 7860)
@@ -586,7 +588,7 @@ def test_the_announcement_of_ones_own_certificate_asks_nobody_to_trust_a_ca(own)
 def test_the_qr_code_in_the_terminal_is_the_one_that_was_meant():
     above, below = {"█": 0, "▀": 0, "▄": 1, " ": 1}, {"█": 0, "▀": 1, "▄": 0, " ": 1}
     shown = []
-    for line in tls.qr_code("https://192.168.7.7:7860").splitlines():
+    for line in qr_code("https://192.168.7.7:7860").splitlines():
         shown += [[above[block] for block in line], [below[block] for block in line]]
     meant = [list(row) for row in segno.make("https://192.168.7.7:7860", error="l", micro=False).matrix_iter(border=2)]
     assert shown[: len(meant)] == meant

@@ -54,6 +54,15 @@ def until(condition):
         time.sleep(0.002)
 
 
+@contextlib.contextmanager
+def one_running_one_waiting(http, chat):
+    """Two long answers of a model that gives one at a time; the lines of the one that waits."""
+    with streaming(http):
+        until(lambda: chat.occupancy.running)
+        with streaming(http) as lines:
+            yield lines
+
+
 def freed(chat, within_s=20):
     """Return once nobody runs and nobody waits."""
     deadline = time.monotonic() + within_s

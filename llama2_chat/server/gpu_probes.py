@@ -1,0 +1,116 @@
+"""What --check probes of a GPU: its driver, a PyTorch that computes on it, its memory, and four-bit products."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from llama2_chat.errors import ChatError
+from llama2_chat.server.probes import REQUIREMENTS, NotApplicable, PlannedStart
+from llama2_chat.text import first_line
+
+NVIDIA_SMI_LIMIT_S = 30  # below the probe's own limit, which would leave the tool running
+
+
+def probe_gpu(start: PlannedStart) -> str:
+    card, trouble = _nvidia_smi()
+    import torch
+
+    if not torch.cuda.is_available():
+        if trouble:
+            raise ChatError(f"nvidia-smi fails ({trouble}). Reinstall the NVIDIA driver, then restart the computer.")
+        if card is None:
+            raise NotApplicable("none here, so the model runs on the CPU")
+        if torch.version.cuda is None:
+            raise ChatError(f"PyTorch {torch.__version__} does not compute on this {card.name}. {card.remedy()}")
+    try:
+        torch.cuda.init()
+        for index in range(torch.cuda.device_count()):
+            ones = torch.ones(16, 16, device=index)
+            (ones @ ones).sum().item()
+    except RuntimeError as error:
+        if "No CUDA GPUs are available" in str(error):
+            raise NotApplicable("hidden by CUDA_VISIBLE_DEVICES, so the model runs on the CPU") from error
+        name = card.name if card else "the GPU"
+        remedy = card.remedy() if card else "Update the NVIDIA driver."
+        raise ChatError(f"PyTorch {torch.__version__} cannot use {name}: {one_clause(error)}. {remedy}") from error
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{one.name} (compute capability {one.major}.{one.minor})" for one in found)
+    return f"{names}, driver {card.driver if card else 'unknown'}"
+
+
+def one_clause(error: object) -> str:
+    """The first line of an error, short and without an end of a sentence in it: what comes after is what to do."""
+    return first_line(error)[:160].rstrip(".").replace(". ", "; ")
+
+
+class _Card(NamedTuple):
+    name: str
+    driver: str
+    capability: str
+
+    def remedy(self) -> str:
+        """How to get a PyTorch that this GPU and its driver can run."""
+        driver, capability = float(self.driver.partition(".")[0]), float(self.capability)
+        if driver < 525 or capability < 5:
+            return "Use a driver of 525 or later, and a GPU of compute capability 5.0 or higher."
+        # CUDA 13 begins at driver 580 and Turing; the builds for 12.6 serve what is older.
+        cuda = "cu130" if driver >= 580 and capability >= 7.5 else "cu126"
+        pin = next(line for line in REQUIREMENTS.read_text("utf-8").splitlines() if line.startswith("torch=="))
+        return f"Run: pip install {pin}+{cuda} --index-url https://download.pytorch.org/whl/{cuda}"
+
+
+def _nvidia_smi() -> tuple[_Card | None, str]:
+    """The first GPU, as far as the driver's own tool knows, and what the tool complains about."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return None, ""
+    query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {NVIDIA_SMI_LIMIT_S:g} s"
+    output = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+    if "No devices were found" in output:
+        return None, ""
+    if done.returncode or output.count(", ") != 2:
+        return None, one_clause(output)
+    return _Card(*output.split(", ")), ""
+
+
+def probe_gpu_memory(start: PlannedStart) -> str:
+    from llama2_chat.loading.load import measure
+    from llama2_chat.loading.memory import GB, MIN_CONTEXT_TOKENS, check_memory, choose_precision, visible_gpus
+
+    checkpoint, gpus = start.checkpoint, visible_gpus()
+    if not gpus:
+        raise NotApplicable("the model runs on the CPU")
+    if checkpoint is None:
+        raise NotApplicable("known after the first start; the small model needs little")
+    size = measure(checkpoint.base)
+    precision, _ = choose_precision(checkpoint.quantization, size, gpus)
+    check_memory(checkpoint.model_id, precision, size, gpus)
+    free = sum(gpu.free_bytes for gpu in gpus)
+    alone, tokens = size.needed_bytes(precision, 0), min(size.context, MIN_CONTEXT_TOKENS)
+    users = (free - alone) // (tokens * size.kv_bytes_per_token)
+    return (
+        f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in, "
+        f"the rest for {users:,} conversations of {tokens:,} tokens"
+    )
+
+
+def probe_bitsandbytes(start: PlannedStart) -> str:
+    import bitsandbytes
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cuda" and torch.cuda.get_device_capability() < (8, 0) else torch.bfloat16
+    weight = torch.randn(256, 256).to(device, dtype)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    for rows in (1, 64):  # decoding and prefill: two kernels
+        x = torch.randn(rows, 256).to(device, dtype)
+        exact, got = x @ weight.T, bitsandbytes.matmul_4bit(x, packed.t(), state)
+        if not (got - exact).norm() < 0.2 * exact.norm():  # 0.1 is usual; NaN must not pass
+            raise ChatError(f"A matrix product in NF4 on {device} comes out wrong. Set QUANTIZATION=none.")
+    return f"quantises to NF4 and multiplies on {device}"

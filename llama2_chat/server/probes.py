@@ -1,0 +1,210 @@
+"""What --check probes, one function each: it returns what is fine, in a sentence, or raises a ChatError that says what
+is wrong and what to do about it. preflight.py runs them; those of the GPU are in gpu_probes.py.
+
+The probes go through the rooms that a start goes through, so the sentences are theirs. They import what they need
+themselves: a package that is missing costs one line and not the screen.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Container
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from llama2_chat import ROOT
+from llama2_chat.errors import ChatError
+from llama2_chat.server.listen import open_listener
+from llama2_chat.settings import Settings
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+    from llama2_chat.loading.choose import Checkpoint, Plan
+    from llama2_chat.loading.disk import Files
+    from llama2_chat.remote import RemoteModel
+
+REQUIREMENTS = ROOT / "requirements.txt"
+PYTHONS = ("3.11", "3.12")
+
+
+class NotApplicable(Exception):
+    """The probe does not apply here, and why."""
+
+
+class PlannedStart:
+    """What a start with these settings would use. What several probes need is found out once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def plan(self) -> Plan:
+        from llama2_chat.loading.choose import choose
+
+        return choose(self.settings)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """None if it is the embedded model, which is still to be made."""
+        from llama2_chat.loading.choose import fetch
+        from llama2_chat.loading.small_model import embedded_is_here
+
+        if self.plan.is_embedded and not embedded_is_here(self.plan.cache_dir):
+            return None
+        return fetch(self.plan, lambda *_: None)
+
+    @cached_property
+    def remote_model(self) -> RemoteModel:
+        """Whose servers have each been asked for a token."""
+        from llama2_chat.remote import RemoteModel
+
+        return RemoteModel(self.settings).probe()
+
+    @cached_property
+    def files(self) -> list[Files]:
+        """What holds weights."""
+        checkpoint = self.checkpoint
+        return [files for files in (checkpoint.base, checkpoint.adapter) if files] if checkpoint else []
+
+
+def probe_python(start: PlannedStart) -> str:
+    version = platform.python_version()
+    if version.rpartition(".")[0] not in PYTHONS:
+        raise ChatError(
+            f"This is Python {version}, and the packages are pinned for {' and '.join(PYTHONS)}. "
+            f"Make an environment with Python {PYTHONS[0]}."
+        )
+    return version
+
+
+def probe_packages(start: PlannedStart) -> str:
+    from packaging.requirements import Requirement
+
+    lines = REQUIREMENTS.read_text("utf-8").splitlines()
+    required = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    required = [one for one in required if one.marker is None or one.marker.evaluate()]
+    if deviations := list(filter(None, map(_deviation, required))):
+        raise ChatError(f"{', '.join(deviations)}. Run: pip install -r {REQUIREMENTS.name}")
+    return f"all {len(required)} as pinned"
+
+
+def _deviation(required: Requirement) -> str:
+    """What is wrong with an installed package; "" if nothing is."""
+    try:
+        version = importlib.metadata.version(required.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{required.name} is missing"
+    if required.specifier.contains(version, prereleases=True):
+        return ""
+    return f"{required.name} is {version} instead of {str(required.specifier).removeprefix('==')}"
+
+
+def probe_model(start: PlannedStart) -> str:
+    from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
+    from llama2_chat.loading.hub import check_reachable
+    from llama2_chat.loading.load import check_headers, measure
+    from llama2_chat.loading.memory import visible_gpus
+    from llama2_chat.loading.small_model import check_index
+
+    plan, checkpoint = start.plan, start.checkpoint
+    if plan.is_embedded:
+        if visible_gpus() and not start.settings.model_id and not start.settings.zero_gpu:
+            check_reachable(LLAMA_2_MODEL_ID, cache_dir=plan.hub_cache_dir)  # a start only logs this and goes on
+        if checkpoint is None:
+            check_index()
+        return f"{plan.model_id}. {plan.why}"
+    measure(start.files[0])
+    for files in start.files:
+        check_headers(files)
+    for files in start.files:
+        if (missing := files.missing()) and files.repo:
+            check_reachable(files.repo, next(iter(missing)), files.cache_dir)
+            return f"{plan.model_id}. The Hub lets this account download it."
+    return f"{plan.model_id}. All files are here."
+
+
+def probe_tokenizer(start: PlannedStart) -> str:
+    from llama2_chat import prompt
+    from llama2_chat.loading.load import load_tokenizer
+
+    if start.checkpoint is None:
+        raise NotApplicable("comes with the model, at the first start")
+    if prompt.recognise(load_tokenizer(start.checkpoint)) == prompt.LLAMA_2_FORMAT:
+        return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs"
+    return "has a chat template of its own, and it can write a conversation"
+
+
+def probe_disk(start: PlannedStart) -> str:
+    from llama2_chat.loading.hub import to_download
+    from llama2_chat.loading.small_model import CONVERSION_BYTES, check_cache
+
+    if start.checkpoint is None:
+        folder, needed = start.plan.cache_dir, CONVERSION_BYTES
+        check_cache(folder)
+    else:
+        folder = start.checkpoint.base.folder
+        needed = sum(sum(to_download(files).values()) for files in start.files)
+    free = f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
+    return f"{needed / 1e9:,.1f} GB still to be written, {free}" if needed else f"nothing to download, {free}"
+
+
+def probe_server(start: PlannedStart) -> str:
+    from llama2_chat.remote.faults import CONNECTION_FAULTS
+
+    _raise_first_fault(start, CONNECTION_FAULTS)
+    return f"{', '.join(server.name for server in start.remote_model.servers)} can be reached"
+
+
+def probe_key(start: PlannedStart) -> str:
+    from llama2_chat.remote.faults import WRONG_KEY
+
+    _raise_first_fault(start, (WRONG_KEY,))
+    return "accepted" if start.settings.inference_key else "none is set, and none is asked for"
+
+
+def probe_answer(start: PlannedStart) -> str:
+    _raise_first_fault(start)
+    model = start.remote_model
+    length = f" of {model.context_length:,} tokens" if model.context_length else ""
+    return f"{model.status.model}{length} answers. {model.status.why}"
+
+
+def _raise_first_fault(start: PlannedStart, among: Container[str] | None = None) -> None:
+    """The first fault among these, or of any kind, that one of the model's servers has."""
+    for name, fault in start.remote_model.faults:
+        if among is None or fault in among:
+            raise ChatError(f"{name}: {fault}")
+
+
+def probe_port(start: PlannedStart) -> str:
+    with open_listener(start.settings) as listener:
+        return f"{start.settings.host} port {listener.getsockname()[1]} is free"
+
+
+def probe_certificate(start: PlannedStart) -> str:
+    settings = start.settings
+    if not settings.https:
+        raise NotApplicable("not needed without --https")
+    from llama2_chat.server import local_ca, tls
+
+    if not settings.certfile and not settings.keyfile and local_ca.needs_new_certificate(local_ca.CERTS):
+        return f"the start will make one in {local_ca.CERTS}"
+    found = tls.get_certificate(settings.certfile, settings.keyfile, settings.key_password)
+    tls.server_context(lambda: found)
+    return f"{found.certfile} for {', '.join(found.hosts)}, until {found.not_after:%Y-%m-%d}"
+
+
+def probe_access(start: PlannedStart) -> str:
+    from llama2_chat.server import login
+
+    settings = start.settings
+    page = f"{len(login.read_users(settings.auth_file)):,} may log in" if settings.auth_file else ""
+    keys = f"{len(settings.api_keys):,} API keys" if settings.api_keys else ""
+    if keys or page:
+        return f"{page or 'no login'}, {keys or 'no API key, so programs cannot ask'}"
+    if settings.on_loopback:
+        raise NotApplicable("only this machine is served, so no key or login is needed")
+    return "anyone who reaches the port may use page and API: neither AUTH_FILE nor API_KEY is set"
