@@ -59,12 +59,13 @@ class _DecodeRecording(_Recording):
 
 
 @contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
     """What is computed here is recorded. What another thread does meanwhile is its own affair, but a garbage collection
     in this one might destroy what no recording may contain, such as the events of an engine that is gone."""
+    stream = torch.cuda.Stream(device)  # torch.cuda.graph's own belongs to the GPU on which it was first used
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
         gc.enable()
@@ -191,14 +192,14 @@ class RecordedWay:
         inputs = self._new_inputs(kind, size)
         torch.cuda.synchronize(self._sampler.device)
         forward = torch.cuda.CUDAGraph()
-        with _recording(forward, self._graph_pool):
+        with _recording(forward, self._graph_pool, self._sampler.device):
             logits = self._logits(kind, size, inputs)
         self._graph_pool = self._graph_pool or forward.pool()
         if kind == "prefill":
             self._prefills[size] = _Recording(size, inputs, forward, logits)
             return
         sampling = torch.cuda.CUDAGraph()
-        with _recording(sampling, self._graph_pool):
+        with _recording(sampling, self._graph_pool, self._sampler.device):
             tokens = self._sampler.sample(logits, inputs, NARROW)
         self._decodes[size] = _DecodeRecording(size, inputs, forward, logits, sampling, tokens)
 
