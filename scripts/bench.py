@@ -1,9 +1,104 @@
+"""How fast and how large: measures this machine, prints each figure as it has it and, as its last line, JSON.
+
+    python scripts/bench.py                                   the embedded model on the CPU, beside bfloat16 generate()
+    python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
+    python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
+    python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
+    python scripts/bench.py --shape 13b --page                           what 31 gradio_clients and a Chromium cost
+    python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
+    python scripts/bench.py --http                                       what the API costs, with 32 streams
+    python scripts/bench.py --soak                                       ten minutes of readers who come and go
+    python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
+
+A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
+two things measured in the same run, because machines are shared and noisy. The measuring is in llama2_chat/benchmark/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama2_chat.benchmark.bench import main
+from llama2_chat.benchmark import Figures, embedded, server_load, serving_cost, shapes, soak, training_cost
+from llama2_chat.benchmark.plot import plot
+
+USERS = (1, 8, 32)
+PLOTTED_USERS = (1, 2, 4, 8, 16, 32)
+
+
+def main() -> None:
+    args = read_arguments()
+    rows: dict[str, object] = {}
+    for figures in measure(args):
+        rows |= figures
+        for name, value in figures.items():
+            print(f"{name:<62}  {value:.3g}" if isinstance(value, float) else f"{name:<62}  {value}", flush=True)
+    print(json.dumps(rows))
+    if args.plot:
+        plot(rows, args.users, args.plot)
+    if rows.get("every promise kept") is False:  # only a soak has promises
+        sys.exit(1)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=shapes.SHAPES, help="measure this shape of Llama 2, with random weights")
+    add("--quantization", default="auto", help="as app.py takes it")
+    add("--gpus", type=int, default=1, help="GPUs to use with --shape")
+    add("--gpu-memory-gb", type=float, help="pretend that each GPU has no more memory than this")
+    add("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
+    add("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
+    add("--users", type=_counts, help="how many at once, such as 1,8,32")
+    add("--page", action="store_true", help="measure what the page takes from 32 users, too")
+    add("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
+    add("--http", action="store_true", help="the embedded model's speed over HTTP and without")
+    add("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
+    add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
+    add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
+    args = parser.parse_args()
+    args.users = args.users or _default_users(args)
+    return args
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, text.split(","))))
+
+
+def _default_users(args: argparse.Namespace) -> tuple[int, ...]:
+    if args.plot:
+        return PLOTTED_USERS
+    return USERS if args.shape or args.url else ()
+
+
+def measure(args: argparse.Namespace) -> Iterator[Figures]:
+    if args.soak:
+        return soak.measure(args.soak)
+    if args.http:
+        return serving_cost.measure_api()
+    if args.train:
+        return training_cost.measure(args.shape, args.tokenizer, args.checkpoint)
+    if args.shape:
+        return shapes.measure(
+            args.shape,
+            args.tokenizer,
+            args.checkpoint,
+            args.quantization,
+            args.gpus,
+            args.gpu_memory_gb,
+            args.users,
+            args.page,
+        )
+    if args.url:
+        return server_load.measure(args.url, args.users)
+    return embedded.measure(args.users, args.page)
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,19 @@
+"""How fast and how large: what scripts/bench.py measures. A measurement yields rows, by the names they are shown under.
+
+local_model    the model that is measured, loaded in this process, and what a benchmark must know of its inside
+load_test      many users at once, a long prompt among them, a conversation that goes on
+decode_speed   one user's tokens/s, beside transformers' generate() on the same weights
+embedded       everything about the embedded model: start, turns, speed, perplexity
+shapes         everything about a shape of Llama 2 with random weights
+server_load    the load test for any OpenAI-compatible server
+serving_cost   what the page and the API take from many users
+soak           readers who come and go, and memory meanwhile
+training_cost  QLoRA by sft_trainer.py, beside TRL called directly
+plot           tokens/s and waiting against how many users
+
+scripts/bench.py runs where only requirements.txt is installed: whatever else a measurement needs, it imports itself.
+"""
+
+from collections.abc import Mapping
+
+Figures = Mapping[str, object]  # rows

@@ -1,0 +1,175 @@
+"""Many users at once, as they see it: tokens/s, time to first token, gaps between tokens.
+
+They arrive together, or are being answered while a long prompt comes in among them. The prompts are random ids, so
+that the model has nothing of them in its cache, except where a conversation goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from llama2_chat.benchmark import Figures
+from llama2_chat.benchmark.local_model import TimedReply, fresh_ids, gpu_gb
+from llama2_chat.types import SamplingParams
+from model import ChatModel
+
+SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.0)
+ROUNDS = 3
+
+
+def submit(chat: ChatModel, input_ids: list[int], max_new_tokens: int) -> TimedReply:
+    reply = chat.stream_completion(input_ids, replace(SAMPLING, max_new_tokens=max_new_tokens))
+    assert isinstance(reply, TimedReply)  # local_model.time_full_answers() was called
+    return reply
+
+
+def users_name(count: int) -> str:
+    return "1 user" if count == 1 else f"{count} users"
+
+
+def gap_figures(gaps_s: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(gaps_s)
+    return {"longest gap, ms": 1000 * ordered[-1], "p99 gap, ms": 1000 * ordered[int(0.99 * (len(ordered) - 1))]}
+
+
+# ---- Users who arrive together ----
+
+
+def throughput_by_users(
+    chat: ChatModel, counts: Sequence[int], prompt_tokens: int = 512, answer_tokens: int = 256
+) -> Iterator[Figures]:
+    for users in counts:
+        figures: dict[str, object] = {**throughput(chat, users, prompt_tokens, answer_tokens)}
+        figures["peak memory so far, GB"] = gpu_gb(torch.cuda.max_memory_reserved)
+        yield {f"{users_name(users)}, {name}": value for name, value in figures.items()}
+
+
+def throughput(chat: ChatModel, users: int, prompt_tokens: int = 512, answer_tokens: int = 256) -> dict[str, float]:
+    """Output tokens over wall time, from the first submit until the last token is read, and what the users saw."""
+    return throughput_of([fresh_ids(chat, prompt_tokens) for _ in range(users)], chat, answer_tokens)
+
+
+def throughput_of(prompts: list[list[int]], chat: ChatModel, answer_tokens: int) -> dict[str, float]:
+    async def read_all() -> list[TimedReply]:
+        replies = [submit(chat, input_ids, answer_tokens) for input_ids in prompts]
+        await asyncio.gather(*map(_read, replies))
+        return replies
+
+    started = time.perf_counter()
+    replies = asyncio.run(read_all())
+    seconds = time.perf_counter() - started
+    if any(len(reply.times) != answer_tokens for reply in replies):
+        sys.exit(f"An answer to one of {len(prompts)} users ended before its {answer_tokens} tokens; see the log.")
+    first_tokens = [_time_to_first_token_s(reply) for reply in replies]
+    return {
+        "tokens/s": len(prompts) * answer_tokens / seconds,
+        "time to first token, median, s": statistics.median(first_tokens),
+        "time to first token, worst, s": max(first_tokens),
+        **gap_figures([gap for reply in replies for gap in reply.gaps_s()]),
+    }
+
+
+def batching_gain(chat: ChatModel, users: int, prompt_tokens: int, answer_tokens: int) -> dict[str, float]:
+    """One user, many, and many against as many one after another, alternately: medians of three rounds."""
+    together, alone, gains = [], [], []
+    for _ in range(ROUNDS):
+        together.append(throughput(chat, users, prompt_tokens, answer_tokens))
+        in_turn = [throughput(chat, 1, prompt_tokens, answer_tokens) for _ in range(users)]
+        alone += in_turn
+        # Each of them produces as many tokens, so that one after another they run at the harmonic mean of their speeds.
+        speed_in_turn = statistics.harmonic_mean([one["tokens/s"] for one in in_turn])
+        gains.append(together[-1]["tokens/s"] / speed_in_turn)
+    return {
+        **{f"1 user, {name}": value for name, value in _medians(alone).items()},
+        **{f"{users} users, {name}": value for name, value in _medians(together).items()},
+        f"{users} users, together / one after another": statistics.median(gains),
+    }
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+
+
+async def _read(reply: TimedReply) -> None:
+    async for _ in reply:
+        pass
+
+
+# ---- One user ----
+
+
+def first_token_s(chat: ChatModel, input_ids: list[int]) -> float:
+    reply = submit(chat, input_ids, 1)
+    list(reply)
+    return _time_to_first_token_s(reply)
+
+
+def _time_to_first_token_s(reply: TimedReply) -> float:
+    seconds = reply.timing.time_to_first_token_s
+    assert seconds is not None  # it has been read to its end
+    return seconds
+
+
+def prefix_reuse(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int = 100) -> dict[str, float]:
+    """Seconds to the first token of a conversation that goes on, and of a prompt as long as what is new in it."""
+    conversation = fresh_ids(chat, cached_tokens)
+    first_token_s(chat, conversation)
+    fresh, cached = [], []
+    for _ in range(5):
+        fresh.append(first_token_s(chat, fresh_ids(chat, new_tokens)))
+        cached.append(first_token_s(chat, conversation + fresh_ids(chat, new_tokens)))
+    fresh_s, cached_s = statistics.median(fresh), statistics.median(cached)
+    return {
+        f"prompt {new_tokens}, time to first token, s": fresh_s,
+        f"{new_tokens} after {cached_tokens:,} cached, time to first token, s": cached_s,
+        f"{new_tokens} after {cached_tokens:,} cached / prompt {new_tokens}": cached_s / fresh_s,
+    }
+
+
+# ---- A long prompt comes in ----
+
+
+def inter_token_latency(chat: ChatModel, users: int = 8, prompt_tokens: int = 3500) -> dict[str, float]:
+    """The gaps between the tokens of users who are being answered while long prompts, one after another, are read."""
+    users = min(users, chat.serving.engine.runner.max_batch - 1)  # leaves room in the batch for the long prompt
+    gaps_s, waits_s = asyncio.run(_join(chat, users, prompt_tokens))
+    name = f"{users} users while a prompt of {prompt_tokens:,} joins"
+    return {
+        **{f"{name}, {gap}": value for gap, value in gap_figures(gaps_s).items()},
+        f"prompt {prompt_tokens:,} among {users} users, time to first token, s": statistics.median(waits_s),
+    }
+
+
+async def _join(chat: ChatModel, users: int, prompt_tokens: int) -> tuple[list[float], list[float]]:
+    """The users' gaps, and the long prompts' times to first token."""
+    streams = [submit(chat, fresh_ids(chat, 512), 3000) for _ in range(users)]
+    readers = [asyncio.create_task(_read(stream)) for stream in streams]
+    gaps_s: list[float] = []
+    waits_s: list[float] = []
+    for _ in range(ROUNDS):
+        await _wait_for_tokens(streams)
+        newcomer = submit(chat, fresh_ids(chat, prompt_tokens), 1)
+        await _read(newcomer)
+        await _wait_for_tokens(streams)  # or the last gap would have no end
+        gaps_s += [gap for stream in streams for gap in stream.gaps_s(newcomer.submitted)]
+        waits_s.append(_time_to_first_token_s(newcomer))
+    for stream in streams:
+        stream.close()
+    await asyncio.gather(*readers)
+    return gaps_s, waits_s
+
+
+async def _wait_for_tokens(streams: list[TimedReply]) -> None:
+    """Until each stream has a few more tokens than now."""
+    wanted = [len(stream.times) + 3 for stream in streams]
+    while any(len(stream.times) < tokens for stream, tokens in zip(streams, wanted, strict=True)):
+        if any(stream.finish_reason for stream in streams):
+            sys.exit("A stream ended before the long prompts were read; see the log.")
+        await asyncio.sleep(0.001)

@@ -1,0 +1,137 @@
+"""A shape of Llama 2 with random weights, loaded from disk as a real model is, then answering.
+
+Random weights take the time and the memory of real ones and need no licence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from llama2_chat.benchmark import Figures, load_test, serving_cost
+from llama2_chat.benchmark.decode_speed import decode_speed, generate_speeds
+from llama2_chat.benchmark.load_test import SAMPLING
+from llama2_chat.benchmark.local_model import GB, fresh_ids, gpu_gb, kv_cache_bytes, load, time_full_answers
+from model import ChatModel
+
+SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
+    "tiny": (128, 256, 2, 4, 4),  # to try this file without a GPU
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+COMPILING_S = 600  # at most
+
+
+def measure(
+    shape: str,
+    tokenizer: str,
+    checkpoint: Path | None,
+    quantization: str,
+    gpus: int,
+    gpu_memory_gb: float | None,
+    users: Sequence[int],
+    with_page: bool,
+) -> Iterator[Figures]:
+    """checkpoint: where the weights are, or are put for the next run; None makes them for this run only."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+    with checkpoint_folder(checkpoint) as folder:
+        make_checkpoint(shape, tokenizer, folder)
+        if gpu_memory_gb is not None:
+            _limit_memory(gpus, gpu_memory_gb)
+        started = time.perf_counter()
+        chat = load(["--model-id", folder, "--quantization", quantization])
+    yield {
+        "shape": shape,
+        "gpu": f"{gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "memory cap, GB": gpu_memory_gb,
+        "precision": chat.status.precision,
+        "device": chat.status.device,
+        "load, s": time.perf_counter() - started,
+        "memory after load, KV cache included, GB": gpu_gb(torch.cuda.memory_allocated),
+        "KV cache, GB": kv_cache_bytes(chat) / GB,
+    }
+    yield {"compile, s": wait_for_compilation(chat), "mode": chat.mode}
+    yield from _measure_answers(chat, users)
+    if with_page:
+        yield from serving_cost.measure_page(chat)
+    yield {
+        "peak memory, GB": gpu_gb(torch.cuda.max_memory_allocated),
+        "peak memory with what PyTorch keeps, GB": gpu_gb(torch.cuda.max_memory_reserved),
+    }
+    params = replace(SAMPLING, max_new_tokens=256)
+    yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
+    decode, whole = generate_speeds(chat, 512, params)
+    yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
+
+
+@contextlib.contextmanager
+def checkpoint_folder(kept: Path | None) -> Iterator[Path]:
+    """The folder that is kept, or else one that is removed again."""
+    if kept:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _limit_memory(gpus: int, gpu_memory_gb: float) -> None:
+    for device in range(gpus):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_gb * GB / total, device)
+
+
+def _measure_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:
+    time_full_answers(chat)
+    load_test.throughput(chat, max(counts), prompt_tokens=512, answer_tokens=8)  # warms up
+    yield from load_test.throughput_by_users(chat, counts)
+    waits = [load_test.first_token_s(chat, fresh_ids(chat, 512)) for _ in range(5)]
+    yield {"prompt 512, time to first token, s": statistics.median(waits)}
+    yield load_test.prefix_reuse(chat)
+    yield load_test.inter_token_latency(chat)
+
+
+def wait_for_compilation(chat: ChatModel) -> float:
+    """Seconds until the engine has all its faster steps."""
+    started = time.perf_counter()
+    time.sleep(1 if torch.cuda.is_available() else 0)  # the thread that compiles has just started
+    while "compiles" in chat.mode and time.perf_counter() - started < COMPILING_S:
+        time.sleep(0.2)
+    return time.perf_counter() - started
+
+
+def make_checkpoint(shape: str, tokenizer: str, folder: Path) -> None:
+    """A folder as the Hub would give it: random weights in bfloat16, and Llama 2's tokenizer."""
+    hidden, mlp, layers, heads, kv_heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        dtype=torch.bfloat16,
+    )
+    if (folder / "tokenizer_config.json").is_file():  # written last
+        if LlamaConfig.from_pretrained(folder).hidden_size != hidden:
+            sys.exit(f"{folder} holds a shape other than {shape}. Name another folder.")
+        return
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
