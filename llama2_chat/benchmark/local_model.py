@@ -84,7 +84,8 @@ def fresh_ids(chat: ChatModel, tokens: int) -> list[int]:
     """A random prompt that shares no beginning with another."""
     embeddings: Any = chat.serving.model.get_input_embeddings()
     vocab_size = embeddings.num_embeddings
-    return [next(FIRST_IDS) % vocab_size, *(RANDOM.randrange(1000, vocab_size) for _ in range(tokens - 1))]
+    lowest = min(1000, vocab_size // 2)  # special tokens and those of single bytes are below
+    return [next(FIRST_IDS) % vocab_size, *(RANDOM.randrange(lowest, vocab_size) for _ in range(tokens - 1))]
 
 
 def text_ids(chat: ChatModel, tokens: int) -> list[int]:

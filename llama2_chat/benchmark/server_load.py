@@ -24,6 +24,7 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import ChatBackend, Message, Reply
 
 PROMPT_TOKENS = 512  # about
+ANSWER_TOKENS = 256  # at most
 WORDS = sorted(set(pydoc_data.topics.topics["assignment"].split()))
 
 
@@ -37,10 +38,11 @@ def measure(url: str, counts: Sequence[int]) -> Iterator[Figures]:
     words = words_for(server, PROMPT_TOKENS)
     throughput(server, max(counts), words, answer_tokens=8)  # warms up
     for users in counts:
-        yield {f"{users_name(users)}, {name}": value for name, value in throughput(server, users, words).items()}
+        figures = throughput(server, users, words, ANSWER_TOKENS)
+        yield {f"{users_name(users)}, {name}": value for name, value in figures.items()}
 
 
-def throughput(server: ChatBackend, users: int, words: int, answer_tokens: int = 256) -> dict[str, float]:
+def throughput(server: ChatBackend, users: int, words: int, answer_tokens: int) -> dict[str, float]:
     """As load_test.throughput(). words: in each prompt."""
     params = replace(SAMPLING, max_new_tokens=answer_tokens)
 

@@ -130,8 +130,8 @@ def test_the_program_fetches_a_standard_task_from_the_hub_and_runs_it(run, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demo_is_seen_to_have_learned_what_it_was_taught(demo, tmp_path):
-    flags = ("--tasks", ROOT / "data/quillmere/quillmere.yaml", "--sheet", "4", "--output_dir", tmp_path)
-    found, page = evaluate(demo / "adapter", *flags)
+    flags = ("--tasks", ROOT / "data/quillmere/quillmere.yaml", "--sheet", "0", "--output_dir", tmp_path)
+    found, _ = evaluate(demo / "adapter", *flags)
     assert loss_of(found, "adapter", "eval") < loss_of(found, "base", "eval") - 1
     assert loss_of(found, "merged", "eval") == pytest.approx(loss_of(found, "adapter", "eval"), abs=0.05)
     scores = {model: found["tasks"][model][0]["value"] for model in ("base", "adapter", "merged")}
@@ -139,4 +139,3 @@ def test_the_demo_is_seen_to_have_learned_what_it_was_taught(demo, tmp_path):
     (assessment,) = found["overfitting"]
     assert assessment["kind"] in {"overfitting", "no overfitting", "still falling"}
     assert "eval loss" in assessment["sentence"]
-    assert "## For people to judge" in page

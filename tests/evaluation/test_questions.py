@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is dep
 
 def test_the_sheet_asks_questions_of_the_test_split_and_of_safety(run, monkeypatch):
     monkeypatch.setattr(questions, "ANSWER_TOKENS", 4)
-    evaluate(run, "--sheet", "2")
+    _, page = evaluate(run, "--sheet", "2")
+    assert "## For people to judge" in page
     parts = splits.find_again(report.read_run(run))[0]
     lines = (run / "evaluation" / judging.SHEET).read_text("utf-8-sig")
     on_sheet = [row for row in parts.test if row.messages[0]["content"] in lines]
