@@ -19,7 +19,7 @@ from dataclasses import replace
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.load_test import SAMPLING, gap_figures, users_name
 from llama2_chat.benchmark.local_model import FIRST_IDS, RANDOM
-from llama2_chat.remote.remote import RemoteModel
+from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
 from llama2_chat.types import ChatBackend, Message, Reply
 
