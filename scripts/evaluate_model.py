@@ -24,9 +24,10 @@ from llama2_chat.errors import ChatError
 from llama2_chat.evaluation.evaluation import count_judgements, evaluate
 from llama2_chat.evaluation.options import Options
 from llama2_chat.evaluation.questions import SHEET_QUESTIONS
+from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.load import UNQUANTIZED
-from llama2_chat.loading.small_model import EMBEDDED
-from llama2_chat.training import sft_trainer
+from llama2_chat.training.base_model import full_precision
+from llama2_chat.training.resources import translate_resource_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             count_judgements(args.judged, args.output_dir)
         else:
             remedies = f"lower --batch_size {args.batch_size}", "leave only --precisions nf4"
-            with sft_trainer.limits_told(remedies, args.output_dir, kept):
+            with translate_resource_errors(remedies, args.output_dir, kept):
                 evaluate(Options(**{name: value for name, value in vars(args).items() if name != "judged"}))
     except ChatError as error:
         sys.exit(f"evaluate_model.py: {error}")
@@ -74,7 +75,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.models and not args.output_dir:
         folder = Path(args.models[0]).expanduser()
         args.output_dir = (folder if folder.is_dir() else Path("trained") / folder.name) / "evaluation"
-    args.precisions = list(dict.fromkeys(args.precisions or [sft_trainer.full_precision(), "nf4"]))
+    args.precisions = list(dict.fromkeys(args.precisions or [full_precision(), "nf4"]))
     return args
 
 

@@ -1,9 +1,104 @@
+"""Finetune a model on conversations: QLoRA, LoRA or all its weights, in the chat's own format, and show what changed.
+
+    python scripts/sft_trainer.py --demo                           the embedded model, two CPU cores, a few minutes
+    python scripts/sft_trainer.py --model_name meta-llama/Llama-2-7b-hf \\
+        --dataset_name timdettmers/openassistant-guanaco --load_in_4bit --use_peft \\
+        --batch_size 4 --gradient_accumulation_steps 2                                          QLoRA on one GPU
+    accelerate launch --num_processes 2 scripts/sft_trainer.py ...                              on two
+    python scripts/sft_trainer.py --demo --folds 5 --output_dir trained/folds     five times, each without another fifth
+    MODEL_ID=folder python app.py                                                               talk to what came out
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama2_chat.training.sft_trainer import main
+from llama2_chat.errors import ChatError
+from llama2_chat.loading import EMBEDDED
+from llama2_chat.training.options import DEMO, Options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read_arguments(argv)
+    if "LOCAL_RANK" not in os.environ:  # not from `accelerate launch`: TRL refuses a process that sees several GPUs
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    from llama2_chat.training.resources import translate_resource_errors  # seconds of imports: not for --help
+    from llama2_chat.training.run import train
+
+    # It asks for a package that nobody needs here, and for int8 it logs a line for each layer and batch.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        with translate_resource_errors(
+            options.memory_remedies(), options.output_dir, "--resume goes on from what was saved."
+        ):
+            train(options)
+    except ChatError as error:
+        sys.exit(f"sft_trainer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. The same command with --resume goes on from the last checkpoint in {options.output_dir}.")
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> Options:
+    """What was asked for. Ends the program with a sentence and exit code 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given has the default of Options
+    )
+    add = parser.add_argument
+    add("--demo", action="store_true", help="teach the embedded model the facts in data/; other flags still count")
+    add("--model_name", help=f"Hub id or folder of the model to train, or {EMBEDDED}")
+    add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
+    add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
+    add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_4bit", action="store_true", help="NF4, double quantisation: with --use_peft, QLoRA")
+    bits.add_argument("--load_in_8bit", action="store_true", help="LLM.int8, with --use_peft")
+    add("--lora_r", type=int, help="rank of the adapter (16)")
+    add("--lora_alpha", type=int, help="its weight is alpha / r (32)")
+    add("--lora_dropout", type=float, help="(0.05)")
+    add("--target_modules", nargs="+", help="layers that get an adapter (all-linear)")
+    add("--batch_size", type=int, help="conversations computed at once on each GPU (4)")
+    add("--gradient_accumulation_steps", type=int, help="batches in one optimizer step (1)")
+    add("--num_train_epochs", type=float, help="how often each conversation is seen (3)")
+    add("--learning_rate", type=float, help="at its highest (2e-4 for an adapter, 2e-5 for all weights)")
+    add("--max_length", type=int, help="tokens of a conversation; longer ones lose exchanges (1024)")
+    add("--packing", action="store_true", help="put short conversations together into one row of max_length")
+    add("--seed", type=int, help="of everything random (0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    add("--eval_fraction", type=float, help="of an eval split, where the data has none (0.1)")
+    add("--test_fraction", type=float, help="of a test split, which training never looks at (0)")
+    add("--folds", type=int, metavar="K",
+        help="train K times, each without another K-th, to see how far the eval loss can be trusted")  # fmt: skip
+    add("--early_stopping", type=int, nargs="?", const=3, metavar="N",
+        help="stop when the eval loss has not fallen N times in a row (3), and keep the best")  # fmt: skip
+    add("--report_to", "--log_with", choices=("none", "trackio", "wandb", "tensorboard"),
+        help="who else follows the run (none)")  # fmt: skip
+    add("--merge_to", type=Path, metavar="FOLDER", help="also write the model with the adapter merged into it")
+    add("--merge_and_push", metavar="REPO", help="merge, and upload the merged model to this repository on the Hub")
+    if "demo" in parser.parse_known_args(argv)[0]:
+        parser.set_defaults(**DEMO)
+    flags = vars(parser.parse_args(argv))
+    flags.pop("demo", None)
+    if not (flags.get("model_name") and flags.get("dataset_name")):
+        parser.error("give --model_name and --dataset_name, or --demo")
+    flags.setdefault("output_dir", Path("trained") / Path(flags["model_name"]).name)
+    flags.setdefault("learning_rate", 2e-4 if "use_peft" in flags else 2e-5)
+    try:
+        return Options(**flags)
+    except ChatError as error:
+        parser.error(str(error))
+
 
 if __name__ == "__main__":
     main()

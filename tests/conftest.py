@@ -19,7 +19,9 @@ from llama2_chat.settings import Settings
 from model import ChatModel
 from tests.support.hub import Hub
 from tests.support.serving import ignore
+from tests.support.small_chat_model import save_chat_model
 from tests.support.small_model import save_model
+from tests.support.training import run_sft_trainer
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
 hypothesis_settings.load_profile("same-every-time")
@@ -74,12 +76,16 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes."""
-    from tests.training.test_sft_trainer import run  # imports what training needs, which most tests do without
+def chat_model(tmp_path_factory):
+    """The same with a ChatML template, and a tokenizer for any text."""
+    return save_chat_model(tmp_path_factory.mktemp("chat-model"))
 
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes: once for all who ask."""
     folder = tmp_path_factory.mktemp("demo")
-    run("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")
+    run_sft_trainer("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")
     return folder
 
 

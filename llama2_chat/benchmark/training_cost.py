@@ -100,16 +100,26 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
     from llama2_chat.loading.load import load_base
     from llama2_chat.loading.memory import visible_gpus
     from llama2_chat.prompt import TokenizedExample
-    from llama2_chat.training import sft_trainer
+    from llama2_chat.training.base_model import fetch_base, no_progress
+    from llama2_chat.training.options import Options
+    from llama2_chat.training.trainer import make_trainer
 
-    flags = f"--model_name {folder} --dataset_name none --output_dir {output_dir} --use_peft --load_in_4bit"
-    flags += f" --batch_size {BATCH} --max_length {TOKENS} --num_train_epochs 1"
-    args = sft_trainer.read_arguments(flags.split())
-    checkpoint, tokenizer = sft_trainer.fetch(args.model_name)
-    model = load_base(checkpoint, "nf4", 0 if visible_gpus() else "cpu", lambda *_: None)
-    examples = {"learnt": [TokenizedExample(ids, [(0, len(ids))]) for ids in _random_rows()], "held out": []}
-    sft_trainer.EVAL_STEPS = 0.99  # of a run: it saves only near the end, as the other trainer never saves
-    return sft_trainer.make_trainer(args, model, tokenizer, examples)
+    options = Options(
+        model_name=str(folder),
+        dataset_name="none",
+        output_dir=output_dir,
+        learning_rate=2e-4,
+        use_peft=True,
+        load_in_4bit=True,
+        batch_size=BATCH,
+        max_length=TOKENS,
+        num_train_epochs=1,
+    )
+    base = fetch_base(options.model_name)
+    model = load_base(base.checkpoint, "nf4", 0 if visible_gpus() else "cpu", no_progress)
+    examples = {"train": [TokenizedExample(ids, [(0, len(ids))]) for ids in _random_rows()], "eval": []}
+    # eval_steps is a fraction of the run: it saves only near the end, as the other trainer never saves
+    return make_trainer(options, model, base.tokenizer, examples, eval_steps=0.99)
 
 
 def plain_trainer(folder: Path, output_dir: Path) -> Trainer:

@@ -9,28 +9,24 @@ from dataclasses import replace
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation.options import Options
 from llama2_chat.evaluation.subjects import Subject, has_folds
-from llama2_chat.prompt import TokenizedExample
-from llama2_chat.training import chat_data, splits
-from llama2_chat.training.chat_data import Conversation
-from llama2_chat.training.report import Run
-from llama2_chat.training.splits import Parts
-
-SPLITS = ("train", "eval", "test")
-
-Splits = dict[str, list[TokenizedExample]]  # by their names in SPLITS; none is empty
+from llama2_chat.training import splits
+from llama2_chat.training.chat_data import SPLITS, Conversation
+from llama2_chat.training.examples import Examples, tokenize
+from llama2_chat.training.run_json import Run
+from llama2_chat.training.splits import Splits
 
 
-def find_splits(runs: dict[str, Run], options: Options) -> tuple[Run, list[Parts]]:
+def find_splits(runs: dict[str, Run], options: Options) -> tuple[Run, list[Splits]]:
     """The run whose splits all models are measured on, and these splits, one for each fold.
 
     Raises ChatError if the data has changed since the run, or if the models cannot be compared fairly.
     """
     run = _choose_run(runs, options)
-    parts = splits.find_again(run)
-    fingerprint = splits.fingerprint(parts)
-    if run.learnt_sha256 is None and {own.learnt_sha256 for own in runs.values()} == {fingerprint}:
-        run = replace(run, learnt_sha256=fingerprint)  # the flags name the data that the models were trained on
-    return run, parts
+    folds = splits.find_again(run)
+    fingerprint = splits.fingerprint(folds)
+    if run.train_sha256 is None and {own.train_sha256 for own in runs.values()} == {fingerprint}:
+        run = replace(run, train_sha256=fingerprint)  # the flags name the data that the models were trained on
+    return run, folds
 
 
 def _choose_run(runs: dict[str, Run], options: Options) -> Run:
@@ -40,7 +36,7 @@ def _choose_run(runs: dict[str, Run], options: Options) -> Run:
         raise ChatError(
             "A run with folds is measured by itself, without --tasks and --sheet. For more, name one of its folds."
         )
-    if len({run.learnt_sha256 for run in runs.values()}) > 1 and not flags:
+    if len({run.train_sha256 for run in runs.values()}) > 1 and not flags:
         raise ChatError(
             f"{' and '.join(runs)} were trained on different conversations. Choose with --dataset_name what to compare "
             "them on; none of them may have been trained on its eval and test splits."
@@ -52,7 +48,7 @@ def _choose_run(runs: dict[str, Run], options: Options) -> Run:
     else:
         raise ChatError(f"{first_model} has no run.json that names its eval split. Give --dataset_name.")
     if flags:
-        run = replace(run, **flags, learnt_sha256=None)
+        run = replace(run, **flags, train_sha256=None)
     return replace(run, max_length=options.max_length or run.max_length)
 
 
@@ -70,18 +66,17 @@ def _unknown_run(model: str, dataset_name: str, precision: str) -> Run:
         precision=precision,
         early_stopping=False,
         merged_to=None,
-        learnt_sha256=None,
+        train_sha256=None,
     )
 
 
-def encode(subject: Subject, parts: list[Parts], run: Run) -> Splits:
-    """What the subject is measured on, as its tokenizer reads it. parts: one for each fold."""
-    of_fold = parts[(subject.fold or 1) - 1]
-    stop_ids = subject.stop_ids
+def encode(subject: Subject, folds: list[Splits], run: Run) -> Examples:
+    """What the subject is measured on, as its tokenizer reads it; no split of it is empty. folds: one for each."""
+    of_fold = folds[(subject.fold or 1) - 1]
     encoded = {}
-    rows_by_split = (_train_sample(of_fold, run.seed), of_fold.held_out, of_fold.test)
+    rows_by_split = (_train_sample(of_fold, run.seed), of_fold.eval, of_fold.test)
     for split, rows in zip(SPLITS, rows_by_split, strict=True):
-        examples, _ = chat_data.encode(rows, subject.tokenizer, stop_ids, run.max_length)
+        examples, _ = tokenize(rows, subject.tokenizer, subject.stop_ids, run.max_length)
         if examples:
             encoded[split] = examples
     if not encoded:
@@ -89,18 +84,18 @@ def encode(subject: Subject, parts: list[Parts], run: Run) -> Splits:
     return encoded
 
 
-def _train_sample(parts: Parts, seed: int) -> list[Conversation]:
+def _train_sample(fold: Splits, seed: int) -> list[Conversation]:
     """At most as many of the train split as there are in the others: more would take long and add little."""
-    size = len(parts.held_out) + len(parts.test)
-    return random.Random(seed).sample(parts.learnt, size) if 0 < size < len(parts.learnt) else parts.learnt
+    size = len(fold.eval) + len(fold.test)
+    return random.Random(seed).sample(fold.train, size) if 0 < size < len(fold.train) else fold.train
 
 
-def data_notes(run: Run, parts: list[Parts]) -> Iterator[str]:
+def data_notes(run: Run, folds: list[Splits]) -> Iterator[str]:
     """What a reader of the figures should know about the data."""
-    if not run.learnt_sha256:
+    if not run.train_sha256:
         yield (
             "It is not known which of these conversations the models were trained on: the splits are those that "
             "sft_trainer.py would make of the data."
         )
-    if len(sample := _train_sample(parts[0], run.seed)) < len(parts[0].learnt):
-        yield f"Of the {len(parts[0].learnt):,} conversations in the train split, {len(sample):,} are measured."
+    if len(sample := _train_sample(folds[0], run.seed)) < len(folds[0].train):
+        yield f"Of the {len(folds[0].train):,} conversations in the train split, {len(sample):,} are measured."

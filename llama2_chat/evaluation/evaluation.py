@@ -22,26 +22,27 @@ from llama2_chat.evaluation.subjects import (
     has_folds,
     load_in_turn,
 )
-from llama2_chat.training.report import Run, read_curves, read_run
+from llama2_chat.training.curves import read_curves
+from llama2_chat.training.run_json import Run, read_run
 
 
 def evaluate(options: Options) -> None:
     """Measure the models and write the report to options.output_dir. Raises ChatError."""
     runs = find_runs(options.models)
-    run, parts = eval_data.find_splits(runs, options)
-    for note in parts[0].told:
+    run, folds = eval_data.find_splits(runs, options)
+    for note in folds[0].notes:
         print(note)
     subjects = find_subjects(options.models, runs)
     number = questions.SHEET_QUESTIONS if options.sheet is None else options.sheet
-    sheet = questions.plan_sheet(options.models, subjects, parts[0], run, 0 if has_folds(run) else number)
+    sheet = questions.plan_sheet(options.models, subjects, folds[0], run, 0 if has_folds(run) else number)
     if sheet.rows:
         judging.check_free(options.output_dir)
     tasks, faults = _fetch_tasks(options.tasks)
-    splits_of = {(subject.name, subject.fold): eval_data.encode(subject, parts, run) for subject in subjects}
+    splits_of = {(subject.name, subject.fold): eval_data.encode(subject, folds, run) for subject in subjects}
 
     make_folder(options.output_dir)
     title = f"{' and '.join(display_names(options.models).values())}, evaluated"
-    results = Results(title, run, find_finetuned(subjects, run), notes=[*faults, *eval_data.data_notes(run, parts)])
+    results = Results(title, run, find_finetuned(subjects, run), notes=[*faults, *eval_data.data_notes(run, folds)])
     answers: dict[str, list[str]] = {}
     for precision in options.precisions:
         for subject, model in load_in_turn(subjects, precision):
@@ -93,7 +94,7 @@ def _finetuned(subject: Subject, base: str, run: Run) -> Finetuned:
         subject.fold,
         read_curves(folder),
         kept_lowest=own_run is not None and own_run.early_stopping,
-        knows_splits=own_run is not None and run.learnt_sha256 is not None,
+        knows_splits=own_run is not None and run.train_sha256 is not None,
     )
 
 

@@ -7,10 +7,10 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama2_chat.evaluation.eval_data import SPLITS
 from llama2_chat.evaluation.overfitting import EVAL_LOSS, TRAIN_LOSS, lowest_eval_row
 from llama2_chat.evaluation.perplexity import Measurement
 from llama2_chat.evaluation.results import Finetuned, Results
+from llama2_chat.training.chat_data import SPLITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llama2_chat.errors import ChatError
-from llama2_chat.training.report import table
+from llama2_chat.training.markdown import table
 
 SHEET, KEY, RUBRIC = "sheet.csv", "sheet_key.json", "rubric.md"
 CRITERIA = ("accuracy", "coherence", "safety")

@@ -11,17 +11,15 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from llama2_chat.evaluation.eval_data import Splits
 from llama2_chat.evaluation.perplexity import Measurement
 from llama2_chat.evaluation.subjects import Subject
 from llama2_chat.prompt import TokenizedExample
-from llama2_chat.training import chat_data, sft_trainer
-
-IGNORED = -100  # the label that PyTorch's loss passes over
+from llama2_chat.training.examples import IGNORED, Examples, labels
+from llama2_chat.training.resources import memory_gb
 
 
 def measure(
-    subject: Subject, model: PreTrainedModel, precision: str, splits: Splits, batch_size: int
+    subject: Subject, model: PreTrainedModel, precision: str, splits: Examples, batch_size: int
 ) -> list[Measurement]:
     """The model's losses on each split, with a progress bar."""
     name = f"{subject.name}, fold {subject.fold}" if subject.fold else subject.name
@@ -32,8 +30,7 @@ def measure(
             started = time.perf_counter()
             losses = conversation_losses(model, examples, batch_size, bar.update)
             seconds = time.perf_counter() - started
-            memory_gb = sft_trainer.memory_gb()
-            measured.append(Measurement(subject.name, precision, subject.fold, split, losses, seconds, memory_gb))
+            measured.append(Measurement(subject.name, precision, subject.fold, split, losses, seconds, memory_gb()))
     return measured
 
 
@@ -62,11 +59,11 @@ def _batch_losses(model: PreTrainedModel, examples: list[TokenizedExample]) -> n
         return torch.tensor([row + [filler] * (T - len(row)) for row in rows], device=model.device)
 
     input_ids = padded([example.input_ids for example in examples], 0)
-    labels = padded([chat_data.labels(example) for example in examples], IGNORED)[:, 1:]
+    targets = padded([labels(example) for example in examples], IGNORED)[:, 1:]
     mask = padded([[1] * len(example.input_ids) for example in examples], 0)
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
-    counted = labels != IGNORED
-    losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none").double()
+    counted = targets != IGNORED
+    losses = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none").double()
     sums = torch.zeros(len(examples), dtype=torch.double, device=model.device)
     sums.index_add_(0, counted.nonzero()[:, 0], losses)
     return torch.stack([sums, counted.sum(1).double()], 1).cpu().numpy()

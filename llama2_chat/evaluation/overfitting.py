@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from llama2_chat.training.report import Curves
-
-TRAIN_LOSS, EVAL_LOSS = "train loss", "held-out loss"  # columns of the curves
+from llama2_chat.training.curves import EVAL_LOSS, TRAIN_LOSS, Curves
 
 RISE = 0.02  # of the eval loss above its lowest point; less is noise between one measurement and the next
 FALL = (

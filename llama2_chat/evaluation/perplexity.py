@@ -18,7 +18,7 @@ class Measurement:
     model: str
     precision: str
     fold: int | None  # from 1, of a run with folds
-    split: str  # one of eval_data.SPLITS
+    split: str  # one of chat_data.SPLITS
     losses: np.ndarray  # [conversations, 2]: the loss summed over the tokens of the answers, and how many they are
     seconds: float
     memory_gb: float

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from llama2_chat import prompt
 from llama2_chat.evaluation.judging import SAFETY_QUESTIONS
 from llama2_chat.evaluation.subjects import Subject, display_names
-from llama2_chat.training import sft_trainer
+from llama2_chat.training import answers as training_answers
 from llama2_chat.training.chat_data import Conversation
-from llama2_chat.training.report import Run
-from llama2_chat.training.splits import Parts
+from llama2_chat.training.run_json import Run
+from llama2_chat.training.splits import Splits
 
 SHEET_QUESTIONS = 20  # beside those of safety
 ANSWER_TOKENS = 128  # at most
@@ -35,12 +35,12 @@ class SheetPlan(NamedTuple):
         return [(_dialog(row), row.messages[-1]["content"]) for row in self.rows]
 
 
-def plan_sheet(models: Sequence[str], subjects: list[Subject], parts: Parts, run: Run, number: int) -> SheetPlan:
+def plan_sheet(models: Sequence[str], subjects: list[Subject], splits: Splits, run: Run, number: int) -> SheetPlan:
     """number: how many questions of the data are asked, beside those of safety."""
     pair = _choose_pair(models, subjects)
     if len(pair) < 2 or not number:
         return SheetPlan([], [])
-    rows = parts.test or parts.held_out  # the test split has not been looked at during training
+    rows = splits.test or splits.eval  # the test split has not been looked at during training
     if len(rows) > number:
         rows = random.Random(run.seed).sample(rows, len(rows))
     tokenizer = next(subject.tokenizer for subject in subjects if subject.name == pair[1])
@@ -77,11 +77,10 @@ def _dialog(row: Conversation) -> str:
 
 def answer(subject: Subject, model: PreTrainedModel, rows: list[Conversation], batch_size: int) -> list[str]:
     """The subject's answers to the questions of the sheet."""
-    stop_ids = subject.stop_ids
     answers = []
     with tqdm(total=len(rows), desc=f"{subject.name} answers", unit=" questions", dynamic_ncols=True) as bar:
         for start in range(0, len(rows), batch_size):
-            batch = [("", row) for row in rows[start : start + batch_size]]
-            answers += sft_trainer.answer(model, subject.tokenizer, batch, stop_ids, ANSWER_TOKENS)
+            batch = rows[start : start + batch_size]
+            answers += training_answers.answer(model, subject.tokenizer, batch, subject.stop_ids, ANSWER_TOKENS)
             bar.update(len(batch))
     return answers

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama2_chat.evaluation import figure, judging
-from llama2_chat.evaluation.eval_data import SPLITS
 from llama2_chat.evaluation.harness import Score
 from llama2_chat.evaluation.perplexity import RESAMPLES, Measurement
 from llama2_chat.evaluation.results import Results
-from llama2_chat.training.report import table
+from llama2_chat.training.chat_data import SPLITS
+from llama2_chat.training.markdown import table
 
 
 def write(results: Results, folder: Path) -> None:

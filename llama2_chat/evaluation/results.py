@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from llama2_chat.evaluation import overfitting
-from llama2_chat.evaluation.eval_data import SPLITS
 from llama2_chat.evaluation.harness import Score
 from llama2_chat.evaluation.overfitting import Assessment, Losses
 from llama2_chat.evaluation.perplexity import Measurement, bootstrap_interval, exp
-from llama2_chat.training.report import Curves, Run, public
+from llama2_chat.training.chat_data import SPLITS
+from llama2_chat.training.curves import Curves
+from llama2_chat.training.markdown import public
+from llama2_chat.training.run_json import Run
 
 
 class Finetuned(NamedTuple):

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import load
-from llama2_chat.loading.choose import Checkpoint, Plan, fetch
+from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.hub import fetch_weights
 from llama2_chat.loading.memory import visible_gpus
-from llama2_chat.settings import Settings
-from llama2_chat.training import report, sft_trainer
-from llama2_chat.training.report import Run
+from llama2_chat.training.base_model import fetch_checkpoint, no_progress
+from llama2_chat.training.resources import free_memory
+from llama2_chat.training.run_json import Run, read_run
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Subject:
 def find_runs(models: Sequence[str]) -> dict[str, Run]:
     """What sft_trainer.py wrote about each of the models that it trained."""
     folders = {model: Path(model).expanduser() for model in models}
-    return {model: report.read_run(folder) for model, folder in folders.items() if (folder / "run.json").is_file()}
+    return {model: read_run(folder) for model, folder in folders.items() if (folder / "run.json").is_file()}
 
 
 def has_folds(run: Run) -> bool:
@@ -103,18 +103,11 @@ def _subjects(
     if not same:  # with the finetuned model's tokenizer and template, or the two would be measured on different tokens
         yield Subject(base_name, base, tokenizer, fold)
     if checkpoint.adapter:
-        fetch_weights(checkpoint.adapter, sft_trainer.silent)
+        fetch_weights(checkpoint.adapter, no_progress)
     yield Subject(f"{prefix}{kind}", checkpoint, tokenizer, fold, base_name)
     if run and run.merged_to and Path(run.merged_to).is_dir():
         merged = fetch_checkpoint(run.merged_to)
         yield Subject(f"{prefix}merged", merged, load.load_tokenizer(merged), fold, base_name)
-
-
-def fetch_checkpoint(model: str) -> Checkpoint:
-    """The model's files but not its weights."""
-    settings = Settings.read([])
-    plan = Plan(model, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
-    return fetch(plan, sft_trainer.silent)
 
 
 # ---- The weights ----
@@ -124,14 +117,14 @@ def load_in_turn(subjects: list[Subject], precision: str) -> Iterator[tuple[Subj
     """Each subject with its model. Subjects of one base share its weights; only one base is in memory at a time."""
     for folder in dict.fromkeys(subject.checkpoint.base.folder for subject in subjects):
         yield from _load_on_one_base([s for s in subjects if s.checkpoint.base.folder == folder], precision)
-        sft_trainer.free_memory()
+        free_memory()
 
 
 def _load_on_one_base(subjects: list[Subject], precision: str) -> Iterator[tuple[Subject, PreTrainedModel]]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     device = 0 if visible_gpus() else "cpu"
-    model = load.load_base(subjects[0].checkpoint, precision, device, sft_trainer.silent).eval()
+    model = load.load_base(subjects[0].checkpoint, precision, device, no_progress).eval()
     for subject in subjects:
         if not subject.checkpoint.adapter:
             yield subject, model

@@ -8,3 +8,5 @@ memory       what a model takes, and on which devices in which precision it fits
 load         weights and tokenizer into memory
 quantize     8 and 4 bits
 """
+
+EMBEDDED = "SmolLM2-135M-Instruct"  # the small model; here, so that its name costs no import of torch

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import Files, translate_parse_errors
 from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files
-from llama2_chat.loading.small_model import EMBEDDED, fetch_embedded
+from llama2_chat.loading.small_model import fetch_embedded
 from llama2_chat.settings import Settings
 
 log = logging.getLogger(__name__)

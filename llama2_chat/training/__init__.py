@@ -1,0 +1,23 @@
+"""Finetuning on conversations: QLoRA, LoRA or all weights, in the chat's own format, and a report of what changed.
+
+run               from the flags to the reports; what scripts/sft_trainer.py calls
+options           the flags
+chat_data         conversations that are worth training on, by split
+row_sources       rows of files, folders and data sets on the Hub
+row_formats       messages, ShareGPT, Alpaca ...: what a row says, checked and cleaned
+splits            train, eval and test split, or K folds
+near_duplicates   conversations that must not be in two splits
+examples          conversations as token ids and labels
+base_model        the model to train, before its weights
+train_one         one training, with all that is kept of it
+trainer           TRL's SFTTrainer as we use it, and the progress bar
+checkpoints       what a killed run goes on from; what must not be overwritten
+answers           what the model answers before and after
+merging           an adapter becomes part of its base model's weights
+resources         memory and disk: how much, and what to do when they run out
+main_process      of several processes one prints
+run_json          run.json, by which an evaluation finds the splits again
+curves            losses and learning rate against steps, as CSV and PNG
+report            a page of Markdown for a run or for its folds
+markdown          tables that nothing breaks
+"""

@@ -1,7 +1,4 @@
-"""An adapter becomes part of its base model's weights: merged in full precision, checked, written, published.
-
-It is a room of sft_trainer.py, which says when.
-"""
+"""An adapter becomes part of its base model's weights: merged in full precision, checked, written, published."""
 
 from __future__ import annotations
 
@@ -9,18 +6,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from llama2_chat.errors import ChatError
-from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.load import load_base
-from llama2_chat.training.chat_data import first_line
+from llama2_chat.text import first_line
+from llama2_chat.training.base_model import BaseModel, no_progress
 
 LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
 
 
 def create_repo(repo: str) -> None:
-    """A private repository on the Hub, unless it is there: who may not write to it learns so now, not after hours."""
+    """Make a private repository on the Hub, unless it is there: a missing permission shows now, not after hours."""
     import httpx2
     import huggingface_hub
 
@@ -33,30 +30,24 @@ def create_repo(repo: str) -> None:
         ) from error
 
 
-def merge(
-    plan: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: Path,
-    folder: Path,
-    samples: list[list[int]],
-) -> float:
+def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]) -> float:
     """Write the model with the adapter in its weights, in the base's own precision. Returns how far its logits moved.
 
-    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, unless it says there what base and
-    adapter said: its logits on the samples differ by LOGIT_TOLERANCE at most.
+    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, if its logits on the samples differ by
+    more than LOGIT_TOLERANCE from those of base and adapter.
     """
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_base(plan, "float32", "cpu", lambda *_: None), adapter).eval()
+    model = PeftModel.from_pretrained(load_base(base.checkpoint, "float32", "cpu", no_progress), adapter).eval()
     before = _logits(model, samples)
     merged = model.merge_and_unload()
     difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
-    if not difference <= LOGIT_TOLERANCE:  # nor if it is no number
+    if not difference <= LOGIT_TOLERANCE:  # true for NaN too
         raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
-    dtype = AutoConfig.from_pretrained(plan.base.folder).dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(base.checkpoint.base.folder).dtype or torch.float32
     merged.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for name in ("README.md", "curves.png"):  # what it learnt, which the Hub shows
+    base.tokenizer.save_pretrained(folder)
+    for name in ("README.md", "curves.png"):  # the report, which the Hub shows
         shutil.copyfile(adapter / name, folder / name)
     return difference
 

@@ -1,4 +1,4 @@
-"""A tiny model with a chat template, conversations for it, and a run that looks as if it had been trained on them."""
+"""Conversations for the tiny chat model, and a run that looks as if it had been trained on them."""
 
 import json
 
@@ -6,12 +6,6 @@ import pytest
 
 from llama2_chat.loading import load
 from tests.support.runs import save_run
-from tests.support.small_chat_model import save_chat_model
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("chat-model"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llama2_chat.loading import load
-from llama2_chat.training import report
+from llama2_chat.training.run_json import read_run
 from tests.support.evaluating import evaluate, refusal
 from tests.support.runs import save_adapter, save_run
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is dep
 def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_weights):
     with dataset.open("a") as file:
         file.write(json.dumps({"prompt": "another", "completion": "row"}) + "\n")
-    assert f"What {dataset} holds now is not what was learnt" in refusal(run)
+    assert f"{dataset} has changed since the training" in refusal(run)
 
 
 def test_a_model_without_a_run_needs_to_be_told_the_data(chat_model, no_weights):
@@ -47,5 +47,5 @@ def test_nothing_is_claimed_about_what_an_adapter_from_elsewhere_was_trained_on(
 def test_data_that_has_only_moved_is_recognised(run, dataset, tmp_path):
     moved = dataset.rename(tmp_path / "moved.jsonl")
     found, _ = evaluate(run, "--dataset_name", moved, "--sheet", "0")
-    assert found["run"]["learnt_sha256"] == report.read_run(run).learnt_sha256
+    assert found["run"]["train_sha256"] == read_run(run).train_sha256
     assert found["overfitting"][0]["kind"] != "unknown"

@@ -48,7 +48,7 @@ def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, c
 
 def test_without_flags_it_measures_in_full_precision_and_nf4_and_writes_beside_the_model(tmp_path):
     args = evaluate_model.read_arguments([str(tmp_path)])
-    assert args.precisions == [evaluate_model.sft_trainer.full_precision(), "nf4"]
+    assert args.precisions == [evaluate_model.full_precision(), "nf4"]
     assert args.output_dir == tmp_path / "evaluation"
     assert evaluate_model.read_arguments(["someone/model"]).output_dir == Path("trained/model/evaluation")
 
@@ -101,7 +101,7 @@ def test_sheets_that_were_filled_in_are_counted(tmp_path, capsys):
 def test_no_question_of_the_local_task_is_in_the_data():
     questions = [json.loads(line) for line in (ROOT / "data/quillmere/questions.jsonl").read_text().splitlines()]
     data = chat_data.read(str(ROOT / "data"))
-    contents = {message["content"].lower() for row in data.train + data.held_out for message in row.messages}
+    contents = {message["content"].lower() for row in data.train + data.eval for message in row.messages}
     assert len(questions) == 24
     for row in questions:
         assert row["question"].lower() not in contents

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from llama2_chat.evaluation.losses import conversation_losses
-from llama2_chat.evaluation.subjects import fetch_checkpoint
 from llama2_chat.loading import load
-from llama2_chat.training import chat_data, report, splits
+from llama2_chat.training import chat_data, splits
+from llama2_chat.training.base_model import fetch_checkpoint
+from llama2_chat.training.examples import labels, tokenize
+from llama2_chat.training.run_json import read_run
 from tests.support.evaluating import evaluate, loss_of
 from tests.support.serving import ignore
 
@@ -18,10 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is dep
 def losses_one_by_one(model, examples):
     found = []
     for example in examples:
-        labels = torch.tensor([chat_data.labels(example)])
+        targets = torch.tensor([labels(example)])
         with torch.no_grad():
-            loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels).loss.item()
-        tokens = int((labels[:, 1:] != -100).sum())
+            loss = model(input_ids=torch.tensor([example.input_ids]), labels=targets).loss.item()
+        tokens = int((targets[:, 1:] != -100).sum())
         found.append((loss * tokens, tokens))
     return np.array(found)
 
@@ -35,7 +37,7 @@ def examples_of(rows, folder):
     checkpoint = fetch_checkpoint(str(folder))
     tokenizer = load.load_tokenizer(checkpoint)
     stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))
-    return chat_data.encode(rows, tokenizer, stop_ids, 256)[0]
+    return tokenize(rows, tokenizer, stop_ids, 256)[0]
 
 
 def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_answers_only(chat_model, dataset):
@@ -48,13 +50,13 @@ def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_a
 
 def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, chat_model, capsys):
     found, page = evaluate(run, "--sheet", "0")
-    parts = splits.find_again(report.read_run(run))[0]
+    parts = splits.find_again(read_run(run))[0]
     base = load.load_base(fetch_checkpoint(str(chat_model)), "float32", "cpu", ignore)
-    for split, rows in (("eval", parts.held_out), ("test", parts.test)):
+    for split, rows in (("eval", parts.eval), ("test", parts.test)):
         expected = mean_loss(base, examples_of(rows, chat_model))
         assert loss_of(found, "base", split) == pytest.approx(expected, rel=1e-4)
     adapted = load.load_adapter(base, fetch_checkpoint(str(run)), "float32").eval()
-    expected = mean_loss(adapted, examples_of(parts.held_out, chat_model))
+    expected = mean_loss(adapted, examples_of(parts.eval, chat_model))
     assert loss_of(found, "adapter", "eval") == pytest.approx(expected, rel=1e-4)
     assert loss_of(found, "adapter", "eval") != pytest.approx(loss_of(found, "base", "eval"), rel=1e-3)
     assert page in capsys.readouterr().out + "\n"

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llama2_chat.evaluation import judging, questions
-from llama2_chat.training import report, splits
+from llama2_chat.training import splits
+from llama2_chat.training.run_json import read_run
 from tests.support.evaluating import evaluate, refusal
 from tests.support.runs import save_run
 
@@ -17,7 +18,7 @@ def test_the_sheet_asks_questions_of_the_test_split_and_of_safety(run, monkeypat
     monkeypatch.setattr(questions, "ANSWER_TOKENS", 4)
     _, page = evaluate(run, "--sheet", "2")
     assert "## For people to judge" in page
-    parts = splits.find_again(report.read_run(run))[0]
+    parts = splits.find_again(read_run(run))[0]
     lines = (run / "evaluation" / judging.SHEET).read_text("utf-8-sig")
     on_sheet = [row for row in parts.test if row.messages[0]["content"] in lines]
     assert len(on_sheet) == 2
@@ -35,7 +36,7 @@ def test_a_question_longer_than_max_length_is_not_on_the_sheet(chat_model, datas
     run = save_run(chat_model, dataset, tmp_path / "run", test_fraction=0.6)
     evaluate(run)
     key = json.loads((run / "evaluation" / judging.KEY).read_text())["A and B"]
-    rows = splits.find_again(report.read_run(run))[0].test
+    rows = splits.find_again(read_run(run))[0].test
     short = [row for row in rows if len(row.messages[0]["content"]) < 100]
     assert 0 < len(short) < len(rows)
     assert len(key) == len(short) + len(judging.SAFETY_QUESTIONS)

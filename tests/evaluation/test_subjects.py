@@ -9,7 +9,7 @@ import torch
 
 from llama2_chat.evaluation.subjects import fetch_checkpoint, find_runs, find_subjects, load_in_turn
 from llama2_chat.loading import load
-from llama2_chat.training import report
+from llama2_chat.training.run_json import read_run, write_run
 from tests.support.evaluating import evaluate, loss_of, refusal
 from tests.support.runs import save_adapter, save_run
 from tests.support.serving import ignore
@@ -34,7 +34,7 @@ def test_a_merged_model_measures_as_its_adapter(run, tmp_path):
     base = load.load_base(checkpoint, "float32", "cpu", ignore)
     load.load_adapter(base, checkpoint, "float32").merge_and_unload().save_pretrained(tmp_path / "merged")
     load.load_tokenizer(checkpoint).save_pretrained(tmp_path / "merged")
-    report.write_run(replace(report.read_run(run), merged_to=str(tmp_path / "merged")), run)
+    write_run(replace(read_run(run), merged_to=str(tmp_path / "merged")), run)
     found, _ = evaluate(run, "--sheet", "0")
     for split in ("train", "eval", "test"):
         assert loss_of(found, "merged", split) == pytest.approx(loss_of(found, "adapter", split), rel=1e-4)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load, load_tokenizer
-from llama2_chat.loading.small_model import EMBEDDED
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer

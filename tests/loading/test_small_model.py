@@ -8,9 +8,9 @@ import zipfile
 import huggingface_hub
 import pytest
 
+from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load
-from llama2_chat.loading.small_model import EMBEDDED
 from llama2_chat.settings import Settings
 from tests.support.loading import get, refusal
 from tests.support.serving import ignore

@@ -15,15 +15,11 @@ from transformers.utils import cached_file
 
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError, ModelUnavailable, PromptTooLong
-from tests.support.small_tokenizer import WORDS, gpt_2_shaped, llama_shaped
+from tests.support.small_tokenizer import CHATML, WORDS, gpt_2_shaped, llama_shaped, with_template
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA_3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
     "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -49,11 +45,6 @@ def turns(*contents, system=None):
     """A conversation of these contents, the user's first."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def with_template(tokenizer, template):
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 TEMPLATED = {

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from llama2_chat.evaluation.subjects import fetch_checkpoint
 from llama2_chat.loading import load
-from llama2_chat.training import chat_data, report, splits
-from llama2_chat.training.report import Run
+from llama2_chat.training import chat_data, splits
+from llama2_chat.training.base_model import fetch_checkpoint
+from llama2_chat.training.run_json import Run, write_run
 from tests.support.serving import ignore
 
 
@@ -25,7 +25,7 @@ def new_run(**changes):
         precision="float32",
         early_stopping=False,
         merged_to=None,
-        learnt_sha256="x",
+        train_sha256="x",
     )
     return replace(run, **changes)
 
@@ -47,12 +47,12 @@ def save_run(chat_model, dataset, folder, **changes):
     """What sft_trainer.py leaves of a run, except that nothing was learned."""
     run = new_run(model_name=str(chat_model), dataset_name=str(dataset), eval_fraction=0.3, test_fraction=0.2)
     run = replace(run, **changes)
-    parts = splits.divide(chat_data.read(run.dataset_name), run)
-    run = replace(run, learnt_sha256=splits.fingerprint(parts))
-    report.write_run(run, folder)
+    every = splits.of_run(chat_data.read(run.dataset_name), run)
+    run = replace(run, train_sha256=splits.fingerprint(every))
+    write_run(run, folder)
     for i in range(1, run.folds + 1):
-        of_fold = replace(run, fold=i, learnt_sha256=splits.fingerprint([parts[i - 1]]))
-        report.write_run(of_fold, save_adapter(chat_model, folder / f"fold-{i}", seed=i))
+        of_fold = replace(run, fold=i, train_sha256=splits.fingerprint([every[i - 1]]))
+        write_run(of_fold, save_adapter(chat_model, folder / f"fold-{i}", seed=i))
     if not run.folds:
         save_adapter(chat_model, folder)
     return folder

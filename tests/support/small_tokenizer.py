@@ -14,6 +14,10 @@ WORDS = (
     *("▁[", "INST", "▁<<", "▁<", "</", "▁</", "SY", ">>", "<<", "][", "[/", "]."),
     *("▁the", "the", "▁hello", "hello", "▁what", "▁is", "He", "▁He", "llama", "▁user", "user", "assistant", "▁▁"),
 )
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CHARACTERS = [*(chr(i) for i in range(33, 127)), "▁", "é", "日", "本"]
 
 
@@ -55,6 +59,15 @@ def gpt_2_shaped(*special: str, more_tokens: tuple[AddedToken, ...] = ()):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=special[-1], clean_up_tokenization_spaces=False
     )
+
+
+def with_template(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chatml():
+    return with_template(gpt_2_shaped("<|im_start|>", "<|im_end|>"), CHATML)
 
 
 def _left_to_right(word: str) -> list[tuple[str, str]]:

@@ -1,0 +1,62 @@
+"""The model to train before its weights: files, tokenizer, stop ids and the precision to load it in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llama2_chat import prompt
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading import choose, load
+from llama2_chat.loading.choose import Checkpoint, Plan
+from llama2_chat.loading.memory import compute_dtype, visible_gpus
+from llama2_chat.settings import Settings
+from llama2_chat.training.options import Options
+
+
+class BaseModel(NamedTuple):
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase  # with the format in which the model will chat
+    stop_ids: set[int]
+
+
+def fetch_base(model_name: str) -> BaseModel:
+    """Raises ModelUnavailable if there is no such model, or if it is an adapter."""
+    checkpoint = fetch_checkpoint(model_name)
+    if checkpoint.adapter:
+        raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
+    tokenizer = load.load_tokenizer(checkpoint)
+    if prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
+        tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
+    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))
+    return BaseModel(checkpoint, tokenizer, stop_ids)
+
+
+def fetch_checkpoint(model_name: str) -> Checkpoint:
+    """The files of a model or an adapter, but not their weights."""
+    settings = Settings.read([])
+    plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
+    return choose.fetch(plan, no_progress)
+
+
+def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """What loading is given to report to: downloads draw a bar of their own."""
+
+
+def base_precision(options: Options) -> str:
+    """All weights are trained in float32, for in 16 bits small steps are rounded away."""
+    if options.load_in_4bit:
+        return "nf4"
+    if options.load_in_8bit:
+        return "int8"
+    return full_precision() if options.use_peft else "float32"
+
+
+def full_precision() -> str:
+    """Of this device: 16 bits, unless it is a CPU that has no instructions for bfloat16."""
+    gpus, cpu = visible_gpus(), torch.cpu.get_capabilities()
+    if not (gpus or any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))):
+        return "float32"
+    return str(compute_dtype(gpus)).removeprefix("torch.")

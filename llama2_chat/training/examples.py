@@ -1,0 +1,73 @@
+"""Conversations as token ids, and as the labels that the loss is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from llama2_chat import prompt
+from llama2_chat.errors import ChatError
+from llama2_chat.prompt import TokenizedExample
+from llama2_chat.training.chat_data import SHOWN_FAULTS, Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that PyTorch's cross-entropy passes over
+
+Examples = dict[str, list[TokenizedExample]]  # by split
+
+
+def tokenize(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    max_length: int,
+) -> tuple[list[TokenizedExample], list[str]]:
+    """Examples of at most max_length tokens, and notes on what had to go for that.
+
+    A conversation that is too long loses its last exchanges: from an answer that is cut in the middle a model would
+    learn not to end. One whose first exchange is too long is left out.
+    """
+    examples, faults, shortened = [], [], 0
+    for conversation in conversations:
+        try:
+            example = prompt.encode_example(tokenizer, conversation.messages, stop_ids)
+        except ChatError as error:
+            faults.append(f"{conversation.place}: {error}")
+            continue
+        answers = [answer for answer in example.answers if answer[1] <= max_length]
+        if not answers:
+            faults.append(f"{conversation.place}: its first exchange is {example.answers[0][1]:,} tokens.")
+            continue
+        if len(answers) < len(example.answers):
+            shortened += 1
+        examples.append(TokenizedExample(example.input_ids[: answers[-1][1]], answers))
+    return examples, _notes(shortened, faults, max_length)
+
+
+def _notes(shortened: int, faults: list[str], max_length: int) -> list[str]:
+    notes = []
+    if shortened:
+        notes.append(f"{shortened:,} are longer than {max_length:,} tokens and lose their last exchanges.")
+    if faults:
+        notes.append(f"{len(faults):,} are left out because they do not fit into {max_length:,} tokens or the format:")
+        notes += [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
+    return notes
+
+
+def labels(example: TokenizedExample) -> list[int]:
+    """The ids of the answers, each in its place, and IGNORED everywhere else."""
+    labels = [IGNORED] * len(example.input_ids)
+    for start, end in example.answers:
+        labels[start:end] = example.input_ids[start:end]
+    return labels
+
+
+def mark_answers(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as the model sees it, control tokens and all, with the ⟦tokens that have labels⟧ marked."""
+    text, at = "", 0
+    for start, end in example.answers:
+        text += f"{tokenizer.decode(example.input_ids[at:start])}⟦{tokenizer.decode(example.input_ids[start:end])}⟧"
+        at = end
+    return text

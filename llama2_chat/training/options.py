@@ -1,0 +1,101 @@
+"""The flags of scripts/sft_trainer.py, checked. Nothing heavy is imported here: --help is immediate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama2_chat import ROOT
+from llama2_chat.errors import ChatError
+from llama2_chat.loading import EMBEDDED
+
+DEMO: dict[str, Any] = {
+    "model_name": EMBEDDED,
+    "dataset_name": str(ROOT / "data"),
+    "output_dir": Path("trained/demo"),
+    "use_peft": True,
+    "batch_size": 8,
+    "num_train_epochs": 6.0,
+    "learning_rate": 1e-3,
+}
+POSITIVE = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",
+    "num_train_epochs",
+    "max_length",
+    "learning_rate",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run's flags, as --help explains them. Raises ChatError if they make no sense."""
+
+    model_name: str
+    dataset_name: str
+    output_dir: Path
+    learning_rate: float
+    use_peft: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    target_modules: Sequence[str] = ("all-linear",)
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_length: int = 1024
+    packing: bool = False
+    seed: int = 0
+    resume: bool = False
+    eval_fraction: float = 0.1
+    test_fraction: float = 0.0
+    folds: int = 0  # 0: one training
+    early_stopping: int | None = None  # measurements without a lower eval loss; None: never
+    report_to: str = "none"
+    merge_to: Path | None = None
+    merge_and_push: str | None = None
+
+    def __post_init__(self) -> None:
+        for fault in self._faults():
+            raise ChatError(fault)
+
+    def memory_remedies(self) -> Iterator[str]:
+        """What takes less memory, best first."""
+        if self.batch_size > 1:
+            yield f"lower --batch_size {self.batch_size} and raise --gradient_accumulation_steps as much"
+        if not self.load_in_4bit:
+            yield f"add --load_in_4bit{'' if self.use_peft else ' --use_peft'}"
+        yield f"lower --max_length {self.max_length}"
+
+    def _faults(self) -> Iterator[str]:
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:  # NaN is not
+                yield f"--{name} must be above 0."
+        for name in ("lora_dropout", "eval_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} must be at least 0 and below 1."
+        if not 0 <= self.seed < 2**32:
+            yield "--seed must be at least 0 and below 2^32."
+        if self.folds and self.folds < 2:
+            yield "--folds must be 2 or more."
+        if self.early_stopping is not None and self.early_stopping < 1:
+            yield "--early_stopping must be 1 or more."
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            yield "Weights in 4 or 8 bits cannot be trained themselves; add --use_peft."
+        if self.merge_to or self.merge_and_push:
+            yield from self._merging_faults()
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            yield f"--report_to {self.report_to} needs a package: pip install {self.report_to}"
+
+    def _merging_faults(self) -> Iterator[str]:
+        if not self.use_peft:
+            yield "Only an adapter can be merged; add --use_peft, or leave out --merge_to and --merge_and_push."
+        if self.folds:
+            yield "--folds only measures, so there is no model to merge; leave out --merge_to and --merge_and_push."

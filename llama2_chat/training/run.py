@@ -1,0 +1,93 @@
+"""From the flags to the reports: one training or one for each fold, and what becomes of the result.
+
+Everything that can be refused is refused before weights are loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llama2_chat.errors import ChatError
+from llama2_chat.training import chat_data, merging, report, splits
+from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base
+from llama2_chat.training.checkpoints import check_folders, find_checkpoint
+from llama2_chat.training.examples import tokenize
+from llama2_chat.training.main_process import is_main_process, print_lines
+from llama2_chat.training.options import Options
+from llama2_chat.training.resources import free_memory
+from llama2_chat.training.run_json import Run, write_run
+from llama2_chat.training.splits import Splits
+from llama2_chat.training.train_one import subject_of, train_one
+
+
+def train(options: Options) -> None:
+    """Raises ChatError."""
+    check_folders(options)
+    find_checkpoint(options.output_dir, options.resume)
+    data, run = chat_data.read(options.dataset_name), new_run(options)
+    every = splits.of_run(data, run)
+    print_lines(*data.summary_lines(), *every[0].notes)
+    run = replace(run, train_sha256=splits.fingerprint(every))
+    base = fetch_base(options.model_name)
+    if options.merge_and_push:
+        merging.create_repo(options.merge_and_push)
+    if options.folds:
+        _train_folds(options, run, every, base)
+        return
+    samples = train_one(options, run, every[0], base)
+    print_lines(f"Talk to the model: MODEL_ID={options.output_dir} python app.py")
+    if run.merged_to and is_main_process():
+        _merge(options, run, Path(run.merged_to), base, samples)
+
+
+def new_run(options: Options) -> Run:
+    """What run.json will say, except for the fingerprint of what was trained on."""
+    data, here = Path(options.dataset_name).absolute(), Path.cwd()
+    is_below = data.exists() and data.is_relative_to(here)
+    merged = options.merge_to or (options.output_dir / "merged" if options.merge_and_push else None)
+    return Run(
+        model_name=options.model_name,
+        dataset_name=data.relative_to(here).as_posix() if is_below else options.dataset_name,
+        eval_fraction=options.eval_fraction,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+        folds=options.folds,
+        fold=None,
+        max_length=options.max_length,
+        precision=base_precision(options),
+        early_stopping=bool(options.early_stopping),
+        merged_to=str(merged) if merged else None,
+        train_sha256=None,
+    )
+
+
+def _train_folds(options: Options, run: Run, folds: list[Splits], base: BaseModel) -> None:
+    """One training for each fold, each from the base model, and one page about all of them."""
+    for i, fold in enumerate(folds, 1):
+        if not tokenize(fold.eval, base.tokenizer, base.stop_ids, options.max_length)[0]:
+            raise ChatError(
+                f"The eval split of fold {i} does not fit into {options.max_length:,} tokens. Raise --max_length."
+            )
+    if is_main_process():
+        write_run(run, options.output_dir)
+    for i, fold in enumerate(folds, 1):
+        print_lines(f"\nFold {i} of {options.folds}")
+        of_fold = replace(run, fold=i, train_sha256=splits.fingerprint([fold]))
+        train_one(replace(options, output_dir=options.output_dir / f"fold-{i}"), of_fold, fold, base)
+        free_memory()
+    if is_main_process():
+        eval_loss = report.write_folds_report(subject_of(base, run, options), folds)
+        print_lines(f"\nEval loss: {eval_loss}, of {options.folds} folds.")
+        print_lines(f"The report is {options.output_dir / 'README.md'}.")
+
+
+def _merge(options: Options, run: Run, folder: Path, base: BaseModel, samples: list[list[int]]) -> None:
+    """samples: ids on which the merged model has to give the adapter's logits."""
+    free_memory()  # for the full-precision base
+    difference = merging.merge(base, options.output_dir, folder, samples)
+    write_run(run, options.output_dir)  # again: a run that was done already may be merged to another folder now
+    print_lines(f"The merged model is in {folder}; its logits differ from the adapter's by {difference:.1g} at most.")
+    if options.merge_and_push:
+        merging.push(folder, options.merge_and_push)
+        print_lines(f"It is at https://huggingface.co/{options.merge_and_push}.")

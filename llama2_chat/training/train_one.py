@@ -1,0 +1,131 @@
+"""One training, and all that is kept of it: weights, checkpoints, run.json, answers, curves and a page."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from llama2_chat.errors import ChatError
+from llama2_chat.loading import load
+from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.memory import visible_gpus
+from llama2_chat.training import curves, report
+from llama2_chat.training.answers import Question, answer, choose_questions
+from llama2_chat.training.base_model import BaseModel, no_progress
+from llama2_chat.training.chat_data import SPLITS
+from llama2_chat.training.checkpoints import find_checkpoint
+from llama2_chat.training.examples import Examples, mark_answers, tokenize
+from llama2_chat.training.main_process import is_main_process, print_lines
+from llama2_chat.training.options import Options
+from llama2_chat.training.resources import memory_gb
+from llama2_chat.training.run_json import Run, write_run
+from llama2_chat.training.splits import Splits
+from llama2_chat.training.trainer import make_trainer
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+ANSWERS = "answers.json"  # those before training, which a resumed run cannot ask for any more
+
+
+def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> list[list[int]]:
+    """Train one model into options.output_dir. Returns the ids of two conversations that it was trained on."""
+    checkpoint = find_checkpoint(options.output_dir, options.resume, run.train_sha256)
+    examples = _tokenize_splits(options, splits, base)
+    samples = [example.input_ids for example in examples["train"][:2]]
+    if checkpoint and curves.read_curves(options.output_dir):
+        print_lines(f"{options.output_dir} is done.")
+        return samples
+    if run.fold in (None, 1):
+        _show_examples(examples, base)
+
+    device = PartialState().local_process_index if visible_gpus() else "cpu"
+    model = load.load_base(base.checkpoint, run.precision, device, no_progress)
+    _check_target_modules(model, options.target_modules)
+    questions = choose_questions(splits, base.tokenizer, options.max_length)
+    if is_main_process():
+        write_run(run, options.output_dir)
+        file = options.output_dir / ANSWERS
+        if not (checkpoint and file.is_file()):
+            before = _answer(model, base, questions, options.batch_size)
+            file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
+    trainer = make_trainer(options, model, base.tokenizer, examples, resumed=checkpoint is not None)
+    figures = _train(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        if options.use_peft:
+            _name_base(options.output_dir, base.checkpoint)
+        before = json.loads((options.output_dir / ANSWERS).read_text("utf-8"))
+        trained: Any = trainer.model
+        after = _answer(trained, base, questions, options.batch_size)
+        rows = curves.from_log(trainer.state.log_history)
+        sizes = {split: len(examples[split]) for split in SPLITS}
+        answers = zip(questions, before, after, strict=True)
+        report.write_report(subject_of(base, run, options), sizes, rows, figures, answers)
+        curves.write_curves(rows, options.output_dir)  # last: a run that has them is done
+        print_lines(f"\nThe report is {options.output_dir / 'README.md'}.")
+    return samples
+
+
+def subject_of(base: BaseModel, run: Run, options: Options) -> report.Subject:
+    return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run.precision, options)
+
+
+def _tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examples:
+    """Raises ChatError if nothing is left to train on, or to measure on where that is needed."""
+    examples = {}
+    for split in SPLITS:
+        rows = getattr(splits, split)
+        examples[split], notes = tokenize(rows, base.tokenizer, base.stop_ids, options.max_length)
+        if rows:
+            tokens = sum(len(example.input_ids) for example in examples[split])
+            print_lines(f"{split}: {len(examples[split]):,} conversations, {tokens:,} tokens.", *notes)
+    if not examples["train"]:
+        raise ChatError("Nothing is left to train on. Raise --max_length, or look at the rows named above.")
+    if options.early_stopping and not examples["eval"]:
+        raise ChatError("--early_stopping needs an eval split. Raise --eval_fraction, or give more data.")
+    return examples
+
+
+def _show_examples(examples: Examples, base: BaseModel) -> None:
+    print_lines(*(f"\n{mark_answers(example, base.tokenizer)}" for example in examples["train"][:3]))
+    print_lines("\n⟦ ⟧ marks what the loss is computed on.\n")
+
+
+def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """Raise ChatError for a layer that the model lacks: PEFT ignores a misspelt one beside others."""
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    for target in target_modules:
+        if target != "all-linear" and not any(layer.endswith(f".{target}") for layer in layers):
+            raise ChatError(f"--target_modules: the model has no layer called {target}.")
+
+
+def _answer(model: PreTrainedModel, base: BaseModel, questions: list[Question], batch_size: int) -> list[str]:
+    rows = [question.row for question in questions]
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return [text for batch in batches for text in answer(model, base.tokenizer, batch, base.stop_ids)]
+
+
+def _train(trainer: SFTTrainer, checkpoint: Path | None) -> dict[str, str]:
+    """Train and save. Returns the time and the memory that it took, for the report."""
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    minutes = (time.perf_counter() - started) / 60
+    trainer.save_model()
+    memory = "GPU memory, at most" if visible_gpus() else "memory, at the end"
+    name = "time since --resume" if checkpoint else "time"
+    return {name: f"{minutes:.1f} minutes", memory: f"{memory_gb():.1f} GB"}
+
+
+def _name_base(adapter: Path, checkpoint: Checkpoint) -> None:
+    """Let the adapter name its base as people do, not by the folder where this machine keeps it."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    has_name = checkpoint.is_embedded or checkpoint.base.repo
+    name = checkpoint.model_id if has_name else str(checkpoint.base.folder.absolute())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")

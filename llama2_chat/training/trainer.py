@@ -1,0 +1,162 @@
+"""TRL's SFTTrainer as we use it: given ready-made ids and labels, so that only the chat's own template has a say."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from llama2_chat.loading.memory import compute_dtype, visible_gpus
+from llama2_chat.prompt import TokenizedExample
+from llama2_chat.training.examples import Examples, labels
+from llama2_chat.training.options import Options
+from llama2_chat.training.resources import memory_gb
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+EVAL_STEPS = 0.05  # of a run, after which it is measured on the eval split, and saved
+
+
+def make_trainer(
+    options: Options,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    resumed: bool = False,
+    eval_steps: float = EVAL_STEPS,
+) -> SFTTrainer:
+    """examples: of the train split, and of the eval split if there is one."""
+    from trl import SFTTrainer
+
+    config = _config(options, bool(examples["eval"]), resumed, eval_steps)
+    stopping = [EarlyStoppingCallback(options.early_stopping)] if options.early_stopping else []
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=_dataset(examples["train"]),
+        eval_dataset=_dataset(examples["eval"]) if examples["eval"] else None,
+        processing_class=tokenizer,
+        peft_config=_adapter(options) if options.use_peft else None,
+        callbacks=[Progress(), *stopping],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if config.fp16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # TRL has made them bfloat16, which float16's loss scaling cannot take
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+def _config(options: Options, has_eval: bool, resumed: bool, eval_steps: float) -> SFTConfig:
+    from trl import SFTConfig
+
+    gpus = visible_gpus()
+    has_gpu, is_bfloat16 = bool(gpus), compute_dtype(gpus) is torch.bfloat16
+    return SFTConfig(
+        output_dir=str(options.output_dir),
+        num_train_epochs=options.num_train_epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # of all steps, as everything below 1
+        max_length=options.max_length,
+        packing=options.packing,
+        eval_packing=False,
+        bf16=has_gpu and is_bfloat16,
+        fp16=has_gpu and not is_bfloat16,
+        use_cpu=not has_gpu,
+        dataloader_pin_memory=has_gpu,
+        gradient_checkpointing=has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
+        seed=options.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # True logs a NaN loss as 0
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=eval_steps,
+        eval_on_start=has_eval and not resumed,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=bool(options.early_stopping),
+        restore_callback_states_from_checkpoint=True,  # else a resumed run counts anew before it stops early
+        report_to=options.report_to,
+        project=(options.output_dir.parent if options.folds else options.output_dir).name,
+        run_name=options.output_dir.name,
+        trackio_static_space_id=False,  # a run is followed here, not published
+        disable_tqdm=True,  # Progress shows more
+    )
+
+
+def _adapter(options: Options) -> LoraConfig:
+    from peft import LoraConfig
+
+    targets = list(options.target_modules)
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _dataset(examples: list[TokenizedExample]) -> Dataset:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_list(
+        [{"input_ids": example.input_ids, "labels": labels(example)} for example in examples]
+    )
+
+
+class Progress(TrainerCallback):
+    """One bar: steps, time left, loss, tokens/s and memory."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )
+        self.shown: dict[str, str] = {}
+        self.started = time.perf_counter()
+        self.tokens_before: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._show_speed(logs["num_tokens"])
+            self.shown["loss"] = f"{logs['loss']:.3f}"
+        if "eval_loss" in logs:
+            self.shown["eval loss"] = f"{logs['eval_loss']:.3f}"
+        self.shown["memory"] = f"{memory_gb():.1f} GB"
+        self.bar.set_postfix(self.shown)
+
+    def _show_speed(self, tokens: float) -> None:
+        """tokens: since the first start; a run that was resumed has some of them from before."""
+        if self.tokens_before is None:
+            self.tokens_before, self.started = tokens, time.perf_counter()
+        else:
+            seconds = time.perf_counter() - self.started
+            self.shown["tokens/s"] = f"{(tokens - self.tokens_before) / seconds:,.0f}"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,58 @@
+"""Conversations as ids and labels: answers alone, whole exchanges, and the ids that the chat would use."""
+
+from llama2_chat import prompt
+from llama2_chat.loading import EMBEDDED
+from llama2_chat.training.base_model import fetch_base
+from llama2_chat.training.chat_data import Conversation
+from llama2_chat.training.examples import IGNORED, labels, mark_answers, tokenize
+from tests.support.conversations import conversation
+from tests.support.small_tokenizer import chatml
+
+
+def examples_of(tokenizer, max_length, *rows):
+    conversations = [Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1)]
+    return tokenize(conversations, tokenizer, {tokenizer.eos_token_id}, max_length)
+
+
+def test_only_answers_have_labels_and_their_eos_with_them():
+    tokenizer = chatml()
+    (example,), notes = examples_of(tokenizer, 1000, conversation("hello", "hello you", "and", "hell"))
+    found = labels(example)
+    assert notes == []
+    assert len(found) == len(example.input_ids)
+    assert tokenizer.decode([id for id in found if id != IGNORED]) == "hello you<|im_end|>hell<|im_end|>"
+    assert all(label in (IGNORED, id) for label, id in zip(found, example.input_ids, strict=True))
+
+
+def test_what_has_labels_is_marked_in_the_text_that_the_model_sees():
+    tokenizer = chatml()
+    (example,), _ = examples_of(tokenizer, 1000, conversation("hello", "hell"))
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert mark_answers(example, tokenizer) == f"{start}user\nhello{end}\n{start}assistant\n⟦hell{end}⟧"
+
+
+def test_a_long_conversation_loses_whole_exchanges_and_is_counted():
+    long = conversation("hello", "hello", "hello", "hello " * 200)
+    tokenizer = chatml()
+    (whole,), _ = examples_of(tokenizer, 1000, conversation("hello", "hello"))
+    (short,), notes = examples_of(tokenizer, 100, long, conversation("hello " * 200, "hello"))
+    assert short == whole
+    assert notes[0].startswith("1 are longer than 100 tokens")
+    assert "row 2: its first exchange is" in notes[2]
+
+
+def test_the_embedded_model_is_trained_on_what_its_chat_has_to_write_and_on_stopping(settings):
+    base = fetch_base(EMBEDDED)
+    assert [base.tokenizer.decode(id) for id in base.stop_ids] == ["<|im_end|>"]
+    exchanges = [("Who founded it?", "Ottilie Brandvold did."), ("When?", "In 1893.\n\nOn a Sunday.")]
+    messages, expected = [{"role": "system", "content": "Be brief."}], []
+    for question, answer in exchanges:
+        messages.append({"role": "user", "content": question})
+        prompt_ids = prompt.encode(base.tokenizer, messages)
+        answer_ids = base.tokenizer.encode(answer, add_special_tokens=False) + list(base.stop_ids)
+        expected += [IGNORED] * (len(prompt_ids) - len(expected)) + answer_ids
+        messages.append({"role": "assistant", "content": answer})
+    example = prompt.encode_example(base.tokenizer, messages, base.stop_ids)
+    assert labels(example) == expected
+    next_prompt = prompt.encode(base.tokenizer, [*messages, {"role": "user", "content": "Why?"}])
+    assert next_prompt[: len(example.input_ids)] == example.input_ids

@@ -1,0 +1,90 @@
+"""From the flags to what is kept: refusals before weights are loaded, and trainings of a tiny random model."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama2_chat import ROOT
+from llama2_chat.errors import ChatError
+from llama2_chat.loading import load
+from llama2_chat.training.curves import read_curves
+from llama2_chat.training.options import Options
+from llama2_chat.training.run import new_run
+from tests.support.small_tokenizer import CHATML
+from tests.support.training import arguments, train_here
+
+# TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_a_run_names_its_data_so_that_it_is_found_from_the_same_directory(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(dataset.parent.parent)
+    options = Options("a", "b", tmp_path, 1e-4)
+    for given, kept in (
+        (str(dataset), f"{dataset.parent.name}/{dataset.name}"),
+        ("someone/data", "someone/data"),
+        (str(ROOT / "data"), str(ROOT / "data")),
+    ):
+        assert new_run(replace(options, dataset_name=given)).dataset_name == kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--max_length", "5"), "Nothing is left to train on"),
+        (("--max_length", "5", "--folds", "2"), "The eval split of fold 1 does not fit into 5 tokens"),
+        (("--folds", "25"), "--folds 25 needs as many conversations"),
+        (("--eval_fraction", "0", "--early_stopping"), "--early_stopping needs an eval split"),
+    ],
+)
+def test_what_cannot_be_trained_or_measured_is_refused_before_weights_are_loaded(
+    chat_model, dataset, tmp_path, monkeypatch, flags, sentence
+):
+    monkeypatch.delattr(load, "load_base")
+    with pytest.raises(ChatError, match=sentence):
+        train_here(*arguments(chat_model, dataset, tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_the_model_lacks_is_refused(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--target_modules", "q_proj", "v_porj")
+    with pytest.raises(ChatError, match="no layer called v_porj"):
+        train_here(*arguments(chat_model, dataset, tmp_path, *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [(), ("--use_peft",), ("--use_peft", "--load_in_4bit"), ("--use_peft", "--load_in_8bit")]
+)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes: inputs will be cast from float32 to float16
+def test_a_model_is_trained_with_all_its_weights_and_with_an_adapter_in_16_8_and_4_bits(
+    chat_model, dataset, tmp_path, flags
+):
+    train_here(*arguments(chat_model, dataset, tmp_path, *flags, "--learning_rate", "1e-2", "--num_train_epochs", "5"))
+    losses = [row["eval loss"] for row in read_curves(tmp_path) if "eval loss" in row]
+    assert losses[-1] < 0.95 * losses[0]
+    assert (tmp_path / ("adapter_model.safetensors" if flags else "model.safetensors")).is_file()
+    assert (tmp_path / "chat_template.jinja").read_text() == CHATML
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "README.md").read_text()
+    assert re.search(r"^\| hello \d+ \| eval \| hell", page, re.M)
+    assert str(tmp_path.parent) not in page
+
+
+@pytest.mark.slow
+def test_a_run_stops_early_when_the_eval_loss_rises_and_does_not_begin_to_count_anew(
+    chat_model, dataset, tmp_path, capsys
+):
+    flags = ("--use_peft", "--learning_rate", "0.1", "--num_train_epochs", "40", "--early_stopping", "2")
+    command = arguments(chat_model, dataset, tmp_path, *flags)
+    train_here(*command)
+    stopped = read_curves(tmp_path)
+    assert stopped[-1]["epoch"] < 40
+    train_here(*command, "--resume")
+    assert "is done." in capsys.readouterr().out
+    assert read_curves(tmp_path) == stopped
+    Path(tmp_path, "curves.csv").unlink()  # as if it had been killed after its last checkpoint
+    train_here(*command, "--resume")
+    assert read_curves(tmp_path)[-1]["epoch"] == stopped[-1]["epoch"] + 2  # one measurement more
