@@ -1,4 +1,4 @@
-"""The Hugging Face Space: what README.md promises the platform, and the program as the platform builds and runs it.
+"""The Hugging Face Space: what README.md and docs/serving.md promise, and the program as the platform runs it.
 
 The slow tests install what a Space installs, run the tracked files as a user who may write none of them, and need
 port 7860. What this machine lacks for that is named, and the tests are skipped.
@@ -28,12 +28,13 @@ from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_precision
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+SERVING = (ROOT / "docs" / "serving.md").read_text("utf-8")
 CARD = SpaceCard(README).data
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HOST = "someone-llama-2-chat.hf.space"
 
 
-# ---- what README.md says ----
+# ---- what README.md and docs/serving.md say ----
 
 
 def test_the_space_gets_the_gradio_that_is_pinned():
@@ -59,6 +60,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key and value heads
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
+PRECISIONS = ("bfloat16", "int8", "nf4")  # the columns of the table in README.md
 # What CUDA reports as the whole of it is less than what is sold.
 GPUS = {
     "T4 small": Gpu(15_800_000_000, (7, 5)),
@@ -84,8 +86,8 @@ def size_of(model):
 
 
 def table():
-    """(hardware, model, precision, GB) of every claim in the table of README's section on Spaces."""
-    section = README.partition("## As a Hugging Face Space")[2].partition("\n## ")[0]
+    """(hardware, model, precision, GB) of every claim in the table of the section on Spaces."""
+    section = SERVING.partition("## As a Hugging Face Space")[2].partition("\n## ")[0]
     for row in re.findall(r"^\| (.+?),? \d+ GB \| (.+) \|$", section, re.MULTILINE):
         for claim in re.findall(r"(\d+B) in (\w+)[^|]*?, ([\d.]+) GB", row[1]):
             yield row[0], *claim
@@ -108,6 +110,14 @@ def test_the_hardware_table_is_whole_and_a_t4_computes_in_float16():
         ("A100 large", "70B"),
     }
     assert choose_precision("none", size_of("7B"), [GPUS["T4 small"]])[0] == "float16"
+
+
+def test_the_memory_table_of_the_readme_says_what_the_program_computes():
+    rows = re.findall(r"^\| Llama 2 (\d+B) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", README, re.MULTILINE)
+    assert rows == [
+        (model, *(f"{size_of(model).needed_bytes(precision, 4096) / 1e9:.1f}" for precision in PRECISIONS))
+        for model in SHAPES
+    ]
 
 
 # ---- as the platform builds and runs it ----

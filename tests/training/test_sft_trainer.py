@@ -31,8 +31,9 @@ GIVEN = ["--model_name", "a", "--dataset_name", "b"]
 # ---- Flags ----
 
 
-def test_the_command_of_the_readme_is_understood():
-    command = re.search(r"python scripts/sft_trainer.py (--model_name.*?)\n```", (ROOT / "README.md").read_text(), re.S)
+def test_the_command_of_the_documentation_is_understood():
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    command = re.search(r"python scripts/sft_trainer.py (--model_name.*?)\n```", text, re.S)
     args = read_arguments(command[1].replace("\\\n", " ").split())
     assert (args.model_name, args.load_in_4bit, args.use_peft) == ("meta-llama/Llama-2-7b-hf", True, True)
     assert (args.batch_size, args.gradient_accumulation_steps, args.learning_rate) == (4, 2, 2e-4)
