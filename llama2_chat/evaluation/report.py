@@ -22,7 +22,9 @@ def write(results: Results, folder: Path) -> None:
 
 
 def page(results: Results) -> list[str]:
-    lines = [f"# {results.title}", "", *_overfitting(results)]
+    lines = [f"# {results.title}"]
+    if results.finetuned:
+        lines += ["", *_overfitting(results)]
     lines += ["", "![train and eval loss against steps; loss by model and split](evaluation.png)", ""]
     lines += ["## Perplexity of the answers", "", *_perplexities(results)]
     if results.scores:
