@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_arguments(argv)
     if "LOCAL_RANK" not in os.environ:  # not from `accelerate launch`: TRL refuses a process that sees several GPUs
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    from llama2_chat.training.resources import translate_resource_errors  # seconds of imports: not for --help
-    from llama2_chat.training.run import train
-
     # It asks for a package that nobody needs here, and for int8 it logs a line for each layer and batch.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
     warnings.filterwarnings("ignore", r".*gradient_checkpointing` is deprecated", FutureWarning)
+    from llama2_chat.training.resources import translate_resource_errors  # seconds of imports: not for --help
+    from llama2_chat.training.run import train
+
     try:
         with translate_resource_errors(
             options.memory_remedies(), options.output_dir, "--resume goes on from what was saved."
