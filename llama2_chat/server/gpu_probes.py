@@ -70,7 +70,7 @@ def _nvidia_smi() -> tuple[_Card | None, str]:
         done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_LIMIT_S)
     except subprocess.TimeoutExpired:
         return None, f"no answer within {NVIDIA_SMI_LIMIT_S:g} s"
-    output = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+    output = first_line(done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}")
     if "No devices were found" in output:
         return None, ""
     if done.returncode or output.count(", ") != 2:
