@@ -1,4 +1,4 @@
-"""Two servers, shared by the tests of a file: the embedded model's, and one of a model that is small and fast."""
+"""What the tests of a file share: two servers, one with the embedded model and one with a small one; certificates."""
 
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.loading.load import Loaded
 from llama2_chat.types import Status
 from model import ChatModel
+from tests.support.certificates import LOCALHOST, SELF_SIGNED, openssl
 from tests.support.programs import HELLO, LIKELIEST, TALK, whole_reply
 from tests.support.serving import serving
 
@@ -53,3 +54,29 @@ def small_address(small, settings):
 def http(small_address):
     with httpx.Client(base_url=small_address, timeout=60) as http:
         yield http
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where certificates are made."""
+    return tmp_path / "certs"
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """A folder with what people bring: server.crt, server.key and other forms of them."""
+    folder = tmp_path_factory.mktemp("own")
+    made = openssl(*SELF_SIGNED, *LOCALHOST, "-keyout", folder / "server.key", "-out", folder / "server.crt")
+    assert made.returncode == 0, made.stderr
+    openssl(*SELF_SIGNED, "-subj", "/CN=localhost", "-keyout", folder / "other.key", "-out", folder / "no_san.crt")
+    openssl("x509", "-in", folder / "server.crt", "-outform", "der", "-out", folder / "server.der")
+    secret = ("-passout", "pass:open sesame")
+    openssl("pkcs8", "-topk8", "-in", folder / "server.key", "-out", folder / "secret.key", *secret)
+    openssl("ec", "-aes256", "-in", folder / "server.key", "-out", folder / "secret_old.key", *secret)
+    certificate, key = ((folder / name).read_text() for name in ("server.crt", "server.key"))
+    curve = openssl("ecparam", "-name", "prime256v1").stdout
+    (folder / "key_first.pem").write_text(curve + key + certificate)
+    (folder / "key_last.pem").write_text("Bag Attributes\n" + certificate + curve + key)
+    (folder / "upside_down.crt").write_text((folder / "no_san.crt").read_text() + certificate)
+    (folder / "folder.crt").mkdir()
+    return folder
