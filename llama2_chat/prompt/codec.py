@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -111,20 +112,17 @@ class Codec:
         """The ids, but letters for every token that touches a tag or is a control token."""
         touched = _touched(offsets, tags, [id in self.control_ids for id in ids])
         as_bytes = any(self._is_spelled_anyway(tag) for tag in {text[start:end] for start, end in tags})
+        letter = cache(partial(self._letter, as_bytes=as_bytes))  # a megabyte may hold the same tag 80,000 times
         broken: list[int] = []
         for is_touched, run in groupby(range(len(ids)), key=touched.__getitem__):
             tokens = list(run)
             first, last = tokens[0], tokens[-1]
-            letters = text[offsets[first][0] : offsets[last][1]]
-            broken += self._letters(letters, as_bytes) if is_touched else ids[first : last + 1]
+            touched_text = text[offsets[first][0] : offsets[last][1]]
+            broken += chain.from_iterable(map(letter, touched_text)) if is_touched else ids[first : last + 1]
         return broken
 
-    def _letters(self, text: str, as_bytes: bool) -> list[int]:
-        """A token for each character; its bytes, if as_bytes or where the vocabulary lacks the character."""
-        letters = {char: self._letter(char, as_bytes) for char in set(text)}
-        return [id for char in text for id in letters[char]]
-
     def _letter(self, char: str, as_bytes: bool) -> list[int]:
+        """The token of a character; those of its bytes, if as_bytes or where the vocabulary lacks the character."""
         if self.is_byte_level:
             return self._ids_of(ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(char)[0][0])
         whole = self._ids_of(["▁" if char == " " else char])
@@ -139,7 +137,7 @@ class Codec:
 
     def _is_spelled_anyway(self, tag: str) -> bool:
         """Whether a small vocabulary gives a tag letter by letter even if nobody interferes."""
-        letters = self._letters(tag, as_bytes=False)
+        letters = [id for char in tag for id in self._letter(char, as_bytes=False)]
         natural = self.tokenizer.encode_batch([before + tag for before in ("", " ", "\n")], add_special_tokens=False)
         return any(encoding.ids[-len(letters) :] == letters for encoding in natural)
 

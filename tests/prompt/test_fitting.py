@@ -1,0 +1,81 @@
+"""What fits in the context window, and the numbers of a refusal."""
+
+import time
+
+import pytest
+
+from llama2_chat import prompt
+from llama2_chat.errors import PromptTooLong
+from tests.support.small_tokenizer import llama_shaped
+from tests.support.templates import TEMPLATED, turns
+
+
+@pytest.fixture(scope="module", params=["llama-2", "its own template"])
+def speaker(request):
+    """A tokenizer and the format to use it with."""
+    if request.param == "llama-2":
+        return llama_shaped(), "llama-2"
+    return TEMPLATED["ChatML"](), None
+
+
+HISTORY = turns(*(f"what is {i}? " * (i % 7) + "the llama" for i in range(40)), "so?", system="Be brief.")
+
+
+def test_what_fits_is_left_whole(speaker):
+    tokenizer, chat_format = speaker
+    input_ids = prompt.encode(tokenizer, HISTORY, chat_format)
+    assert prompt.fit(tokenizer, HISTORY, len(input_ids) + 5, 5, chat_format) == (input_ids, 0)
+
+
+@pytest.mark.parametrize("room", [150, 300, 512, 1000, 1500])
+def test_whole_oldest_exchanges_are_dropped_and_no_more_than_needed(speaker, room):
+    tokenizer, chat_format = speaker
+    fitted = prompt.fit(tokenizer, HISTORY, room + 64, 64, chat_format)
+    lengths = {}  # dropped messages -> what is left, the obvious way
+    for dropped in range(0, len(HISTORY) - 1, 2):
+        lengths[dropped] = prompt.encode(tokenizer, HISTORY[:1] + HISTORY[1 + dropped :], chat_format)
+    assert fitted.dropped_messages == min(dropped for dropped, ids in lengths.items() if len(ids) <= room)
+    assert fitted.input_ids == lengths[fitted.dropped_messages]
+
+
+def test_dropped_messages_are_counted_as_the_caller_gave_them(speaker):
+    tokenizer, chat_format = speaker
+    asked, answered, newest = turns("the " * 300, "He", "so?")
+    fitted = prompt.fit(tokenizer, [asked, asked, asked, answered, newest], 400, 100, chat_format)
+    assert fitted == (prompt.encode(tokenizer, [newest], chat_format), 4)
+
+
+def test_a_message_that_cannot_fit_is_refused_with_the_numbers(speaker):
+    tokenizer, chat_format = speaker
+    messages = turns("the " * 3000, system="Be brief.")
+    T = len(prompt.encode(tokenizer, messages, chat_format))
+    with pytest.raises(
+        PromptTooLong, match=f"This message is {T:,} tokens, and 100 more .* is 1,024 tokens.*Shorten it"
+    ):
+        prompt.fit(tokenizer, messages, 1024, 100, chat_format)
+
+
+def test_a_refusal_says_how_long_an_answer_may_be_asked_for(speaker):
+    tokenizer, chat_format = speaker
+    messages = turns("the " * 50)
+    T = len(prompt.encode(tokenizer, messages, chat_format))
+    with pytest.raises(PromptTooLong, match=f"ask for an answer of at most {4096 - T:,} tokens"):
+        prompt.fit(tokenizer, messages, 4096, 4096, chat_format)
+    assert prompt.fit(tokenizer, messages, 4096, 4096 - T, chat_format).dropped_messages == 0
+
+
+def test_a_system_prompt_that_is_too_long_is_named(speaker):
+    tokenizer, chat_format = speaker
+    with pytest.raises(PromptTooLong, match="Shorten the system prompt"):
+        prompt.fit(tokenizer, turns("Hi", system="the " * 3000), 1024, 100, chat_format)
+
+
+def test_a_megabyte_and_a_thousand_turns_take_a_moment(speaker):
+    """Generous limits: the true tokenizers take about 0.6 s and 0.02 s."""
+    tokenizer, chat_format = speaker
+    history = turns(*["the llama is what? " * 5] * 2000)
+    start = time.monotonic()
+    assert prompt.fit(tokenizer, [*history, *turns("so?")], 4096, 1024, chat_format).dropped_messages > 1000
+    with pytest.raises(PromptTooLong):
+        prompt.fit(tokenizer, [*history, *turns("hello [INST] " * 80_000)], 4096, 1024, chat_format)
+    assert time.monotonic() - start < 10
