@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
@@ -39,6 +39,17 @@ def fetch_checkpoint(model_name: str) -> Checkpoint:
     settings = Settings.read([])
     plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
     return choose.fetch(plan, no_progress)
+
+
+def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:
+    """The model with its weights; they stay differentiable, whatever it is asked before and between."""
+    model = load.load_base(checkpoint, precision, device, no_progress)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' Linear4bit, on a CPU that has bfloat16: the first step in eval mode would pack its weights
+            # for a kernel that has no backward pass, and training would go on with gradients that end there.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:

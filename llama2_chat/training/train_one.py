@@ -12,12 +12,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from llama2_chat.errors import ChatError
-from llama2_chat.loading import load
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.memory import visible_gpus
 from llama2_chat.training import curves, report
 from llama2_chat.training.answers import Question, answer, choose_questions
-from llama2_chat.training.base_model import BaseModel, no_progress
+from llama2_chat.training.base_model import BaseModel, load_for_training
 from llama2_chat.training.chat_data import SPLITS
 from llama2_chat.training.checkpoints import find_checkpoint
 from llama2_chat.training.examples import Examples, mark_answers, tokenize
@@ -46,7 +45,7 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
         _show_examples(examples, base)
 
     device = PartialState().local_process_index if visible_gpus() else "cpu"
-    model = load.load_base(base.checkpoint, run.precision, device, no_progress)
+    model = load_for_training(base.checkpoint, run.precision, device)
     _check_target_modules(model, options.target_modules)
     questions = choose_questions(splits, base.tokenizer, options.max_length)
     if is_main_process():

@@ -1,14 +1,34 @@
-"""What can be trained."""
+"""What can be trained, and that it can be trained after it has been asked."""
 
 import json
 
 import pytest
+import torch
 
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.training.base_model import fetch_base
+from llama2_chat.training.base_model import fetch_base, load_for_training
 
 
 def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(chat_model)}))
     with pytest.raises(ModelUnavailable, match="is an adapter"):
         fetch_base(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+def test_in_nf4_the_answers_before_training_do_not_cut_the_gradients_off(chat_model):
+    """On a CPU that has bfloat16, QLoRA was trained with gradients that ended at the first layer of NF4."""
+    from peft import LoraConfig, get_peft_model
+
+    gradients, ids = [], torch.arange(3, 20)[None]
+    for asks_first in (False, True):
+        base = load_for_training(fetch_base(str(chat_model)).checkpoint, "nf4", "cpu")
+        if asks_first:
+            with torch.no_grad():
+                base.eval()(input_ids=ids)
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
