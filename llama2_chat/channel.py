@@ -27,8 +27,8 @@ class Channel(Generic[T]):
         self._waiter: asyncio.Future[None] | None = None  # an async reader that has nothing to read
 
     def put(self, item: T) -> None:
-        self._items.put(item)
-        with self._lock:
+        with self._lock:  # both at once: else a reader who has taken the item and waits anew is woken for nothing
+            self._items.put(item)
             if self._waiter is not None:
                 with contextlib.suppress(RuntimeError):  # its loop has closed: nobody reads any more
                     self._waiter.get_loop().call_soon_threadsafe(_resolve, self._waiter)

@@ -126,7 +126,7 @@ class RemoteModel:
             if self._loop is None or self._stopped:
                 raise ModelUnavailable(STOPPED)
             reply.task = asyncio.run_coroutine_threadsafe(self._answer(reply, question, trim), self._loop)
-        reply.task.add_done_callback(lambda _: reply.end("cancelled"))  # cancelled before its first step
+        reply.task.add_done_callback(lambda _: reply.end("cancelled"))  # if it was cancelled before its first step
         return reply
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
@@ -147,9 +147,10 @@ class RemoteModel:
             with suppress(asyncio.CancelledError):
                 await self._health.watch()
         finally:
+            # Whatever was submitted before this is in the loop's queue, becomes a task as the loop ends, and is cancelled
+            # by asyncio.run(); anything later would wait in a queue that nobody reads.
             with self._lock:
                 self._stopped = True
-            await asyncio.sleep(0)  # what was submitted before becomes a task, so that asyncio.run() can cancel it
 
     async def _answer(self, reply: RemoteReply, question: Question, trim: bool) -> None:
         """Ask one server after another until one has sent text; what happens to it then is final."""

@@ -618,7 +618,7 @@ def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(o
         name for name in preflight.PROBES if name not in preflight.LOCAL
     ]
     assert done.returncode == 0
-    assert (odd.probed, odd.asked) == (1, [])
+    assert (odd.probed, odd.requests) == (1, [])
     found = elsewhere(odd, settings, inference_key="ours")
     assert found["key"].detail == "accepted"
     assert found["answer"].detail.startswith("odd of 4,096 tokens answers")

@@ -1,4 +1,4 @@
-"""A server that says, byte by byte, what a test tells it to say: good answers, and all that must not break a reader."""
+"""A server that sends, byte by byte, what a test tells it to: good answers, and all that must not break a reader."""
 
 import json
 import socket
@@ -18,9 +18,10 @@ def packet(data):
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-def event(text=None, finish=None, **more):
+def event(text=None, finish=None, ascii=False, **more):
+    """ascii: with escapes for all other letters, so that half a character can be sent."""
     choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}
-    return packet(f"data: {json.dumps({'choices': [choice], **more}, ensure_ascii=False)}\n\n".encode())
+    return packet(f"data: {json.dumps({'choices': [choice], **more}, ensure_ascii=ascii)}\n\n".encode())
 
 
 DONE = [packet(b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n"), packet(b"data: [DONE]\n\n")]
@@ -47,7 +48,7 @@ def reset(connection):
 
 
 class OddServer:
-    """Says, byte by byte, what it is told to say: `probe` to a question for one token, `answer` to any other.
+    """Sends `probe` in reply to a probe, and `answer` in reply to any other question.
 
     A step of these is bytes to send, seconds to wait, or something to do with the connection.
     """
@@ -56,8 +57,8 @@ class OddServer:
         self.models = [{"id": "odd", "max_model_len": 4096}]
         self.probe = words("Hi", finish="length")
         self.answer = words("Hel", "lo", "!")
-        self.asked = []  # the questions, probes left out
-        self.probed = 0
+        self.requests = []  # the JSON of each question; probes are only counted
+        self.probed = 0  # how often
         self.headers = {}  # of the latest request
         self.left = threading.Event()  # a reader went away in the middle of an answer
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -76,11 +77,11 @@ class OddServer:
         with connection:
             try:
                 head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
-                if not head:  # somebody thought better of it
+                if not head:  # closed again without a request
                     return
                 line, *fields = head.decode().split("\r\n")
                 headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
-                self.headers = headers  # other requests may come meanwhile
+                self.headers = headers  # a local name as well: another request may arrive meanwhile
                 while len(body) < int(headers.get("content-length", 0)):
                     body += connection.recv(65536)
                 for step in self.steps(line, body):
@@ -100,7 +101,7 @@ class OddServer:
         if question["messages"] == GREETING:
             self.probed += 1
             return self.probe
-        self.asked.append(question)
+        self.requests.append(question)
         return self.answer(question) if callable(self.answer) else self.answer
 
     def close(self):
