@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from typing import Generic, Self, TypeVar
 
-from llama2_chat.types import FinishReason
+from llama2_chat.types import FinishReason, Timing
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class ChannelReply(ABC, Generic[T]):
     """The reader's half of types.Reply, over a channel."""
 
     finish_reason: FinishReason | None = None  # None until the reader has read the end, or close()
+    _finishing = threading.Lock()  # one for all replies: it is only held for a comparison
 
     @property
     @abstractmethod
@@ -73,6 +75,11 @@ class ChannelReply(ABC, Generic[T]):
     @abstractmethod
     def _raise_error(self) -> None:
         """Raise what the visitor is to be told, if the answer has failed."""
+
+    def _finish(self, reason: FinishReason) -> None:
+        """The first reason stays, be it the reader's or that of close()."""
+        with self._finishing:
+            self.finish_reason = self.finish_reason or reason
 
     def __iter__(self) -> Self:
         return self
@@ -113,6 +120,26 @@ class ChannelReply(ABC, Generic[T]):
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
+
+
+class Stopwatch:
+    """When a reply was submitted, which is now, and when its first and its latest token were put."""
+
+    def __init__(self) -> None:
+        self._submitted = time.perf_counter()
+        self._first: float | None = None
+        self._latest = self._submitted
+
+    def lap(self) -> None:
+        self._latest = time.perf_counter()
+        if self._first is None:
+            self._first = self._latest
+
+    def timing(self, tokens: int) -> Timing:
+        if self._first is None:
+            return Timing()
+        seconds = self._latest - self._first
+        return Timing(self._first - self._submitted, (tokens - 1) / seconds if seconds > 0 else None)
 
 
 def _resolve(waiter: asyncio.Future[None]) -> None:

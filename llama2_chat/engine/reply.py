@@ -5,8 +5,6 @@ Whoever reads does the decoding, so that the engine's thread only hands ids over
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -15,7 +13,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import TextIteratorStreamer
 
-from llama2_chat.channel import Channel, ChannelReply
+from llama2_chat.channel import Channel, ChannelReply, Stopwatch
 from llama2_chat.types import FinishReason, Timing, Usage
 
 if TYPE_CHECKING:
@@ -42,15 +40,13 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._text = ""  # decoded so far
         self._shown = 0  # characters of it handed out; the rest may be the beginning of a stop string
-        self._put_times = [time.perf_counter()]  # of the submit, the first token and the latest
+        self._stopwatch = Stopwatch()
         self._put_tokens = 0
-        self._lock = threading.Lock()
 
     # What the engine's thread calls.
 
     def put(self, value: torch.Tensor) -> None:
-        self._put_times[2:] = []
-        self._put_times.append(time.perf_counter())
+        self._stopwatch.lap()
         self._put_tokens += 1
         self.text_queue.put(value)
 
@@ -73,9 +69,7 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
 
     @property
     def timing(self) -> Timing:
-        submitted, *times = self._put_times
-        seconds = times[-1] - times[0] if times else 0
-        return Timing(times[0] - submitted if times else None, (self._put_tokens - 1) / seconds if seconds else None)
+        return self._stopwatch.timing(self._put_tokens)
 
     def close(self) -> None:
         self._finish("cancelled")
@@ -120,10 +114,6 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             self._finish("stop")
             self._engine.cancel(self.request)
         return piece
-
-    def _finish(self, reason: FinishReason) -> None:
-        with self._lock:
-            self.finish_reason = self.finish_reason or reason
 
     def _raise_error(self) -> None:
         if self.finish_reason == "error" and self.request.error:

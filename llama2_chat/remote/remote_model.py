@@ -147,8 +147,8 @@ class RemoteModel:
             with suppress(asyncio.CancelledError):
                 await self._health.watch()
         finally:
-            # Whatever was submitted before this is in the loop's queue, becomes a task as the loop ends, and is cancelled
-            # by asyncio.run(); anything later would wait in a queue that nobody reads.
+            # What was submitted before this is in the loop's queue: as the loop ends it becomes a task, which is then
+            # cancelled. Anything later would wait in a queue that nobody reads.
             with self._lock:
                 self._stopped = True
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
 
 from huggingface_hub import ChatCompletionStreamOutput
 
-from llama2_chat.channel import Channel, ChannelReply
+from llama2_chat.channel import Channel, ChannelReply, Stopwatch
 from llama2_chat.remote.faults import ABORTED, ServerFault
 from llama2_chat.text import valid_unicode
 from llama2_chat.types import FinishReason, Timing, Usage
@@ -34,7 +33,7 @@ class RemoteReply(ChannelReply[str | None]):
         self._channel: Channel[str | None] = Channel()
         self._accepted = False  # as far as the reader knows
         self._half = ""  # half a character, that is a surrogate, whose other half the next piece may begin with
-        self._put_times = [time.perf_counter()]  # of the submit, the first piece and the latest
+        self._stopwatch = Stopwatch()
         self._ending: tuple[FinishReason, Exception | None] | None = None
         self._lock = threading.Lock()
 
@@ -64,8 +63,7 @@ class RemoteReply(ChannelReply[str | None]):
             )
 
     def _put_text(self, text: str) -> None:
-        self._put_times[2:] = []
-        self._put_times.append(time.perf_counter())
+        self._stopwatch.lap()
         self._channel.put(text)
         self.has_text = True
         # An estimate until the server reports its usage, which not all do: a piece is a token, or a few.
@@ -87,10 +85,7 @@ class RemoteReply(ChannelReply[str | None]):
 
     @property
     def timing(self) -> Timing:
-        submitted, *times = self._put_times
-        seconds = times[-1] - times[0] if times else 0
-        later_tokens = self.usage.completion_tokens - 1
-        return Timing(times[0] - submitted if times else None, later_tokens / seconds if seconds else None)
+        return self._stopwatch.timing(self.usage.completion_tokens)
 
     def close(self) -> None:
         self._finish("cancelled")
@@ -128,10 +123,6 @@ class RemoteReply(ChannelReply[str | None]):
         text = self._half + item
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return valid_unicode(text.removesuffix(self._half))
-
-    def _finish(self, reason: FinishReason) -> None:
-        with self._lock:
-            self.finish_reason = self.finish_reason or reason
 
     def _raise_error(self) -> None:
         if self.finish_reason == "error" and self._ending and self._ending[1]:

@@ -82,8 +82,8 @@ def test_servers_that_differ_in_their_paths_alone_are_told_apart(settings):
     """Prometheus takes no sample that is there twice."""
     urls = "http://gpus:8000/one/v1,http://gpus:8000/two/,http://gpus:8000/two/v1/chat/completions"
     numbers = Metrics(RemoteModel(replace(settings, inference_url=urls))).text().decode()
-    lines = [line for line in numbers.splitlines() if line.startswith("chat_server_healthy")]
-    assert lines == ['chat_server_healthy{server="gpus:8000/one"} 0.0', 'chat_server_healthy{server="gpus:8000/two"} 0.0']
+    samples = [line for line in numbers.splitlines() if line.startswith("chat_server_healthy")]
+    assert samples == [f'chat_server_healthy{{server="gpus:8000/{path}"}} 0.0' for path in ("one", "two")]
 
 
 def test_what_only_the_model_itself_could_do_is_refused(settings, odd):

@@ -8,8 +8,9 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from tests.support.programs import TALK, ask, freed, one_running_one_waiting, until
+from tests.support.programs import TALK, ask, freed, one_running_one_waiting
 from tests.support.serving import serving
+from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")

@@ -13,8 +13,9 @@ import pytest
 from llama2_chat.server.openai_types import ChatRequest
 from llama2_chat.types import SamplingParams, Status
 from model import ChatModel
-from tests.support.programs import HELLO, LIKELIEST, TALK, ask, error, until, whole_reply
+from tests.support.programs import HELLO, LIKELIEST, TALK, ask, error, whole_reply
 from tests.support.serving import busy, serving
+from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")

@@ -8,7 +8,8 @@ import pytest
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server import responses
-from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, raw, streaming, until
+from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, raw, streaming
+from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")

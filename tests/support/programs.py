@@ -8,6 +8,7 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from llama2_chat.types import SamplingParams
+from tests.support.waiting import until
 
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -47,11 +48,6 @@ def raw(address, **fields):
     with socket.create_connection((url.hostname, url.port), timeout=20) as connection:
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
         yield connection
-
-
-def until(condition):
-    while not condition():
-        time.sleep(0.002)
 
 
 @contextlib.contextmanager
