@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TokenizedExample(NamedTuple):
-    """A conversation as it is learnt from: its ids, and from where to where the answers go, stop ids included."""
+    """A conversation to train on: its ids, and the start and end of each answer among them, stop ids included."""
 
     input_ids: list[int]
     answers: list[tuple[int, int]]
@@ -27,15 +27,15 @@ def encode_example(
     stop_ids: Container[int],
     chat_format: str | None = None,
 ) -> TokenizedExample:
-    """A conversation that ends with an answer, in the ids that encode() would give it, and what is learnt of them.
+    """A conversation that ends with an answer, in the ids that encode() would give it, and the answers among them.
 
-    Of each answer that is what the model has to write after the prompt of its question, up to and including the stop
+    An answer is what the model has to write after the prompt of its question, up to and including the stop
     id: without it a model never learns to end.
-    Raises ChatError as encode() does, and if this format writes an answer otherwise than the model would have to.
+    Raises ChatError as encode() does, and if the chat format writes an answer in other ids than the model would.
     """
     system, turns = check_messages([*messages, {"role": "user", "content": "Go on."}])
     if turns[-1].messages > 1 or len(turns) == 1:
-        raise ChatError("A conversation to learn from ends with an answer.")
+        raise ChatError("A conversation to train on ends with an answer.")
     write = writer(tokenizer, chat_format)
     input_ids, answers = write(system, turns), []
     for i in range(1, len(turns), 2):
@@ -44,8 +44,8 @@ def encode_example(
         end = next((t + 1 for t in range(start, len(input_ids)) if input_ids[t] in stop_ids), None)
         if input_ids[:start] != asked or end is None:
             raise ChatError(
-                "This conversation cannot be learnt from in the model's format: what came before changes as it goes "
-                "on, or an answer ends without the token that stops the model."
+                "This conversation cannot be trained on in the model's format: either earlier turns change as the "
+                "conversation goes on, or an answer ends without the token that stops the model."
             )
         answers.append((start, end))
     return TokenizedExample(input_ids[: answers[-1][1]], answers)

@@ -34,7 +34,7 @@ def test_a_format_in_which_the_model_would_have_to_write_otherwise_cannot_be_lea
     tokenizer = with_template(gpt_2_shaped("<|im_start|>", "<|im_end|>"), CHATML)
     with pytest.raises(ChatError, match="without the token that stops the model"):
         prompt.encode_example(tokenizer, turns("hello", "hello"), {0})
-    with pytest.raises(ChatError, match="cannot be learnt from"):  # the template's line end and the answer's are one
+    with pytest.raises(ChatError, match="cannot be trained on"):  # the template's line end and the answer's are one
         prompt.encode_example(tokenizer, turns("hello", "\n"), {tokenizer.eos_token_id})
 
 

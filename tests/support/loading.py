@@ -16,9 +16,9 @@ def asking_for(model_id, **settings):
 
 def get(settings, progress=ignore):
     """What a start does, from settings to a loaded model."""
-    plan = fetch(choose(settings), progress)
-    load_tokenizer(plan)
-    return load(plan, progress)
+    checkpoint = fetch(choose(settings), progress)
+    load_tokenizer(checkpoint)
+    return load(checkpoint, progress)
 
 
 def refusal(call, *args):
