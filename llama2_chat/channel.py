@@ -52,7 +52,8 @@ class Channel(Generic[T]):
         try:
             await waiter
         finally:
-            self._waiter = None
+            with self._lock:  # put() may be about to wake it
+                self._waiter = None
 
 
 class ChannelReply(ABC, Generic[T]):

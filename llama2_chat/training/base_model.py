@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,8 @@ def fetch_checkpoint(model_name: str) -> Checkpoint:
 def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:
     """The model with its weights; they stay differentiable, whatever it is asked before and between."""
     model = load.load_base(checkpoint, precision, device, no_progress)
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes' Linear4bit, on a CPU that has bfloat16: the first step in eval mode would pack its weights
             # for a kernel that has no backward pass, and training would go on with gradients that end there.
