@@ -1,4 +1,4 @@
-"""One server for the page on the real embedded model, and one browser, for all tests of this folder."""
+"""One server for the page on the real embedded model, for all tests of this folder, and a browser for each file."""
 
 from dataclasses import replace
 
@@ -9,14 +9,15 @@ from tests.support.browser import CHROMIUM, LIKELIEST, box, open_settings
 from tests.support.serving import serving
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def address(chat, settings):
     with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
         yield address
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
+    # Not for the session: while Playwright runs, no test of another folder could start an event loop in this thread.
     with sync_playwright() as playwright:
         # chat.lan is this machine as a browser elsewhere on the network sees it: plain HTTP is no secure context there.
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-proxy-server"]
