@@ -41,7 +41,7 @@ def single(tiny):
         yield engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny(tiny_llama):
     return tiny_llama
 
