@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from filelock import FileLock
 from hypothesis import settings as hypothesis_settings
 from transformers import AutoTokenizer
 
@@ -82,10 +83,13 @@ def chat_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes: once for all who ask."""
-    folder = tmp_path_factory.mktemp("demo")
-    run_sft_trainer("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")
+def demo(tmp_path_factory, worker_id):
+    """What `sft_trainer.py --demo` leaves, as adapter/ and merged/. Takes minutes: once for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "demo"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            run_sft_trainer("--demo", "--output_dir", folder / "adapter", "--merge_to", folder / "merged")
     return folder
 
 

@@ -17,7 +17,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from llama2_chat.settings import Settings
-from tests.support.browser import ignore_pandas
 from tests.support.odd_server import OddServer
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +89,6 @@ def image(tmp_path, dockerfile, installed):
     return folder, tmp_path / "venv" / "bin" / "python"
 
 
-@ignore_pandas
 def test_what_the_pages_image_copies_and_installs_is_enough_to_answer(image, tmp_path):
     folder, python = image
     assert not (folder / "model.py").exists()

@@ -25,12 +25,13 @@ from transformers import LlamaConfig
 
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
 from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_precision
+from tests.support.browser import CHROMIUM
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SERVING = (ROOT / "docs" / "serving.md").read_text("utf-8")
 CARD = SpaceCard(README).data
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+
 HOST = "someone-llama-2-chat.hf.space"
 
 
@@ -246,7 +247,6 @@ def wait_until_ready(address, log, seconds=120):
         time.sleep(0.2)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # by Gradio 6.31
 long_enough_to_install = pytest.mark.timeout(600)
 
 

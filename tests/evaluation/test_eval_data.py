@@ -10,7 +10,6 @@ from tests.support.evaluating import evaluate, refusal
 from tests.support.runs import save_adapter, save_run
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_weights):

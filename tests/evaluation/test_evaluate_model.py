@@ -22,7 +22,6 @@ from tests.support.evaluating import evaluate, loss_of, refusal
 from tests.support.hub import Hub
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 # ---- Flags ----

@@ -14,7 +14,6 @@ from tests.support.evaluating import evaluate, loss_of
 from tests.support.serving import ignore
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def losses_one_by_one(model, examples):

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from llama2_chat.evaluation import judging, questions
 from llama2_chat.training import splits
 from llama2_chat.training.run_json import read_run
@@ -11,7 +9,6 @@ from tests.support.evaluating import evaluate, refusal
 from tests.support.runs import save_run
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_the_sheet_asks_questions_of_the_test_split_and_of_safety(run, monkeypatch):

@@ -16,7 +16,6 @@ from tests.support.serving import ignore
 from tests.support.small_chat_model import save_chat_model
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_a_base_is_itself_again_after_its_adapter_was_measured(run):

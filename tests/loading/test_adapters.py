@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import peft
-import pytest
 import torch
 from transformers import LlamaForCausalLM
 
@@ -17,7 +16,6 @@ from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer
 
 # peft 0.21 asks transformers 5.23 by a name that it has given up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(adapter, tiny):

@@ -20,7 +20,6 @@ from tests.support.loading import asking_for, get, refusal
 from tests.support.serving import ignore
 
 # peft 0.21 asks transformers 5.23 by a name that it has given up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_a_model_comes_from_the_hub_with_progress_in_bytes_and_later_from_the_cache(hub, tiny):

@@ -14,13 +14,10 @@ from tests.support.browser import (
     box,
     edit,
     expect_unlocked,
-    ignore_pandas,
     send,
     stop,
 )
 from tests.support.scripted import raising, spy
-
-pytestmark = ignore_pandas
 
 
 def test_an_example_is_answered_with_the_box_locked_until_it_is_done(page):

@@ -10,11 +10,9 @@ from playwright.sync_api import Page, expect
 from llama2_chat.page import layout
 from llama2_chat.page.wording import META_SYSTEM_PROMPT
 from llama2_chat.types import Status
-from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, ignore_pandas, open_settings, send
+from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, open_settings, send
 from tests.support.scripted import HERE, READY, Scripted, ScriptedChat
 from tests.support.serving import serving
-
-pytestmark = ignore_pandas
 
 
 def test_the_page_says_which_model_answers_and_why(page, chat):

@@ -26,7 +26,6 @@ from tests.support.browser import (
     ask,
     box,
     expect_unlocked,
-    ignore_pandas,
     open_settings,
     send,
     stop,
@@ -34,8 +33,6 @@ from tests.support.browser import (
 from tests.support.odd_server import HEAD, OddServer, event, reset, silence, status
 from tests.support.scripted import HERE, READY, Scripted, ScriptedChat, raising, spy
 from tests.support.serving import busy, serving
-
-pytestmark = ignore_pandas
 
 
 def test_the_page_streams_an_answer_and_stops_when_asked(page):

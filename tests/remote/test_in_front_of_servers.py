@@ -16,7 +16,6 @@ from tests.support.serving import serving
 from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,7 @@ import pytest
 from llama2_chat.types import SamplingParams
 from tests.support.serving import serving
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # by Gradio 6.31
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PACKAGES = ["langchain-openai==1.7.3", "llama-index-llms-openai-like==0.8.1"]
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
 

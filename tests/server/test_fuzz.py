@@ -19,11 +19,7 @@ from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.serving import serving
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),  # by Gradio 6.31
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROUTES = (
     "GET /v1/models",
     "GET /v1/models/{model}",

@@ -15,7 +15,6 @@ from tests.support.programs import HELLO, ask, error, freed, one_running_one_wai
 from tests.support.serving import serving
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 def test_with_keys_the_api_needs_one_of_them_and_the_page_none(small, settings):

@@ -16,7 +16,6 @@ from model import ChatModel
 from tests.support.serving import serving
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 ANNA = {"username": "anna", "password": "sésame: öffne dich"}
 
 

@@ -13,7 +13,6 @@ from tests.support.serving import serving
 from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 def number(http, name):

@@ -18,7 +18,6 @@ from tests.support.serving import busy, serving
 from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 # ---- Answers ----
@@ -148,13 +147,20 @@ def test_the_official_client_makes_an_object_of_the_answer(client, chat):
 
 
 def test_any_json_will_do_if_no_schema_is_given(client, chat):
-    question = [{"role": "user", "content": "Give a JSON object with one key, colour."}]
-    fields = {"messages": question, "response_format": {"type": "json_object"}, "max_tokens": 300}
-    for seed in range(5):  # an object of any kind may go on for long
-        answer = client.chat.completions.create(model=chat.status.model, seed=seed, temperature=1, **fields).choices[0]
-        if answer.finish_reason == "stop":
-            break
-    assert isinstance(json.loads(answer.message.content), dict)
+    example = [
+        {"role": "user", "content": "Sky? One key, colour."},
+        {"role": "assistant", "content": '{"colour": "blue"}'},
+        {"role": "user", "content": "Grass? One key, colour."},
+    ]
+    answer = client.chat.completions.create(
+        model=chat.status.model,
+        messages=example,
+        temperature=0,
+        response_format={"type": "json_object"},
+        max_tokens=300,
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert isinstance(json.loads(answer.choices[0].message.content), dict)
 
 
 def test_a_text_can_be_gone_on_with_in_json(client, chat):

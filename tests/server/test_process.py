@@ -15,7 +15,6 @@ import pytest
 from gradio_client import Client
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 ROOT = Path(__file__).parents[2]
 
 

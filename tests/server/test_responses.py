@@ -12,7 +12,6 @@ from tests.support.programs import HELLO, ask, error, freed, one_running_one_wai
 from tests.support.waiting import until
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 @pytest.fixture

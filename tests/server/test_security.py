@@ -13,7 +13,6 @@ from tests.support.programs import ask, error
 from tests.support.serving import serving
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 FOREIGN = {"Origin": "https://evil.example", "Host": "chat.example.org"}
 
 

@@ -19,10 +19,8 @@ from llama2_chat.server.certificate import own_certificate
 from llama2_chat.server.local_ca import local_certificate
 from llama2_chat.server.tls import get_certificate, server_context
 from llama2_chat.types import SamplingParams
+from tests.support.browser import CHROMIUM
 from tests.support.certificates import HOSTS, LOCALHOST, curl, forged, local, openssl, serving
-
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-
 
 # ---- who trusts it ----
 
@@ -131,7 +129,6 @@ def test_chromium_that_trusts_the_ca_opens_every_host_without_a_warning_and_no_o
 # ---- chatting through it ----
 
 # Gradio 6.31 uses what pandas 3 is about to drop.
-gradios_warnings = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 @pytest.fixture
@@ -145,7 +142,6 @@ def site(folder, chat, settings):
 
 
 @pytest.mark.slow
-@gradios_warnings
 def test_chromium_that_trusts_the_ca_chats_on_every_host(site, folder, tmp_path):
     with browser_that_trusts(folder / "ca.crt", tmp_path / "home") as browser:
         for host in ("localhost", "127.0.0.2"):
@@ -157,7 +153,6 @@ def test_chromium_that_trusts_the_ca_chats_on_every_host(site, folder, tmp_path)
             expect(page.locator("#insecure")).to_be_hidden()
 
 
-@gradios_warnings
 @pytest.mark.filterwarnings("ignore:`verify=<str>`:DeprecationWarning")  # how gradio_client 2.7 hands it to httpx
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2"])
 def test_gradio_client_chats_once_it_is_given_the_ca(site, folder, host):
@@ -165,7 +160,6 @@ def test_gradio_client_chats_once_it_is_given_the_ca(site, folder, host):
     assert client.predict("Say hello.", api_name="/chat", max_new_tokens=8).strip()
 
 
-@gradios_warnings
 def test_gradio_client_without_the_ca_sends_nothing(site, chat, monkeypatch):
     monkeypatch.setattr(chat, "stream_reply", lambda *_: pytest.fail("a question arrived"))
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):

@@ -3,7 +3,6 @@
 import os
 import re
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from llama2_chat.types import SamplingParams
@@ -14,7 +13,6 @@ LONG = "Print the first 500 prime numbers."  # the likeliest words of the small 
 BEGUN = re.compile(r"^(?!Reading …|Waiting in line)\s*\w")  # more than a word for who waits
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 # Gradio 6.31 uses what pandas 3 is about to drop.
-ignore_pandas = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
 def box(page: Page):

@@ -15,7 +15,6 @@ def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
         fetch_base(str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 def test_in_nf4_the_answers_before_training_do_not_cut_the_gradients_off(chat_model):
     """On a CPU that has bfloat16, QLoRA was trained with gradients that ended at the first layer of NF4."""
     from peft import LoraConfig, get_peft_model

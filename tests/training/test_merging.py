@@ -16,7 +16,6 @@ from tests.support.serving import ignore
 from tests.support.training import arguments, train_here
 
 # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_without_an_account_to_upload_to_nothing_is_trained(hub):

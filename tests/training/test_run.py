@@ -16,7 +16,6 @@ from tests.support.small_tokenizer import CHATML
 from tests.support.training import arguments, train_here
 
 # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def test_a_run_names_its_data_so_that_it_is_found_from_the_same_directory(tmp_path, monkeypatch, dataset):

@@ -15,7 +15,6 @@ from tests.support.serving import ignore
 from tests.support.training import arguments
 
 # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
