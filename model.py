@@ -119,6 +119,7 @@ class ChatModel:
     def _load(self) -> None:
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.load import load, load_tokenizer
+        from llama2_chat.loading.memory import translate_out_of_memory
 
         try:
             plan = choose(self.settings)
@@ -126,7 +127,9 @@ class ChatModel:
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
             prompt.recognise(tokenizer)  # a prompt that would come out wrong is refused before gigabytes are fetched
-            self.serve(tokenizer, load(checkpoint, self._progress))
+            loaded = load(checkpoint, self._progress)
+            with translate_out_of_memory(plan.model_id, loaded.precision, loaded.needed_bytes):
+                self.serve(tokenizer, loaded)
         except ModelUnavailable as error:
             log.error("%s", error)
             self.status = replace(self.status, state="failed", error=str(error))
@@ -151,7 +154,7 @@ class ChatModel:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "compiled"))
         runner = build_runner(
             loaded.model,
-            _free_bytes(self.settings.kv_headroom_gb),
+            lambda: _free_bytes(self.settings.kv_headroom_gb),
             context_length=config.max_position_embeddings,
             max_batch=self.settings.max_batch,
             compile=self.settings.compile,

@@ -2,6 +2,7 @@
 
     python scripts/bench.py                                   the embedded model on the CPU, beside bfloat16 generate()
     python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
+    python scripts/bench.py --starts                            which shapes and precisions start in how much GPU memory
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
     python scripts/bench.py --shape 13b --page                           what 31 gradio_clients and a Chromium cost
@@ -25,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama2_chat.benchmark import Figures, embedded, server_load, serving_cost, shapes, soak, training_cost
+from llama2_chat.benchmark import Figures, embedded, server_load, serving_cost, shapes, soak, starts, training_cost
 from llama2_chat.benchmark.plot import plot
 
 USERS = (1, 8, 32)
@@ -52,7 +53,8 @@ def read_arguments() -> argparse.Namespace:
     add("--shape", choices=shapes.SHAPES, help="measure this shape of Llama 2, with random weights")
     add("--quantization", default="auto", help="as app.py takes it")
     add("--gpus", type=int, default=1, help="GPUs to use with --shape")
-    add("--gpu-memory-gb", type=float, help="pretend that each GPU has no more memory than this")
+    add("--gpu-memory-gb", type=float, help="leave each GPU with no more memory than this")
+    add("--starts", action="store_true", help="what starts in --gpu-memory-gb, or in each of several sizes")
     add("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
     add("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
     add("--users", type=_counts, help="how many at once, such as 1,8,32")
@@ -84,6 +86,9 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return serving_cost.measure_api()
     if args.train:
         return training_cost.measure(args.shape, args.tokenizer, args.checkpoint)
+    if args.starts:
+        chosen = [args.shape] if args.shape else ["7b", "13b"]
+        return starts.measure(chosen, args.tokenizer, args.checkpoint, args.gpu_memory_gb)
     if args.shape:
         return shapes.measure(
             args.shape,

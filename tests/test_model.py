@@ -270,6 +270,17 @@ def test_closing_while_loading_stops_the_loading(settings):
     assert chat.load().state == "loading"
 
 
+class FullGpu(ChatModel):
+    def serve(self, tokenizer, loaded):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_after_loading_is_said_as_such(settings, tiny):
+    # The operator read "an unexpected error".
+    chat = FullGpu(replace(settings, model_id=str(tiny))).load()
+    assert "GPU memory ran out while" in chat.status.error
+
+
 def test_a_model_that_cannot_be_loaded_says_why_and_keeps_saying_it(settings, tmp_path):
     chat = ChatModel(replace(settings, model_id=str(tmp_path / "nothing here"))).load()
     assert chat.state == "failed"

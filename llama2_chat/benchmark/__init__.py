@@ -5,6 +5,7 @@ load_test      many users at once, a long prompt among them, a conversation that
 decode_speed   one user's tokens/s, beside transformers' generate() on the same weights
 embedded       everything about the embedded model: start, turns, speed, perplexity
 shapes         everything about a shape of Llama 2 with random weights
+starts         which shapes and precisions start in how much GPU memory
 server_load    the load test for any OpenAI-compatible server
 serving_cost   what the page and the API take from many users
 soak           readers who come and go, and memory meanwhile

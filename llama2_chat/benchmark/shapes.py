@@ -6,6 +6,7 @@ Random weights take the time and the memory of real ones and need no licence.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import statistics
 import sys
@@ -48,7 +49,7 @@ def measure(
     with checkpoint_folder(checkpoint) as folder:
         make_checkpoint(shape, tokenizer, folder)
         if gpu_memory_gb is not None:
-            _limit_memory(gpus, gpu_memory_gb)
+            limit_memory(gpus, gpu_memory_gb)
         started = time.perf_counter()
         chat = load(["--model-id", folder, "--quantization", quantization])
     yield {
@@ -86,10 +87,17 @@ def checkpoint_folder(kept: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _limit_memory(gpus: int, gpu_memory_gb: float) -> None:
+def limit_memory(gpus: int, gpu_memory_gb: float) -> None:
+    """Leave each GPU with so many GB in all, as if it were smaller: the rest is taken where PyTorch does not look.
+
+    So the limit holds for whatever takes memory: the CUDA context, cuBLAS and bitsandbytes too.
+    """
+    driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
     for device in range(gpus):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(gpu_memory_gb * GB / total, device)
+        torch.empty(1, device=torch.device("cuda", device))  # the driver allocates in the context of the last GPU used
+        surplus = torch.cuda.get_device_properties(device).total_memory - int(gpu_memory_gb * GB)
+        if surplus < 0 or driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(surplus)):
+            sys.exit(f"GPU {device} does not have {gpu_memory_gb:g} GB.")
 
 
 def _measure_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:

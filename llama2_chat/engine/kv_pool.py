@@ -6,7 +6,8 @@ for nothing else, apart from the kernels, which take the tensors of this one as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from llama2_chat.errors import ModelUnavailable
 
 BLOCK_SIZE = 64  # tokens
+GB = 1_000_000_000
 LEAST_BLOCKS = 8  # 512 tokens; with less no conversation is worth the wait
 
 
@@ -29,27 +31,43 @@ class KVPool:
     suits_kernels = True  # kernels.attention reads and writes `layers` as they lie
 
     def __init__(
-        self, model: PreTrainedModel, free_bytes: Mapping[torch.device, int], context_length: int, max_batch: int
+        self,
+        model: PreTrainedModel,
+        free_bytes: Callable[[], Mapping[torch.device, int]],
+        context_length: int,
+        max_batch: int,
     ) -> None:
-        """Take as much of free_bytes as max_batch requests with a full context need, on a CPU at least what one needs.
+        """Take what max_batch requests with a full context need, or what is free; on a CPU at least what one needs.
 
+        free_bytes: what may be taken of each device; asked once the model has run and has all that it keeps.
         Raises ModelUnavailable if the model keeps something else than keys and values, or nothing is left for them.
         """
         probe = _probe(model)
+        free = free_bytes()
         block_bytes: dict[torch.device, int] = {}
         for keys in probe:
             block_bytes[keys.device] = block_bytes.get(keys.device, 0) + 2 * BLOCK_SIZE * self.token_bytes(keys)
-        fitting = min(free_bytes[device] // size for device, size in block_bytes.items())
+        fitting = min(free[device] // size for device, size in block_bytes.items())
         whole = -(-context_length // BLOCK_SIZE)
         if all(device.type == "cpu" for device in block_bytes):
             fitting = max(fitting, whole)
-        if fitting < LEAST_BLOCKS:
+        if not self._allocate_layers(probe, min(fitting, max_batch * whole)):
+            least, most = LEAST_BLOCKS * sum(block_bytes.values()), sum(free[device] for device in block_bytes)
             raise ModelUnavailable(
-                "The model leaves no GPU memory for conversations. "
-                "Set QUANTIZATION=nf4, lower KV_HEADROOM_GB, or use a larger GPU."
+                f"The model leaves {most / GB:.1f} GB of GPU memory for conversations, and the shortest takes "
+                f"{least / GB:.1f} GB. Set QUANTIZATION=nf4, lower KV_HEADROOM_GB, or use a larger GPU."
             )
-        self.num_blocks = 1 + min(fitting, max_batch * whole)
-        self.layers = [(self.allocate(keys), self.allocate(keys)) for keys in probe]
+
+    def _allocate_layers(self, probe: list[Tensor], fitting: int) -> bool:
+        """Take so many blocks, or fewer if what is free lies in pieces. False if that leaves too few."""
+        while fitting >= LEAST_BLOCKS:
+            self.num_blocks = 1 + fitting
+            with suppress(torch.OutOfMemoryError):
+                self.layers = [(self.allocate(keys), self.allocate(keys)) for keys in probe]
+                return True
+            torch.cuda.empty_cache()
+            fitting = fitting * 15 // 16
+        return False
 
     def token_bytes(self, keys: Tensor) -> int:
         """Of one token's keys in one layer; the values take as many. keys: [1, kv_heads, 1, head_dim]."""

@@ -280,7 +280,7 @@ class EagerWay:
 
 def build_runner(
     model: PreTrainedModel,
-    free_bytes: Mapping[torch.device, int],
+    free_bytes: Callable[[], Mapping[torch.device, int]],
     context_length: int,
     *,
     max_batch: int | None = None,
@@ -290,7 +290,7 @@ def build_runner(
 ) -> ModelRunner:
     """The fastest runner that this model can have where it is.
 
-    free_bytes: for each device of the model what the KV pool may take there.
+    free_bytes: for each device of the model what the KV pool may take there, as soon as the rest has its memory.
     context_length: tokens of prompt and answer that one request may have; more memory than that for each is not taken.
     max_batch: requests answered at once.
     compile: make a Llama on a single GPU faster, in the background.

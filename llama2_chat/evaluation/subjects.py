@@ -129,7 +129,7 @@ def _load_on_one_base(subjects: list[Subject], precision: str) -> Iterator[tuple
         if not subject.checkpoint.adapter:
             yield subject, model
             continue
-        adapted: Any = load.load_adapter(model, subject.checkpoint, precision).eval()
+        adapted: Any = load.load_adapter(model, subject.checkpoint).eval()
         yield subject, adapted.get_base_model()
         model = adapted.unload()
         del adapted

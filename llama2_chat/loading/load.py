@@ -32,7 +32,7 @@ from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
-    GB,
+    MIN_CONTEXT_TOKENS,
     DeviceMap,
     Gpu,
     Size,
@@ -40,6 +40,7 @@ from llama2_chat.loading.memory import (
     choose_device_map,
     choose_precision,
     compute_dtype,
+    translate_out_of_memory,
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
@@ -61,6 +62,7 @@ class Loaded:
     precision: str  # "bfloat16", "float16", "int8", "nf4", or the checkpoint's own, such as "gptq"
     device: str  # "cpu", "cuda:0", "2 x cuda"
     why: str
+    needed_bytes: int = 0  # of GPU memory, with one conversation
 
 
 # ---- Before there are weights ----
@@ -122,20 +124,22 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)
-    with translate_errors(files, precision):
-        model = _load_for_serving(files, precision, size, gpus)
-    if adapter:
-        # In 4 or 8 bits merging would round the change away: there it stays apart.
-        merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
-        with translate_errors(adapter, precision):
-            adapted: Any = load_adapter(model, checkpoint, precision)
-            model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
+    with translate_out_of_memory(checkpoint.model_id, precision, needed_bytes):
+        with translate_errors(files):
+            model = _load_for_serving(files, precision, size, gpus)
+        if adapter:
+            # In 4 or 8 bits merging would round the change away: there it stays apart.
+            merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
+            with translate_errors(adapter):
+                adapted: Any = load_adapter(model, checkpoint)
+                model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     if precision == "int8" and not gpus:
         quantize_int8(model)
     if precision == "nf4" and gpus:
         speed_up_nf4(model)
     model.eval().requires_grad_(False)
-    return Loaded(model, precision, _device(model), f"{checkpoint.why} {why}")
+    return Loaded(model, precision, _device(model), f"{checkpoint.why} {why}", needed_bytes)
 
 
 def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
@@ -144,21 +148,23 @@ def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progres
     precision: one of UNQUANTIZED, or "nf4" or "int8" by bitsandbytes, which computes in what suits the device.
     """
     files, dtype = checkpoint.base, compute_dtype(visible_gpus())
-    if own := measure(files).own_quantization:
+    size = measure(files)
+    if own := size.own_quantization:
         raise ModelUnavailable(f"{files} comes quantised with {own}. Choose the original weights to train or merge.")
     fetch_weights(files, progress)
     config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
-    with translate_errors(files, precision):
+    needed_bytes = size.needed_bytes(precision, 0)
+    with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
         return _read(files, getattr(torch, precision) if precision in UNQUANTIZED else dtype, config, {"": device})
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, precision: str) -> PeftModel:
-    """The base model, loaded in this precision, with the checkpoint's adapter beside its weights."""
+def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
+    """The base model with the checkpoint's adapter beside its weights."""
     from peft import PeftModel
 
     adapter = checkpoint.adapter
     assert adapter is not None
-    with translate_errors(adapter, precision):
+    with translate_errors(adapter):
         embeddings: Any = model.get_input_embeddings()
         vocabulary = len(load_tokenizer(checkpoint))
         if vocabulary > embeddings.num_embeddings:
@@ -231,16 +237,12 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, 
 
 
 @contextmanager
-def translate_errors(files: Files, precision: str = "") -> Iterator[None]:
+def translate_errors(files: Files) -> Iterator[None]:
     """What the libraries raise while reading `files`, as a sentence; the log keeps the original."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        free = sum(gpu.free_bytes for gpu in visible_gpus())
-        raise ModelUnavailable(
-            f"The GPU memory ran out while loading {files} in {precision} ({free / GB:.1f} GB were left). "
-            "Set QUANTIZATION=nf4, free some memory, or use a larger GPU."
-        ) from error
+    except torch.OutOfMemoryError:  # a RuntimeError, and for translate_out_of_memory() to say
+        raise
     except MemoryError as error:
         raise ModelUnavailable(_loading_sentence(files, "not enough memory")) from error
     except ImportError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable
+
+log = logging.getLogger(__name__)
 
 GB = 1_000_000_000
 HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill
@@ -33,10 +37,8 @@ def visible_gpus() -> list[Gpu]:
     """The visible CUDA GPUs, with what this process may still take of each."""
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(index)
-        # set_per_process_memory_fraction does not show in what the driver calls free.
-        allowed = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(index)
-        gpus.append(Gpu(int(min(free, allowed)), torch.cuda.get_device_capability(index)))
+        free, _ = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(free, torch.cuda.get_device_capability(index)))
     return gpus
 
 
@@ -114,6 +116,20 @@ def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> 
         f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "
         f"{'Set QUANTIZATION=nf4' if nf4_fits else 'Choose a smaller model'}, free some memory, or use a larger GPU."
     )
+
+
+@contextmanager
+def translate_out_of_memory(name: str, precision: str, needed_bytes: int) -> Iterator[None]:
+    """torch.OutOfMemoryError as a ModelUnavailable that says what was needed and what was free."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        log.warning("Out of GPU memory: %s", error)
+        raise ModelUnavailable(
+            f"The GPU memory ran out while {name} was loaded. In {precision} it needs about {needed_bytes / GB:.1f} GB "
+            f"in all; {_free_bytes(visible_gpus()) / GB:.1f} GB were left. "
+            "Set QUANTIZATION=nf4, free some memory, or use a larger GPU."
+        ) from error
 
 
 def choose_device_map(precision: str, size: Size, gpus: Sequence[Gpu]) -> tuple[DeviceMap, dict[int, int] | None]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama2_chat import ROOT
+from llama2_chat.engine.cuda_graphs import join_projections
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.loading.quantize import speed_up_nf4
@@ -39,7 +41,7 @@ def small_llama(device="cuda"):
 
 
 def running(model, compile, **options):
-    runner = build_runner(model, {model.device: 2**30}, context_length=4096, compile=compile)
+    runner = build_runner(model, lambda: {model.device: 2**30}, context_length=4096, compile=compile)
     engine = Engine(runner, set(), **options)
     while compile and "compiles" in engine.mode:
         time.sleep(0.2)
@@ -173,3 +175,28 @@ def test_a_gpu_that_fails_ends_the_process_with_a_sentence_and_its_own_exit_code
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "stopped working" in run.stdout
     assert run.returncode == EXIT_GPU_LOST
+
+
+def test_joined_projections_leave_no_memory_in_pieces():
+    # What was reserved and not used, 5.7 GB of the 13B, was counted as free and could not be allocated.
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    config = LlamaConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=12, num_attention_heads=16)
+    torch.empty(2**31, dtype=torch.uint8, device="cuda")  # transformers reserves the whole model at once
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    allocated = torch.cuda.memory_allocated()
+    join_projections(model)
+    assert torch.cuda.memory_allocated() - allocated < 2**20
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - before < 2**28
+
+
+def test_a_limit_of_memory_holds_for_everything_that_takes_some():
+    code = (
+        "import torch; from llama2_chat.benchmark.shapes import limit_memory; limit_memory(1, 8)\n"
+        "free, _ = torch.cuda.mem_get_info(); assert 5e9 < free < 8e9, free\n"
+        "try: torch.empty(int(7.9e9), dtype=torch.uint8, device='cuda')\n"
+        "except torch.OutOfMemoryError: print('full')"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert child.stdout == "full\n", child.stderr

@@ -29,7 +29,7 @@ config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hi
                      num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval().requires_grad_(False)
 model.set_attn_implementation(ATTENTION)
-pool = KVPool(model, {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
+pool = KVPool(model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
 state = SamplerState(4, 97, 64, torch.device("cpu"))
 recorded = RecordedWay(model, pool, state, most_blocks=8)
 params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)

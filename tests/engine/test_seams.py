@@ -194,7 +194,7 @@ def test_a_second_way_to_compute_a_step_plugs_in(tiny_llama):
     prompts = [[n, n + 1, n + 2] * 10 for n in range(4)]
     with running(tiny_llama) as engine:
         expected = [answer(engine, prompt)[0] for prompt in prompts]
-    pool = KVPool(tiny_llama, {CPU: 2**24}, context_length=1000, max_batch=4)
+    pool = KVPool(tiny_llama, lambda: {CPU: 2**24}, context_length=1000, max_batch=4)
     sampler = SamplerState(4, 97, 4096, CPU)
     way = WholeWay(tiny_llama, sampler)
     engine = Engine(ModelRunner(tiny_llama, pool, sampler, 1000, faster=way), set())

@@ -54,7 +54,7 @@ def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, ch
     for split, rows in (("eval", parts.eval), ("test", parts.test)):
         expected = mean_loss(base, examples_of(rows, chat_model))
         assert loss_of(found, "base", split) == pytest.approx(expected, rel=1e-4)
-    adapted = load.load_adapter(base, fetch_checkpoint(str(run)), "float32").eval()
+    adapted = load.load_adapter(base, fetch_checkpoint(str(run))).eval()
     expected = mean_loss(adapted, examples_of(parts.eval, chat_model))
     assert loss_of(found, "adapter", "eval") == pytest.approx(expected, rel=1e-4)
     assert loss_of(found, "adapter", "eval") != pytest.approx(loss_of(found, "base", "eval"), rel=1e-3)

@@ -31,7 +31,7 @@ def test_a_base_is_itself_again_after_its_adapter_was_measured(run):
 def test_a_merged_model_measures_as_its_adapter(run, tmp_path):
     checkpoint = fetch_checkpoint(str(run))
     base = load.load_base(checkpoint, "float32", "cpu", ignore)
-    load.load_adapter(base, checkpoint, "float32").merge_and_unload().save_pretrained(tmp_path / "merged")
+    load.load_adapter(base, checkpoint).merge_and_unload().save_pretrained(tmp_path / "merged")
     load.load_tokenizer(checkpoint).save_pretrained(tmp_path / "merged")
     write_run(replace(read_run(run), merged_to=str(tmp_path / "merged")), run)
     found, _ = evaluate(run, "--sheet", "0")

@@ -3,10 +3,18 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
-from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_device_map, choose_precision
+from llama2_chat.loading.memory import (
+    Gpu,
+    Size,
+    check_memory,
+    choose_device_map,
+    choose_precision,
+    translate_out_of_memory,
+)
 from tests.support.loading import refusal
 
 LLAMA_13B = LlamaConfig(
@@ -59,3 +67,15 @@ def test_one_gpu_is_used_if_it_is_enough_and_all_if_not():
     assert choose_device_map("bfloat16", size, [Gpu(24 * GIB), Gpu(24 * GIB)])[0] == "auto"
     assert choose_device_map("nf4", size, [Gpu(24 * GIB), Gpu(23 * GIB)]) == ({"": 0}, None)
     assert choose_device_map("int8", size, []) == ({"": "cpu"}, None)
+
+
+def test_memory_that_runs_out_while_loading_is_said_with_what_was_needed_and_left():
+    sentence = refusal(run_out, "someone/model", "int8", 17_700_000_000)
+    assert "In int8 it needs about 17.7 GB" in sentence
+    assert "0.0 GB were left" in sentence
+    assert "QUANTIZATION=nf4" in sentence
+
+
+def run_out(*what):
+    with translate_out_of_memory(*what):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

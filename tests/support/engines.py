@@ -73,7 +73,7 @@ def running(model, tokens=16_000, context_length=None, stop_ids=(), queue_limit=
     """An engine with memory for so many tokens; runner: what build_runner() takes."""
     bytes_per_token = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers) * 4
     free = {CPU: -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * bytes_per_token}
-    runner = build_runner(model, free, context_length or tokens, **runner)
+    runner = build_runner(model, lambda: free, context_length or tokens, **runner)
     engine = Engine(runner, set(stop_ids), queue_limit, on_lost)
     try:
         yield engine

@@ -1,0 +1,55 @@
+"""How much memory conversations get, and what is said when there is none."""
+
+import pytest
+import torch
+
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, LEAST_BLOCKS, KVPool
+from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.errors import ModelUnavailable
+
+CPU = torch.device("cpu")
+
+
+class Pieces(KVPool):
+    """What is free lies in pieces: more blocks than so many do not fit in one."""
+
+    most = 20
+
+    def allocate(self, keys):
+        if self.num_blocks > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().allocate(keys)
+
+
+class NoRoom(Pieces):
+    most = LEAST_BLOCKS
+
+
+def build(model, pool_type):
+    return build_runner(model, lambda: {CPU: 2**30}, context_length=4096, pool_type=pool_type)
+
+
+def test_a_pool_that_does_not_fit_in_one_piece_is_made_smaller_until_it_does(tiny_llama):
+    # A 13B in bfloat16 did not start on a GPU with 80 GB: 5.7 GB of what was counted as free lay in pieces.
+    runner = build(tiny_llama, Pieces)
+    assert Pieces.most * 3 // 4 < runner.num_blocks <= Pieces.most
+    assert runner.context_length == (runner.num_blocks - 1) * BLOCK_SIZE
+
+
+def test_where_nothing_is_left_for_conversations_the_numbers_are_said(tiny_llama):
+    with pytest.raises(
+        ModelUnavailable, match=r"leaves 1\.1 GB of GPU memory for conversations, and the shortest takes"
+    ):
+        build(tiny_llama, NoRoom)
+
+
+def test_what_is_free_is_measured_after_the_model_has_run_for_the_first_time(tiny_llama, monkeypatch):
+    steps = []
+    forward = tiny_llama.forward
+    monkeypatch.setattr(tiny_llama, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
+
+    def free_bytes():
+        assert steps
+        return {CPU: 2**24}
+
+    build_runner(tiny_llama, free_bytes, context_length=64)
