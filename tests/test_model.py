@@ -275,9 +275,9 @@ class FullGpu(ChatModel):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_memory_that_runs_out_after_loading_is_said_as_such(settings, tiny):
+def test_memory_that_runs_out_after_loading_is_said_as_such(settings, chat_model):
     # The operator read "an unexpected error".
-    chat = FullGpu(replace(settings, model_id=str(tiny))).load()
+    chat = FullGpu(replace(settings, model_id=str(chat_model))).load()
     assert "GPU memory ran out while" in chat.status.error
 
 
