@@ -11,6 +11,12 @@ def valid_unicode(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether GPU memory ran out. PyTorch's allocator has a class for it; Triton, cuBLAS and the driver only say so."""
+    said = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in said or "alloc_failed" in said
+
+
 def first_line(error: object) -> str:
     """The first line of an error's text, without a full stop; the error's class where it says nothing."""
     lines = str(error).strip().splitlines()

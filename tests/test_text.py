@@ -1,8 +1,9 @@
-"""Text as it really arrives: halves of characters become whole or U+FFFD, and errors fit on a line."""
+"""Text as it really arrives: halves of characters become whole or U+FFFD, errors fit on a line, full GPUs are known."""
 
 import pytest
+import torch
 
-from llama2_chat.text import first_line, valid_unicode
+from llama2_chat.text import first_line, is_out_of_memory, valid_unicode
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,17 @@ def test_text_that_utf_8_can_hold_stays_as_it_is(text):
 )
 def test_the_first_line_of_an_error_is_never_empty_and_has_no_full_stop(error, line):
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "Triton", "cuBLAS"],
+)
+def test_gpu_memory_that_runs_out_is_known_whoever_says_so(error):
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

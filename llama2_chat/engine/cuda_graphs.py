@@ -30,7 +30,7 @@ from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk
-from llama2_chat.text import first_line
+from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,9 @@ class _DecodeRecording(_Recording):
 
 
 @contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """What is computed here is recorded. What another thread does meanwhile is its own affair, but a garbage collection
     in this one might destroy what no recording may contain, such as the events of an engine that is gone."""
-    stream = torch.cuda.Stream(device)  # torch.cuda.graph's own belongs to the GPU on which it was first used
     gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -101,6 +100,7 @@ class RecordedWay:
         self._sizes: list[tuple[Kind, int]] = list(dict.fromkeys([*fitting, ("decode", sampler.padding)]))
         self._decodes: dict[int, _DecodeRecording] = {}
         self._prefills: dict[int, _Recording] = {}
+        self._stream: torch.cuda.Stream | None = None  # on which all are recorded
         self._graph_pool: Any = None  # the memory that all recordings share; PyTorch keeps its type to itself
         self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
         self._recorded = threading.Event()
@@ -138,7 +138,9 @@ class RecordedWay:
                     for _ in range(2):
                         self._step(kind, size)
                     torch.cuda.synchronize(self._sampler.device)
-                except torch.OutOfMemoryError as error:
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
                     _log_out_of_memory(kind, size, error)
                     continue
                 self._recorded.clear()
@@ -184,12 +186,13 @@ class RecordedWay:
             return
         try:
             self._record(kind, size)
-        except torch.OutOfMemoryError as error:
-            _log_out_of_memory(kind, size, error)
-        except Exception:
-            self._closed = True
-            self.mode = f"{self._ready()}; recording failed"
-            log.exception("The step %s %d could not be recorded; what is ready is used: %s", kind, size, self._ready())
+        except Exception as error:
+            if is_out_of_memory(error):
+                _log_out_of_memory(kind, size, error)
+            else:
+                self._closed = True
+                self.mode = f"{self._ready()}; recording failed"
+                log.exception("Recording %s %d failed; what is ready is used: %s", kind, size, self._ready())
         self._recorded.set()
 
     def _record(self, kind: Kind, size: int) -> None:
@@ -197,15 +200,17 @@ class RecordedWay:
         self._step(kind, size)
         inputs = self._new_inputs(kind, size)
         torch.cuda.synchronize(self._sampler.device)
-        forward = torch.cuda.CUDAGraph()
-        with _recording(forward, self._graph_pool, self._sampler.device):
+        if self._stream is None:  # torch.cuda.graph's own belongs to the GPU on which it was first used
+            self._stream = torch.cuda.Stream(self._sampler.device)  # one for all: cuBLAS keeps 32 MB for each
+        forward, stream = torch.cuda.CUDAGraph(), self._stream
+        with _recording(forward, self._graph_pool, stream):
             logits = self._logits(kind, size, inputs)
         self._graph_pool = self._graph_pool or forward.pool()
         if kind == "prefill":
             self._prefills[size] = _Recording(size, inputs, forward, logits)
             return
         sampling = torch.cuda.CUDAGraph()
-        with _recording(sampling, self._graph_pool, self._sampler.device):
+        with _recording(sampling, self._graph_pool, stream):
             tokens = self._sampler.sample(logits, inputs, NARROW)
         self._decodes[size] = _DecodeRecording(size, inputs, forward, logits, sampling, tokens)
 
@@ -298,7 +303,7 @@ class RecordedWay:
         return hidden, self._model.model.rotary_emb(hidden, position_ids=positions[None])
 
 
-def _log_out_of_memory(kind: Kind, size: int, error: torch.OutOfMemoryError) -> None:
+def _log_out_of_memory(kind: Kind, size: int, error: Exception) -> None:
     torch.cuda.empty_cache()
     sentence = "No GPU memory is left for a faster step (%s %d), which stays as it is; KV_HEADROOM_GB leaves more. %s"
     log.warning(sentence, kind, size, first_line(error))  # how much was needed, and how much was free
@@ -341,6 +346,7 @@ def _together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     return F.linear(x, joined).split([linear.out_features for linear in linears], -1)
 
 
+@torch.no_grad()  # else what is joined would hold on to what it was joined from
 def join_projections(model: LlamaForCausalLM) -> None:
     """Let what is multiplied with the same input be one product, which reads weights faster than several small ones.
 

@@ -24,6 +24,7 @@ from llama2_chat.engine.runner import Masks, Runner, Step, Tokens
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
 from llama2_chat.errors import ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import FinishReason, Occupancy, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -351,21 +352,26 @@ class Engine:
             return
         try:
             compute(requests)
-        except torch.OutOfMemoryError:
-            log.exception("Out of GPU memory with %d requests", len(requests))
-            self.runner.release_memory()
-            self._rewind(requests)
-            self._shrink(requests[0])
-        except Exception:
-            if not self.runner.is_alive():
+        except Exception as error:
+            if is_out_of_memory(error):
+                log.exception("Out of GPU memory with %d requests", len(requests))
+                self.runner.release_memory()
+                self._rewind(requests)
+                self._shrink(requests[0])
+            elif self.runner.is_alive():
+                log.exception("A step with %d requests failed", len(requests))
+                self._rewind(requests)
+                self._try_each(requests)
+            else:
                 raise
-            log.exception("A step with %d requests failed", len(requests))
-            self._rewind(requests)
-            if len(requests) > 1:
-                for request in requests:
-                    self._attempt(self._prefill, [request])
-            elif requests[0].runs:
-                self._fail(requests[0], ANSWERING_FAILED)
+
+    def _try_each(self, requests: Sequence[Request]) -> None:
+        """Each alone, from its prompt: the one to blame fails again, and ends."""
+        if len(requests) > 1:
+            for request in requests:
+                self._attempt(self._prefill, [request])
+        elif requests[0].runs:
+            self._fail(requests[0], ANSWERING_FAILED)
 
     def _rewind(self, requests: Sequence[Request]) -> None:
         self._deliver_all()

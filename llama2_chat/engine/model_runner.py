@@ -300,15 +300,32 @@ def build_runner(
     """
     from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel, join_projections
 
+    def free_beside_steps() -> dict[torch.device, int]:
+        return {device: free - step_bytes for device, free in free_bytes().items()}
+
     weight = input_embeddings(model).weight
     max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
     sampler = SamplerState(max_batch, weight.shape[0], int(RANGES["max_new_tokens"][1]), weight.device)
     model.set_attn_implementation(ATTENTION)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
+    chunk = min(longest_chunk or GPU_CHUNK, context_length)
+    step_bytes = _activation_bytes(model, chunk) if weight.device.type == "cuda" else 0
     if not (compile and kernel is not None and RecordedWay.supports(model)):
-        pool = pool_type(model, free_bytes, context_length, max_batch)
+        pool = pool_type(model, free_beside_steps, context_length, max_batch)
         return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk)
     join_projections(model)
-    pool = pool_type(model, free_bytes, context_length, max_batch)
+    step_bytes *= 2  # recorded steps have memory of their own
+    pool = pool_type(model, free_beside_steps, context_length, max_batch)
     recorded = RecordedWay(model, pool, sampler, most_blocks=-(-context_length // BLOCK_SIZE))
     return ModelRunner(model, pool, sampler, context_length, kernel, recorded, longest_chunk)
+
+
+@torch.inference_mode()
+def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """GPU memory that a step of so many tokens takes for a moment, measured."""
+    device = input_embeddings(model).weight.device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return torch.cuda.max_memory_allocated(device) - before

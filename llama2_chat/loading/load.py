@@ -44,7 +44,7 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
-from llama2_chat.text import first_line
+from llama2_chat.text import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -241,8 +241,6 @@ def translate_errors(files: Files) -> Iterator[None]:
     """What the libraries raise while reading `files`, as a sentence; the log keeps the original."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError, and for translate_out_of_memory() to say
-        raise
     except MemoryError as error:
         raise ModelUnavailable(_loading_sentence(files, "not enough memory")) from error
     except ImportError as error:
@@ -251,6 +249,8 @@ def translate_errors(files: Files) -> Iterator[None]:
             f"{files} needs a package that is missing or does not work here: {first_line(error)}."
         ) from error
     except UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise  # for translate_out_of_memory() to say
         log.warning("Loading %s failed", files, exc_info=True)
         raise ModelUnavailable(_loading_sentence(files, str(error))) from error
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.text import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +121,12 @@ def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> 
 
 @contextmanager
 def translate_out_of_memory(name: str, precision: str, needed_bytes: int) -> Iterator[None]:
-    """torch.OutOfMemoryError as a ModelUnavailable that says what was needed and what was free."""
+    """GPU memory that runs out, as a ModelUnavailable that says what was needed and what was free."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         log.warning("Out of GPU memory: %s", error)
         raise ModelUnavailable(
             f"The GPU memory ran out while {name} was loaded. In {precision} it needs about {needed_bytes / GB:.1f} GB "

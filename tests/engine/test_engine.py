@@ -320,11 +320,6 @@ def test_when_memory_runs_out_the_youngest_waits_and_loses_no_text(tiny):
         assert {request.finish_reason for request, _ in started} == {"length"}
 
 
-def test_a_model_that_leaves_no_memory_for_conversations_is_refused(tiny):
-    with pytest.raises(ModelUnavailable, match="no GPU memory for conversations"), running(tiny, tokens=BLOCK_SIZE):
-        pass
-
-
 def test_an_answer_that_outgrows_all_memory_ends_there(tiny):
     with running(tiny, tokens=8 * BLOCK_SIZE) as engine:
         found, request = answer(engine, [1] * 400, SamplingParams(temperature=0, max_new_tokens=4000))

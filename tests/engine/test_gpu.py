@@ -179,23 +179,25 @@ def test_a_gpu_that_fails_ends_the_process_with_a_sentence_and_its_own_exit_code
 
 def test_joined_projections_leave_no_memory_in_pieces():
     # What was reserved and not used, 5.7 GB of the 13B, was counted as free and could not be allocated.
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     config = LlamaConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=12, num_attention_heads=16)
-    torch.empty(2**31, dtype=torch.uint8, device="cuda")  # transformers reserves the whole model at once
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+    torch.cuda.empty_cache()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    torch.empty(parameters, dtype=torch.bfloat16, device="cuda")  # as transformers reserves the whole model at once
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     allocated = torch.cuda.memory_allocated()
     join_projections(model)
     assert torch.cuda.memory_allocated() - allocated < 2**20
-    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - before < 2**28
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - unused < 2**27
 
 
 def test_a_limit_of_memory_holds_for_everything_that_takes_some():
     code = (
         "import torch; from llama2_chat.benchmark.shapes import limit_memory; limit_memory(1, 8)\n"
-        "free, _ = torch.cuda.mem_get_info(); assert 5e9 < free < 8e9, free\n"
-        "try: torch.empty(int(7.9e9), dtype=torch.uint8, device='cuda')\n"
+        "free, _ = torch.cuda.mem_get_info(); assert free < 8e9, free\n"
+        "try: torch.empty(free + 2**28, dtype=torch.uint8, device='cuda')\n"
         "except torch.OutOfMemoryError: print('full')"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
