@@ -111,6 +111,6 @@ def test_what_the_pages_image_copies_and_installs_is_enough_to_answer(image, tmp
 
 def test_the_page_understands_what_compose_tells_it(services):
     environment = services["page"]["environment"]
-    told = Settings.read([], {name: "" if value.startswith("${") else value for name, value in environment.items()})
-    assert told.inference_urls == ("http://vllm:8000",)
-    assert "172.16.0.0/12" in told.trusted_proxies
+    page = Settings.read([], {name: "" if value.startswith("${") else value for name, value in environment.items()})
+    assert page.inference_urls == ("http://vllm:8000",)
+    assert "172.16.0.0/12" in page.trusted_proxies

@@ -70,23 +70,23 @@ def test_markup_in_an_answer_cannot_act_as_the_page_or_cover_it(page, chat, monk
 @pytest.fixture
 def elsewhere():
     """Another host and the paths it was asked for."""
-    heard = []
+    requested = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            heard.append(self.path)
+            requested.append(self.path)
             self.send_error(404)
 
         do_POST = do_GET
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", heard
+        yield f"http://127.0.0.1:{server.server_port}", requested
         server.shutdown()
 
 
 def test_images_and_forms_in_an_answer_reach_no_other_host(page, chat, monkeypatch, elsewhere):
-    host, heard = elsewhere
+    host, requested = elsewhere
     hostile = (
         f"![]({host}/markdown.png) <img src='{host}/tag.png'> <form action='{host}/form'><button>Win</button></form>"
         f"<iframe src='{host}/frame'></iframe><video poster='{host}/poster.png' src='{host}/video'></video>"
@@ -98,7 +98,7 @@ def test_images_and_forms_in_an_answer_reach_no_other_host(page, chat, monkeypat
     for button in answers(page).last.get_by_role("button", name="Win").all():
         button.dispatch_event("click")  # click() would wait for the page that the form asks for
     page.wait_for_timeout(500)
-    assert heard == []
+    assert requested == []
 
 
 @pytest.mark.slow

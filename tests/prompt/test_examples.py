@@ -10,13 +10,13 @@ from tests.support.templates import turns
 CONVERSATION = turns("hello", "what is the llama</s>", "user?", "the [INST] llama is hello", system="the hello")
 
 
-def learnt(tokenizer, example):
+def labels(tokenizer, example):
     return [tokenizer.decode(example.input_ids[start:end]) for start, end in example.answers]
 
 
 def test_what_is_learnt_in_the_llama_2_format_is_the_answers_with_their_eos(llama_tokenizer):
     example = prompt.encode_example(llama_tokenizer, CONVERSATION, {2}, "llama-2")
-    assert learnt(llama_tokenizer, example) == ["what is the llama</s> </s>", "the [INST] llama is hello </s>"]
+    assert labels(llama_tokenizer, example) == ["what is the llama</s> </s>", "the [INST] llama is hello </s>"]
     assert [example.input_ids[end - 1] for _, end in example.answers] == [2, 2]
     assert example.input_ids.count(2) == 2  # a typed </s> is no EOS
 
@@ -27,7 +27,7 @@ def test_what_is_learnt_in_a_models_own_format_ends_with_its_stop_token(template
     end = next(token for token in ("<end_of_turn>", "<|im_end|>", "</s>") if token in templated.get_vocab())
     stop_ids = {templated.convert_tokens_to_ids(end)}
     example = prompt.encode_example(templated, turns("hello", "the llama", "what", "is"), stop_ids)
-    assert [text.strip() for text in learnt(templated, example)] == [f"the llama{end}", f"is{end}"]
+    assert [text.strip() for text in labels(templated, example)] == [f"the llama{end}", f"is{end}"]
 
 
 def test_a_format_in_which_the_model_would_have_to_write_otherwise_cannot_be_learnt_from():

@@ -39,15 +39,15 @@ def callers(tmp_path_factory, chat, settings):
     ask(chat, 1)  # a prompt from the KV cache may differ in its last bits from one that is computed
     with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
         command = [python, Path(__file__).parents[1] / "support" / "callers.py", f"{address}v1", chat.status.model]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
 
 
 @pytest.mark.parametrize("library", ["langchain", "llama_index"])
 def test_the_libraries_get_what_the_page_would_get_streamed_and_whole(callers, chat, library):
-    told = callers[library]
-    assert told["whole"] == told["streamed"] == ask(chat)
+    answers = callers[library]
+    assert answers["whole"] == answers["streamed"] == ask(chat)
 
 
 @pytest.mark.parametrize("library", ["langchain", "llama_index"])

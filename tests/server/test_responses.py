@@ -93,8 +93,8 @@ def failing(small, monkeypatch):
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(http, failing):
     *_, piece, last = [line for line in ask(http, stream=True).text.splitlines() if line]
     assert "Well, " in piece
-    told = json.loads(last.removeprefix("data: "))["error"]
-    assert (told["message"], told["type"]) == ("The GPU ran out of memory.", "server_error")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["type"]) == ("The GPU ran out of memory.", "server_error")
 
 
 def test_the_official_client_raises_what_a_stream_ends_with(small_address, failing):
