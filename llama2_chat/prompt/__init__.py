@@ -1,13 +1,16 @@
 """Messages in, token ids out. Weights, devices, sampling and the page are unknown in this room.
 
 messages   what may enter, checked
-formats    Llama 2's format to the letter, any other model's through its own chat template
+formats    Llama 2's format to the letter, and which format a model has
+template   any other model's own chat template, safe from what was typed
+ending     how a format ends an answer
 codec      text to ids; typed words never become control tokens or tags of the template
 fitting    what fits in the context window
 examples   conversations to train on
 """
 
 from llama2_chat.prompt.codec import encode_text
+from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit
 from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise
@@ -17,6 +20,7 @@ __all__ = [
     "GOLDEN",
     "LLAMA_2_FORMAT",
     "LLAMA_2_TEMPLATE",
+    "Ending",
     "Fitted",
     "TokenizedExample",
     "Turn",
@@ -24,6 +28,7 @@ __all__ = [
     "encode",
     "encode_example",
     "encode_text",
+    "find_ending",
     "fit",
     "recognise",
 ]

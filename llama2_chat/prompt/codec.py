@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Turn marks that a template writes as ordinary text, without a control token: "<|user|>", "[INST]", "<<SYS>>".
+MARK = re.compile(r"<<?/?\|?[^\s<>|\[\]]+\|?>>?|\[/?[^\s<>|\[\]]+\]")
+DISGUISE = 0xD0000  # from a character to its twin in a plane of Unicode in which nothing is, and nothing typed
+
+
 class Piece(NamedTuple):
     text: str
     typed: bool  # by somebody, rather than written by the template
@@ -61,6 +66,7 @@ class Codec:
         self.is_byte_level = "ByteLevel" in repr(original.decoder)
         self.unk_id = unk_id
         self.formats: dict[str | None, str | None] = {}  # what recognise() found: template -> format
+        self.writes_system: dict[str, bool] = {}  # template -> whether it writes a system message
 
         nonce = secrets.token_hex(16)
         # New ids are given from the number of tokens on; in a vocabulary with gaps these would be taken.
@@ -79,14 +85,11 @@ class Codec:
             self.tokenizer.add_tokens([AddedToken(name, normalized=token.normalized, **options)])
             self.true_ids[self._ids_of([name])[0]] = id
         longest_first = sorted(self.names, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    def named(self, literal: str) -> str:
-        """Text of a template with its added tokens under the names they have here."""
-        return self._added.sub(lambda match: self.names[match[0]], literal)
-
-    def without_added_tokens(self, literal: str) -> str:
-        return self._added.sub(" ", literal)
+        self.added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Quotes and backslashes stay as they are, for `tojson` escapes them; so does white space, which is stripped.
+        disguised = {*map(ord, "".join(self.names)), *range(0x21, 0x7F)} - set(map(ord, "\"'\\"))
+        shift = {char: char + DISGUISE for char in disguised if char < 0x10000 and not chr(char).isspace()}
+        self.disguise, self.reveal = shift, {there: here for here, there in shift.items()}
 
     def count(self, text: str) -> int:
         """How many tokens a text has by itself."""
@@ -99,6 +102,15 @@ class Codec:
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         found = [_typed_tags(segment, text, tags) for segment, text in zip(segments, texts, strict=True)]
         return [self._ids(*each) for each in zip(texts, encodings, found, strict=True)]
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Ids of what a template wrote around contents in disguise: its own tokens and tags, and typed text as text."""
+        named = self.added.sub(lambda match: self.names[match[0]], rendered)
+        text = named.translate(self.reveal)
+        tags = sorted(set(MARK.findall(self.added.sub(" ", rendered))), key=len, reverse=True)
+        spans = [match.span() for match in re.finditer("|".join(map(re.escape, tags)) or "(?!)", text)]
+        typed = [(start, end) for start, end in spans if named[start:end] != text[start:end]]
+        return self._ids(text, self.tokenizer.encode_batch([text], add_special_tokens=False)[0], typed)
 
     def _ids(self, text: str, encoding: Encoding, tags: list[tuple[int, int]]) -> list[int]:
         ids = encoding.ids

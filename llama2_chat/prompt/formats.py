@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from llama2_chat.errors import ChatError, ModelUnavailable
-from llama2_chat.prompt.codec import Codec, Piece, codec_of
+from llama2_chat.prompt.codec import Piece, codec_of
 from llama2_chat.prompt.messages import Turn, check_messages
+from llama2_chat.prompt.template import check_template, template_ids, template_of
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -78,7 +75,7 @@ def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Raises ModelUnavailable if neither will do: a tokenizer that disagrees with Meta's ids though its template speaks
     the Llama 2 format, a model without a template (a base model), a template that cannot write a conversation.
     """
-    formats, template = codec_of(tokenizer).formats, _template(tokenizer)
+    formats, template = codec_of(tokenizer).formats, template_of(tokenizer)
     if template not in formats:
         formats[template] = _recognise(tokenizer, template)
     return formats[template]
@@ -98,17 +95,8 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str 
             "This model's chat template speaks the Llama 2 format, but its tokenizer gives other ids than Meta's. "
             "Its tokenizer.json is missing or belongs to another model: fetch it from where the model comes from."
         )
-    question, answer = Turn("user", "Hello", 1), Turn("assistant", "Hi", 1)
-    _template_ids(tokenizer, "Be brief.", [question, answer, question])  # fails now rather than at the first message
+    check_template(tokenizer)  # fails now rather than at the first message
     return None
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template's source, or None without one. Some models keep several: the one for plain chat counts."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError:
-        return None
 
 
 def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Writer:
@@ -117,7 +105,7 @@ def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Write
         raise ChatError(
             f"chat_format is {LLAMA_2_FORMAT!r}, or None for the model's own; it was {str(chat_format)[:40]!r}."
         )
-    ids = _llama_2_ids if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT else _template_ids
+    ids = _llama_2_ids if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT else template_ids
     return partial(ids, tokenizer)
 
 
@@ -141,48 +129,3 @@ def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
         for token, id in (("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id))
     )
     return [id for ids in exchanges for id in (bos, *ids, eos)] + [bos, *last]
-
-
-# Turn marks that a template writes as ordinary text, without a control token: "<|user|>", "[INST]", "<<SYS>>".
-_MARK = re.compile(r"<<?/?\|?[^\s<>|\[\]]+\|?>>?|\[/?[^\s<>|\[\]]+\]")
-_PAD = "\u2003"  # a space that no template writes; one that strips contents takes it away
-
-
-def _template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
-    """As apply_chat_template gives them, except that control tokens come from the template alone.
-
-    The template never sees the contents: it is rendered around placeholders that nobody can guess, which show where
-    each content goes and whether it is stripped. A template that refuses or ignores the system role gets the system
-    text at the head of the first user message.
-    """
-    messages = [*([] if system is None else [Turn("system", system, 1)]), *turns]
-    nonce = secrets.token_hex(16)
-    marked = [{"role": m.role, "content": f"{_PAD}{nonce}-{i}-{_PAD}"} for i, m in enumerate(messages)]
-    try:
-        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
-        for i in {0, len(messages) - 1}:
-            if f"{nonce}-{i}-" not in rendered:
-                raise TemplateError(f"it leaves out the {messages[i].role} message")
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        if system is None:
-            raise ModelUnavailable(
-                f"This model's chat template cannot write a conversation ({str(error)[:200]}). Choose another model."
-            ) from error
-        first = turns[0]._replace(content="\n\n".join(filter(None, [system, turns[0].content])))
-        return _template_ids(tokenizer, None, [first, *turns[1:]])
-    return _fill_in(codec_of(tokenizer), rendered, nonce, messages)
-
-
-def _fill_in(codec: Codec, rendered: str, nonce: str, messages: list[Turn]) -> list[int]:
-    """Ids of a rendered template with the contents of the messages where their placeholders are."""
-    # re.split gives: literal, space before, index, space after, literal, ...
-    parts = re.split(rf"({_PAD}?){nonce}-(\d+)-({_PAD}?)", rendered)
-    literals = parts[::4]
-    pieces = [Piece(codec.named(literals[0]), False)]
-    for before, index, after, literal in zip(parts[1::4], parts[2::4], parts[3::4], literals[1:], strict=True):
-        content = messages[int(index)].content
-        content = content if before else content.lstrip()
-        content = content if after else content.rstrip()
-        pieces += [Piece(content, True), Piece(codec.named(literal), False)]
-    tags = {tag for literal in literals for tag in _MARK.findall(codec.without_added_tokens(literal))}
-    return codec.encode_segments([pieces], tags)[0]

@@ -1,0 +1,174 @@
+"""Any model's own chat template: what it writes for a conversation, with typed text told apart from the template's own.
+
+The template gets the contents in disguise: each character is replaced by a twin that stands in no token, and changed
+back once the template's own tokens and tags are known. So nothing typed becomes one of them, wherever the template puts
+it and whatever it does to it. How rendered text becomes ids is the codec's affair.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from jinja2 import Environment, TemplateError
+
+from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.prompt.codec import MARK, Codec, codec_of
+from llama2_chat.prompt.messages import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What a template raises, by itself or because a conversation is not as it expects.
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+LOOKED_INTO = 2**20  # characters; in longer conversations a template reads nothing, for that takes a second a time
+
+
+class Readable(NamedTuple):
+    """A text that the template looks for, such as "</think>", left without disguise in the messages of a role."""
+
+    text: str
+    role: str
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template's source, or None without one. Some models keep several: the one for plain chat counts."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        return None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelUnavailable unless the template can write a conversation."""
+    question, answer = nonce(), nonce()
+    try:
+        rendered = render(
+            tokenizer, [Turn("user", question, 1), Turn("assistant", answer, 1), Turn("user", question, 1)]
+        )
+        if rendered.count(question) < 2:
+            raise TemplateError("it leaves out a user message")
+    except RENDERING_ERRORS as error:
+        raise ModelUnavailable(
+            f"This model's chat template cannot write a conversation ({str(error)[:200]}). Choose another model."
+        ) from error
+
+
+def template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
+    """As apply_chat_template gives them, except that control tokens and tags come from the template alone.
+
+    A template that refuses or ignores the system role gets the system text at the head of the first user message.
+    Raises ChatError if the template refuses the conversation.
+    """
+    if system is not None and not _writes_system(tokenizer):
+        turns = _with_system(system, turns)
+    elif system is not None:
+        turns = [Turn("system", system, 1), *turns]
+    try:
+        return codec_of(tokenizer).encode_rendered(_in_disguise(tokenizer, turns))
+    except RENDERING_ERRORS as error:
+        raise ChatError(
+            f"This model's chat template refuses this conversation ({str(error)[:200]}). Begin with a message from the "
+            "user, and leave out what the template does not take."
+        ) from error
+
+
+def nonce() -> str:
+    """A text that nobody can guess, of digits, which no template changes."""
+    return f"{secrets.randbits(128):039d}"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn], add_generation_prompt: bool = True) -> str:
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    known, template = codec_of(tokenizer).writes_system, str(template_of(tokenizer))
+    if template not in known:
+        text = nonce()
+        try:
+            known[template] = text in render(tokenizer, [Turn("system", text, 1), Turn("user", "Hello", 1)])
+        except RENDERING_ERRORS:
+            known[template] = False
+    return known[template]
+
+
+def _with_system(system: str, turns: list[Turn]) -> list[Turn]:
+    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+    content = "\n\n".join(filter(None, [system, turns[first].content]))
+    return [*turns[:first], turns[first]._replace(content=content), *turns[first + 1 :]]
+
+
+# ---- Disguise ----
+
+
+def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+    """What the template writes, all that was typed in disguise.
+
+    Some templates look into the contents: they cut the thoughts before "</think>" off earlier answers, or obey
+    "/no_think". What they look for they must be able to read, where it changes what they write. If a typed token or
+    tag got through that way, the disguise is worth more than the template's wish.
+    """
+    safest, reveal = _disguised(tokenizer, turns, ()), codec_of(tokenizer).reveal
+    if len(safest) > LOOKED_INTO or safest.translate(reveal) == (expected := render(tokenizer, turns)):
+        return safest
+
+    def is_as_expected(readable: set[Readable]) -> bool:
+        return _disguised(tokenizer, turns, readable).translate(reveal) == expected
+
+    everything = _readable(str(template_of(tokenizer)), turns)
+    phrases = {each for each in everything if not each.text.isidentifier()}  # "user", "content": seldom looked for
+    readable = next(filter(is_as_expected, (phrases, everything)), None)
+    if readable is None:
+        return safest
+    for candidate in sorted(readable):
+        if is_as_expected(readable - {candidate}):
+            readable -= {candidate}
+    return safest if _comes_through(tokenizer, turns, readable) else _disguised(tokenizer, turns, readable)
+
+
+def _disguised(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], readable: Collection[Readable], times: int = 1
+) -> str:
+    """times: how often each text stands there that the template can read."""
+    table = codec_of(tokenizer).disguise
+    return render(tokenizer, [turn._replace(content=_disguise(turn, table, readable, times)) for turn in turns])
+
+
+def _disguise(turn: Turn, table: dict[int, int], readable: Collection[Readable], times: int) -> str:
+    texts = sorted((text for text, role in readable if role == turn.role), key=len, reverse=True)
+    if not texts:
+        return turn.content.translate(table)
+    parts = re.split(f"({'|'.join(map(re.escape, texts))})", turn.content)
+    return "".join(part * times if i % 2 else part.translate(table) for i, part in enumerate(parts))
+
+
+def _readable(template: str, turns: list[Turn]) -> set[Readable]:
+    """The strings of a template that stand in a content."""
+    strings = set(_strings(template))
+    return {Readable(text, turn.role) for turn in turns for text in strings if text in turn.content}
+
+
+def _strings(template: str) -> Iterator[str]:
+    """Constants of the template's code. It is not run, nor even parsed: templates have tags of their own."""
+    for _, kind, source in Environment().lex(template):
+        if (
+            kind == "string"
+            and (text := source[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")).strip()
+        ):
+            yield text
+
+
+def _comes_through(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], readable: set[Readable]) -> bool:
+    """Whether a typed token or tag that the template can read is still there once it has been read."""
+    once, twice = (_markup(codec_of(tokenizer), _disguised(tokenizer, turns, readable, times)) for times in (1, 2))
+    return once != twice
+
+
+def _markup(codec: Codec, text: str) -> Counter[str]:
+    return Counter([*codec.added.findall(text), *MARK.findall(codec.added.sub(" ", text))])
