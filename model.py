@@ -52,6 +52,7 @@ class Serving:
     model: PreTrainedModel  # for scripts that look inside; answers come through the engine
     tokenizer: PreTrainedTokenizerBase
     chat_format: str | None  # as prompt.encode takes it
+    ends: tuple[str, ...]  # texts with which the chat template ends an answer, if it does so in no token
     engine: Engine
     grammars: Grammars
 
@@ -149,7 +150,7 @@ class ChatModel:
 
         config = loaded.model.config.get_text_config(decoder=True)
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
-        chat_format = prompt.recognise(tokenizer)
+        chat_format, ending = prompt.recognise(tokenizer), prompt.find_ending(tokenizer)
         # What is compiled for this GPU is found again at the next start.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "compiled"))
         runner = build_runner(
@@ -159,10 +160,10 @@ class ChatModel:
             max_batch=self.settings.max_batch,
             compile=self.settings.compile,
         )
-        engine = Engine(runner, stop_ids, queue_limit=self.settings.queue_limit, on_lost=self._lost)
+        engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
         grammars = Grammars(tokenizer, runner.vocab_size, stop_ids)
-        self._serving = Serving(loaded.model, tokenizer, chat_format, engine, grammars)
+        self._serving = Serving(loaded.model, tokenizer, chat_format, ending.strings, engine, grammars)
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             engine.close()
             raise _Closed
@@ -178,20 +179,18 @@ class ChatModel:
         """The answer to a conversation, on its way; see types.ChatBackend."""
         serving = self.serving
         if not trim:
-            return self.stream_completion(self.encode(messages), params, to_the_end=to_the_end)
+            input_ids = self._fitting(self.encode(messages), params, to_the_end)
+            return self._submit(input_ids, params, to_the_end, ends=serving.ends)
         fitted = prompt.fit(
             serving.tokenizer, messages, self.context_length, params.max_new_tokens, serving.chat_format
         )
-        return self._submit(fitted.input_ids, params, to_the_end, fitted.dropped_messages)
+        return self._submit(fitted.input_ids, params, to_the_end, fitted.dropped_messages, ends=serving.ends)
 
     def stream_completion(
         self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False
     ) -> StreamedReply:
         """What follows input_ids, on its way; see types.ChatBackend."""
-        wanted = 0 if to_the_end else params.max_new_tokens
-        if len(input_ids) + max(wanted, 1) > self.serving.engine.context_length:
-            raise PromptTooLong(len(input_ids), self.context_length, wanted)
-        return self._submit(list(input_ids), params, to_the_end)
+        return self._submit(self._fitting(input_ids, params, to_the_end), params, to_the_end, before=input_ids)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt that stream_reply makes of a conversation, however long it is."""
@@ -207,17 +206,31 @@ class ChatModel:
         if self._serving is not None:
             self._serving.engine.close(timeout_s)
 
+    def _fitting(self, input_ids: Sequence[int], params: SamplingParams, to_the_end: bool) -> list[int]:
+        """The ids, or PromptTooLong if they leave too little room for the answer."""
+        wanted = 0 if to_the_end else params.max_new_tokens
+        if len(input_ids) + max(wanted, 1) > self.serving.engine.context_length:
+            raise PromptTooLong(len(input_ids), self.context_length, wanted)
+        return list(input_ids)
+
     def _submit(
-        self, input_ids: list[int], params: SamplingParams, to_the_end: bool, dropped_messages: int = 0
+        self,
+        input_ids: list[int],
+        params: SamplingParams,
+        to_the_end: bool,
+        dropped_messages: int = 0,
+        before: Sequence[int] = (),
+        ends: tuple[str, ...] = (),
     ) -> StreamedReply:
+        """before: ids of the text that is gone on with, if it is no conversation. ends: as in Serving."""
         from llama2_chat.engine.reply import StreamedReply
 
         serving = self.serving
         if to_the_end:
             params = replace(params, max_new_tokens=min(self.context_length - len(input_ids), LONGEST_ANSWER))
         grammar = None if params.grammar is None else serving.grammars.grammar(params.grammar)
-        usage = Usage(len(input_ids), dropped_messages=dropped_messages)
-        reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, params.stop, usage)
+        stop, usage = (*params.stop, *ends), Usage(len(input_ids), dropped_messages=dropped_messages)
+        reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)
         reply.request = serving.engine.submit(input_ids, params, reply, grammar)
         return reply
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from llama2_chat.engine.request import Request
 
 
+CONTEXT_IDS = 16  # of the text before an answer: a character's bytes, and a word, take no more
+FIRST_STAND_IN, STAND_INS = 0xDC00, 0x400
+
+
 class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
     """transformers' TextIteratorStreamer, read by ids.
 
@@ -30,15 +34,27 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
     the reader decodes, so that every character shows as soon as it is whole.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, engine: Engine, stop: Sequence[str], usage: Usage) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        stop: Sequence[str],
+        usage: Usage,
+        before: Sequence[int] = (),
+    ) -> None:
+        """before: ids of a text that the answer goes on with, so that its first word keeps the space before it."""
         TextIteratorStreamer.__init__(self, tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.text_queue: Channel[torch.Tensor | None] = Channel()  # type: ignore[assignment]  # has put() and get(), too
         self.request: Request  # set by whoever submits, before anyone reads
         self._engine = engine
-        self._stop = stop
+        self._stand_ins = _stand_ins(tokenizer, stop)
+        self._stop = list(dict.fromkeys([*stop, *map(self._with_stand_ins, stop)]))
+        self._hidden = dict.fromkeys(map(ord, self._stand_ins.values()))
         self._usage = usage
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._text = ""  # decoded so far
+        self._before = list(before[-CONTEXT_IDS:])
+        self._decoder, self._before_characters = self._begin()
+        self._text = ""  # decoded so far, special tokens that a stop string names included, as their stand-ins
+        self._decoded = 0  # characters of it that are not stand-ins
         self._shown = 0  # characters of it handed out; the rest may be the beginning of a stop string
         self._stopwatch = Stopwatch()
         self._put_tokens = 0
@@ -84,14 +100,21 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             return ""
         if value is self.stop_signal:
             # Bytes of a character that never became whole are still in the decoder; they show as U+FFFD.
-            self._text += self._decode_whole()[len(self._text) :]
+            self._append(self._decode_rest())
             piece = self._certain(held_back=0)
             self._finish(cast(FinishReason, self.request.finish_reason))
             return piece
         for token in value.tolist():
             self.token_cache.append(token)
-            self._text += self._decode(token)
+            if token in self._stand_ins:
+                self._text += self._stand_ins[token]
+            else:
+                self._append(self._decode(token))
         return self._certain(held_back=max((_overlap(self._text[self._shown :], s) for s in self._stop), default=0))
+
+    def _append(self, text: str) -> None:
+        self._text += text
+        self._decoded += len(text)
 
     def _decode(self, token: int) -> str:
         """The characters that this id makes whole."""
@@ -100,10 +123,29 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         except Exception:
             # A stray byte token: with it the bytes before it, shown already as what they were, decode to U+FFFD.
             self._decoder = DecodeStream(ids=[token], skip_special_tokens=True)
-            return self._decode_whole()[len(self._text) :]
+            return self._decode_rest()
 
-    def _decode_whole(self) -> str:
-        return cast(str, self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+    def _begin(self) -> tuple[DecodeStream, int]:
+        """A decoder that has read what stands before the answer, and how many characters of that are whole."""
+        whole = list(self._before)
+        while (text := self._decode_whole(whole)).endswith("\ufffd"):  # bytes of a character that the answer completes
+            whole.pop()
+        decoder = DecodeStream(ids=whole, skip_special_tokens=True)
+        for token in self._before[len(whole) :]:
+            decoder.step(self.tokenizer.backend_tokenizer, token)
+        return decoder, len(text)
+
+    def _decode_rest(self) -> str:
+        """What all ids together say beyond the characters that have been decoded one by one."""
+        return self._decode_whole(self._before + self.token_cache)[self._before_characters + self._decoded :]
+
+    def _decode_whole(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, **self.decode_kwargs))
+
+    def _with_stand_ins(self, stop: str) -> str:
+        for token, stand_in in self._stand_ins.items():
+            stop = stop.replace(cast(str, self.tokenizer.convert_ids_to_tokens(token)), stand_in)
+        return stop
 
     def _certain(self, held_back: int) -> str:
         """The text not shown yet, up to a stop string or to the characters that may become one."""
@@ -113,11 +155,25 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         if found:
             self._finish("stop")
             self._engine.cancel(self.request)
-        return piece
+        return piece.translate(self._hidden) if self._hidden else piece
 
     def _raise_error(self) -> None:
         if self.finish_reason == "error" and self.request.error:
             raise self.request.error
+
+
+def _stand_ins(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[int, str]:
+    """Special tokens that stand in a stop string, the longest first: id -> a character that no decoded text has.
+
+    Decoding skips special tokens, so the text alone would never match "<|im_end|>". A stand-in is half of a surrogate
+    pair: a stop string matches a special token whole, and never a letter of its name.
+    """
+    if not stop:
+        return {}
+    special = [(id, token.content) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    named = [(id, name) for id, name in special if name and any(name in text for text in stop)]
+    named.sort(key=lambda each: len(each[1]), reverse=True)
+    return {id: chr(FIRST_STAND_IN + n % STAND_INS) for n, (id, _) in enumerate(named)}
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -44,6 +44,7 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
+from llama2_chat.prompt import find_ending
 from llama2_chat.text import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def read_generation_config(files: Files) -> GenerationConfig:
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:
-    """The ids that end an answer: the tokenizer's EOS and those that the model's generation config names."""
+    """The ids that end an answer: the tokenizer's EOS, those of the generation config, and the chat template's."""
     ends = generation.eos_token_id if generation is not None else None
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    named = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return named | find_ending(tokenizer).ids
 
 
 def measure(files: Files) -> Size:
