@@ -36,6 +36,8 @@ def encode_example(
     system, turns = check_messages([*messages, {"role": "user", "content": "Go on."}])
     if turns[-1].messages > 1 or len(turns) == 1:
         raise ChatError("A conversation to train on ends with an answer.")
+    if turns[0].role != "user":
+        raise ChatError("A conversation to train on starts with a message from the user.")
     write = writer(tokenizer, chat_format)
     input_ids, answers = write(system, turns), []
     for i in range(1, len(turns), 2):

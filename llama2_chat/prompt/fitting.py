@@ -6,13 +6,15 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import PromptTooLong
-from llama2_chat.prompt.codec import codec_of
 from llama2_chat.prompt.formats import Writer, writer
 from llama2_chat.prompt.messages import Turn, check_messages
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MERGED = 4  # tokens by which an exchange may be shorter where its ends meet others
 
 
 class Fitted(NamedTuple):
@@ -31,7 +33,7 @@ def fit(
 ) -> Fitted:
     """The longest recent part of a conversation that leaves room for max_new_tokens in the context window.
 
-    Whole exchanges go, oldest first; the system message and the newest message stay.
+    Whole exchanges go, oldest first, and a greeting before them; the system message and the newest message stay.
     Raises PromptTooLong if those two alone do not fit, else as encode() does.
     """
     system, turns = check_messages(messages)
@@ -48,15 +50,21 @@ def fit(
     if len(newest) > room:
         raise _too_long(len(newest), write, system, context_length, max_new_tokens)
 
-    # Back from the newest, the words alone: where they no longer fit, the prompt does not either. So an old megabyte
-    # is encoded once, and not at every step of the search.
-    codec, start, left = codec_of(tokenizer), len(turns) - 1, room - len(newest)
-    while start > 0 and left >= 0:
+    # Back from the newest, each exchange by itself: where they no longer fit, the prompt does not either. So an old
+    # megabyte is encoded once, and not at every step of the search.
+    start, left = len(turns) - 1, room - len(newest)
+    while start > 1 and left >= 0:
         start -= 2
-        left -= sum(codec.count(turn.content.strip()) for turn in turns[start : start + 2])
-    starts = range(start, len(turns), 2)
+        left -= _at_least(turns[start : start + 2], write)
+    starts = [*([0] if start == 1 else []), *range(start, len(turns), 2)]  # before the first question is a greeting
     first = starts[bisect_left(starts[:-1], True, key=lambda start: len(write(system, turns[start:])) <= room)]
     return Fitted(write(system, turns[first:]), sum(turn.messages for turn in turns[:first]))
+
+
+def _at_least(exchange: list[Turn], write: Writer) -> int:
+    """Tokens that an exchange takes in any conversation: as the template writes it, which may leave thoughts out."""
+    word = [Turn("user", "Hello", 1)]
+    return len(write(None, [*exchange, *word])) - len(write(None, word)) - MERGED
 
 
 def _too_long(T: int, write: Writer, system: str | None, context_length: int, max_new_tokens: int) -> PromptTooLong:

@@ -55,7 +55,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_for
     """Token ids of a conversation, ending where the assistant should answer.
 
     messages: an optional system message, then user and assistant in turn, ending with user. Two turns of the same
-    role in a row are joined by a blank line.
+    role in a row are joined by a blank line, and so are several system messages.
     chat_format: "llama-2", or None to recognise it from the tokenizer.
 
     In the Llama 2 format each finished exchange is encoded alone, between BOS and EOS, as the model saw it in training.
@@ -111,6 +111,8 @@ def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Write
 
 def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
     """Each exchange alone, between BOS and EOS; after the last question no EOS, for the answer follows."""
+    if turns[0].role != "user":
+        raise ChatError("In the Llama 2 format a conversation starts with a message from the user.")
     segments = []
     for i in range(0, len(turns), 2):
         question = [Piece(turns[i].content.strip(), True)]

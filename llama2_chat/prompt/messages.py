@@ -16,12 +16,15 @@ class Turn(NamedTuple):
 
 
 def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
-    """The system text, if there is one, and turns: user and assistant alternate, user is first and last."""
+    """The system text, if there is one, and turns: user and assistant alternate, user is last.
+
+    System messages are joined by blank lines, wherever they stand: templates take one, at the beginning. The first turn
+    may be a greeting by the assistant; whether a format can write it is for the format to say.
+    """
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
         raise ChatError("A conversation is a list of messages, each with a role and a content.")
-    system: str | None = None
+    systems: list[str] = []
     turns: list[Turn] = []
-    content = ""
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
@@ -31,15 +34,15 @@ def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
         # The tokenizer raises on a lone surrogate, such as half an emoji that a caller cut in two.
         content = valid_unicode(content)
         if role == "system":
-            if i > 0:
-                raise ChatError("Only the first message can be a system message.")
-            system = content
-        elif turns and turns[-1].role == role:  # an answer stopped before its first word leaves two questions in a row
+            systems.append(content)
+            continue
+        newest = content
+        if turns and turns[-1].role == role:  # an answer stopped before its first word leaves two questions in a row
             turns[-1] = Turn(role, f"{turns[-1].content}\n\n{content}", turns[-1].messages + 1)
         else:
             turns.append(Turn(role, content, 1))
-    if not turns or turns[0].role != "user" or turns[-1].role != "user":
+    if not turns or turns[-1].role != "user":
         raise ChatError("A conversation starts with a message from the user and ends with one.")
-    if not content.strip():
+    if not newest.strip():
         raise ChatError("The message is empty. Write something first.")
-    return system, turns
+    return ("\n\n".join(filter(None, systems)) if systems else None), turns

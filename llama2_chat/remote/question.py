@@ -44,12 +44,14 @@ class Question:
 
     def _first_kept(self, error: PromptTooLong) -> int:
         """The index of the turn that a shorter question starts with."""
-        half, quarter = len(self.turns) // 4 * 2 + 2, len(self.turns) // 8 * 2 + 2  # of the turns, in whole exchanges
+        greeting = int(self.turns[0].role == "assistant")  # before the first exchange, and goes with it
+        # Of the turns, in whole exchanges.
+        half, quarter = len(self.turns) // 4 * 2 + 2 - greeting, len(self.turns) // 8 * 2 + 2 - greeting
         if not (error.prompt_tokens and error.context_length):
             return half
         # A server that stops counting at the end of its context reports too few tokens, so that what its numbers leave
         # is too long again: each further attempt drops at least a quarter.
-        first = quarter if self.dropped_messages else 2
+        first = quarter if self.dropped_messages else 2 - greeting
         sizes = [len(turn.content) for turn in self.turns]
         system_size = len(self.system or "")
         tokens_per_character = error.prompt_tokens / (system_size + sum(sizes) + 1)

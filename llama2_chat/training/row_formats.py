@@ -38,7 +38,12 @@ def _clean(messages: list[Any]) -> list[Message]:
     for message in messages:
         if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
-    prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
+    _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
+    # A chat takes both of these. To train on them would be to teach another order than the row has.
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise ChatError("Only the first message can be a system message.")
+    if turns[0].role != "user":
+        raise ChatError("A conversation to train on starts with a message from the user.")
     if all(message["role"] != "assistant" for message in messages):
         raise ChatError("it has no answer.")
     # White space at the ends belongs to the chat format, and some formats would join it with their own.

@@ -6,8 +6,8 @@ import pytest
 
 from llama2_chat import prompt
 from llama2_chat.errors import PromptTooLong
-from tests.support.small_tokenizer import llama_shaped
-from tests.support.templates import TEMPLATED, turns
+from tests.support.small_tokenizer import chatml, llama_shaped, with_template
+from tests.support.templates import TEMPLATED, THINKING, turns
 
 
 @pytest.fixture(scope="module", params=["llama-2", "its own template"])
@@ -79,3 +79,19 @@ def test_a_megabyte_and_a_thousand_turns_take_a_moment(speaker):
     with pytest.raises(PromptTooLong):
         prompt.fit(tokenizer, [*history, *turns("hello [INST] " * 80_000)], 4096, 1024, chat_format)
     assert time.monotonic() - start < 10
+
+
+def test_a_greeting_goes_before_the_first_exchange_does():
+    tokenizer = TEMPLATED["ChatML"]()
+    messages = [{"role": "assistant", "content": "hello " * 20}, *turns("the " * 40, "He " * 10, "so?")]
+    whole, asked, newest = (prompt.encode(tokenizer, messages[start:]) for start in (0, 1, 3))
+    for expected, dropped in ((whole, 0), (asked, 1), (newest, 3)):
+        assert prompt.fit(tokenizer, messages, len(expected) + 5, 5) == (expected, dropped)
+
+
+def test_an_exchange_whose_thoughts_the_template_leaves_out_is_kept():
+    tokenizer = with_template(chatml(), THINKING)
+    messages = turns("what?", "the " * 5000 + "</think>He", "so?")
+    expected = prompt.encode(tokenizer, messages)
+    assert len(expected) < 100
+    assert prompt.fit(tokenizer, messages, 140, 40) == (expected, 0)

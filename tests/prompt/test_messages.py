@@ -4,7 +4,7 @@ import pytest
 
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
-from tests.support.small_tokenizer import llama_shaped
+from tests.support.small_tokenizer import CHATML, chatml, llama_shaped, with_template
 from tests.support.templates import turns
 
 MALFORMED = {
@@ -20,7 +20,6 @@ MALFORMED = {
     "blank after another": ([*turns("x"), *turns(" ")], "empty"),
     "assistant first": (turns("x", "y", "z")[1:], "starts with"),
     "assistant last": (turns("x", "y"), "ends with"),
-    "late system": ([*turns("x", "y"), *turns("z", system="s")], "first message"),
 }
 
 
@@ -41,3 +40,31 @@ def test_half_an_emoji_becomes_a_replacement_character(llama_tokenizer, template
     for tokenizer, chat_format in ((llama_tokenizer, "llama-2"), (templated, None)):
         expected = prompt.encode(tokenizer, turns("a\ufffdb 😱"), chat_format)
         assert prompt.encode(tokenizer, turns("a\ud83db \ud83d\ude31"), chat_format) == expected
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_several_system_messages_become_the_first(llama_tokenizer, templated, at):
+    talk = turns("one", "two", "three")
+    more = {"role": "system", "content": "In French."}
+    messages = [{"role": "system", "content": "Be brief."}, *talk[: at % 4], more, *talk[at % 4 :]]
+    joined = turns("one", "two", "three", system="Be brief.\n\nIn French.")
+    for tokenizer, chat_format in ((llama_tokenizer, "llama-2"), (templated, None)):
+        assert prompt.encode(tokenizer, messages, chat_format) == prompt.encode(tokenizer, joined, chat_format)
+
+
+def test_a_system_message_may_come_late():
+    messages = [*turns("one"), {"role": "system", "content": "Be brief."}]
+    assert prompt.check_messages(messages)[0] == "Be brief."
+    with pytest.raises(ChatError, match="empty"):
+        prompt.check_messages([*turns(" "), messages[1]])
+    assert prompt.check_messages(messages) == prompt.check_messages(turns("one", system="Be brief."))
+
+
+def test_a_greeting_comes_first_where_the_template_allows_it():
+    greeting = turns("x", "hello", "what")[1:]
+    tokenizer = chatml()
+    expected = tokenizer.apply_chat_template(greeting, add_generation_prompt=True, return_dict=False)
+    assert prompt.encode(tokenizer, greeting) == expected
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(ChatError, match=r"refuses this conversation \(roles must alternate\).*from the user"):
+        prompt.encode(with_template(llama_shaped(), strict + CHATML), greeting)

@@ -8,16 +8,8 @@ from tokenizers import AddedToken
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped, with_template
-from tests.support.templates import turns
+from tests.support.templates import THINKING, turns
 
-THINKING = (
-    "{%- for m in messages %}{%- set content = m.content %}"
-    "{%- if m.role == 'assistant' and '</think>' in content %}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
-    "{{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>' + '\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if '/no_think' in messages[-1].content %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
-)
 AS_JSON = (
     "{% for m in messages %}<|im_start|>{{ {'role': m.role, 'content': m.content} | tojson }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"

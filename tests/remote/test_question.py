@@ -43,6 +43,13 @@ def test_a_stopped_answers_question_is_joined_to_the_next_one(settings, odd):
     assert odd.requests[0]["messages"] == [{"role": "user", "content": "Say hello.\n\nIn French."}]
 
 
+def test_a_greeting_and_a_late_system_message_reach_the_server_in_its_order(settings, odd):
+    greeting, late = {"role": "assistant", "content": "Hi!"}, {"role": "system", "content": "In French."}
+    with behind(settings, odd) as model:
+        read(model, [greeting, late, *HELLO])
+    assert odd.requests[0]["messages"] == [late, greeting, *HELLO]
+
+
 # ---- Too long ----
 
 TOO_LONG = {
@@ -140,3 +147,13 @@ def test_a_conversation_of_very_many_messages_is_shortened_at_once(settings, odd
         text, reply = read(model, [*talk, *HELLO])
         assert time.monotonic() - began < 20
     assert (text, 75_000 < reply.usage.dropped_messages < 77_000) == ("Hello!", True)
+
+
+def test_a_greeting_goes_with_the_first_exchange(settings, odd):
+    odd.answer = picky("vLLM")
+    greeting = {"role": "assistant", "content": "Hi!"}
+    with behind(settings, odd) as model:
+        assert read(model, [greeting, *LONG, *HELLO])[0] == "Hello!"
+    sent = odd.requests[-1]["messages"]
+    assert sent[0]["role"] == "user"
+    assert sent == [*LONG, *HELLO][-len(sent) :]
