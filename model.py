@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.settings import Settings
+from llama2_chat.text import first_line
 from llama2_chat.types import (
     RANGES,
     Capabilities,
@@ -124,12 +126,15 @@ class ChatModel:
 
         try:
             plan = choose(self.settings)
-            self.status = replace(self.status, model=plan.model_id, why=plan.why)
+            self.status = replace(self.status, model=self.settings.model_name or plan.name, why=plan.why)
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
             prompt.recognise(tokenizer)  # a prompt that would come out wrong is refused before gigabytes are fetched
             loaded = load(checkpoint, self._progress)
-            with translate_out_of_memory(plan.model_id, loaded.precision, loaded.needed_bytes):
+            with (
+                translate_out_of_memory(plan.model_id, loaded.precision, loaded.needed_bytes),
+                _translate_architecture_errors(loaded.model),
+            ):
                 self.serve(tokenizer, loaded)
         except ModelUnavailable as error:
             log.error("%s", error)
@@ -259,6 +264,23 @@ def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
     headroom = int(headroom_gb * GB)
     free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(visible_gpus())}
     return {torch.device("cpu"): CPU_KV_BYTES, **free}
+
+
+# What layers raise whose attention or cache is of another kind than the engine's.
+ANOTHER_KIND = (AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+@contextmanager
+def _translate_architecture_errors(model: PreTrainedModel) -> Iterator[None]:
+    """A model that the engine cannot compute, as a sentence; the log keeps the original."""
+    try:
+        yield
+    except ANOTHER_KIND as error:
+        log.warning("This model cannot be served", exc_info=True)
+        raise ModelUnavailable(
+            f"{type(model).__name__} is built in a way that visitors cannot share here ({first_line(error)}). "
+            "Choose a Llama 2, or a model that attends as it does."
+        ) from error
 
 
 class _Closed(Exception):

@@ -58,7 +58,12 @@ class Settings:
     )
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
-        None, "MODEL_ID", "Hub id or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model"
+        None,
+        "MODEL_ID",
+        "Hub id, id@revision or folder of a model or PEFT adapter; without it Llama 2 on a GPU, else a small model",
+    )
+    model_name: str | None = _knob(
+        None, "MODEL_NAME", "what page and API call the model; by default its Hub id, or the name of its folder"
     )
     inference_url: str = _knob(
         "",
@@ -93,6 +98,12 @@ class Settings:
     sampling: SamplingParams = SamplingParams()  # where the page's sliders start, and what an API request leaves out
 
     def __post_init__(self) -> None:
+        for name in ("model_id", "model_name", "base_model"):  # a line end from a file of variables is no part of them
+            object.__setattr__(self, name, (getattr(self, name) or "").strip() or None)
+        if self.model_name and not self.model_name.isprintable():
+            raise ChatError(f"model_name must be one line of printable characters; it was {self.model_name[:40]!r}.")
+        if self.model_name and self.inference_url:
+            raise ChatError("model_name is for a model that is loaded here; with INFERENCE_URL its servers name it.")
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
         if not 0 <= self.port <= 65535:

@@ -163,7 +163,7 @@ class Status:
     phase: Phase = "choose"  # while loading
     done_bytes: int = 0  # of the download
     total_bytes: int = 0  # 0 while unknown
-    model: str = ""  # the Hub id, folder or name of the model
+    model: str = ""  # what the model is called: its Hub id, the name of its folder, or MODEL_NAME
     precision: str = ""  # "bfloat16", "int8", "nf4", ...
     device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
     why: str = ""  # why this model in this precision, one or two sentences

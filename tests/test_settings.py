@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama2_chat import settings
+from llama2_chat.errors import ChatError
 from llama2_chat.settings import Settings
 
 
@@ -162,3 +163,15 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(capsys):
     with pytest.raises(SystemExit):
         Settings.read([], {"INFERENCE_KEY": "zwölf"})
     assert "zwölf" not in capsys.readouterr().err
+
+
+def test_white_space_around_a_models_name_is_no_part_of_it():
+    settings = Settings.read([], {"MODEL_ID": " someone/tiny\n", "BASE_MODEL": "a/b ", "MODEL_NAME": " mine "})
+    assert (settings.model_id, settings.base_model, settings.model_name) == ("someone/tiny", "a/b", "mine")
+    assert Settings.read([], {"MODEL_ID": " \n"}).model_id is None
+
+
+@pytest.mark.parametrize("more", [{"model_name": "a\nb"}, {"model_name": "a", "inference_url": "http://gpu-1:8000"}])
+def test_a_served_name_is_one_line_and_of_a_model_that_is_here(more):
+    with pytest.raises(ChatError, match="model_name"):
+        Settings(**more)

@@ -17,7 +17,7 @@ import torch
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import Files, translate_parse_errors
-from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files
+from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files, find_folder, split_revision
 from llama2_chat.loading.small_model import fetch_embedded
 from llama2_chat.settings import Settings
 
@@ -34,7 +34,7 @@ ZERO_GPU = (
 class Plan:
     """Which model to fetch, and where to keep it."""
 
-    model_id: str  # what log and page call it: a Hub id, a folder, or the embedded model's name
+    model_id: str  # a Hub id, perhaps with a revision, a folder, or the embedded model's name
     why: str
     quantization: str
     cache_dir: Path  # of the embedded model
@@ -44,6 +44,12 @@ class Plan:
     @property
     def is_embedded(self) -> bool:
         return self.model_id == EMBEDDED
+
+    @property
+    def name(self) -> str:
+        """What page and API call it: of a folder its own name, and never where it lies."""
+        folder = find_folder(self.model_id)
+        return folder.resolve().name if folder else split_revision(self.model_id)[0]
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
 
 def _refuse_known_base(model_id: str) -> None:
     """Base models carry no template. Those people reach for by mistake are refused by name, before any download."""
+    model_id, _ = split_revision(model_id)
     if llama := re.fullmatch(r"(meta-llama/Llama-2-\d+b)(-hf|-chat)?", model_id, re.IGNORECASE):
         chat = f"{llama[1]}-chat-hf"
     elif code := re.fullmatch(r"((?:codellama|meta-llama)/CodeLlama-\d+b)(-Python)?(-hf)?", model_id, re.IGNORECASE):

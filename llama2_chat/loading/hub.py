@@ -33,14 +33,31 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOT
 def fetch_small_files(source: str, progress: Progress, cache_dir: Path | None = None) -> Files:
     """Configuration and tokenizer of a local folder or a Hub id: the newest, or the cached ones if the Hub is away.
 
+    source: a folder, a Hub id, or a Hub id with a branch, tag or commit, such as "owner/name@v1".
     cache_dir: where repositories are kept, or None for huggingface_hub's own place.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return Files(folder)
-    if source.startswith((".", "/", "~")) or folder.is_absolute():
+    if folder := find_folder(source):
+        if folder.is_dir():
+            return Files(folder)
         raise ModelUnavailable(f"There is no folder {source}. Check the path, or give the id of a model on the Hub.")
-    return Files(_snapshot(source, "main", SMALL_FILES, 0, progress, cache_dir), source)
+    repo, revision = split_revision(source)
+    return Files(_snapshot(repo, revision, SMALL_FILES, 0, progress, cache_dir), repo)
+
+
+def find_folder(source: str) -> Path | None:
+    """The folder that a source means, be it there or not; None if it means a repository of the Hub."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() or source.startswith((".", "/", "~")) or folder.is_absolute() else None
+
+
+def split_revision(source: str) -> tuple[str, str]:
+    """A Hub id and its branch, tag or commit: "owner/name@v1" -> ("owner/name", "v1"), without one "main"."""
+    repo, at, revision = source.partition("@")
+    if at and not revision:
+        raise ModelUnavailable(
+            f"{source} names no revision after the @. Add a branch, tag or commit, or leave out the @."
+        )
+    return repo, revision or "main"
 
 
 def fetch_weights(files: Files, progress: Progress) -> None:
@@ -134,7 +151,7 @@ def _snapshot(
             return folder
         if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in NOT_WRITABLE):
             raise not_writable(error, "set HF_HOME to a folder that has room and is yours") from error
-        raise ModelUnavailable(_hub_sentence(repo, error)) from error
+        raise ModelUnavailable(_hub_sentence(repo, error, revision)) from error
     finally:
         stop.set()
 
@@ -162,7 +179,7 @@ def _run_beside(work: Callable[[], Any], report: Callable[[], None]) -> Any:
 # ---- What went wrong, in words ----
 
 
-def _hub_sentence(repo: str, error: BaseException) -> str:
+def _hub_sentence(repo: str, error: BaseException, revision: str = "main") -> str:
     """What went wrong between us and the Hub, and what to do about it. Never carries the token."""
     causes = [error]
     while causes[-1].__cause__:
@@ -176,7 +193,7 @@ def _hub_sentence(repo: str, error: BaseException) -> str:
         )
     answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
     if answer is not None and answer.response is not None:
-        return _http_sentence(repo, answer)
+        return _http_sentence(repo, answer, revision)
     if any(isinstance(cause, errors.HFValidationError) for cause in causes):
         return f"{repo!r} is neither a folder here nor an id on the Hub, which looks like owner/name. Check MODEL_ID."
     if isinstance(error, errors.LocalEntryNotFoundError) or any(isinstance(c, httpx2.HTTPError) for c in causes):
@@ -187,7 +204,7 @@ def _hub_sentence(repo: str, error: BaseException) -> str:
     return f"Downloading {repo} failed ({type(error).__name__}). Start again; files that are complete are kept."
 
 
-def _http_sentence(repo: str, error: errors.HfHubHTTPError) -> str:
+def _http_sentence(repo: str, error: errors.HfHubHTTPError, revision: str) -> str:
     status, token = error.response.status_code, huggingface_hub.get_token()
     page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
     if status == 401 and token:  # the Hub answers a valid token with 403 or 404, even where no token gets 401
@@ -207,7 +224,7 @@ def _http_sentence(repo: str, error: errors.HfHubHTTPError) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"There is no folder and no model {repo} that the account of this HF_TOKEN can see. Check MODEL_ID."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"The repository {repo} has no branch main. Check MODEL_ID."
+        return f"The repository {repo} has no branch, tag or commit {revision}. Check MODEL_ID."
     if status == 403:
         return f"The Hugging Face Hub does not let this HF_TOKEN read {repo}. Give the token read access to it."
     if status == 429:

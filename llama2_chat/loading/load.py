@@ -17,7 +17,6 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -29,6 +28,7 @@ from transformers import (
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.config import check_tokenizer_files, read_config, read_generation_config
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
@@ -75,16 +75,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     if adapter and any((adapter.folder / name).is_file() for name in names):
         files = adapter
+    check_tokenizer_files(files)
     with translate_errors(files):
-        return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-
-
-def read_generation_config(files: Files) -> GenerationConfig:
-    """The one that the model will have once it is loaded."""
-    try:
-        return GenerationConfig.from_pretrained(files.folder)
-    except OSError:  # it has no such file; the model then makes one of its config
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(files.folder, trust_remote_code=False))
+        config = read_config(files) if files is checkpoint.base else None
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, config=config, trust_remote_code=False)
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        if getattr(tokenizer, name) == "":  # there is none; as a token it would be looked up, without an end
+            setattr(tokenizer, name, None)
+    return tokenizer
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:
@@ -97,7 +95,7 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
 def measure(files: Files) -> Size:
     """What the model will weigh. Needs its configuration and the names of its weights, not the weights."""
     with translate_errors(files):
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        config = read_config(files)
         size = Size.of(config)
     if own := _own_quantization(config):
         return replace(size, own_quantization=own, own_bytes=sum(files.weights().values()))
@@ -205,6 +203,8 @@ def _read(
 ) -> PreTrainedModel:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         files.folder,
+        config=read_config(files),
+        generation_config=read_generation_config(files),
         dtype=dtype,
         quantization_config=config,
         device_map=device_map,
@@ -262,6 +262,10 @@ def _loading_sentence(files: Files, error: str) -> str:
         return f"{files} needs Python code of its own, which this program does not run. Choose another model."
     if "Unrecognized" in error or "model type" in error or "does not recognize this architecture" in error:
         return f"{files} is not a causal language model that this version of transformers knows. Choose another model."
+    if "tensors are missing" in error:
+        tied = " If its output head is its embedding, its config.json should say so: tie_word_embeddings."
+        head = tied if "such as lm_head" in error else ""
+        return f"The weights of {files} are damaged or incomplete: {error}. Copy or download them again.{head}"
     if "size mismatch" in error:
         return f"The weights of {files} do not fit their model. An adapter needs its own base: check BASE_MODEL."
     if "CUDA" in error:

@@ -69,6 +69,11 @@ class Size:
             module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
         )
         text = config.get_text_config()
+        if not getattr(text, "num_attention_heads", None):
+            raise ModelUnavailable(
+                f"A model of the type {text.model_type} keeps a state instead of keys and values of past tokens, which "
+                "this program cannot share between visitors. Choose a Llama 2, or a model that attends as it does."
+            )
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(

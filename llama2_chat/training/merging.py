@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from llama2_chat.errors import ChatError
+from llama2_chat.loading.config import read_config
 from llama2_chat.loading.load import load_base
 from llama2_chat.text import first_line
 from llama2_chat.training.base_model import BaseModel, no_progress
@@ -44,7 +44,7 @@ def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]
     difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
     if not difference <= LOGIT_TOLERANCE:  # true for NaN too
         raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
-    dtype = AutoConfig.from_pretrained(base.checkpoint.base.folder).dtype or torch.float32
+    dtype = read_config(base.checkpoint.base).dtype or torch.float32
     merged.to(dtype).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     for name in ("README.md", "curves.png"):  # the report, which the Hub shows

@@ -125,6 +125,6 @@ def _name_base(adapter: Path, checkpoint: Checkpoint) -> None:
     """Let the adapter name its base as people do, not by the folder where this machine keeps it."""
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text("utf-8"))
-    has_name = checkpoint.is_embedded or checkpoint.base.repo
-    name = checkpoint.model_id if has_name else str(checkpoint.base.folder.absolute())
+    name = checkpoint.model_id if checkpoint.is_embedded else checkpoint.base.repo
+    name = name or str(checkpoint.base.folder.absolute())
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")

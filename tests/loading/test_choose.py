@@ -52,6 +52,7 @@ def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplo
     ("base", "chat"),
     [
         ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
+        ("meta-llama/Llama-2-7b-hf@main", "meta-llama/Llama-2-7b-chat-hf"),
         ("meta-llama/Llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
         ("codellama/CodeLlama-7b-hf", "codellama/CodeLlama-7b-Instruct-hf"),
         ("codellama/CodeLlama-13b-Python-hf", "codellama/CodeLlama-13b-Instruct-hf"),
@@ -66,3 +67,26 @@ def test_a_base_model_is_refused_by_naming_its_chat_variant(base, chat):
 )
 def test_other_models_are_not_refused_by_name(model_id):
     assert choose(asking_for(model_id)).model_id == model_id
+
+
+@pytest.mark.parametrize(
+    ("model_id", "name"),
+    [
+        ("someone/tiny", "someone/tiny"),
+        ("someone/tiny@v1", "someone/tiny"),
+        ("{folder}", "mine@home"),
+        ("{folder}/", "mine@home"),
+        ("{folder}/../mine@home", "mine@home"),
+        ("/nowhere/at/all", "all"),
+        ("./all", "all"),
+    ],
+)
+def test_in_public_a_model_has_a_name_and_no_path(tmp_path, model_id, name):
+    folder = tmp_path / "mine@home"
+    folder.mkdir()
+    assert choose(asking_for(model_id.format(folder=folder))).name == name
+
+
+def test_in_the_folder_of_a_model_a_dot_is_enough_and_its_name_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose(asking_for(".")).name == tmp_path.name

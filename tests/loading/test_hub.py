@@ -16,6 +16,7 @@ from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import fetch_small_files, fetch_weights
 from llama2_chat.loading.load import load, load_tokenizer
 from llama2_chat.settings import Settings
+from tests.support.hub import COMMIT
 from tests.support.loading import asking_for, get, refusal
 from tests.support.serving import ignore
 
@@ -203,3 +204,17 @@ def test_the_real_environment_variables_work_in_a_process_of_its_own(hub, tmp_pa
         [sys.executable, "-c", script], cwd=root, env=os.environ | mine, capture_output=True, text=True, check=True
     ).stdout
     assert said.splitlines()[-1].startswith("refused: The account of this HF_TOKEN" if trouble else "int8")
+
+
+def test_a_revision_is_asked_for_behind_an_at_sign(hub):
+    hub.revisions = {"v1", COMMIT}
+    assert get(asking_for("someone/tiny@v1")).device == "cpu"
+    assert any(path.endswith("/revision/v1") for _, path in hub.requests)
+    assert "no branch, tag or commit main" in refusal(get, asking_for("someone/tiny"))
+    assert "no branch, tag or commit v2" in refusal(get, asking_for("someone/tiny@v2"))
+    hub.close()
+    assert get(asking_for("someone/tiny@v1")).device == "cpu"
+
+
+def test_an_at_sign_without_a_revision_is_refused(hub):
+    assert "no revision after the @" in refusal(get, asking_for("someone/tiny@"))

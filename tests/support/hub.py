@@ -22,6 +22,7 @@ class Hub:
         self.repos: dict[str, Path] = {}
         self.uploads = uploads
         self.writers: dict[str, str] = {"hf_writer": "writer"}  # token -> who it is, who may write to who/anything
+        self.revisions = {"main", COMMIT}  # of every repository
         self.gated: set[str] = set()
         self.accounts: dict[str, set[str]] = {"hf_reader": set()}  # token -> gated repositories it may read
         self.status: int | None = None  # answer everything with this error
@@ -57,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             name = self.hub.writers.get(self._token())
             return self._send_json({"type": "user", "name": name}) if name else self._refuse(401, "", "Invalid token")
-        info = re.fullmatch(rf"/api/{REPO}(?:/revision/[^/]+)?", path)
+        info = re.fullmatch(rf"/api/{REPO}(?:/revision/([^/]+))?", path)
         tree = re.fullmatch(rf"/api/{REPO}/tree/[^/]+(?:/(.+))?", path)
         file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if not (info or tree or file):
@@ -68,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "", "Invalid username or password.")
         if repo not in self.hub.repos:
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        if info and (info[2] or "main") not in self.hub.revisions:
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {info[2]}")
         if info:
             return self._send_json(
                 {
