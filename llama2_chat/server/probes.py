@@ -114,7 +114,7 @@ def probe_model(start: PlannedStart) -> str:
         if visible_gpus() and not start.settings.model_id and not start.settings.zero_gpu:
             check_reachable(LLAMA_2_MODEL_ID, cache_dir=plan.hub_cache_dir)  # a start only logs this and goes on
         if checkpoint is None:
-            check_index()
+            check_index(plan.cache_dir)
         return f"{plan.model_id}. {plan.why}"
     measure(start.files[0])
     for files in start.files:

