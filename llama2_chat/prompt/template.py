@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, TemplateError
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # What a template raises, by itself or because a conversation is not as it expects.
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
-LOOKED_INTO = 2**20  # characters; in longer conversations a template reads nothing, for that takes a second a time
+LOOKED_INTO = 2**18  # characters; of longer conversations a template reads nothing, for each look takes 0.1 s
+MOST_STRINGS = 16  # that a template may look for in one conversation
 
 
 class Readable(NamedTuple):
@@ -110,48 +111,62 @@ def _with_system(system: str, turns: list[Turn]) -> list[Turn]:
 def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
     """What the template writes, all that was typed in disguise.
 
-    Some templates look into the contents: they cut the thoughts before "</think>" off earlier answers, or obey
-    "/no_think". What they look for they must be able to read, where it changes what they write. If a typed token or
-    tag got through that way, the disguise is worth more than the template's wish.
+    Some templates look into the contents: they cut the thoughts before "</think>" off earlier answers, write them anew
+    between tokens of their own, or obey "/no_think". What they look for they must be able to read, where it changes
+    what they write. If a typed token or tag got through that way, the disguise is worth more than the template's wish.
     """
-    safest, reveal = _disguised(tokenizer, turns, ()), codec_of(tokenizer).reveal
-    if len(safest) > LOOKED_INTO or safest.translate(reveal) == (expected := render(tokenizer, turns)):
+    codec, safest = codec_of(tokenizer), _disguised(tokenizer, turns, frozenset())
+    if len(safest) > LOOKED_INTO:
         return safest
+    expected = render(tokenizer, turns)
 
-    def is_as_expected(readable: set[Readable]) -> bool:
-        return _disguised(tokenizer, turns, readable).translate(reveal) == expected
+    def is_as_expected(readable: frozenset[Readable]) -> bool:
+        return _disguised(tokenizer, turns, readable).translate(codec.reveal) == expected
 
-    everything = _readable(str(template_of(tokenizer)), turns)
-    phrases = {each for each in everything if not each.text.isidentifier()}  # "user", "content": seldom looked for
-    readable = next(filter(is_as_expected, (phrases, everything)), None)
-    if readable is None:
+    def markup(readable: frozenset[Readable], twice: frozenset[Readable] = frozenset()) -> Counter[str]:
+        return _markup(codec, _disguised(tokenizer, turns, readable, twice))
+
+    if safest.translate(codec.reveal) == expected and _markup(codec, safest) == _markup(codec, expected):
         return safest
-    for candidate in sorted(readable):
-        if is_as_expected(readable - {candidate}):
-            readable -= {candidate}
-    return safest if _comes_through(tokenizer, turns, readable) else _disguised(tokenizer, turns, readable)
+    readable = next(filter(is_as_expected, _readable(str(template_of(tokenizer)), turns)), None)
+    if readable is None or len(readable) > MOST_STRINGS:
+        return safest
+    for text in sorted(readable):
+        fewer = readable - {text}
+        comes_through = markup(readable, frozenset({text})) != markup(readable)
+        if is_as_expected(fewer) and (comes_through or markup(fewer) == markup(readable)):
+            readable = fewer
+    # What was typed and comes through comes twice if it is typed twice; what the template writes does not.
+    return safest if markup(readable, readable) != markup(readable) else _disguised(tokenizer, turns, readable)
 
 
 def _disguised(
-    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], readable: Collection[Readable], times: int = 1
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[Turn],
+    readable: frozenset[Readable],
+    twice: frozenset[Readable] = frozenset(),
 ) -> str:
-    """times: how often each text stands there that the template can read."""
+    """twice: those of the texts that the template can read which stand there doubled."""
     table = codec_of(tokenizer).disguise
-    return render(tokenizer, [turn._replace(content=_disguise(turn, table, readable, times)) for turn in turns])
+    return render(tokenizer, [turn._replace(content=_disguise(turn, table, readable, twice)) for turn in turns])
 
 
-def _disguise(turn: Turn, table: dict[int, int], readable: Collection[Readable], times: int) -> str:
+def _disguise(turn: Turn, table: dict[int, int], readable: frozenset[Readable], twice: frozenset[Readable]) -> str:
     texts = sorted((text for text, role in readable if role == turn.role), key=len, reverse=True)
     if not texts:
         return turn.content.translate(table)
+    doubled = {text for text, role in twice if role == turn.role}
     parts = re.split(f"({'|'.join(map(re.escape, texts))})", turn.content)
-    return "".join(part * times if i % 2 else part.translate(table) for i, part in enumerate(parts))
+    shown = [part if i % 2 else part.translate(table) for i, part in enumerate(parts)]
+    return "".join(text * 2 if text in doubled else text for text in shown)
 
 
-def _readable(template: str, turns: list[Turn]) -> set[Readable]:
-    """The strings of a template that stand in a content."""
-    strings = set(_strings(template))
-    return {Readable(text, turn.role) for turn in turns for text in strings if text in turn.content}
+def _readable(template: str, turns: list[Turn]) -> Iterator[frozenset[Readable]]:
+    """Strings of the template that stand in a content: without single words, which are seldom looked for, and all."""
+    strings = {text for text in _strings(template) if len(text.strip()) > 2}
+    found = {Readable(text, turn.role) for turn in turns for text in strings if text in turn.content}
+    yield frozenset(each for each in found if not each.text.isidentifier())
+    yield frozenset(found)
 
 
 def _strings(template: str) -> Iterator[str]:
@@ -162,12 +177,6 @@ def _strings(template: str) -> Iterator[str]:
             and (text := source[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")).strip()
         ):
             yield text
-
-
-def _comes_through(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], readable: set[Readable]) -> bool:
-    """Whether a typed token or tag that the template can read is still there once it has been read."""
-    once, twice = (_markup(codec_of(tokenizer), _disguised(tokenizer, turns, readable, times)) for times in (1, 2))
-    return once != twice
 
 
 def _markup(codec: Codec, text: str) -> Counter[str]:

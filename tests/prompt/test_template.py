@@ -10,6 +10,12 @@ from llama2_chat.errors import ChatError
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped, with_template
 from tests.support.templates import THINKING, turns
 
+THOUGHTS_ANEW = (
+    "{%- for m in messages %}{{- '<|im_start|>' }}{%- if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{- '<think>\\n' + m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') + '\\n</think>\\n\\n' }}"
+    "{{- m.content.split('</think>')[-1].lstrip('\\n') }}{%- else %}{{- m.content }}{%- endif %}"
+    "{{- '<|im_end|>' }}{%- endfor %}"
+)
 AS_JSON = (
     "{% for m in messages %}<|im_start|>{{ {'role': m.role, 'content': m.content} | tojson }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
@@ -66,9 +72,10 @@ def test_a_template_that_looks_into_the_contents_gives_the_ids_of_apply_chat_tem
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", [THINKING, THOUGHTS_ANEW], ids=["thoughts", "thoughts anew"])
 @pytest.mark.parametrize("make", [byte_level, llama])
-def test_so_it_does_where_what_it_looks_for_is_a_token(make, messages):
-    tokenizer = make(THINKING)
+def test_so_it_does_where_what_it_looks_for_is_a_token(make, template, messages):
+    tokenizer = make(template)
     assert prompt.encode(tokenizer, messages) == expected(tokenizer, messages)
 
 
@@ -107,6 +114,15 @@ def test_an_order_is_obeyed_and_a_typed_thought_beside_it_stays_text():
     plain, typed = (prompt.encode(tokenizer, turns(f"hello /no_think{text}")) for text in ("", "</think>"))
     assert plain.count(end) == typed.count(end) == 1
     assert tokenizer.decode(typed).count("</think>") == 2
+
+
+def test_a_thought_that_a_question_holds_stays_text_beside_one_that_the_template_writes():
+    tokenizer = byte_level(THOUGHTS_ANEW)
+    start = tokenizer.convert_tokens_to_ids("<think>")
+    messages = turns("<think>q</think>", "<think>a</think>b", "<think><think>c")
+    ids = prompt.encode(tokenizer, messages)
+    assert ids.count(start) == 1
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_a_conversation_that_a_template_refuses_for_what_it_says_is_the_callers_affair():
