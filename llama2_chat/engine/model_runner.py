@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, DecodeStep, PrefillStep
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.kernels.fixed_rows import fix_rows
 from llama2_chat.types import RANGES
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
@@ -232,44 +234,50 @@ class EagerWay:
     ) -> None:
         self._model, self._pool, self._sampler, self._kernel = model, pool, sampler, kernel
         self._most_blocks, self._device = most_blocks, sampler.device
+        self._on_cpu = self._device.type == "cpu"
         self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
+        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
+        last = ends[[chunk.is_last for chunk in chunks]] - 1
+        step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+        return self._forward(ids, step, last.to(self._device))
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep:
+        slots = torch.tensor([request.slot for request in requests], device=self._device)
+        step = CpuStep.decode(self._pool, requests) if self._on_cpu else self._gpu_decode(requests)
+        everyone = torch.arange(len(requests), device=self._device)
+        return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone), slots)
+
+    def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
-        ids: list[int] = []
-        positions, kv_index, spans, last = [], [], [], []
+        positions, kv_index, spans, start = [], [], [], 0
         for table, chunk in zip(tables, chunks, strict=True):
             blocks = torch.tensor(chunk.request.blocks.blocks)
             table[: len(blocks)] = blocks
             position = torch.arange(chunk.start, chunk.end)
             positions.append(position)
             kv_index.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-            spans.append((len(ids), len(ids) + len(position), chunk.start))
-            ids += chunk.ids
-            if chunk.is_last:
-                last.append(len(ids) - 1)
-        step = PrefillStep(self._pool, torch.cat(kv_index).to(self._device), spans, tables)
-        on_device = torch.tensor(ids).to(self._device), torch.cat(positions).to(self._device)
-        return self._forward(*on_device, step, torch.tensor(last, dtype=torch.long, device=self._device))
+            spans.append((start, start + len(position), chunk.start))
+            start += len(position)
+        at = torch.cat(positions).to(self._device)
+        return PrefillStep(self._pool, at, torch.cat(kv_index).to(self._device), spans, tables)
 
-    def decode(self, requests: Sequence[Request]) -> ModelStep:
+    def _gpu_decode(self, requests: Sequence[Request]) -> DecodeStep:
         lengths = [request.computed for request in requests]
         width = max(lengths) // BLOCK_SIZE + 1
         tables = torch.zeros(len(requests), width, dtype=torch.long)
         for table, request in zip(tables, requests, strict=True):
             blocks = request.blocks.blocks[:width]
             table[: len(blocks)] = torch.tensor(blocks)
-        slots = torch.tensor([request.slot for request in requests], device=self._device)
-        step = DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
-        everyone = torch.arange(len(requests), device=self._device)
-        logits = self._forward(self._sampler.tokens[slots], step.positions, step, everyone)
-        return ModelStep([*requests], logits, slots)
+        return DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
 
-    def _forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
-        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T], at these positions."""
+    def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
+        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T]."""
         output = self._model(
             input_ids=ids[None],
-            position_ids=positions[None],
+            position_ids=step.positions[None],
             attention_mask=self._mask,
             use_cache=False,
             logits_to_keep=last,
@@ -307,6 +315,8 @@ def build_runner(
     max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
     sampler = SamplerState(max_batch, weight.shape[0], int(RANGES["max_new_tokens"][1]), weight.device)
     model.set_attn_implementation(ATTENTION)
+    if weight.device.type == "cpu":
+        fix_rows(model)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
     chunk = min(longest_chunk or GPU_CHUNK, context_length)
     step_bytes = _activation_bytes(model, chunk) if weight.device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""Attention over the blocks of a KV pool, in plain PyTorch: what transformers' layers call while the engine runs them.
+"""Attention over the blocks of a KV pool on a GPU, in plain PyTorch: what transformers' layers call in the engine.
 
 `attend` is registered with transformers under ATTENTION. A step that the engine passes through the model says where
 the keys and values of its tokens are; without one, transformers' own attention computes.
@@ -27,6 +27,9 @@ ATTENTION = "paged"  # the name under which transformers knows attend()
 class AttentionStep(Protocol):
     """Where the keys and values of the tokens in one forward pass are. Passed through the model to attend()."""
 
+    @property
+    def positions(self) -> Tensor: ...  # int64 [T]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim]."""
 
@@ -36,6 +39,7 @@ class PrefillStep:
     """Tokens of several prompts side by side, [1, T], and where their keys and values go."""
 
     pool: KVPool
+    positions: Tensor  # int64 [T]
     kv_index: Tensor  # int64 [T]
     spans: list[tuple[int, int, int]]  # of each prompt: first token, one past the last, position of the first
     tables: Tensor  # int64 [n, B]: the blocks of each prompt's request, padded with block 0
@@ -51,18 +55,11 @@ class PrefillStep:
             if position > 0:
                 length = position + end - start
                 k, v = self.pool.read(layer, table[: -(-length // BLOCK_SIZE)], length)
-                mask = _lower_right(end - start, length, q.device)
+                mask = causal_lower_right(end - start, length)  # a kernel's name: it is never made
             output[:, :, start:end] = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
             )
         return output.transpose(1, 2)
-
-
-def _lower_right(new: int, length: int, device: torch.device) -> Tensor:
-    """The causal mask of the last `new` of so many tokens. On a GPU it has a kernel of its own and is never made."""
-    if device.type == "cpu":
-        return torch.ones(new, length, dtype=torch.bool).tril(length - new)
-    return causal_lower_right(new, length)
 
 
 @dataclass

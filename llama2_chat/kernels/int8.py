@@ -1,41 +1,111 @@
-"""A linear layer in 8 bits for the CPU, which decodes nearly twice as fast as in 16: it reads half the bytes."""
+"""A linear layer in 8 bits for the CPU: integers times integers, whose sums do not depend on who shares a step."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW_ROWS = 16  # of bytes: up to 8 tokens
+ROWS_MULTIPLE = 16
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are 8-bit integers with one scale per output channel.
 
-    Decoding reads all weights for each token and is as fast as memory: half the bytes, nearly twice the tokens.
+    Each row of what comes in becomes integers of 15 bits and a sign, with a scale of its own, as two bytes: a high and
+    a low one. Sums of integers are exact in any order, so a row comes out the same, bit for bit, alone and among
+    others, whichever kernel adds it up.
     """
 
-    MULTIPLE = 64  # of in_features: the kernel reads whole vectors, and past the end of a row of any other length
-    ROWS_MULTIPLE = 32
-    ROWS_PACKED = 8  # tokens at once; above, as in prefill, a bfloat16 matrix product is faster
+    MULTIPLE = 64  # of in_features: _weight_int8pack_mm reads past the end of a row of any other length
 
     weight: Tensor  # int8 [out, in]
-    scale: Tensor  # [out], in the dtype of what comes in
-    bias: Tensor | None
+    scale: Tensor  # float32 [out]
+    bias: Tensor | None  # float32 [out]
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()  # [out, in]
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(linear.weight.dtype)
-        self.register_buffer("weight", (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features).contiguous()  # [..., in] -> [rows, in]; the kernel ignores strides
-        if len(rows) > self.ROWS_PACKED:
-            # oneDNN keeps a program for each number of rows it has met, 0.65 MB each: it shall meet few.
-            padded = F.pad(rows, (0, 0, 0, -len(rows) % self.ROWS_MULTIPLE))
-            y = F.linear(padded, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
-            return y[: len(rows)].view(*x.shape[:-1], self.out_features)
-        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        rows = x.reshape(-1, self.in_features).float()  # [..., in] -> [rows, in]
+        step = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127 * 128)
+        whole = rows.div(step).round_()
+        high = whole.mul(1 / 128).round_()
+        both = torch.cat((high, whole.sub_(high, alpha=128))).to(torch.int8)  # [2 * rows, in]
+        sums = self._sums(_padded(both)).float()
+        y = sums[len(rows) : len(both)].add_(sums[: len(rows)], alpha=128).mul_(step).mul_(self.scale)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """rows @ weight.T of int8 [rows, in], in integers, or rounded to bfloat16 where only floats are fast."""
+        if int_mm_is_exact():
+            return torch._int_mm(rows, self.weight.t())
+        if len(rows) <= FEW_ROWS and self._float32_is_exact:
+            return torch._weight_int8pack_mm(
+                rows.bfloat16(), self.weight, torch.ones_like(self.scale, dtype=torch.bfloat16)
+            )
+        dtype = torch.float32 if self._float32_is_exact else torch.float64
+        return F.linear(rows.to(dtype), self.weight.to(dtype)).bfloat16()
+
+    @cached_property
+    def _float32_is_exact(self) -> bool:
+        """Whether no sum on the way can outgrow the whole numbers that float32 has."""
+        return 127 * int(self.weight.abs().sum(1, dtype=torch.int64).max()) < 2**24
+
+
+class JoinedInt8Linear(Int8Linear):
+    """One of several layers that are given the same input one after another: the first computes for all of them."""
+
+    def __init__(self, whole: Int8Linear, start: int, end: int, memo: list[Tensor]) -> None:
+        nn.Module.__init__(self)
+        for name in ("weight", "scale", "bias"):
+            states = getattr(whole, name)
+            self.register_buffer(name, None if states is None else states[start:end])
+        self.in_features, self.out_features = whole.in_features, end - start
+        self._compute, self._start, self._end = whole.forward, start, end
+        self._is_last = end == whole.out_features
+        self._memo = memo  # what came in last and what came out, as long as somebody has not asked for it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._memo or self._memo[0] is not x:
+            self._memo[:] = x, self._compute(x)
+        y = self._memo[1][..., self._start : self._end]
+        if self._is_last:
+            self._memo.clear()
+        return y
+
+
+def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
+    """Int8 layers for these, which have the same input and all a bias or none: one product instead of several."""
+    ends = list(accumulate(linear.out_features for linear in linears))
+    whole = nn.Linear(linears[0].in_features, ends[-1], linears[0].bias is not None, device="meta")
+    whole.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if linears[0].bias is not None:
+        whole.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    joined, memo = Int8Linear(whole), list[Tensor]()
+    return [JoinedInt8Linear(joined, start, end, memo) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """oneDNN keeps a program for each number of rows it has met, so it shall meet few."""
+    multiple = 2 * ROWS_MULTIPLE if len(rows) > FEW_ROWS else 1
+    return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
+
+
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether torch._int_mm loses nothing: on x86 without VNNI, oneDNN adds pairs of products in 16 bits."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    return all(bool((torch._int_mm(largest[:rows], largest) == 64 * 127**2).all()) for rows in (1, 8, 64))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.kernels.int8 import Int8Linear, join_int8
+
+# Layers of one input, in the order in which attention and feed-forward layers ask them.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def int8_config() -> BitsAndBytesConfig:
@@ -28,13 +32,22 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 def quantize_int8(model: nn.Module) -> None:
     """Turn the linear layers of a bfloat16 model on the CPU into Int8Linear, one at a time to spare memory."""
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.in_features % Int8Linear.MULTIPLE == 0:
-                setattr(parent, name, Int8Linear(child))
+        fitting = {name: child for name, child in parent.named_children() if _fits_int8(child)}
+        for names in TOGETHER:
+            if all(name in fitting for name in names):
+                linears = [fitting.pop(name) for name in names]
+                for name, joined in zip(names, join_int8(linears), strict=True):
+                    setattr(parent, name, joined)
+        for name, linear in fitting.items():
+            setattr(parent, name, Int8Linear(linear))
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # else what was not converted keeps the whole file mapped
     with suppress(AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # what converting needed stays with the process otherwise, 0.3 GB
+
+
+def _fits_int8(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and module.in_features % Int8Linear.MULTIPLE == 0
 
 
 def speed_up_nf4(model: nn.Module) -> None:

@@ -24,8 +24,8 @@ def test_layers_of_a_width_that_the_int8_kernel_cannot_read_stay_as_they_are(tmp
 
 
 @pytest.mark.slow
-def test_int8_keeps_the_perplexity_of_bfloat16_within_two_percent(settings):
-    """On 750 tokens of one text or another it lies from 0.3 % below to 1.0 % above; on 8,192 the two agree."""
+def test_int8_keeps_the_perplexity_of_bfloat16_within_one_percent(settings):
+    """On 750 to 1,500 tokens of one text or another it lies from 0.5 % below to 0.05 % above."""
     checkpoint = fetch(choose(settings, has_gpu=False), ignore)
     text = (Path(__file__).parent / "prose.txt").read_text("utf-8")
     ids = load_tokenizer(checkpoint)(text, return_tensors="pt").input_ids
@@ -35,7 +35,7 @@ def test_int8_keeps_the_perplexity_of_bfloat16_within_two_percent(settings):
         with torch.inference_mode():
             return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:]).exp().item()
 
-    assert perplexity("int8") == pytest.approx(perplexity("none"), rel=0.02)
+    assert perplexity("int8") == pytest.approx(perplexity("none"), rel=0.01)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -1,0 +1,105 @@
+"""Attention over the blocks of a KV pool on a CPU, exact: what a token gets depends on the tokens before it alone, and
+not on chunks, on the prefix cache or on who shares the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.kernels.fixed_rows import KEYS, attend_fixed_rows, fixed_rows_mask
+
+SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE)  # tokens
+
+
+class Part(NamedTuple):
+    """N requests with T tokens each, all between the same two spans: of one chunk, or the newest of each answer."""
+
+    tokens: Tensor  # int64 [N, T]: where they are in the step
+    positions: Tensor  # int64 [N, T]
+    tables: Tensor  # int64 [N, B]: the blocks of each request that span() takes, padded with block 0
+
+
+@dataclass
+class CpuStep:
+    """The tokens of a step, [1, T], and where their keys and values are."""
+
+    pool: KVPool
+    positions: Tensor  # int64 [T]
+    parts: list[Part]
+    _masks: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def prefill(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
+        parts, first = [], 0
+        for chunk in chunks:
+            start = chunk.start
+            while start < chunk.end:
+                end = min(chunk.end, span(start))
+                tokens = torch.arange(first, first + end - start)[None]
+                parts.append(Part(tokens, torch.arange(start, end)[None], _tables([chunk.request], span(start))))
+                first, start = first + end - start, end
+        return cls(pool, torch.cat([part.positions[0] for part in parts]), parts)
+
+    @classmethod
+    def decode(cls, pool: KVPool, requests: Sequence[Request]) -> CpuStep:
+        positions = torch.tensor([request.computed for request in requests])
+        spans = [span(request.computed) for request in requests]
+        parts = []
+        for length in sorted(set(spans)):
+            tokens = torch.tensor([index for index, other in enumerate(spans) if other == length])
+            tables = _tables([requests[index] for index in tokens.tolist()], length)
+            parts.append(Part(tokens[:, None], positions[tokens, None], tables))
+        return cls(pool, positions, parts)
+
+    @cached_property
+    def _kv_index(self) -> Tensor:
+        index = torch.empty_like(self.positions)
+        for part in self.parts:
+            blocks = part.tables.gather(1, part.positions // BLOCK_SIZE)
+            index[part.tokens] = blocks * BLOCK_SIZE + part.positions % BLOCK_SIZE
+        return index
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Writes key and value, and lets each token attend to its request so far."""
+        self.pool.write(layer, key, value, self._kv_index)
+        query = query[0].transpose(0, 1)  # [T, heads, head_dim]
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for part, mask in zip(self.parts, self._masks_for(query.shape[1] // key.shape[1], query.dtype), strict=True):
+            q = query[part.tokens].transpose(1, 2)
+            k, v = self.pool.read_batch(layer, part.tables)
+            output[part.tokens] = attend_fixed_rows(q, k, v, mask, scale)
+        return output[None]
+
+    def _masks_for(self, group: int, dtype: torch.dtype) -> list[Tensor]:
+        """Of each part, made once for all layers alike."""
+        if (group, dtype) not in self._masks:
+            self._masks[group, dtype] = [
+                fixed_rows_mask(part.positions, group, part.tables.shape[1] * BLOCK_SIZE, dtype) for part in self.parts
+            ]
+        return self._masks[group, dtype]
+
+
+def span(position: int) -> int:
+    """How many keys are multiplied for a token at this position. What lies behind it is masked.
+
+    The position alone decides it: with other sizes the same sums would be rounded in another order.
+    """
+    return next((short for short in SHORT_SPANS if position < short), (position // KEYS + 1) * KEYS)
+
+
+def _tables(requests: Sequence[Request], length: int) -> Tensor:
+    width = length // BLOCK_SIZE
+    tables = torch.zeros(len(requests), width, dtype=torch.long)
+    for table, request in zip(tables, requests, strict=True):
+        blocks = request.blocks.blocks[:width]
+        table[: len(blocks)] = torch.tensor(blocks)
+    return tables
