@@ -58,6 +58,7 @@ class SamplingParams:
     seed: int | None = None  # the same seed and conversation give the same answer, on a GPU but for rounding
     stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
     grammar: str | None = None  # a JSON schema; the answer is JSON that follows it
+    cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
 
     def __post_init__(self) -> None:
         for field in fields(self):

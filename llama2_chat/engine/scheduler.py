@@ -119,7 +119,7 @@ class Scheduler:
 
     def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
         """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""
-        table, nearest, common = self.cache.match(request.ids)
+        table, nearest, common = self.cache.match(request.ids if request.params.cache_prompt else ())
         needed = len(request.ids) // self.config.block_size + 1 - len(table)
         if self.running and needed + RESERVED_BLOCKS * len(self.running) > self.cache.available:
             self.cache.release(table, [])

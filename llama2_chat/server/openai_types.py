@@ -137,6 +137,7 @@ class _Request(BaseModel):
     seed: Annotated[int, _in_range("seed")] | None = None
     stop: Stop = []
     response_format: ResponseFormat | None = None
+    cache_prompt: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -151,7 +152,8 @@ class _Request(BaseModel):
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """What the request sets, and the server's defaults for the rest."""
-        names = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        names = ("temperature", "top_p", *penalties, "seed", "cache_prompt")
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens

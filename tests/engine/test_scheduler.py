@@ -24,8 +24,8 @@ def scheduler(**config):
     return Scheduler(SchedulerConfig(**CONFIG | config))
 
 
-def request(ids, limit=8):
-    return Request([*ids], SamplingParams(), streamer=None, limit=limit, draws=None)
+def request(ids, limit=8, **params):
+    return Request([*ids], SamplingParams(**params), streamer=None, limit=limit, draws=None)
 
 
 def admitted(scheduler, *prompts, **options):
@@ -98,6 +98,21 @@ def test_a_prompt_that_begins_as_another_did_is_computed_from_there_on():
     (copy,) = s.admit()
     assert (again.computed, again.cached_tokens) == (5, 5)
     assert copy.target in again.blocks.own
+
+
+def test_a_prompt_that_asks_for_it_is_computed_whole_whatever_the_cache_holds():
+    s = scheduler()
+    (first,) = admitted(s, [1, 2, 3, 4, 5, 6])
+    prefill(s, [first])
+    s.finish(first)
+    again = request([1, 2, 3, 4, 5, 6], cache_prompt=False)
+    s.add(again)
+    assert s.admit() == []
+    assert (again.computed, again.cached_tokens) == (0, 0)
+    available = s.cache.available + len(again.blocks)
+    prefill(s, [again])
+    s.finish(again)
+    assert s.cache.available == available
 
 
 def test_long_prompts_are_read_in_chunks_and_short_ones_beside_them():

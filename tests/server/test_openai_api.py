@@ -52,6 +52,15 @@ def test_streamed_pieces_join_to_the_whole_answer_and_the_usage_comes_last(clien
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
 
 
+def test_a_prompt_is_computed_again_if_cache_prompt_is_false_and_says_the_same(client, chat):
+    fields = {"model": chat.status.model, "messages": TALK, "max_tokens": 12, "seed": 3}
+    cached, computed = (
+        client.chat.completions.create(**fields, extra_body={"cache_prompt": cache}) for cache in (True, False)
+    )
+    assert computed.usage.prompt_tokens_details.cached_tokens == 0
+    assert computed.choices[0].message.content == cached.choices[0].message.content
+
+
 def test_without_include_usage_a_stream_carries_none(client, chat):
     chunks = client.chat.completions.create(model=chat.status.model, messages=HELLO, max_tokens=2, stream=True)
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
