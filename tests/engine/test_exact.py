@@ -115,7 +115,7 @@ def alone(model):
     return logits
 
 
-@examples(max_examples=8)
+@examples(max_examples=6)
 @given(data=st.data())
 def test_logits_are_the_same_bit_for_bit_in_any_chunks_with_any_part_cached_and_in_any_company(model, alone, data):
     ids = prompt_of(data.draw(st.sampled_from([1, 2, 9, 63, 64, 65, 130, 511, 512, 513, 700])), seed=1)
@@ -169,7 +169,7 @@ def test_each_question_has_one_answer_cold_cached_and_in_a_batch_that_comes_and_
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         for text in ASKED
     ]
-    lengths = [16 + 3 * (index % 5) for index in range(len(prompts))]  # so that they leave one after another
+    lengths = [8 + 3 * (index % 5) for index in range(len(prompts))]  # so that they leave one after another
     params = [SamplingParams(**setting, max_new_tokens=length) for length in lengths]
     answers = defaultdict(set)
     for _ in range(3):
