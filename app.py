@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server import login, preflight
@@ -30,6 +31,7 @@ if __name__ == "__main__":
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
+from llama2_chat.page.guard import Listeners
 from llama2_chat.page.layout import build_page, mount_page
 from llama2_chat.page.reply import make_reply
 from llama2_chat.page.wording import TITLE
@@ -58,7 +60,8 @@ def main() -> int:
         log.error("%s", error)
         return 1
     chat = make_backend(settings)
-    server = make_server(create_app(chat, settings, users), chat, settings, context)
+    app = create_app(chat, settings, users, certificate().hosts if context else ())
+    server = make_server(app, chat, settings, context)
     announce(settings, listener, certificate() if context else None)
     # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
     # without closing the model.
@@ -89,10 +92,12 @@ def make_backend(settings: Settings) -> ChatBackend:
     return ChatModel(settings)
 
 
-def create_app(chat: ChatBackend, settings: Settings, users: login.Users | None = None) -> FastAPI:
+def create_app(
+    chat: ChatBackend, settings: Settings, users: login.Users | None = None, certificate_hosts: Iterable[str] = ()
+) -> FastAPI:
     """The whole site: the page at /, the API and health beside it. The chat may still be loading."""
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
-    add_security_middleware(app, settings)
+    add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
     app.include_router(health_router(chat))
     app.include_router(api_router(chat, settings, limiter, metrics))
@@ -103,8 +108,9 @@ def create_app(chat: ChatBackend, settings: Settings, users: login.Users | None 
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    page = build_page(chat, settings.sampling, make_reply(chat, limiter, metrics))
-    return mount_page(app, page, settings, users)
+    listeners = Listeners()
+    page = build_page(chat, settings.sampling, make_reply(chat, limiter, metrics, listeners))
+    return mount_page(app, page, settings, users, listeners)
 
 
 if __name__ == "__main__":

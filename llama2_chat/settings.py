@@ -52,6 +52,12 @@ class Settings:
         "BODY_LIMIT_MB",
         f"largest request body; by default {BODY_LIMIT_MB}, and any size if only this machine is served",
     )
+    allowed_hosts: str = _knob(
+        "",
+        "ALLOWED_HOSTS",
+        "comma-separated names that this server is reached by beside its own and its certificate's, such as "
+        "chat.example.com or *.example.com",
+    )
     client_limit: int = _knob(0, "CLIENT_LIMIT", "answers in progress for one API key or address; 0 for no limit")
     trusted_proxies: str = _knob(
         "127.0.0.1", "TRUSTED_PROXIES", "comma-separated addresses and networks whose X-Forwarded-For is believed"
@@ -79,6 +85,7 @@ class Settings:
     cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place, HF_HOME; /data on a Space that has storage
     on_space: bool = False
+    space_host: str = ""  # the name that the Hub gives a Space, such as someone-llama-2-chat.hf.space
     zero_gpu: bool = False  # a Space on ZeroGPU hardware
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
@@ -231,6 +238,7 @@ def _space(environ: Mapping[str, str]) -> dict[str, Any]:
     has_own_folder = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
     return {
         "on_space": bool(environ.get("SPACE_ID")),
+        "space_host": environ.get("SPACE_HOST", ""),
         "zero_gpu": _is_true(environ.get("SPACES_ZERO_GPU")),
         # The folder that HF_HOME=/data/.huggingface would give, as the Hub's documentation advises.
         "hub_cache_dir": PERSISTENT / ".huggingface" / "hub" if _has_storage(environ) and not has_own_folder else None,

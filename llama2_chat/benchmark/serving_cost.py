@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.load_test import SAMPLING, throughput, throughput_of
 from llama2_chat.benchmark.local_model import every_reply, fresh_ids, load, time_full_answers
+from llama2_chat.server.listen import server_config
 from llama2_chat.settings import Settings
 from model import ChatModel
 
@@ -41,7 +42,7 @@ def _serving(site: FastAPI) -> Iterator[str]:
     import uvicorn
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(server_config(site, Settings()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import cast
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.routes import App
+from starlette.routing import Mount
 
 from llama2_chat.page import wording
 from llama2_chat.page.events import QUIET, answer_edits_and_examples, end_answer_before_clearing, lock_at_once
+from llama2_chat.page.guard import MOST_JOBS, Listeners, OnlyOurRoutes, TextBlocks, add_log_out
 from llama2_chat.page.messages import REFUSED_CLASS, verbatim
 from llama2_chat.page.reply import ReplyFunction
 from llama2_chat.server.login import Users
@@ -29,9 +33,11 @@ LATEX_DELIMITERS: list[dict[str, str | bool]] = [
 ]
 
 
-def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users | None) -> FastAPI:
-    """The app, with the page at / of it; behind a login, if there are users."""
-    return gr.mount_gradio_app(
+def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users | None, listeners: Listeners) -> FastAPI:
+    """The app, with the page at / of it; behind a login, if there are users. listeners: kept up to date."""
+    page.max_threads = MOST_JOBS
+    page.queue()
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
@@ -54,11 +60,18 @@ def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users |
         ssr_mode=False,
         mcp_server=False,
     )
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    gradio = cast(App, mount.app)
+    mount.app = OnlyOurRoutes(gradio, listeners)
+    if users:
+        add_log_out(app, gradio)
+    return app
 
 
 def build_page(chat: ChatBackend, defaults: SamplingParams, reply: ReplyFunction) -> gr.Blocks:
     """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
-    with gr.Blocks(title=wording.TITLE, analytics_enabled=False) as page:
+    with TextBlocks(title=wording.TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{wording.TITLE}</h1>")
         _status(page, chat)
         gr.HTML(f"<p>{wording.INSECURE}</p>", elem_id="insecure")

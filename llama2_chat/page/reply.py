@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import html
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
 from typing import Any
 
 import gradio as gr
@@ -25,13 +26,19 @@ from llama2_chat.server.responses import submit
 from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams
 
 SHOW_EVERY_S = 0.08  # shown token by token, a long answer keeps the browser busier than the model
+UNREAD_S = 10.0  # after which whoever asked and does not listen loses the answer, or the place in line
 REFRESH_EVERY_S = 0.4  # while nothing new comes; Stop and a closed tab cancel an async generator at once
 
 ReplyFunction = Callable[..., AsyncGenerator[Any, None]]  # yields turns to the page, and plain text to programs
 
 
-def make_reply(chat: ChatBackend, limiter: ConcurrencyLimiter, metrics: Metrics) -> ReplyFunction:
-    """What gr.ChatInterface calls. Programs send their settings by the names of its parameters."""
+def make_reply(
+    chat: ChatBackend, limiter: ConcurrencyLimiter, metrics: Metrics, listeners: Container[str | None]
+) -> ReplyFunction:
+    """What gr.ChatInterface calls. Programs send their settings by the names of its parameters.
+
+    listeners: the sessions whose messages somebody reads; an answer that nobody reads is given up.
+    """
 
     async def reply(
         message: str,
@@ -60,7 +67,12 @@ def make_reply(chat: ChatBackend, limiter: ConcurrencyLimiter, metrics: Metrics)
             )
             slot = limiter.slot(client_address(request))
             async with contextlib.aclosing(_answer(chat, messages, params, record, slot)) as steps:
+                last_read = time.monotonic()
                 async for shown in steps:
+                    if request.session_hash in listeners:
+                        last_read = time.monotonic()
+                    elif time.monotonic() - last_read > UNREAD_S:
+                        break
                     yield shown.turns() if on_page else shown.text
         except Exception as error:
             sentence = wording.error_sentence(error)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
 
@@ -31,6 +32,10 @@ class ApiError(Exception):
         self.status, self.code, self.headers = status, code, headers
         kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(problem: ApiError) -> JSONResponse:
+    return JSONResponse(problem.body, problem.status, problem.headers)
 
 
 def as_api_error(error: Exception, param: str | None = None) -> ApiError:

@@ -1,4 +1,4 @@
-"""This computer's names and addresses: which of them a certificate made here is for, and what kind each is."""
+"""Names and addresses: those of this computer, which of them a certificate made here is for, which it is asked by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -58,3 +60,25 @@ def as_address(host: str) -> Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+def host_of(netloc: str) -> str:
+    """The name or address of a Host header, without its port: "[::1]:7860" is ::1."""
+    return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+
+
+class AllowedHosts:
+    """The names by which this server may be asked.
+
+    A page of another site whose name an attacker lets point here (DNS rebinding) would else count as ours. It cannot
+    do that with an address, so every address is allowed.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """names: "*.example.com" is every name one label below; "*" is any name."""
+        self._names = {name.strip().lower().rstrip(".") for name in names} - {""}
+
+    def __contains__(self, host: str) -> bool:
+        wildcard = "*." + host.partition(".")[2]
+        own = host.endswith(".localhost") or as_address(host.partition("%")[0]) is not None
+        return own or not self._names.isdisjoint((host, wildcard, "*"))

@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama2_chat.errors import ChatError
 from llama2_chat.settings import Settings
@@ -51,14 +51,21 @@ def make_server(app: FastAPI, chat: ChatBackend, settings: Settings, context: ss
             logging.getLogger("uvicorn.error").disabled = True
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
+    return Server(server_config(app, settings, ssl_context_factory=(lambda *_: context) if context else None))
+
+
+def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.Config:
+    """How the app is served. options: uvicorn's own."""
+    import uvicorn
+
+    return uvicorn.Config(
         app,
+        http="h11",  # has a limit to the headers of a request, which httptools has not
         log_level="warning",
         forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=2,
-        ssl_context_factory=(lambda *_: context) if context else None,
+        **options,
     )
-    return Server(config)
 
 
 def announce(settings: Settings, listener: socket.socket, certificate: Certificate | None) -> None:

@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from llama2_chat.errors import ChatError, ModelUnavailable
-from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error
+from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
 from llama2_chat.server.metrics import Metrics, Question, Record
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
@@ -128,7 +128,7 @@ def _route_class(settings: Settings, metrics: Metrics) -> type[APIRoute]:
                 except Exception as error:
                     problem = as_api_error(error)
                     record.end(problem.code)
-                    return JSONResponse(problem.body, problem.status, problem.headers)
+                    return error_response(problem)
                 if not isinstance(response, EventStream):
                     record.end()
                 return response

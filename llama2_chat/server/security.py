@@ -1,16 +1,21 @@
 """What stands around every answer: no other site may read from or act on this server, nor may an answer reach out.
 
-Headers with a Content-Security-Policy, no foreign origins, and a limit to the size of requests.
+Headers with a Content-Security-Policy, own names only, no foreign origins, strict cookies, and a limit to the size of
+requests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama2_chat.server.errors import ApiError, error_response
+from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
 
 # An answer is shown as Markdown and may hold images, forms and links that a model made up or a visitor asked for:
@@ -20,7 +25,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "default-src 'self'",
         "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
         "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
+        "img-src data: blob:",
         "media-src 'self' data: blob:",
         "font-src 'self' data:",
         "connect-src 'self'",
@@ -36,19 +41,51 @@ CONTENT_SECURITY_POLICY = "; ".join(
 HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
 
 
-def add_security_middleware(app: FastAPI, settings: Settings) -> None:
-    """Around all routes of the app, the page's included."""
+def add_security_middleware(app: FastAPI, settings: Settings, certificate_hosts: Iterable[str] = ()) -> None:
+    """Around all routes of the app, the page's included. certificate_hosts: names that its certificate is good for."""
     policy = f"{CONTENT_SECURITY_POLICY} {HUGGING_FACE}" if settings.on_space else CONTENT_SECURITY_POLICY
     headers = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
+    given = (*settings.allowed_hosts.split(","), settings.space_host)
     # Gradio allows every origin, with credentials, unless the app around it has a CORSMiddleware.
     app.add_middleware(CORSMiddleware, allow_origins=[])
     if settings.body_limit_mb is not None:
         app.add_middleware(_BodyLimit, max_bytes=int(settings.body_limit_mb * 1e6))
-    app.add_middleware(_SecurityHeaders, headers=headers)
+    app.add_middleware(
+        _OwnSite,
+        hosts=AllowedHosts([*own_hosts(), settings.host, *certificate_hosts, *given]),
+        origins=AllowedHosts(given),
+    )
+    app.add_middleware(_SecurityHeaders, headers=headers, in_frame=settings.on_space)
+
+
+class _OwnSite:
+    """Lets in who asks for this server by a name of its own, and no page of another site that would change things."""
+
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts, origins: AllowedHosts) -> None:
+        """origins: whose pages may post even if a proxy has put another name in the Host header."""
+        self.app, self.hosts, self.origins = app, hosts, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(scope) if scope["type"] == "http" else None
+        await (error_response(problem) if problem else self.app)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        netloc = headers.get("host", "")
+        if (host := host_of(netloc)) not in self.hosts:
+            sentence = f"This server does not answer for {host:.100}. If that is its name, set ALLOWED_HOSTS to it."
+            return ApiError(421, "misdirected_request", sentence)
+        origin = headers.get("origin")
+        if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return None
+        sender = origin.partition("://")[2]
+        if sender == netloc or (sender and host_of(sender) in self.origins):
+            return None
+        return ApiError(403, "foreign_origin", "A page of another site may not send anything here.")
 
 
 class _BodyLimit:
@@ -74,13 +111,34 @@ class _BodyLimit:
 class _SecurityHeaders:
     """Plain ASGI, because Starlette's BaseHTTPMiddleware gets in the way of streams that the reader cuts."""
 
-    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
-        self.app, self.headers = app, headers
+    def __init__(self, app: ASGIApp, headers: dict[str, str], in_frame: bool) -> None:
+        """in_frame: whether another site shows the page in a frame, in which it would get no stricter cookie."""
+        self.app, self.headers, self.in_frame = app, headers, in_frame
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.headers)
+                encrypted = scope["scheme"] == "https"
+                message["headers"] = [
+                    (name, value if name != b"set-cookie" else self._strict(value, encrypted))
+                    for name, value in message["headers"]
+                    if name != b"set-cookie" or not _for_the_other_scheme(value, encrypted)
+                ]
             await send(message)
 
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+    def _strict(self, cookie: bytes, encrypted: bool) -> bytes:
+        """A Set-Cookie header that no other site and no script can use."""
+        value, *attributes = cookie.split(b";")
+        kept = [
+            each for each in attributes if not each.strip().lower().startswith((b"samesite", b"secure", b"httponly"))
+        ]
+        same_site = b" SameSite=None" if self.in_frame and encrypted else b" SameSite=Lax"
+        return b";".join([value, *kept, b" HttpOnly", same_site, *([b" Secure"] if encrypted else [])])
+
+
+def _for_the_other_scheme(cookie: bytes, encrypted: bool) -> bool:
+    """Gradio sends each login twice: for HTTPS, and as a cookie that HTTP carries too."""
+    return cookie.startswith(b"access-token-") and cookie.startswith(b"access-token-unsecure-") == encrypted

@@ -76,7 +76,7 @@ def http(chat, settings):
     app = FastAPI()
     app.include_router(health_router(chat))
     app.include_router(api_router(chat, settings, ConcurrencyLimiter(0), Metrics(chat)))
-    return TestClient(app)
+    return TestClient(app, base_url="http://localhost")
 
 
 def complete(http, **fields):

@@ -19,7 +19,7 @@ def loading(settings):
 def client(loading):
     app = FastAPI()
     app.include_router(health_router(loading))
-    return TestClient(app)
+    return TestClient(app, base_url="http://localhost")
 
 
 def test_health_says_how_far_loading_is(client, loading):

@@ -14,8 +14,6 @@ from llama2_chat.server import openai_api
 from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, streaming
 from tests.support.serving import serving
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
-
 
 def test_with_keys_the_api_needs_one_of_them_and_the_page_none(small, settings):
     with (

@@ -15,7 +15,6 @@ from llama2_chat.server import login
 from model import ChatModel
 from tests.support.serving import serving
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
 ANNA = {"username": "anna", "password": "sésame: öffne dich"}
 
 
@@ -46,10 +45,8 @@ def http(address):
         ("POST", "/gradio_api/queue/join"),
         ("GET", "/gradio_api/queue/data?session_hash=x"),
         ("POST", "/gradio_api/call/chat"),
-        ("POST", "/gradio_api/call/v2/chat"),
         ("POST", "/gradio_api/run/chat"),
         ("POST", "/gradio_api/api/chat"),
-        ("POST", "/gradio_api/upload"),
     ],
 )
 def test_without_a_login_nothing_of_the_page_can_be_used(http, method, path):
@@ -65,6 +62,37 @@ def test_the_page_itself_shows_no_more_than_a_login(http):
 def test_with_a_login_all_is_there(http):
     assert http.post("/login", data=ANNA).status_code == 200
     assert "System prompt" in http.get("/config").text
+
+
+@pytest.mark.parametrize(
+    ("proto", "attributes"), [("http", {"HttpOnly", "SameSite=Lax"}), ("https", {"HttpOnly", "SameSite=Lax", "Secure"})]
+)
+def test_the_cookie_of_a_login_is_for_this_site_and_no_script(http, proto, attributes):
+    answer = http.post("/login", data=ANNA, headers={"X-Forwarded-Proto": proto})
+    (cookie,) = answer.headers.get_list("set-cookie")
+    assert attributes == set(cookie.split("; ")[1:]) - {"Path=/"}
+    assert ("unsecure" in cookie) == (proto == "http")
+
+
+def test_nothing_that_an_answer_shows_can_log_its_reader_out(http):
+    # ![x](/logout) in an answer did, on all devices.
+    http.post("/login", data=ANNA)
+    for path in ("/logout", "/log-out"):
+        assert http.get(path).status_code in (404, 405)
+    assert http.post("/log-out", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert http.get("/config").status_code == 200
+
+
+def test_whoever_logs_out_is_out_on_this_device_and_in_on_the_others(http, address):
+    http.post("/login", data=ANNA)
+    cookies = dict(http.cookies)
+    with httpx.Client(base_url=address) as elsewhere:
+        elsewhere.post("/login", data=ANNA)
+        assert http.post("/log-out", headers={"Origin": address.rstrip("/")}).status_code == 204
+        assert not http.cookies
+        http.cookies.update(cookies)  # kept by somebody
+        assert http.get("/config").status_code == 401
+        assert elsewhere.get("/config").status_code == 200
 
 
 @pytest.mark.parametrize("wrong", [{"password": "sesame"}, {"password": ""}, {"username": "berta"}, {"username": ""}])

@@ -12,8 +12,6 @@ from tests.support.programs import TALK, ask, freed, one_running_one_waiting
 from tests.support.serving import serving
 from tests.support.waiting import until
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
-
 
 def number(http, name):
     lines = [line.split(" ") for line in http.get("/metrics").text.splitlines() if line.startswith(name)]

@@ -17,9 +17,6 @@ from tests.support.programs import HELLO, LIKELIEST, TALK, ask, error, whole_rep
 from tests.support.serving import busy, serving
 from tests.support.waiting import until
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
-
-
 # ---- Answers ----
 
 

@@ -14,7 +14,6 @@ import httpx
 import pytest
 from gradio_client import Client
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
 ROOT = Path(__file__).parents[2]
 
 

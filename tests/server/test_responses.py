@@ -11,8 +11,6 @@ from llama2_chat.server import responses
 from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, raw, streaming
 from tests.support.waiting import until
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
-
 
 @pytest.fixture
 def replies(small, monkeypatch):

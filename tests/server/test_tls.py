@@ -128,8 +128,6 @@ def test_chromium_that_trusts_the_ca_opens_every_host_without_a_warning_and_no_o
 
 # ---- chatting through it ----
 
-# Gradio 6.31 uses what pandas 3 is about to drop.
-
 
 @pytest.fixture
 def site(folder, chat, settings):

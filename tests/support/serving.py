@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import uvicorn
 
 from llama2_chat.engine.model_runner import CPU_BATCH
+from llama2_chat.server.listen import server_config
 
 
 @contextmanager
@@ -63,13 +64,7 @@ def serving(chat, settings, users=None):
     from app import create_app  # Gradio takes seconds to import, and most tests do without
 
     def build():  # without a running loop, Gradio would make loops of its own and never close them
-        return uvicorn.Config(
-            create_app(chat, settings, users),
-            port=0,
-            log_level="error",
-            timeout_graceful_shutdown=1,
-            forwarded_allow_ips=settings.trusted_proxies,
-        )
+        return server_config(create_app(chat, settings, users), settings, port=0)
 
     with listening(build) as port:
         yield f"http://127.0.0.1:{port}/"

@@ -1,0 +1,124 @@
+"""What Gradio may do here: only the routes that the page and gradio_client need, and no file of a visitor's.
+
+Gradio can fetch addresses, take uploads, serve files and build components, all of it from the JSON of a request. This
+page needs none of that. `Listeners` knows who still reads what they asked Gradio for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio.routes import App
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from llama2_chat.server.errors import ApiError, error_response
+
+TAKES_NO_FILES = "This chat takes text only: no files, links to files or components."
+MOST_JOBS = (
+    1_000  # of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
+)
+
+READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
+READ += r"|/(static|assets|svelte|pwa_icon)/.+"
+READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
+READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
+ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|api|call)/[^/]+/?)"
+ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
+
+
+class TextBlocks(gr.Blocks):
+    """Blocks whose functions take text and numbers, whichever route they are called through."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> list[Any]:
+        if names_a_file(inputs):
+            raise gr.Error(TAKES_NO_FILES, print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **options)
+
+
+def names_a_file(value: Any) -> bool:
+    """Whether there is something in a JSON value that Gradio would open, fetch or build a component from."""
+    unseen = [value]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, dict):
+            if not value.keys().isdisjoint(("component", "file", "meta")):  # every FileData has a meta
+                return True
+            unseen += value.values()
+        elif isinstance(value, (list, tuple)):
+            unseen += value
+    return False
+
+
+class Listeners:
+    """The sessions of Gradio whose messages somebody reads at this moment. Used from the event loop alone."""
+
+    def __init__(self) -> None:
+        self._streams: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def listening(self, session: str) -> Iterator[None]:
+        self._streams[session] += 1
+        try:
+            yield
+        finally:
+            self._streams[session] -= 1
+            if not self._streams[session]:
+                del self._streams[session]
+
+    def __contains__(self, session: object) -> bool:
+        return session in self._streams
+
+
+class OnlyOurRoutes:
+    """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
+
+    def __init__(self, app: App, listeners: Listeners) -> None:
+        self.app, self.listeners = app, listeners
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        allowed = ROUTES.get(scope.get("method", ""))
+        if not (allowed and allowed.fullmatch(path)):
+            sentence = f"There is no {scope.get('method', 'WebSocket')} {path:.60} here."
+            return await error_response(ApiError(404, "not_found", sentence))(scope, receive, send)
+        with contextlib.ExitStack() as stack:
+            if session := self._session_read(scope, path):
+                stack.enter_context(self.listeners.listening(session))
+            return await self.app(scope, receive, send)
+
+    def _session_read(self, scope: Scope, path: str) -> str | None:
+        """The session whose messages this request reads, if it reads any."""
+        if path.startswith("/gradio_api/queue/data"):
+            return QueryParams(scope["query_string"]).get("session_hash")
+        if scope["method"] == "GET" and path.startswith("/gradio_api/call/"):
+            event_id = path.rpartition("/")[2]
+            event = self.app.get_blocks()._queue.event_ids_to_events.get(event_id)
+            return event.session_hash if event else event_id
+        return None
+
+
+def add_log_out(app: FastAPI, gradio: App) -> None:
+    """POST /log-out in place of Gradio's GET /logout, which any image in an answer could ask for."""
+
+    async def log_out(request: Request) -> Response:
+        names = [f"access-token-{kind}{gradio.cookie_id}" for kind in ("", "unsecure-")]
+        response = Response(status_code=204)
+        for name in names:
+            gradio.tokens.pop(request.cookies.get(name, ""), None)  # of this device only
+            response.delete_cookie(name)
+        return response
+
+    # Before the page, which is mounted at / and would take it.
+    app.router.routes.insert(0, Route("/log-out", log_out, methods=["POST"]))
