@@ -198,11 +198,14 @@ class ChatModel:
         return self._submit(self._fitting(input_ids, params, to_the_end), params, to_the_end, before=input_ids)
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """The prompt that stream_reply makes of a conversation, however long it is."""
-        return prompt.encode(self.serving.tokenizer, messages, self.serving.chat_format)
+        """The prompt that stream_reply makes of a conversation. Raises PromptTooLong for what is absurdly long."""
+        tokenizer = self.serving.tokenizer
+        prompt.check_length(tokenizer, (message["content"] for message in messages), self.context_length)
+        return prompt.encode(tokenizer, messages, self.serving.chat_format)
 
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
+        prompt.check_length(self.serving.tokenizer, [text], self.context_length)
         return prompt.encode_text(self.serving.tokenizer, text)
 
     def close(self, timeout_s: float = 5) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
 from typing import Any
 
+import anyio
 import gradio as gr
 
 from llama2_chat.errors import ChatError, ModelUnavailable
@@ -66,7 +67,8 @@ def make_reply(
                 seed=_seed(seed),
             )
             slot = limiter.slot(client_address(request))
-            async with contextlib.aclosing(_answer(chat, messages, params, record, slot)) as steps:
+            threads = limiter.threads(sum(len(message["content"].encode()) for message in messages))
+            async with contextlib.aclosing(_answer(chat, messages, params, record, slot, threads)) as steps:
                 last_read = time.monotonic()
                 async for shown in steps:
                     if request.session_hash in listeners:
@@ -95,6 +97,7 @@ async def _answer(
     params: SamplingParams,
     record: Record,
     slot: contextlib.AbstractContextManager[None],
+    threads: anyio.CapacityLimiter | None,
 ) -> AsyncGenerator[Shown, None]:
     """What to show, step by step. A message that arrives while the model loads waits for it."""
     while chat.state == "loading":
@@ -105,7 +108,7 @@ async def _answer(
         yield Shown(waiting=wording.READING)
     text = ""
     with slot:
-        async with await submit(lambda: chat.stream_reply(messages, params)) as reply:
+        async with await submit(lambda: chat.stream_reply(messages, params), threads) as reply:
             record.reply = reply
             async for text in _texts(reply):
                 yield Shown(text, waiting=wording.waiting(reply))

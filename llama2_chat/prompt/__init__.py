@@ -9,7 +9,7 @@ fitting    what fits in the context window
 examples   conversations to train on
 """
 
-from llama2_chat.prompt.codec import encode_text
+from llama2_chat.prompt.codec import check_length, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit
@@ -24,6 +24,7 @@ __all__ = [
     "Fitted",
     "TokenizedExample",
     "Turn",
+    "check_length",
     "check_messages",
     "encode",
     "encode_example",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.text import valid_unicode
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that is no conversation, after BOS if the model is used to one; control tokens stay text."""
     bos = tokenizer.backend_tokenizer.encode("").ids
     return bos + codec_of(tokenizer).encode_segments([[Piece(valid_unicode(text), True)]], ())[0]
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context_length: int) -> None:
+    """Raise PromptTooLong for what cannot fit, whatever it says: encoding megabytes takes seconds and gigabytes."""
+    codec = codec_of(tokenizer)
+    if sum(map(codec.at_least, texts)) > context_length:
+        raise PromptTooLong(context_length=context_length)
 
 
 def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
@@ -94,6 +102,18 @@ class Codec:
     def count(self, text: str) -> int:
         """How many tokens a text has by itself."""
         return len(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    def at_least(self, text: str) -> int:
+        """Tokens that a text has at the very least, told from its length: whoever sends megabytes need not be read."""
+        return len(text) // self._most_characters
+
+    @cached_property
+    def _most_characters(self) -> int:
+        """Of text that one token may stand for: twice the longest, as some normalizers make one letter of two."""
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
+        most = 2 * max(map(len, [*vocabulary, *self.names]))
+        kept = all(self.count(char * 8 * most) > 8 for char in (" ", "\U0001f9ff"))  # rather than dropped or fused
+        return most if kept else sys.maxsize
 
     def encode_segments(self, segments: list[list[Piece]], tags: Iterable[str]) -> list[list[int]]:
         """Ids of each segment. Where one of the tags was typed, its letters one by one instead of the natural ids."""

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import PromptTooLong
+from llama2_chat.prompt.codec import check_length, codec_of
 from llama2_chat.prompt.formats import Writer, writer
 from llama2_chat.prompt.messages import Turn, check_messages
 from llama2_chat.types import Message
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MEGABYTE = 2**20  # characters; a shorter turn may be mostly thoughts, which a template leaves out
 MERGED = 4  # tokens by which an exchange may be shorter where its ends meet others
 
 
@@ -37,7 +39,8 @@ def fit(
     Raises PromptTooLong if those two alone do not fit, else as encode() does.
     """
     system, turns = check_messages(messages)
-    write = writer(tokenizer, chat_format)
+    check_length(tokenizer, [system or "", turns[-1].content], context_length)
+    write, codec = writer(tokenizer, chat_format), codec_of(tokenizer)
     room = context_length - max_new_tokens
 
     # The usual case in one go. Hardly any text has more than 16 characters to a token; one that has takes the long way.
@@ -53,9 +56,14 @@ def fit(
     # Back from the newest, each exchange by itself: where they no longer fit, the prompt does not either. So an old
     # megabyte is encoded once, and not at every step of the search.
     start, left = len(turns) - 1, room - len(newest)
-    while start > 1 and left >= 0:
+    while start > 1:
+        exchange = turns[start - 2 : start]
+        if any(len(turn.content) > MEGABYTE and codec.at_least(turn.content) > context_length for turn in exchange):
+            break  # unread
+        left -= _at_least(exchange, write)
+        if left < 0:
+            break
         start -= 2
-        left -= _at_least(turns[start : start + 2], write)
     starts = [*([0] if start == 1 else []), *range(start, len(turns), 2)]  # before the first question is a greeting
     first = starts[bisect_left(starts[:-1], True, key=lambda start: len(write(system, turns[start:])) <= room)]
     return Fitted(write(system, turns[first:]), sum(turn.messages for turn in turns[:first]))

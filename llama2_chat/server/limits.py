@@ -8,20 +8,33 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 from fastapi import Request
 
 from llama2_chat.errors import Busy
 from llama2_chat.server.errors import ApiError
 from llama2_chat.settings import Settings
 
+LONG_TEXT = 2**18  # bytes, from which on one text is encoded at a time: it takes a while and much memory
+
 
 class ConcurrencyLimiter:
-    """Counts the answers that each client has on their way. Used from the event loop alone."""
+    """Counts the answers that each client has on their way, and lets long texts through one by one.
+
+    Every way to ask has the same one. Used from the event loop alone.
+    """
 
     def __init__(self, limit: int) -> None:
         """limit: of one client; 0 is any number."""
         self._limit = limit
         self._running: Counter[str] = Counter()
+        self._long_texts = anyio.CapacityLimiter(1)
+
+    def threads(self, size: int) -> anyio.CapacityLimiter | None:
+        """Where a request of so many bytes is encoded: a long one after the others of its kind, by itself."""
+        if size <= LONG_TEXT:
+            return None
+        return self._long_texts
 
     @contextlib.contextmanager
     def slot(self, client: str) -> Iterator[None]:

@@ -29,7 +29,6 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import ChatBackend, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
-LONG_BODY = 2**18  # bytes, from which on one text is encoded at a time: 10 MB take seconds and more than 1 GB
 STARTED = int(time.time())
 
 
@@ -43,7 +42,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     """All of them. Without a model they say why there is none."""
     router = APIRouter(route_class=_route_class(settings, metrics))
     # What is slow to read has threads of its own, or a few such requests would leave none for everybody else.
-    schema_threads, long_body_threads = anyio.CapacityLimiter(SCHEMA_THREADS), anyio.CapacityLimiter(1)
+    schema_threads = anyio.CapacityLimiter(SCHEMA_THREADS)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -85,7 +84,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
         raise ApiError(404, "unknown_url", f"There is no {request.method} /v1/{path:.60} here.")
 
     async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
-        return long_body_threads if len(await request.body()) > LONG_BODY else None
+        return limiter.threads(len(await request.body()))
 
     async def answer(
         body: ChatRequest | CompletionRequest, request: Request, question: Question, start: StartReply

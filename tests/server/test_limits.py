@@ -10,7 +10,7 @@ import openai
 import pytest
 from gradio_client import Client
 
-from llama2_chat.server import openai_api
+from llama2_chat.server import limits
 from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, streaming
 from tests.support.serving import serving
 
@@ -81,7 +81,7 @@ def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, smal
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "fields"), [("v1/chat/completions", {"max_tokens": 1}), ("tokenize", {})])
 def test_many_long_texts_hold_up_nobody_else(http, small, small_address, path, fields, monkeypatch):
-    long, released, encode = "x" * openai_api.LONG_BODY, threading.Event(), small.encode
+    long, released, encode = "x" * limits.LONG_TEXT, threading.Event(), small.encode
 
     def encode_late(messages):
         return encode(messages) if messages == HELLO else released.wait(40) and encode(HELLO)
