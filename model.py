@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from llama2_chat import prompt
+from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
@@ -153,7 +154,8 @@ class ChatModel:
         from llama2_chat.engine.model_runner import build_runner
         from llama2_chat.loading.load import find_stop_ids
 
-        config = loaded.model.config.get_text_config(decoder=True)
+        context, why_shorter = context_window(loaded.model.config)
+        why = f"{loaded.why} {why_shorter}".rstrip()
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
         chat_format, ending = prompt.recognise(tokenizer), prompt.find_ending(tokenizer)
         # What is compiled for this GPU is found again at the next start.
@@ -161,7 +163,7 @@ class ChatModel:
         runner = build_runner(
             loaded.model,
             lambda: _free_bytes(self.settings.kv_headroom_gb),
-            context_length=config.max_position_embeddings,
+            context_length=context,
             max_batch=self.settings.max_batch,
             compile=self.settings.compile,
         )
@@ -172,10 +174,8 @@ class ChatModel:
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             engine.close()
             raise _Closed
-        self.status = replace(
-            self.status, state="ready", precision=loaded.precision, device=loaded.device, why=loaded.why
-        )
-        log.info("%s is ready in %s on %s. %s", self.status.model, loaded.precision, loaded.device, loaded.why)
+        self.status = replace(self.status, state="ready", precision=loaded.precision, device=loaded.device, why=why)
+        log.info("%s is ready in %s on %s. %s", self.status.model, loaded.precision, loaded.device, why)
         return self
 
     def stream_reply(

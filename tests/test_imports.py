@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__init__", "errors"},
     {"types"},
-    {"text", "settings", "channel", "process"},
+    {"text", "context", "settings", "channel", "process"},
     {"kernels", "prompt"},
     {"engine", "loading", "remote"},
     {"model"},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.paged_attention import Scoring
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.kernels.fixed_rows import KEYS, attend_fixed_rows, fixed_rows_mask
@@ -35,7 +36,7 @@ class CpuStep:
     pool: KVPool
     positions: Tensor  # int64 [T]
     parts: list[Part]
-    _masks: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype, int | None], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prefill(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
@@ -68,24 +69,26 @@ class CpuStep:
             index[part.tokens] = blocks * BLOCK_SIZE + part.positions % BLOCK_SIZE
         return index
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Writes key and value, and lets each token attend to its request so far."""
         self.pool.write(layer, key, value, self._kv_index)
         query = query[0].transpose(0, 1)  # [T, heads, head_dim]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for part, mask in zip(self.parts, self._masks_for(query.shape[1] // key.shape[1], query.dtype), strict=True):
+        masks = self._masks_for(query.shape[1] // key.shape[1], query.dtype, scoring.window)
+        for part, mask in zip(self.parts, masks, strict=True):
             q = query[part.tokens].transpose(1, 2)
             k, v = self.pool.read_batch(layer, part.tables)
-            output[part.tokens] = attend_fixed_rows(q, k, v, mask, scale)
+            output[part.tokens] = attend_fixed_rows(q, k, v, mask, scoring.scale, scoring.softcap)
         return output[None]
 
-    def _masks_for(self, group: int, dtype: torch.dtype) -> list[Tensor]:
+    def _masks_for(self, group: int, dtype: torch.dtype, window: int | None) -> list[Tensor]:
         """Of each part, made once for all layers alike."""
-        if (group, dtype) not in self._masks:
-            self._masks[group, dtype] = [
-                fixed_rows_mask(part.positions, group, part.tables.shape[1] * BLOCK_SIZE, dtype) for part in self.parts
+        if (group, dtype, window) not in self._masks:
+            self._masks[group, dtype, window] = [
+                fixed_rows_mask(part.positions, group, part.tables.shape[1] * BLOCK_SIZE, dtype, window)
+                for part in self.parts
             ]
-        return self._masks[group, dtype]
+        return self._masks[group, dtype, window]
 
 
 def span(position: int) -> int:

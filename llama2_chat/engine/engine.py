@@ -29,7 +29,6 @@ from llama2_chat.types import FinishReason, Occupancy, SamplingParams
 
 log = logging.getLogger(__name__)
 
-CHECK_IDS = 24  # of the prompt with which the runner is compared with the model itself
 ANSWERING_FAILED = "Something went wrong while answering. Please try again."
 OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
 GPU_LOST = "The GPU stopped working in the middle of an answer. The program has to be started again."
@@ -397,16 +396,21 @@ class Engine:
     # ---- At the start ----
 
     def _self_check(self) -> None:
-        """Run a short prompt through blocks of the pool, and through the model alone."""
-        ids = [(7 * i + 3) % self.runner.vocab_size for i in range(CHECK_IDS)]
-        params = SamplingParams()
-        request = Request(ids, params, _NoReader(), limit=1, draws=draws(params))
-        self._scheduler.add(request)
-        self._scheduler.admit()
-        agrees = self.runner.self_check(request)
+        """Run prompts through blocks of the pool, and through the model alone."""
+        requests = [self._check_request(length) for length in self.runner.check_lengths[: self.runner.max_batch]]
+        for request in requests:
+            self._scheduler.add(request)
+            self._scheduler.admit()
+        agrees = self.runner.self_check([request for request in requests if request.runs])
         self._scheduler.reset()
         if not agrees:
             raise ModelUnavailable(
                 "This model does not attend to its past as Llama 2 does, so visitors cannot share it. "
                 "Choose another model."
             )
+
+    def _check_request(self, length: int) -> Request:
+        """Its first half is one id again and again, which weighs much where a layer sees it that should not."""
+        ids = [(7 * max(i, length // 2) + 3) % self.runner.vocab_size for i in range(length)]
+        params = SamplingParams()
+        return Request(ids, params, _NoReader(), limit=1, draws=draws(params))

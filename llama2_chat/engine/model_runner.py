@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
-from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, DecodeStep, PrefillStep
+from llama2_chat.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep, attention_windows
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.kernels.fixed_rows import fix_rows
 from llama2_chat.types import RANGES
 
@@ -79,6 +80,7 @@ class ModelRunner:
     model: a causal LM in eval mode, on its device or devices, that attends by ATTENTION.
     pool: where its keys and values are.
     faster: what computes instead of transformers' forward as far as it is ready.
+    windows: of each layer, as paged_attention.attention_windows() finds them.
     """
 
     block_size = BLOCK_SIZE
@@ -92,6 +94,7 @@ class ModelRunner:
         kernel: Callable[..., Tensor] | None = None,
         faster: BackgroundWay | None = None,
         longest_chunk: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self._pool, self.sampler, self._faster = pool, sampler, faster
         self._model, self._device = model, sampler.device
@@ -103,6 +106,7 @@ class ModelRunner:
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
         self.context_length = min(context_length, pool.tokens)
+        self._check = SelfCheck(model, windows, self.context_length, self.longest_chunk)
 
     @property
     def mode(self) -> str:
@@ -206,19 +210,19 @@ class ModelRunner:
 
     # ---- At the start ----
 
+    @property
+    def check_lengths(self) -> Sequence[int]:
+        return self._check.lengths
+
     @torch.inference_mode()
-    def self_check(self, request: Request) -> bool:
-        """Compare a prompt in two chunks, and its last token decoded, with the model's own forward."""
-        ids, half = request.ids, len(request.ids) // 2
-        expected = self._model(torch.tensor([ids], device=self._device), use_cache=False).logits[0, -1].float()
-        expected = expected.to(self._device)
-        self._eager.prefill([Chunk(request, 0, half)])
-        prefilled = self._eager.prefill([Chunk(request, half, len(ids))])
-        request.computed = len(ids) - 1
-        self.sampler.tokens[request.slot] = ids[-1]
-        decoded = self._eager.decode([request]).logits
-        errors = [torch.linalg.norm(logits[0].float() - expected) for logits in (prefilled, decoded)]
-        return all(bool(error < 0.1 * torch.linalg.norm(expected)) for error in errors)
+    def self_check(self, requests: Sequence[Request]) -> bool:
+        return self._check.agrees(requests, self._eager.prefill, self._decode_after)
+
+    def _decode_after(self, requests: Sequence[Request], token: int) -> Tensor:
+        """Logits [n, V] after this token, with which each request is gone on."""
+        for request in requests:
+            self.sampler.tokens[request.slot] = token
+        return self._eager.decode(requests).logits
 
 
 class EagerWay:
@@ -304,7 +308,8 @@ def build_runner(
     compile: make a Llama on a single GPU faster, in the background.
     pool_type: how keys and values are kept.
 
-    Raises ModelUnavailable if the model keeps something else than keys and values, or no memory is left for them.
+    Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, or
+    if no memory is left for keys and values.
     """
     from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel, join_projections
 
@@ -314,7 +319,7 @@ def build_runner(
     weight = input_embeddings(model).weight
     max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
     sampler = SamplerState(max_batch, weight.shape[0], int(RANGES["max_new_tokens"][1]), weight.device)
-    model.set_attn_implementation(ATTENTION)
+    windows = attention_windows(model)
     if weight.device.type == "cpu":
         fix_rows(model)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
@@ -322,7 +327,7 @@ def build_runner(
     step_bytes = _activation_bytes(model, chunk) if weight.device.type == "cuda" else 0
     if not (compile and kernel is not None and RecordedWay.supports(model)):
         pool = pool_type(model, free_beside_steps, context_length, max_batch)
-        return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk)
+        return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk, windows=windows)
     join_projections(model)
     step_bytes *= 2  # recorded steps have memory of their own
     pool = pool_type(model, free_beside_steps, context_length, max_batch)

@@ -70,8 +70,11 @@ class Runner(Protocol[StepT]):
     def maintain(self) -> None:
         """Whatever must happen between two steps."""
 
-    def self_check(self, request: Request) -> bool:
-        """Whether the ids of a request that has a slot and blocks give through them what the model alone gives."""
+    @property
+    def check_lengths(self) -> Sequence[int]: ...  # tokens of the requests that self_check() wants, the most first
+
+    def self_check(self, requests: Sequence[Request]) -> bool:
+        """Whether requests that have slots and blocks get through them, together, what the model alone gives each."""
 
     def prefill(self, chunks: Sequence[Chunk]) -> StepT:
         """Compute the keys and values of these chunks; the step's requests are those whose chunk is the last."""

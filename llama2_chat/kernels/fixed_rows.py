@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from llama2_chat.kernels.softcap import attend_softcapped
+
 ROWS = 8  # as many as decode together on a CPU
 KEYS = 512  # PyTorch's attention takes so many keys at a time on a CPU, and the last ones in a product of another shape
 GRAIN = 32768  # PyTorch shares no elementwise work of so few numbers among threads
@@ -71,7 +73,9 @@ def _is_activation(module: nn.Module) -> bool:
     return home in ("torch.nn.modules.activation", "transformers.activations") and not list(module.parameters())
 
 
-def attend_fixed_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attend_fixed_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
     """Attention of N requests with T tokens each, in blocks of ROWS queries that share a head of keys.
 
     query: [N, heads, T, head_dim]; key, value: [N, kv_heads, L, head_dim], L the same
@@ -89,16 +93,23 @@ def attend_fixed_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
         states[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1) if N > 1 else states.expand(blocks, -1, -1, -1)
         for states in (key, value)
     )
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if softcap is None:
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        output = attend_softcapped(q, k, v, mask, scale, softcap)
     output = output.unflatten(0, (N, blocks)).transpose(1, 2).flatten(2, 3)[:, :, : T * heads // kv_heads]
     return output.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def fixed_rows_mask(positions: Tensor, group: int, length: int, dtype: torch.dtype) -> Tensor:
+def fixed_rows_mask(
+    positions: Tensor, group: int, length: int, dtype: torch.dtype, window: int | None = None
+) -> Tensor:
     """What may be attended to from positions, int64 [N, T]: [N * blocks, 1, ROWS, length], 0 or -inf.
 
-    group: heads that share a head of keys; length: of the keys.
+    group: heads that share a head of keys; length: of the keys; window: tokens that each attends to, None for all.
     """
     rows = positions.repeat_interleave(group, 1)
     rows = F.pad(rows, (0, -rows.shape[1] % ROWS)).view(-1, 1, ROWS, 1)
-    return torch.zeros((), dtype=dtype).where(torch.arange(length) <= rows, -torch.inf)
+    keys = torch.arange(length)
+    seen = keys <= rows if window is None else (keys <= rows) & (keys > rows - window)
+    return torch.zeros((), dtype=dtype).where(seen, -torch.inf)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.text import is_out_of_memory
 
@@ -79,7 +80,7 @@ class Size:
         return cls(
             linear=linear,
             other=sum(parameter.numel() for parameter in model.parameters()) - linear,
-            context=getattr(text, "max_position_embeddings", MIN_CONTEXT_TOKENS),
+            context=context_window(config)[0],
             kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * 2,  # K and V, 2 bytes each
         )
 

@@ -33,7 +33,7 @@ class ScriptedRunner:
 
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
     longest_chunk, shortest_chunk, context_length = 16, 4, 64
-    mode, kv_bytes, maintenance_due = "scripted", 0, False
+    mode, kv_bytes, maintenance_due, check_lengths = "scripted", 0, False, (24,)
 
     def __init__(self, pipelined=False):
         self.pipelined = pipelined
@@ -45,7 +45,7 @@ class ScriptedRunner:
 
     start = close = enter_thread = maintain = synchronize = release_memory = copy_block = zero_blocks = nothing
 
-    def self_check(self, request):
+    def self_check(self, requests):
         return True
 
     def is_alive(self):

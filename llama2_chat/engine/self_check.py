@@ -1,0 +1,131 @@
+"""Whether a runner gives what the model alone gives: as long prompts as it takes to see, and two in one step.
+
+The model alone reads each prompt in the same chunks: products in 8 bits on a GPU depend on the rows that they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from llama2_chat.context import ropes
+from llama2_chat.engine.kv_pool import input_embeddings
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.scheduler import Chunk
+
+SHORT, LONGER = 25, 39  # tokens; odd, so that the last block has room for one more
+LONGEST_ON_CPU, LONGEST_ON_GPU = 8_192, 65_536  # a longer prompt would make starting slow
+# How far logits may lie apart, relative to their length. Rounding adds up from layer to layer.
+TOLERANCE, TOLERANCE_OF_FIRST_LAYERS, TOLERANCE_IN_FLOAT32 = 0.1, 0.04, 0.001
+
+
+class SelfCheck:
+    """The prompts to compare on, and the comparison.
+
+    windows: of each layer how many tokens it attends to, None for all.
+    context_length, longest_chunk: tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Sequence[int | None], context_length: int, longest_chunk: int
+    ) -> None:
+        self._model, self._longest_chunk = model, longest_chunk
+        self._depth = 1 + max(windows.index(window) for window in windows)
+        on_cpu = input_embeddings(model).weight.device.type == "cpu"
+        longest = min(context_length - 2, LONGEST_ON_CPU if on_cpu else LONGEST_ON_GPU)
+        marks = [mark for mark in {*windows, *_trained_lengths(model)} if mark and mark < longest]
+        # Half of the ids lie before the window of the last one.
+        length = min(max([LONGER, *(2 * mark for mark in marks)]), longest)
+        self.lengths: Sequence[int] = [length - 1 + length % 2, SHORT] if longest > SHORT else [longest]
+
+    def agrees(
+        self,
+        requests: Sequence[Request],
+        prefill: Callable[[Sequence[Chunk]], Tensor],
+        decode: Callable[[Sequence[Request], int], Tensor],
+    ) -> bool:
+        """Whether logits agree: of all requests together in the model's first layers, and of a short one in all of it.
+
+        prefill(chunks): logits [n, V] after those that are the last of their requests.
+        decode(requests, token): logits [n, V] after one more token of each.
+        """
+
+        def compare(requests: Sequence[Request], tolerance: float) -> bool:
+            steps = self._steps(requests)
+            for chunks in steps:
+                prefilled = prefill(chunks)
+            for request in requests:
+                request.computed = len(request.ids)
+            found = [prefilled, decode(requests, requests[0].ids[0])]
+            expected = [self._alone(request, steps, requests[0].ids[0]) for request in requests]
+            return all(
+                _agree(logits, torch.stack(alone), tolerance)
+                for logits, alone in zip(found, zip(*expected, strict=True), strict=True)
+            )
+
+        in_float32 = self._model.dtype == torch.float32
+        with _cut(self._model, self._depth):
+            together = compare(requests, TOLERANCE_IN_FLOAT32 if in_float32 else TOLERANCE_OF_FIRST_LAYERS)
+        one = requests[-1]
+        return together and compare([replace(one, ids=one.ids[:SHORT])], TOLERANCE)
+
+    def _steps(self, requests: Sequence[Request]) -> list[list[Chunk]]:
+        """All ids, in two steps or more, so that the requests end together."""
+        most = max(len(request.ids) for request in requests)
+        size = min(-(-most // 2), self._longest_chunk)
+        steps = []
+        for left in reversed(range(0, most, size)):  # tokens that come after this step
+            ends = [(request, len(request.ids) - left) for request in requests if len(request.ids) > left]
+            steps.append([Chunk(request, max(end - size, 0), end) for request, end in ends])
+        return steps
+
+    def _alone(self, request: Request, steps: Sequence[Sequence[Chunk]], token: int) -> tuple[Tensor, Tensor]:
+        """Logits [V] after the last id of a request, and after one more token, without the pool or the others."""
+        cache = DynamicCache(config=self._model.config)
+        read = [chunk.ids for chunks in steps for chunk in chunks if chunk.request is request]
+        logits = [self._forward(ids, cache) for ids in (*read, [token])]
+        return logits[-2], logits[-1]
+
+    def _forward(self, ids: list[int], cache: DynamicCache) -> Tensor:
+        device = input_embeddings(self._model).weight.device
+        output: Any = self._model(
+            torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[0, -1].to(device)
+
+
+def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether each row of logits, [n, V], is what was expected; never where it is not a number."""
+    found, expected = found.float(), expected.float()
+    errors = torch.linalg.norm(found - expected, dim=1)
+    return bool((errors < tolerance * torch.linalg.norm(expected, dim=1)).all())
+
+
+def _trained_lengths(model: PreTrainedModel) -> Iterator[int]:
+    """Tokens past which a model's positions were stretched after it was trained on so many."""
+    for rope in ropes(model.config.get_text_config(decoder=True)):
+        if trained := rope.get("original_max_position_embeddings"):
+            yield int(trained)
+
+
+@contextmanager
+def _cut(model: PreTrainedModel, depth: int) -> Iterator[None]:
+    """The model has only so many layers while this lasts."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    parent, name, layers = next(  # parents come before what they hold, so these are no experts of a layer
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    )
+    setattr(parent, name, layers[:depth])
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
