@@ -61,6 +61,7 @@ class Checkpoint:
     why: str
     quantization: str
     base: Files
+    cache_dir: Path  # where weights that come quantised are unpacked
     adapter: Files | None = None
 
     @property
@@ -134,7 +135,7 @@ def fetch(plan: Plan, progress: Progress) -> Checkpoint:
 
 def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkpoint:
     adapter = adapter and replace(adapter, stem="adapter_model")
-    return Checkpoint(plan.model_id, plan.why, plan.quantization, base, adapter)
+    return Checkpoint(plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter)
 
 
 def _base_of(adapter: Files, plan: Plan) -> str:

@@ -21,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -44,6 +43,7 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
+from llama2_chat.loading.quantized import check_readable, method_of, quantization_of, unpacked
 from llama2_chat.prompt import find_ending
 from llama2_chat.text import first_line, is_out_of_memory
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNQUANTIZED = ("float32", "bfloat16", "float16")
+# Tensors of older checkpoints that the model computes by itself.
+HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Loaded:
     """A model in eval mode on its device, and how it got there in words."""
 
     model: PreTrainedModel
-    precision: str  # "bfloat16", "float16", "int8", "nf4", or the checkpoint's own, such as "gptq"
+    precision: str  # "bfloat16", "float16", "int8" or "nf4", as its layers are
     device: str  # "cpu", "cuda:0", "2 x cuda"
     why: str
     needed_bytes: int = 0  # of GPU memory, with one conversation
@@ -97,8 +99,9 @@ def measure(files: Files) -> Size:
     with translate_errors(files):
         config = read_config(files)
         size = Size.of(config)
-    if own := _own_quantization(config):
-        return replace(size, own_quantization=own, own_bytes=sum(files.weights().values()))
+    if quantization := quantization_of(config):
+        check_readable(files, quantization)
+        return replace(size, comes_in=method_of(quantization))
     return size
 
 
@@ -124,6 +127,14 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)
+    if size.comes_in:
+        with translate_errors(files):
+            config = read_config(files)
+            quantization = quantization_of(config)
+            assert quantization is not None
+            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+            files = unpacked(files, quantization, dtype, checkpoint.cache_dir)
+        why = f"Its weights came quantised by {size.comes_in} and were unpacked. {why}"
     needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
     with translate_out_of_memory(checkpoint.model_id, precision, needed_bytes):
         with translate_errors(files):
@@ -149,8 +160,8 @@ def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progres
     """
     files, dtype = checkpoint.base, compute_dtype(visible_gpus())
     size = measure(files)
-    if own := size.own_quantization:
-        raise ModelUnavailable(f"{files} comes quantised with {own}. Choose the original weights to train or merge.")
+    if method := size.comes_in:
+        raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
     fetch_weights(files, progress)
     config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
     needed_bytes = size.needed_bytes(precision, 0)
@@ -182,9 +193,9 @@ def _load_for_serving(files: Files, precision: str, size: Size, gpus: Sequence[G
     dtype, config = compute_dtype(gpus), None
     if precision == "float32":
         dtype = torch.float32
-    elif precision == "nf4" and not size.own_quantization:
+    elif precision == "nf4":
         config = nf4_config(dtype)
-    elif precision == "int8" and not size.own_quantization and gpus:
+    elif precision == "int8" and gpus:
         config, dtype = int8_config(), torch.float16  # it computes in float16 and would cast
     model = _read(files, dtype, config, device_map, max_memory)
     if isinstance(device_map, dict):
@@ -215,16 +226,9 @@ def _read(
     model, report = loaded
     if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
+    if unknown := sorted(name for name in report["unexpected_keys"] if not name.endswith(HARMLESS)):
+        raise ValueError(f"{len(unknown)} tensors belong to no layer, such as {unknown[0]}")
     return model
-
-
-def _own_quantization(config: PreTrainedConfig) -> str | None:
-    """ "gptq", "awq", ...: the method of the checkpoint's own quantisation, if it has one."""
-    own: Any = getattr(config, "quantization_config", None)
-    if not own:
-        return None
-    method = (own if isinstance(own, dict) else own.to_dict()).get("quant_method")
-    return str(getattr(method, "value", method or "its own quantisation"))
 
 
 def _device(model: PreTrainedModel) -> str:
@@ -266,6 +270,8 @@ def _loading_sentence(files: Files, error: str) -> str:
         tied = " If its output head is its embedding, its config.json should say so: tie_word_embeddings."
         head = tied if "such as lm_head" in error else ""
         return f"The weights of {files} are damaged or incomplete: {error}. Copy or download them again.{head}"
+    if "belong to no layer" in error:
+        return f"{files} holds more than its config.json says: {error}. It would answer wrongly. Choose another copy."
     if "size mismatch" in error:
         return f"The weights of {files} do not fit their model. An adapter needs its own base: check BASE_MODEL."
     if "CUDA" in error:

@@ -57,8 +57,7 @@ class Size:
     other: int  # embeddings, output head, norms
     context: int  # tokens
     kv_bytes_per_token: int
-    own_quantization: str | None = None  # "gptq", "awq", ...: what the checkpoint comes quantised with
-    own_bytes: int | None = None  # of those weights
+    comes_in: str | None = None  # "gptq", "awq", ...: what its weights are unpacked from before they are loaded
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Size:
@@ -86,10 +85,7 @@ class Size:
 
     def needed_bytes(self, precision: str, context: int) -> int:
         """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and headroom."""
-        if self.own_bytes is not None:
-            weights: float = self.own_bytes
-        else:
-            weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
+        weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
         return int(weights + self.kv_bytes_per_token * min(context, self.context) + HEADROOM_BYTES)
 
 
@@ -99,8 +95,6 @@ def choose_precision(asked: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str, 
     asked: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
     """
     unquantized = str(compute_dtype(gpus)).removeprefix("torch.")
-    if size.own_quantization:
-        return size.own_quantization, f"It comes quantised with {size.own_quantization}, and stays so."
     if asked != "auto":
         return unquantized if asked == "none" else asked, f"QUANTIZATION={asked}."
     if not gpus:
@@ -117,7 +111,7 @@ def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> 
     needed, free = size.needed_bytes(precision, MIN_CONTEXT_TOKENS), _free_bytes(gpus)
     if not gpus or needed <= free:
         return
-    can_shrink = size.own_quantization is None and precision != "nf4"
+    can_shrink = precision != "nf4"
     nf4_fits = can_shrink and size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free
     raise ModelUnavailable(
         f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "

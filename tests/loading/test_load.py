@@ -32,7 +32,7 @@ def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     checkpoint = fetch(choose(asking_for(quantised)), ignore)
-    assert "comes quantised with gptq" in refusal(load_base, checkpoint, "float32", "cpu", ignore)
+    assert "comes quantised by gptq" in refusal(load_base, checkpoint, "float32", "cpu", ignore)
 
 
 def changed(name, change):

@@ -40,12 +40,11 @@ GIB = 2**30
         ("auto", None, [Gpu(22 * GIB), Gpu(22 * GIB)], "bfloat16"),
         ("none", None, [Gpu(22 * GIB, (7, 0))], "float16"),
         ("int8", None, [Gpu(22 * GIB)], "int8"),
-        ("auto", "gptq", [Gpu(22 * GIB)], "gptq"),
-        ("nf4", "awq", [Gpu(22 * GIB)], "awq"),
+        ("auto", "gptq", [Gpu(22 * GIB)], "nf4"),
     ],
 )
 def test_the_precision_follows_the_setting_the_memory_and_the_checkpoint(asked, own, gpus, precision):
-    size = replace(Size.of(LLAMA_13B), own_quantization=own, own_bytes=own and 8 * GIB)
+    size = replace(Size.of(LLAMA_13B), comes_in=own)
     assert choose_precision(asked, size, gpus)[0] == precision
 
 

@@ -1,0 +1,271 @@
+"""Checkpoints that come quantised, as the plain weights that they stand for.
+
+Whoever made them rounded each linear layer to few bits; here each is multiplied out again, tensor by tensor, into
+safetensors in the cache, which then load like any other model. No answer depends on a kernel that one format needs.
+The layouts are those that AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 and bitsandbytes publish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.loading.disk import Files, check_free_space, not_writable
+
+SHARD_BYTES = 2_000_000_000
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight lies among the nibbles of its int32, lowest first
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What stands beside the weights and changes none of them: scales of activations and of a quantised KV cache.
+IGNORED = ("input_scale", "input_zero_point", "output_scale", "activation_scale", "k_scale", "v_scale", "weight_format")
+
+Parts = Mapping[str, Tensor]  # of one layer, by the last part of their names
+Config = Mapping[str, Any]  # the quantization_config of config.json
+
+
+def quantization_of(config: Any) -> Config | None:
+    """The quantization_config of a model's configuration; None if it comes in plain weights."""
+    own: Any = getattr(config, "quantization_config", None)
+    return (own if isinstance(own, dict) else own.to_dict()) if own else None
+
+
+def check_readable(files: Files, quantization: Config) -> None:
+    """Raise ModelUnavailable, by name, for a format that nothing here can read."""
+    method = method_of(quantization)
+    if any(not name.endswith(".safetensors") for name in files.weights()):
+        raise ModelUnavailable(
+            f"{files} comes quantised by {method} in pickles. Choose a copy in safetensors, or the original weights."
+        )
+    if method not in READERS:
+        raise ModelUnavailable(
+            f"{files} comes quantised by {method}, which this program cannot read. It reads {', '.join(READERS)}. "
+            "Choose one of these, or the original weights."
+        )
+    layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("format", "plain")
+    bits = quantization.get("bits", quantization.get("w_bit", 4)) if method in ("gptq", "awq") else 8
+    if str(layout).lower() not in LAYOUTS.get(method, ("plain",)) or bits not in (2, 4, 8):
+        raise ModelUnavailable(
+            f"{files} comes quantised by {method} in a layout that this program cannot read ({layout}, {bits} bits). "
+            "Choose another, or the original weights."
+        )
+
+
+def method_of(quantization: Config) -> str:
+    method = quantization.get("quant_method")
+    return str(getattr(method, "value", method or ("bitsandbytes" if _is_bitsandbytes(quantization) else "unknown")))
+
+
+def _is_bitsandbytes(quantization: Config) -> bool:
+    return bool(quantization.get("load_in_8bit") or quantization.get("load_in_4bit"))
+
+
+def unpacked(files: Files, quantization: Config, dtype: torch.dtype, cache_dir: Path) -> Files:
+    """The same model in plain weights of this dtype, made once and found again at the next start.
+
+    Raises ModelUnavailable if there is no room for it, or if a tensor is there that nothing here understands.
+    """
+    weights = {name: (files.folder / name).stat() for name in files.weights()}
+    stamp = [str(files.folder.resolve()), str(dtype), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in weights.items())]
+    folder = cache_dir / "unpacked" / hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(error, "set CACHE_DIR to a folder that can be written") from error
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            staging = folder.with_suffix(".staging")
+            shutil.rmtree(staging, ignore_errors=True)
+            packed = sum(status.st_size for status in weights.values())
+            needed = packed * (4 if method_of(quantization) in ("gptq", "awq") else 2)
+            check_free_space(str(files), needed, folder.parent, "set CACHE_DIR to a folder on a larger disk")
+            staging.mkdir()
+            _write(plain_tensors(files, quantization, dtype), staging)
+            _copy_others(files.folder, staging)
+            staging.rename(folder)
+    return Files(folder)
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    for path in source.glob("*.json"):
+        if not path.name.endswith(".index.json"):
+            shutil.copy(path, target)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    config.pop("quantization_config", None)
+    (target / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Shards and their index, as from_pretrained reads them."""
+    shard: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(places.values())) + 1:05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard[name] = tensor.contiguous()
+        if sum(each.nbytes for each in shard.values()) > SHARD_BYTES:
+            flush()
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
+
+
+def plain_tensors(files: Files, quantization: Config, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor of the plain model, in `dtype`, one layer at a time."""
+    places = {}
+    for file in files.weights():
+        with safe_open(files.folder / file, "pt") as opened:
+            places.update(dict.fromkeys(opened.keys(), file))
+    method = method_of(quantization)
+    layers: dict[str, dict[str, str]] = {}  # prefix -> last part of the name -> name
+    for name in places:
+        prefix, part = _split(name)
+        layers.setdefault(prefix, {})[part] = name
+    for prefix, names in layers.items():
+        parts = {part: _read(files, places[name], name) for part, name in names.items() if part not in IGNORED}
+        bias = parts.pop("bias", None)
+        weight = READERS[method](parts, quantization) if parts else None
+        if weight is None:
+            raise ModelUnavailable(
+                f"{files} holds tensors of {prefix} that do not belong to {method} as it is published: "
+                f"{', '.join(sorted(parts))}. Choose another copy of the model, or the original weights."
+            )
+        yield f"{prefix}.weight", weight.to(dtype)
+        if bias is not None:
+            yield f"{prefix}.bias", bias.to(dtype)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Layer and part: bitsandbytes hangs its parts below the weight, as in "q_proj.weight.absmax"."""
+    prefix, found, part = name.partition(".weight.")
+    return (prefix, f"weight.{part}") if found else (name.rpartition(".")[0], name.rpartition(".")[2])
+
+
+def _read(files: Files, file: str, name: str) -> Tensor:
+    with safe_open(files.folder / file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+# ---- One layer of each format: [out, in] in float32, a plain weight as it is, or None for what does not belong ----
+
+
+def _bitsandbytes(parts: Parts, quantization: Config) -> Tensor | None:
+    import bitsandbytes
+
+    if set(parts) == {"weight", "SCB"}:  # int8 by rows, 127 is the row's largest
+        return parts["weight"].float() * (parts["SCB"].float()[:, None] / 127)
+    if set(parts) == {"weight"}:
+        return parts["weight"] if parts["weight"].is_floating_point() else None
+    if not any(part.startswith("weight.quant_state.bitsandbytes__") for part in parts):
+        return None
+    state = {part.removeprefix("weight."): tensor for part, tensor in parts.items() if part != "weight"}
+    quant_state = bitsandbytes.functional.QuantState.from_dict(state, torch.device("cpu"))
+    return bitsandbytes.functional.dequantize_4bit(parts["weight"], quant_state).float()
+
+
+def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
+    weight = parts.get("weight")
+    scale = next((parts[name] for name in ("weight_scale_inv", "weight_scale") if name in parts), None)
+    if weight is None or len(parts) > 2:
+        return None
+    if scale is None:
+        return None if weight.dtype in FP8 else weight
+    scale = scale.float()
+    if scale.dim() == 2 and scale.shape[1] > 1:  # of blocks, the last of which may be smaller
+        rows, columns = quantization.get("weight_block_size") or (128, 128)
+        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    elif scale.numel() > 1:
+        scale = scale.reshape(-1, 1)
+    return weight.float() * scale
+
+
+def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
+    if set(parts) == {"weight"}:
+        return parts["weight"]
+    if not {"qweight", "qzeros", "scales"} <= set(parts) <= {"qweight", "qzeros", "scales", "g_idx"}:
+        return None
+    bits, scales = int(quantization.get("bits", 4)), parts["scales"].float()  # [groups, out]
+    values = _unpack(parts["qweight"].T, bits).T  # [in, out]
+    zeros = _unpack(parts["qzeros"], bits)[:, : scales.shape[1]]
+    if str(quantization.get("checkpoint_format", "gptq")) != "gptq_v2":
+        zeros = zeros + 1  # the first version wrote one less
+    size = -(-values.shape[0] // scales.shape[0])
+    groups = parts["g_idx"].long() if "g_idx" in parts else torch.arange(values.shape[0]) // size
+    return (scales[groups] * (values - zeros[groups])).T
+
+
+def _awq(parts: Parts, quantization: Config) -> Tensor | None:
+    if set(parts) == {"weight"}:
+        return parts["weight"]
+    if set(parts) != {"qweight", "qzeros", "scales"}:
+        return None
+    scales = parts["scales"].float()  # [groups, out]
+    values, zeros = (_in_order(_unpack(parts[name], 4)) for name in ("qweight", "qzeros"))  # [in, out], [groups, out]
+    groups = torch.arange(values.shape[0]) // (values.shape[0] // scales.shape[0])
+    return (scales[groups] * (values - zeros[groups])).T
+
+
+def _in_order(values: Tensor) -> Tensor:
+    return values.unflatten(1, (-1, 8))[..., list(AWQ_ORDER)].flatten(1)
+
+
+def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
+    if set(parts) == {"weight"}:
+        return parts["weight"] if parts["weight"].is_floating_point() else None
+    known = {"weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"}
+    if not set(parts) <= known or "weight_scale" not in parts:
+        return None
+    if "weight" in parts:
+        values = parts["weight"].float()
+        zeros = parts["weight_zero_point"].float() if "weight_zero_point" in parts else None
+    else:
+        bits = next(int(group["weights"]["num_bits"]) for group in quantization["config_groups"].values())
+        middle = 2 ** (bits - 1)
+        values = _unpack(parts["weight_packed"], bits)[:, : int(parts["weight_shape"][1])] - middle
+        zeros = None
+        if "weight_zero_point" in parts:
+            zeros = parts["weight_zero_point"]
+            is_packed = zeros.dtype == torch.int32
+            zeros = _unpack(zeros.T, bits).T[: values.shape[0]] - middle if is_packed else zeros.float()
+    scales = parts["weight_scale"].float()
+    scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales  # [out, groups], or one for all
+    groups = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
+    if groups is None or bool((groups < 0).any()):
+        groups = torch.arange(values.shape[1]) // -(-values.shape[1] // scales.shape[1])
+    zeros = torch.zeros_like(scales) if zeros is None else zeros.reshape(scales.shape)
+    return scales[:, groups] * (values - zeros[:, groups])
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """float32 [rows, columns * 32 / bits] of int32 [rows, columns]: the lowest bits are the first number."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(1).float()
+
+
+READERS: dict[str, Callable[[Parts, Config], Tensor | None]] = {
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+}
+LAYOUTS = {
+    "awq": ("gemm",),
+    "gptq": ("plain", "gptq", "gptq_v2"),
+    "fp8": ("plain", "e4m3", "e5m2"),
+    "compressed-tensors": ("plain", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+}

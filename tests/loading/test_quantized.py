@@ -1,0 +1,148 @@
+"""Checkpoints that come quantised answer as a plain copy of what they stand for does, or are refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import load, measure
+from tests.support import packers
+from tests.support.loading import asking_for, get, logits, refusal
+from tests.support.serving import ignore
+from tests.support.small_model import save_model
+
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+FORMATS = {
+    "GPTQ": (packers.gptq, {"quant_method": "gptq", "bits": 4}),
+    "GPTQ, act-order": (
+        lambda w: packers.gptq(w, act_order=True),
+        {"quant_method": "gptq", "bits": 4, "desc_act": True},
+    ),
+    "GPTQ, 8 bits": (lambda w: packers.gptq(w, bits=8), {"quant_method": "gptq", "bits": 8}),
+    "GPTQ v2": (
+        lambda w: packers.gptq(w, version=2),
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
+    ),
+    "AWQ": (packers.awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "FP8, blocks": (packers.fp8_blocks, {"quant_method": "fp8", "weight_block_size": [16, 16]}),
+    "FP8, channels": (packers.fp8_channels, {"quant_method": "fbgemm_fp8"}),
+    "compressed-tensors, int4": (packers.packed_int4, COMPRESSED | {"format": "pack-quantized"}),
+    "compressed-tensors, int8": (packers.int8_channels, COMPRESSED | {"format": "int-quantized"}),
+    "compressed-tensors, FP8": (packers.fp8_channels, COMPRESSED | {"format": "float-quantized"}),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("plain"))
+
+
+def packed(folder, source, pack, quantization):
+    """The model in `source`, its linear layers packed, and as transformers has what they stand for."""
+    shutil.copytree(source, folder)
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for name, module in model.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = tensors.pop(f"model.{name}.weight")
+                parts, stands_for = pack(weight)
+                tensors |= {f"model.{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+                module.weight.copy_(stands_for)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, dtype="float32", quantization_config=quantization)
+    return model.eval()
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def loaded_float32(folder, tmp_path):
+    checkpoint = fetch(choose(asking_for(folder, cache_dir=tmp_path / "cache")), ignore)
+    return load(checkpoint.__class__(**{**vars(checkpoint), "quantization": "float32"}), ignore)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_checkpoint_computes_what_its_plain_copy_does(plain, tmp_path, name):
+    expected = packed(tmp_path / "model", plain, *FORMATS[name])
+    loaded = loaded_float32(tmp_path / "model", tmp_path)
+    torch.testing.assert_close(logits(loaded.model), logits(expected), atol=1e-4, rtol=1e-4)
+    ids = torch.tensor([[1, 2, 3]])
+    wanted = expected.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    given = loaded.model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert given.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BitsAndBytesConfig(load_in_8bit=True),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    ],
+    ids=["int8", "NF4 twice", "NF4", "FP4"],
+)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes: inputs will be cast from float32 to float16
+def test_what_bitsandbytes_has_saved_is_what_it_computes_with(plain, tmp_path, config):
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map={"": "cpu"})
+    shutil.copytree(plain, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    loaded = loaded_float32(tmp_path / "model", tmp_path)
+    error = torch.linalg.norm(logits(loaded.model) - logits(model)) / torch.linalg.norm(logits(model))
+    assert error < 0.02  # it computes in bfloat16, and int8 rounds the activations too
+
+
+def test_a_quantised_checkpoint_is_unpacked_once_and_then_loaded_in_any_precision(plain, tmp_path):
+    packed(tmp_path / "model", plain, *FORMATS["GPTQ"])
+    cache = tmp_path / "cache"
+    assert get(asking_for(tmp_path / "model", cache_dir=cache)).precision == "int8"
+    (unpacked,) = (folder for folder in (cache / "unpacked").iterdir() if folder.is_dir())
+    made = (unpacked / "model.safetensors.index.json").stat().st_mtime_ns
+    again = get(asking_for(tmp_path / "model", cache_dir=cache, quantization="none"))
+    assert "came quantised by gptq" in again.why
+    assert (unpacked / "model.safetensors.index.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("quantization", "facts"),
+    [
+        ({"quant_method": "hqq"}, ["hqq", "cannot read", "original weights"]),
+        ({"quant_method": "aqlm"}, ["aqlm"]),
+        ({"bits": 4}, ["unknown"]),
+        ({"quant_method": "awq", "version": "gemv"}, ["gemv"]),
+        ({"quant_method": "gptq", "bits": 3}, ["3 bits"]),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, ["marlin-24"]),
+    ],
+    ids=["HQQ", "AQLM", "nobody's", "AWQ's other layout", "3 bits", "sparse"],
+)
+def test_a_format_that_nothing_here_can_read_is_refused_by_name(plain, tmp_path, quantization, facts):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    change_config(folder, quantization_config=quantization)
+    sentence = refusal(measure, fetch(choose(asking_for(folder)), ignore).base)  # as --check does
+    assert all(fact in sentence for fact in facts)
+
+
+def test_scales_without_a_format_are_refused_rather_than_dropped(plain, tmp_path):
+    # The model was ready, and answered garbage.
+    folder = tmp_path / "model"
+    packed(folder, plain, *FORMATS["FP8, channels"])
+    change_config(folder, quantization_config=None)
+    assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
+
+
+def test_a_tensor_that_its_format_does_not_know_is_refused(plain, tmp_path):
+    folder = tmp_path / "model"
+    packed(folder, plain, *FORMATS["GPTQ"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.rotation"] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sentence = refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
+    assert "model.layers.0.mlp.up_proj" in sentence
+    assert "rotation" in sentence
