@@ -20,7 +20,6 @@ from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.types import (
-    RANGES,
     Capabilities,
     ChatBackend,
     Message,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
 log = logging.getLogger("llama2_chat")
 
 CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
-LONGEST_ANSWER = int(RANGES["max_new_tokens"][1])
+LONGEST_UNASKED = 4_096  # tokens of an answer whose length nobody named: some models never end by themselves
 EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -187,7 +186,7 @@ class ChatModel:
             input_ids = self._fitting(self.encode(messages), params, to_the_end)
             return self._submit(input_ids, params, to_the_end, ends=serving.ends)
         fitted = prompt.fit(
-            serving.tokenizer, messages, self.context_length, params.max_new_tokens, serving.chat_format
+            serving.tokenizer, messages, self.context_length, self._room(params, trim), serving.chat_format
         )
         return self._submit(fitted.input_ids, params, to_the_end, fitted.dropped_messages, ends=serving.ends)
 
@@ -214,9 +213,16 @@ class ChatModel:
         if self._serving is not None:
             self._serving.engine.close(timeout_s)
 
+    def _room(self, params: SamplingParams, trim: bool = False) -> int:
+        """Tokens to leave for the answer: all that are asked for. Of a default that nobody asked for, and where a
+        conversation is shortened for it, half of the window at most."""
+        if trim or params.max_new_tokens == SamplingParams.max_new_tokens:
+            return min(params.max_new_tokens, self.context_length // 2)
+        return params.max_new_tokens
+
     def _fitting(self, input_ids: Sequence[int], params: SamplingParams, to_the_end: bool) -> list[int]:
         """The ids, or PromptTooLong if they leave too little room for the answer."""
-        wanted = 0 if to_the_end else params.max_new_tokens
+        wanted = 0 if to_the_end else self._room(params)
         if len(input_ids) + max(wanted, 1) > self.serving.engine.context_length:
             raise PromptTooLong(len(input_ids), self.context_length, wanted)
         return list(input_ids)
@@ -235,7 +241,7 @@ class ChatModel:
 
         serving = self.serving
         if to_the_end:
-            params = replace(params, max_new_tokens=min(self.context_length - len(input_ids), LONGEST_ANSWER))
+            params = replace(params, max_new_tokens=min(self.context_length - len(input_ids), LONGEST_UNASKED))
         grammar = None if params.grammar is None else serving.grammars.grammar(params.grammar)
         stop, usage = (*params.stop, *ends), Usage(len(input_ids), dropped_messages=dropped_messages)
         reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)

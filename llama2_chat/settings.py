@@ -182,7 +182,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         default, env = getattr(SamplingParams(), name), name.upper()
         kind = int if name == "seed" else type(default)
         low, high = RANGES[name]
-        help = f"where the page's setting starts, {low:g} to {high:g}"
+        help = f"where the page's setting starts, {low:g} to {high:,}"
         _add(parser, name, [env], kind, environ.get(env) or default, help)
     return parser
 

@@ -26,7 +26,7 @@ class Message(TypedDict):
 
 # Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.
 RANGES: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, 4096),
+    "max_new_tokens": (1, 1_000_000),  # the context window is what limits an answer
     "temperature": (0, 5),
     "top_p": (0, 1),
     "top_k": (0, 1000),
@@ -86,7 +86,7 @@ def _checked(name: str, value: object) -> int | float:
             return int(value)
     kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
-    upper = "2^63 - 1" if name == "seed" else f"{high:g}"
+    upper = "2^63 - 1" if name == "seed" else f"{high:,}"
     raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
 
 

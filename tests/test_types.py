@@ -18,7 +18,7 @@ def test_the_defaults_are_the_ones_the_page_starts_with():
 @pytest.mark.parametrize(
     ("name", "lowest", "highest"),
     [
-        ("max_new_tokens", 1, 4096),
+        ("max_new_tokens", 1, 1_000_000),
         ("temperature", 0, 5),
         ("top_p", 1e-6, 1),
         ("top_k", 0, 1000),

@@ -122,7 +122,7 @@ class Engine:
         if room < 1:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
-        request = Request(list(input_ids), params, streamer, limit, draws(params), grammar)
+        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), grammar)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
@@ -413,4 +413,4 @@ class Engine:
         """Its first half is one id again and again, which weighs much where a layer sees it that should not."""
         ids = [(7 * max(i, length // 2) + 3) % self.runner.vocab_size for i in range(length)]
         params = SamplingParams()
-        return Request(ids, params, _NoReader(), limit=1, draws=draws(params))
+        return Request(ids, params, _NoReader(), limit=1, draws=draws(params, 1))

@@ -23,7 +23,6 @@ from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.kernels.fixed_rows import fix_rows
-from llama2_chat.types import RANGES
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
@@ -318,7 +317,7 @@ def build_runner(
 
     weight = input_embeddings(model).weight
     max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
-    sampler = SamplerState(max_batch, weight.shape[0], int(RANGES["max_new_tokens"][1]), weight.device)
+    sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device)
     windows = attention_windows(model)
     if weight.device.type == "cpu":
         fix_rows(model)

@@ -41,7 +41,7 @@ class Request:
     params: SamplingParams
     streamer: Streamer
     limit: int  # tokens of its answer, at most
-    draws: Tensor  # float32 [max_new_tokens]: the random numbers of its answer
+    draws: Tensor  # float32 [limit]: the random numbers of its answer
     grammar: Grammar | None = None  # as far as ids have been emitted
 
     prompt_tokens: int = field(init=False)

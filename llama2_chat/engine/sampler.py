@@ -21,11 +21,14 @@ def is_narrow(params: SamplingParams) -> bool:
     return params.temperature == 0 or 0 < params.top_k <= NARROW
 
 
-def draws(params: SamplingParams) -> Tensor:
-    """The random numbers of one answer, float32 [max_new_tokens], each from 0 to 1."""
+def draws(params: SamplingParams, limit: int) -> Tensor:
+    """The random numbers of an answer of up to `limit` tokens, float32 [limit], each from 0 to 1.
+
+    A longer answer begins with the same numbers.
+    """
     generator = torch.Generator()
     generator.manual_seed(params.seed) if params.seed is not None else generator.seed()
-    return torch.rand(params.max_new_tokens, generator=generator)
+    return torch.rand(limit, generator=generator)
 
 
 def restrict(logits: Tensor, rows: list[int], masks: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
@@ -26,6 +26,7 @@ from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 FOLDER = Path(__file__).parent
 SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
 STATUS_EVERY_S = 10
+LONGEST_SHOWN = 4_096  # tokens of an answer that can be chosen before the model's window is known
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -76,8 +77,9 @@ def build_page(chat: ChatBackend, defaults: SamplingParams, reply: ReplyFunction
         _status(page, chat)
         gr.HTML(f"<p>{wording.INSECURE}</p>", elem_id="insecure")
         conversation = gr.Column()  # shown above the settings, made after them
-        with gr.Accordion("Settings", open=False):
+        with gr.Accordion("Settings", open=False) as accordion:
             settings = _settings(defaults)
+        _fit_to_window(accordion, settings[1], chat)
         with conversation:
             interface = _chat_interface(reply, settings)
         answer_edits_and_examples(interface, reply)
@@ -98,11 +100,28 @@ def _status(page: gr.Blocks, chat: ChatBackend) -> None:
     gr.on([page.load, timer.tick], refresh, outputs=[line, timer], **QUIET)
 
 
+def _fit_to_window(accordion: gr.Accordion, slider: gr.components.Component, chat: ChatBackend) -> None:
+    """Let the longest answer be chosen from what the model's window can hold, once that is known.
+
+    When the settings are opened, since Gradio loses what changes in them while they are closed.
+    """
+
+    def fit(chosen: float) -> Any:
+        window = chat.context_length
+        if not window:
+            return gr.skip()
+        return gr.Slider(maximum=window, value=chosen if chosen < window else window // 2)
+
+    accordion.expand(fit, slider, slider, **QUIET)
+
+
 def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
     """What stands in the accordion, in the order in which reply() takes it."""
 
     def slider(name: str, label: str, info: str, step: float) -> gr.Slider:
         low, high = RANGES[name]
+        if name == "max_new_tokens":
+            high = max(LONGEST_SHOWN, defaults.max_new_tokens)
         lowest = step if name in OPEN_BELOW else low
         value = getattr(defaults, name)
         return gr.Slider(lowest, high, value, step=step, label=label, info=info, min_width=SETTING_WIDTH)

@@ -42,7 +42,7 @@ with torch.inference_mode():
     join_projections(model)
     assert expected([1, 2, 3]).equal(before)
     prompts = [torch.randint(0, 97, (length,)).tolist() for length in (1, 63, 64, 200)]
-    requests = [Request(ids, params, None, 64, draws(params), slot=slot) for slot, ids in enumerate(prompts)]
+    requests = [Request(ids, params, None, 64, draws(params, 64), slot=slot) for slot, ids in enumerate(prompts)]
     for request in requests:
         request.blocks = BlockTable(own=[1 + 4 * request.slot + place for place in (2, 0, 3, 1)])
     # The first half of each, then the rest of all, in one pack each.

@@ -20,14 +20,17 @@ def state_of(logits, params, prompt=()):
     """A table of one row for each logits [N, V], all with the same settings."""
     rows = SamplerState(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
     for row in range(len(logits)):
-        rows.join(row, [*prompt], 0, params, draws(params))
+        rows.join(row, [*prompt], 0, params, draws(params, params.max_new_tokens))
     return rows
 
 
 def sampled(logits, params, prompt=(), times=4000):
     """How often each token is drawn as the first of an answer, as a share."""
     params = SamplingParams(**params, seed=1, max_new_tokens=times)
-    state, numbers = SamplerState(times, len(logits), max_new_tokens=1, device=CPU), draws(params)
+    state, numbers = (
+        SamplerState(times, len(logits), max_new_tokens=1, device=CPU),
+        draws(params, params.max_new_tokens),
+    )
     for slot in range(times):
         state.join(slot, [*prompt], 0, params, numbers[slot : slot + 1])
     kept = 64 if is_narrow(params) else len(logits)
@@ -93,7 +96,7 @@ def test_rows_with_other_settings_draw_what_they_draw_alone():
     together = SamplerState(4, 200, 4096, CPU)
     alone = [state_of(logits[:1], params, prompt=[5]) for params in settings]
     for row, params in enumerate(settings):
-        together.join(row, [5], 0, params, draws(params))
+        together.join(row, [5], 0, params, draws(params, params.max_new_tokens))
     for _ in range(50):
         expected = [one.sample(logits[row][None], torch.tensor([0]), 200).item() for row, one in enumerate(alone)]
         assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected

@@ -32,6 +32,18 @@ def test_the_status_line_follows_servers_that_come_and_go(browser, settings, mon
         expect(page.locator("#status")).to_contain_text("scripted")
 
 
+def test_the_longest_answer_starts_within_a_small_window(browser, settings):
+    """It started at 1,024 tokens, and every message was refused."""
+    chat = ScriptedChat()
+    chat.context_length = 512
+    with serving(chat, settings) as address, browser.new_page() as page:
+        page.goto(address)
+        open_settings(page)
+        longest = page.get_by_role("spinbutton", name="Max new tokens")
+        expect(longest).to_have_value("256")
+        expect(longest).to_have_attribute("max", "512")
+
+
 def test_metas_system_prompt_is_one_click_away(page):
     open_settings(page)
     page.get_by_role("button", name="Use Meta's prompt of 2023").click()
