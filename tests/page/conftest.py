@@ -8,10 +8,12 @@ from playwright.sync_api import expect, sync_playwright
 from tests.support.browser import CHROMIUM, LIKELIEST, box, open_settings
 from tests.support.serving import serving
 
+expect.set_options(timeout=20_000)  # a computer may be busy with other things
+
 
 @pytest.fixture(scope="session")
 def address(chat, settings):
-    with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
+    with serving(chat, replace(settings, sampling=LIKELIEST, allowed_hosts="chat.lan")) as address:
         yield address
 
 

@@ -42,7 +42,7 @@ def streaming(http, **fields):
 def raw(address, **fields):
     """A bare socket that has sent its question."""
     body = json.dumps({"messages": HELLO, "max_tokens": 3500, **fields})
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}"
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=20) as connection:
