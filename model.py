@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import ModelUnavailable, PromptTooLong
+from llama2_chat.errors import GPU_LOST, ModelUnavailable, PromptTooLong
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.types import (
@@ -250,7 +250,7 @@ class ChatModel:
 
     def _lost(self) -> None:
         """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""
-        self.status = replace(self.status, state="failed", error="The GPU stopped working. The program starts again.")
+        self.status = replace(self.status, state="failed", error=GPU_LOST)
         log.critical("The GPU stopped working; this process ends with exit code %d", EXIT_GPU_LOST)
         threading.Timer(2, os._exit, (EXIT_GPU_LOST,)).start()
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+GPU_LOST = "The GPU stopped working, so this program is shutting down. It must be restarted if no supervisor does so."
+
 
 class ChatError(Exception):
     """Something the visitor can put right. Its text is written for them and shown as it stands."""
@@ -16,7 +18,7 @@ class PromptTooLong(ChatError):
     """A prompt that does not fit in the context window with room to answer. "Too long" is worded here and nowhere else.
 
     prompt_tokens, context_length: 0 where nobody knows them.
-    max_new_tokens: the room that was asked for as the answer; 0 if any will do.
+    max_new_tokens: the room that was requested as the answer; 0 if any will do.
     system_tokens: of the prompt, the system text; what to shorten depends on it.
     subject: what is so long, "message" if it is only the newest one.
     """
@@ -34,7 +36,7 @@ class PromptTooLong(ChatError):
         what = f"This {subject} is {f'{prompt_tokens:,} tokens' if prompt_tokens else 'too long'}"
         if too_much_system:
             what = f"The system prompt is {system_tokens:,} tokens, {prompt_tokens:,} with this {subject}"
-        answer = f", and {max_new_tokens:,} more are asked for as the answer" if max_new_tokens else ""
+        answer = f", and {max_new_tokens:,} more are requested for the answer" if max_new_tokens else ""
         holds = ""
         if context_length:
             holds = f" This model's maximum context length is {context_length:,} tokens, prompt and answer together."

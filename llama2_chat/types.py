@@ -130,7 +130,7 @@ class Reply(Protocol):
 
     Leaving the context, or close(), frees the model within one step. close() may be called from any thread,
     any number of times, and wakes a reader that waits. A failed answer raises ChatError from the iteration, after
-    the pieces that came before it.
+    the pieces already yielded.
     """
 
     @property

@@ -3,7 +3,7 @@
 Ids go in, ids come out, one step at a time, through a streamer with put() and end() as `generate` calls them. A turn of
 the loop admits who waits, computes a chunk of the prompts that are new, and one token of every answer. Who runs is the
 scheduler's to say, what a step computes the runner's; here are the thread, the door, delivery, and recovery. This file
-has never heard of text, roles or pages of the web kind.
+knows no text, roles or HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llama2_chat.engine.request import NO_SLOT, Grammar, Request, Streamer
 from llama2_chat.engine.runner import Masks, Runner, Step, Tokens
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
-from llama2_chat.errors import ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import FinishReason, Occupancy, SamplingParams
 
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 ANSWERING_FAILED = "Something went wrong while answering. Please try again."
 OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
-GPU_LOST = "The GPU stopped working in the middle of an answer. The program has to be started again."
 
 
 class _NoReader:
@@ -80,7 +79,7 @@ class Engine:
         )
         self._in_flight: deque[_InFlight] = deque()
         self._closed = False
-        self._changed = threading.Condition()  # its lock guards the line and self._closed
+        self._changed = threading.Condition()  # its lock protects the waiting queue and self._closed
         self._self_check()
         runner.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -140,7 +139,7 @@ class Engine:
         with self._changed:
             request.cancelled = True
             if not self._scheduler.withdraw(request):
-                return  # running: the loop looks before each step; ended: nothing to do
+                return  # running: the loop checks before each step; ended: nothing to do
         self._end(request, "cancelled")
 
     @contextlib.contextmanager
@@ -168,7 +167,7 @@ class Engine:
             try:
                 self._loop()
             except BaseException:
-                # What one request does wrong never comes here: the books themselves may be. All that runs ends.
+                # _attempt handles the fault of one request. Here the scheduler may be inconsistent: all that runs ends.
                 log.exception("The decode loop failed and starts again")
                 running, alive = self._scheduler.running, self.runner.is_alive()
                 self._in_flight.clear()
@@ -331,7 +330,7 @@ class Engine:
         try:
             request.streamer.end()
         except Exception:
-            log.exception("A reader could not be told that its request has ended")
+            log.exception("Notifying a reader of the end of its request failed")
 
     def _preempt(self, request: Request) -> None:
         self._deliver_all()

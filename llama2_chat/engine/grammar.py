@@ -58,7 +58,7 @@ class Grammars:
     def grammar(self, schema: str) -> Grammar:
         """A grammar at its beginning. Raises BadGrammar if answers cannot be held to this JSON schema."""
         if not self._one_at_a_time.acquire(timeout=PATIENCE_S):
-            raise Busy("Too many JSON schemas wait to be read. Please try again in a minute.")
+            raise Busy("Too many JSON schemas are waiting to be compiled. Please try again in a minute.")
         try:
             if error := _error(schema):
                 raise BadGrammar(error)
@@ -92,7 +92,7 @@ class Grammars:
 
 
 class Grammar:
-    """What may come next in one answer. Its methods raise ChatError when that has become too hard to tell."""
+    """What may come next in one answer. Its methods raise ChatError when that exceeds the limits of llguidance."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -124,7 +124,7 @@ def _sentence(error: str) -> str:
     if error.startswith("regex parse error"):  # then it draws the pattern, and ends with what is wrong
         error = f"regex parse error: {error.rpartition('error: ')[2]}"
     reason = error.partition("\n")[0].strip().rstrip(".").replace(". ", "; ")
-    reason = "nothing follows it" if reason.startswith("NoExtension") else reason
+    reason = "no value satisfies it" if reason.startswith("NoExtension") else reason
     return f"Answers cannot be held to this JSON schema: {reason:.300}."
 
 

@@ -28,7 +28,7 @@ EXAMPLES = [
 ]
 # HTML. page.js shows it where the browser sees no secure context. Copying a message or code works there all the same.
 INSECURE = (
-    "Not encrypted: others on this network can read along, and 'Copy conversation' does not work. "
+    "Not encrypted: others on this network can read this chat, and 'Copy conversation' does not work. "
     "<code>python app.py --https</code> fixes both."
 )
 READING = "Reading …"

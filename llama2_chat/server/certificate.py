@@ -49,7 +49,9 @@ def own_certificate(
     if leaf.public_key() != key.public_key():
         if any(other.public_key() == key.public_key() for other in chain):
             raise ChatError(f"The certificates in {certfile} are in the wrong order. Put the server's own first.")
-        raise ChatError(f"The key in {keyfile} is not the key of {certfile}. Name the two that were made together.")
+        raise ChatError(
+            f"The key in {keyfile} is not the key of {certfile}. Use the certificate and key that belong together."
+        )
     if now < leaf.not_valid_before_utc:
         raise ChatError(
             f"{certfile} is valid only from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC, and this computer's clock "

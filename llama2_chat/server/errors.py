@@ -23,7 +23,7 @@ INTERNAL_ERROR = "Something went wrong on the server. Its log has the details."
 
 
 class ApiError(Exception):
-    """A request that gets no answer, as the openai library and its kin expect to be told."""
+    """A request that gets no answer, in the error shape that the openai library expects."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None

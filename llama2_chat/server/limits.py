@@ -77,7 +77,7 @@ def check_key(request: Request, settings: Settings) -> None:
         return
     sentence = "Send one of the server's API keys, as Authorization: Bearer."
     if not settings.api_keys:
-        sentence = "This server has a login and no API key, so programs cannot ask it. Its operator can set API_KEY."
+        sentence = "This server has a login and no API key, so programs cannot use it. Its operator can set API_KEY."
     raise ApiError(401, "invalid_api_key", sentence, headers={"WWW-Authenticate": "Bearer"})
 
 

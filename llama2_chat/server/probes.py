@@ -204,7 +204,7 @@ def probe_access(start: PlannedStart) -> str:
     page = f"{len(login.read_users(settings.auth_file)):,} may log in" if settings.auth_file else ""
     keys = f"{len(settings.api_keys):,} API keys" if settings.api_keys else ""
     if keys or page:
-        return f"{page or 'no login'}, {keys or 'no API key, so programs cannot ask'}"
+        return f"{page or 'no login'}, {keys or 'no API key, so programs cannot use the API'}"
     if settings.on_loopback:
         raise NotApplicable("only this machine is served, so no key or login is needed")
     return "anyone who reaches the port may use page and API: neither AUTH_FILE nor API_KEY is set"

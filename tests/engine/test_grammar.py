@@ -164,7 +164,7 @@ def links(count):
         ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum"),
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "'a'"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "127.0.0.1"),
-        ({"$ref": "#"}, "nothing follows it"),
+        ({"$ref": "#"}, "no value satisfies it"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "nothing"),
         ({"const": "\ud83d"}, "hex escape"),
     ],

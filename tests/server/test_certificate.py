@@ -48,7 +48,7 @@ def test_an_encrypted_key_and_a_file_that_holds_both_are_taken(own, certfile, ke
         ("server.key", "server.key", None, 0 * DAY, "not a certificate in PEM form"),
         ("server.crt", "server.crt", None, 0 * DAY, r"holds no private key in PEM form.*in --keyfile"),
         ("server.crt", None, None, 0 * DAY, "holds no private key in PEM form"),
-        ("server.crt", "other.key", None, 0 * DAY, "is not the key of .*made together"),
+        ("server.crt", "other.key", None, 0 * DAY, "is not the key of .*belong together"),
         ("upside_down.crt", "server.key", None, 0 * DAY, r"wrong order\. Put the server's own first"),
         ("server.crt", "secret.key", None, 0 * DAY, "is encrypted.*KEY_PASSWORD"),
         ("server.crt", "secret.key", "open barley", 0 * DAY, "KEY_PASSWORD does not open"),

@@ -580,7 +580,7 @@ def test_who_may_ask_is_told_without_a_secret(tmp_path):
     path = tmp_path / "users.txt"
     path.write_text(f"anna:{login.hash_password('sesame')}\n")
     result = run_probe("access", PlannedStart(Settings(auth_file=path))).detail
-    assert result == "1 may log in, no API key, so programs cannot ask"
+    assert result == "1 may log in, no API key, so programs cannot use the API"
     result = run_probe("access", PlannedStart(Settings(host="0.0.0.0", api_keys=("sesame", "street")))).detail
     assert result == "no login, 2 API keys"
     assert "anyone who reaches the port" in run_probe("access", PlannedStart(Settings(host="0.0.0.0"))).detail
