@@ -8,6 +8,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # to be said before PyTorch is imported
+    # With more threads than cores the workers of `pytest -n` would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import huggingface_hub
 import pytest
 from filelock import FileLock
