@@ -109,7 +109,8 @@ def create_app(
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
     listeners = Listeners()
-    page = build_page(chat, settings.sampling, make_reply(chat, limiter, metrics, listeners))
+    reply = make_reply(chat, limiter, metrics, listeners)
+    page = build_page(chat, settings.sampling, reply, has_login=users is not None)
     return mount_page(app, page, settings, users, listeners)
 
 

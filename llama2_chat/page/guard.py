@@ -33,7 +33,7 @@ READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|m
 READ += r"|/(static|assets|svelte|pwa_icon)/.+"
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
 READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
-ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|api|call)/[^/]+/?)"
+ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
 ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
 
 

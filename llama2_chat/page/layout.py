@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parent
 SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
 STATUS_EVERY_S = 10
 LONGEST_SHOWN = 4_096  # tokens of an answer that can be chosen before the model's window is known
+LOG_OUT = "() => fetch('log-out', { method: 'POST' }).then(() => location.reload())"
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -70,11 +71,15 @@ def mount_page(app: FastAPI, page: gr.Blocks, settings: Settings, users: Users |
     return app
 
 
-def build_page(chat: ChatBackend, defaults: SamplingParams, reply: ReplyFunction) -> gr.Blocks:
+def build_page(
+    chat: ChatBackend, defaults: SamplingParams, reply: ReplyFunction, *, has_login: bool = False
+) -> gr.Blocks:
     """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
     with TextBlocks(title=wording.TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{wording.TITLE}</h1>")
         _status(page, chat)
+        if has_login:
+            gr.Button(wording.LOG_OUT, size="sm").click(None, js=LOG_OUT, **QUIET)
         gr.HTML(f"<p>{wording.INSECURE}</p>", elem_id="insecure")
         conversation = gr.Column()  # shown above the settings, made after them
         with gr.Accordion("Settings", open=False) as accordion:

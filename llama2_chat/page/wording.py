@@ -27,6 +27,7 @@ EXAMPLES = [
     "Write a Python function that tells whether a word is a palindrome.",
 ]
 # HTML. page.js shows it where the browser sees no secure context. Copying a message or code works there all the same.
+LOG_OUT = "Log out"
 INSECURE = (
     "Not encrypted: others on this network can read this chat, and 'Copy conversation' does not work. "
     "<code>python app.py --https</code> fixes both."

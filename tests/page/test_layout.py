@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 
 from llama2_chat.page import layout
 from llama2_chat.page.wording import META_SYSTEM_PROMPT
+from llama2_chat.server import login
 from llama2_chat.types import Status
 from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, open_settings, send
 from tests.support.scripted import HERE, READY, Scripted, ScriptedChat
@@ -149,3 +150,17 @@ def pasted(page: Page) -> str:
     box(page).press("Control+V")
     page.wait_for_timeout(200)
     return box(page).input_value()
+
+
+def test_whoever_has_logged_in_finds_the_way_out(browser, settings, tmp_path):
+    (tmp_path / "users.txt").write_text(f"anna:{login.hash_password('sesame')}\n")
+    users = login.read_users(tmp_path / "users.txt")
+    with serving(ScriptedChat(), settings, users) as address, browser.new_page() as page:
+        page.goto(address)
+        page.get_by_label("username").fill("anna")
+        page.get_by_label("password").fill("sesame")
+        page.get_by_role("button", name="Login").click()
+        expect(box(page)).to_be_editable()
+        page.get_by_role("button", name="Log out").click()
+        expect(page.get_by_role("button", name="Login")).to_be_visible()
+        expect(box(page)).to_have_count(0)

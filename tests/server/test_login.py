@@ -46,7 +46,6 @@ def http(address):
         ("GET", "/gradio_api/queue/data?session_hash=x"),
         ("POST", "/gradio_api/call/chat"),
         ("POST", "/gradio_api/run/chat"),
-        ("POST", "/gradio_api/api/chat"),
     ],
 )
 def test_without_a_login_nothing_of_the_page_can_be_used(http, method, path):
