@@ -7,9 +7,11 @@ goes wrong is a ModelUnavailable with a sentence. Nothing here knows prompts, de
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
 UNQUANTIZED = ("float32", "bfloat16", "float16")
 # Tensors of older checkpoints that the model computes by itself.
 HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
@@ -129,11 +132,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     progress("load", 0, 0)
     if size.comes_in:
         with translate_errors(files):
-            config = read_config(files)
-            quantization = quantization_of(config)
-            assert quantization is not None
-            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-            files = unpacked(files, quantization, dtype, checkpoint.cache_dir)
+            files = unpacked(files, read_config(files), checkpoint.cache_dir)
         why = f"Its weights came quantised by {size.comes_in} and were unpacked. {why}"
     needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
     with translate_out_of_memory(checkpoint.model_id, precision, needed_bytes):
@@ -177,15 +176,29 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
     assert adapter is not None
     with translate_errors(adapter):
         embeddings: Any = model.get_input_embeddings()
-        vocabulary = len(load_tokenizer(checkpoint))
+        vocabulary = max(len(load_tokenizer(checkpoint)), _embedding_rows(adapter))
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
         adapted = PeftModel.from_pretrained(model, adapter.folder)
+    made_for, base = str(adapted.active_peft_config.base_model_name_or_path), str(checkpoint.base)
+    if Path(made_for).name != Path(base).name:
+        log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, base)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def _embedding_rows(adapter: Files) -> int:
+    """Of the embedding that an adapter holds whole, perhaps padded to a multiple of 64; 0 if it holds none."""
+    rows = [0]
+    for file in adapter.weights():
+        if file.endswith(".safetensors"):
+            with safe_open(adapter.folder / file, "pt") as opened:
+                names = filter(EMBEDDING.search, opened.keys())
+                rows += [opened.get_slice(name).get_shape()[0] for name in names]
+    return max(rows)
 
 
 def _load_for_serving(files: Files, precision: str, size: Size, gpus: Sequence[Gpu]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,26 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.disk import Files, check_free_space, not_writable
 
 SHARD_BYTES = 2_000_000_000
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight lies among the nibbles of its int32, lowest first
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+READABLE_BITS = {2, 4, 8}  # that fill an int32 without a rest
 # What stands beside the weights and changes none of them: scales of activations and of a quantised KV cache.
-IGNORED = ("input_scale", "input_zero_point", "output_scale", "activation_scale", "k_scale", "v_scale", "weight_format")
+IGNORED = (
+    "inv_freq",
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "activation_scale",
+    "k_scale",
+    "v_scale",
+    "weight_format",
+)
 
 Parts = Mapping[str, Tensor]  # of one layer, by the last part of their names
 Config = Mapping[str, Any]  # the quantization_config of config.json
@@ -51,17 +62,36 @@ def check_readable(files: Files, quantization: Config) -> None:
             f"{files} comes quantised by {method}, which this program cannot read. It reads {', '.join(READERS)}. "
             "Choose one of these, or the original weights."
         )
-    layout = quantization.get("version", "gemm") if method == "awq" else quantization.get("format", "plain")
-    bits = quantization.get("bits", quantization.get("w_bit", 4)) if method in ("gptq", "awq") else 8
-    if str(layout).lower() not in LAYOUTS.get(method, ("plain",)) or bits not in (2, 4, 8):
+    layout, bits = _layout(method, quantization), _bits(method, quantization)
+    known = layout in LAYOUTS.get(method, ("plain",)) and len(bits) == 1 and bits <= READABLE_BITS
+    if not known or quantization.get("dynamic") or quantization.get("transform_config"):
         raise ModelUnavailable(
-            f"{files} comes quantised by {method} in a layout that this program cannot read ({layout}, {bits} bits). "
-            "Choose another, or the original weights."
+            f"{files} comes quantised by {method} in a layout that this program cannot read "
+            f"({layout}, {', '.join(map(str, sorted(bits)))} bits). Choose another, or the original weights."
         )
 
 
+def _layout(method: str, quantization: Config) -> str:
+    if method == "awq":
+        return str(quantization.get("version", "gemm")).lower()
+    if method == "compressed-tensors" and any(
+        group["weights"].get("strategy") == "block" for group in quantization.get("config_groups", {}).values()
+    ):
+        return "blocks"
+    return str(quantization.get("checkpoint_format") or quantization.get("format") or "plain").lower()
+
+
+def _bits(method: str, quantization: Config) -> set[int]:
+    """Of all that is quantised: a model may mix several."""
+    if method == "compressed-tensors":
+        return {int(group["weights"]["num_bits"]) for group in quantization.get("config_groups", {}).values()}
+    if method in ("gptq", "awq"):
+        return {int(quantization.get("bits", quantization.get("w_bit", 4)))} | ({4} if method == "awq" else set())
+    return {8}
+
+
 def method_of(quantization: Config) -> str:
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method", quantization.get("method"))
     return str(getattr(method, "value", method or ("bitsandbytes" if _is_bitsandbytes(quantization) else "unknown")))
 
 
@@ -69,13 +99,17 @@ def _is_bitsandbytes(quantization: Config) -> bool:
     return bool(quantization.get("load_in_8bit") or quantization.get("load_in_4bit"))
 
 
-def unpacked(files: Files, quantization: Config, dtype: torch.dtype, cache_dir: Path) -> Files:
-    """The same model in plain weights of this dtype, made once and found again at the next start.
+def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
+    """The same model in plain weights of its own dtype, made once and found again at the next start.
 
     Raises ModelUnavailable if there is no room for it, or if a tensor is there that nothing here understands.
     """
+    quantization = quantization_of(config)
+    assert quantization is not None
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     weights = {name: (files.folder / name).stat() for name in files.weights()}
     stamp = [str(files.folder.resolve()), str(dtype), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in weights.items())]
+    stamp += [path.read_text("utf-8") for path in sorted(files.folder.glob("*config.json"))]
     folder = cache_dir / "unpacked" / hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +123,9 @@ def unpacked(files: Files, quantization: Config, dtype: torch.dtype, cache_dir: 
             needed = packed * (4 if method_of(quantization) in ("gptq", "awq") else 2)
             check_free_space(str(files), needed, folder.parent, "set CACHE_DIR to a folder on a larger disk")
             staging.mkdir()
-            _write(plain_tensors(files, quantization, dtype), staging)
+            with torch.device("meta"):  # names without memory
+                expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
+            _write(plain_tensors(files, quantization, dtype, expected), staging)
             _copy_others(files.folder, staging)
             staging.rename(folder)
     return Files(folder)
@@ -123,8 +159,10 @@ def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
 
 
-def plain_tensors(files: Files, quantization: Config, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each tensor of the plain model, in `dtype`, one layer at a time."""
+def plain_tensors(
+    files: Files, quantization: Config, dtype: torch.dtype, expected: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor of the plain model, in `dtype`, one layer at a time. expected: names it has."""
     places = {}
     for file in files.weights():
         with safe_open(files.folder / file, "pt") as opened:
@@ -137,6 +175,8 @@ def plain_tensors(files: Files, quantization: Config, dtype: torch.dtype) -> Ite
     for prefix, names in layers.items():
         parts = {part: _read(files, places[name], name) for part, name in names.items() if part not in IGNORED}
         bias = parts.pop("bias", None)
+        if not parts and bias is None:
+            continue
         weight = READERS[method](parts, quantization) if parts else None
         if weight is None:
             raise ModelUnavailable(
@@ -144,7 +184,9 @@ def plain_tensors(files: Files, quantization: Config, dtype: torch.dtype) -> Ite
                 f"{', '.join(sorted(parts))}. Choose another copy of the model, or the original weights."
             )
         yield f"{prefix}.weight", weight.to(dtype)
-        if bias is not None:
+        if bias is not None and (
+            f"{prefix}.bias" in expected or bool(bias.any())
+        ):  # AutoGPTQ writes zeros where is none
             yield f"{prefix}.bias", bias.to(dtype)
 
 
@@ -162,13 +204,19 @@ def _read(files: Files, file: str, name: str) -> Tensor:
 # ---- One layer of each format: [out, in] in float32, a plain weight as it is, or None for what does not belong ----
 
 
+def _plain(parts: Parts) -> Tensor | None:
+    """A weight that was left as it is; a float8 without its scale is none."""
+    weight = parts.get("weight")
+    return weight if weight is not None and len(parts) == 1 and weight.dtype in PLAIN else None
+
+
 def _bitsandbytes(parts: Parts, quantization: Config) -> Tensor | None:
     import bitsandbytes
 
     if set(parts) == {"weight", "SCB"}:  # int8 by rows, 127 is the row's largest
         return parts["weight"].float() * (parts["SCB"].float()[:, None] / 127)
     if set(parts) == {"weight"}:
-        return parts["weight"] if parts["weight"].is_floating_point() else None
+        return _plain(parts)
     if not any(part.startswith("weight.quant_state.bitsandbytes__") for part in parts):
         return None
     state = {part.removeprefix("weight."): tensor for part, tensor in parts.items() if part != "weight"}
@@ -182,9 +230,9 @@ def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
     if weight is None or len(parts) > 2:
         return None
     if scale is None:
-        return None if weight.dtype in FP8 else weight
+        return _plain(parts)
     scale = scale.float()
-    if scale.dim() == 2 and scale.shape[1] > 1:  # of blocks, the last of which may be smaller
+    if scale.dim() == 2 and scale.shape != (weight.shape[0], 1):  # of blocks, the last of which may be smaller
         rows, columns = quantization.get("weight_block_size") or (128, 128)
         scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
     elif scale.numel() > 1:
@@ -194,13 +242,13 @@ def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
 
 def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
     if set(parts) == {"weight"}:
-        return parts["weight"]
+        return _plain(parts)
     if not {"qweight", "qzeros", "scales"} <= set(parts) <= {"qweight", "qzeros", "scales", "g_idx"}:
         return None
     bits, scales = int(quantization.get("bits", 4)), parts["scales"].float()  # [groups, out]
     values = _unpack(parts["qweight"].T, bits).T  # [in, out]
     zeros = _unpack(parts["qzeros"], bits)[:, : scales.shape[1]]
-    if str(quantization.get("checkpoint_format", "gptq")) != "gptq_v2":
+    if _layout("gptq", quantization) != "gptq_v2":
         zeros = zeros + 1  # the first version wrote one less
     size = -(-values.shape[0] // scales.shape[0])
     groups = parts["g_idx"].long() if "g_idx" in parts else torch.arange(values.shape[0]) // size
@@ -209,7 +257,7 @@ def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
 
 def _awq(parts: Parts, quantization: Config) -> Tensor | None:
     if set(parts) == {"weight"}:
-        return parts["weight"]
+        return _plain(parts)
     if set(parts) != {"qweight", "qzeros", "scales"}:
         return None
     scales = parts["scales"].float()  # [groups, out]
@@ -224,7 +272,7 @@ def _in_order(values: Tensor) -> Tensor:
 
 def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
     if set(parts) == {"weight"}:
-        return parts["weight"] if parts["weight"].is_floating_point() else None
+        return _plain(parts)
     known = {"weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"}
     if not set(parts) <= known or "weight_scale" not in parts:
         return None

@@ -15,8 +15,6 @@ from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer
 
-# peft 0.21 asks transformers 5.23 by a name that it has given up.
-
 
 def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(adapter, tiny):
     checkpoint = fetch(choose(asking_for(adapter)), ignore)
@@ -71,3 +69,23 @@ def test_an_adapters_own_tokenizer_comes_first_and_new_words_get_embeddings(adap
     checkpoint = fetch(choose(asking_for(own, quantization="none")), ignore)
     assert len(load_tokenizer(checkpoint)) == 81
     assert load(checkpoint, ignore).model.get_input_embeddings().num_embeddings == 81
+
+
+def test_an_adapter_whose_vocabulary_was_padded_is_loaded(tiny, tmp_path):
+    # Trainers pad to a multiple of 64; it was refused as made for another base.
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model.resize_token_embeddings(81, pad_to_multiple_of=64)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    padded = peft.get_peft_model(model, config)
+    padded.save_pretrained(tmp_path / "padded", save_embedding_layers=True)
+    save_tokenizer(tmp_path / "padded", [f"word{i}" for i in range(80)])
+    checkpoint = fetch(choose(asking_for(tmp_path / "padded", base_model=str(tiny))), ignore)
+    loaded = load(replace(checkpoint, quantization="float32"), ignore).model
+    torch.testing.assert_close(logits(loaded), logits(padded), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_made_for_another_base_of_equal_shape_is_used_with_a_warning(adapter, tiny, tmp_path, caplog):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    get(asking_for(adapter, base_model=str(other)))
+    assert "was made for" in caplog.text
+    assert str(other) in caplog.text

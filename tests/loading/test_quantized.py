@@ -16,6 +16,13 @@ from tests.support.serving import ignore
 from tests.support.small_model import save_model
 
 COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+
+
+def _compressed(*bits):
+    groups = {f"group_{n}": {"weights": {"num_bits": b}} for n, b in enumerate(bits)}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
 FORMATS = {
     "GPTQ": (packers.gptq, {"quant_method": "gptq", "bits": 4}),
     "GPTQ, act-order": (
@@ -26,6 +33,10 @@ FORMATS = {
     "GPTQ v2": (
         lambda w: packers.gptq(w, version=2),
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
+    ),
+    "GPTQ v2 by its newer names": (
+        lambda w: packers.gptq(w, version=2),
+        {"method": "gptq", "bits": 4, "format": "gptq_v2"},
     ),
     "AWQ": (packers.awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
     "FP8, blocks": (packers.fp8_blocks, {"quant_method": "fp8", "weight_block_size": [16, 16]}),
@@ -118,9 +129,17 @@ def test_a_quantised_checkpoint_is_unpacked_once_and_then_loaded_in_any_precisio
         ({"bits": 4}, ["unknown"]),
         ({"quant_method": "awq", "version": "gemv"}, ["gemv"]),
         ({"quant_method": "gptq", "bits": 3}, ["3 bits"]),
-        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, ["marlin-24"]),
+        (COMPRESSED | {"format": "marlin-24"}, ["marlin-24"]),
+        (_compressed(3), ["3 bits"]),
+        (_compressed(4, 8), ["4, 8 bits"]),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ["marlin"]),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"lm_head": {"bits": 8}}}, ["gptq"]),
+        ({"quant_method": "awq", "bits": 8}, ["4, 8 bits"]),
     ],
-    ids=["HQQ", "AQLM", "nobody's", "AWQ's other layout", "3 bits", "sparse"],
+    ids=[
+        *("HQQ", "AQLM", "nobody's", "AWQ's other layout", "3 bits", "sparse", "3 bits in pieces", "mixed"),
+        *("Marlin", "GPTQ of several bits", "AWQ in 8 bits"),
+    ],
 )
 def test_a_format_that_nothing_here_can_read_is_refused_by_name(plain, tmp_path, quantization, facts):
     folder = shutil.copytree(plain, tmp_path / "model")
@@ -146,3 +165,35 @@ def test_a_tensor_that_its_format_does_not_know_is_refused(plain, tmp_path):
     sentence = refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
     assert "model.layers.0.mlp.up_proj" in sentence
     assert "rotation" in sentence
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
+def test_a_float8_without_its_scale_is_refused(plain, tmp_path, scale):
+    folder = tmp_path / "model"
+    packed(folder, plain, *FORMATS["FP8, blocks" if scale.endswith("inv") else "compressed-tensors, FP8"])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.down_proj.{scale}"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.mlp.down_proj" in refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
+
+
+def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(plain, tmp_path):
+    # AutoGPTQ writes a bias of zeros for each layer, and older transformers the frequencies of RoPE.
+    folder = tmp_path / "model"
+    expected = packed(folder, plain, *FORMATS["GPTQ"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(logits(loaded_float32(folder, tmp_path).model), logits(expected), atol=1e-4, rtol=1e-4)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "other"))
+
+
+def test_a_change_of_config_json_is_seen_at_the_next_start(plain, tmp_path):
+    folder = tmp_path / "model"
+    packed(folder, plain, *FORMATS["AWQ"])
+    before = logits(loaded_float32(folder, tmp_path).model)
+    change_config(folder, rms_norm_eps=0.5)
+    assert not torch.allclose(logits(loaded_float32(folder, tmp_path).model), before)
