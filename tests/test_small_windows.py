@@ -59,7 +59,7 @@ def test_a_conversation_is_shortened_to_half_of_a_small_window(small):
 
 
 def test_an_answer_that_was_asked_for_by_name_is_not_made_shorter(small):
-    with pytest.raises(PromptTooLong, match="600 more are asked for"):
+    with pytest.raises(PromptTooLong, match="600 more are requested"):
         small.stream_reply(QUESTION, replace(DEFAULTS, max_new_tokens=600), trim=False)
 
 

@@ -528,7 +528,7 @@ def test_a_gpu_that_fails_for_good_is_told_to_everyone_and_to_the_owner(tiny, ca
         waiting.rest()
         assert lost.wait(10)
         assert {first.finish_reason, second.finish_reason} == {"error"}
-        assert "started again" in str(second.error)
+        assert "must be restarted" in str(second.error)
         with pytest.raises(ModelUnavailable):
             engine.submit([1], GREEDY, Ids())
 

@@ -165,7 +165,7 @@ def links(count):
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "'a'"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "127.0.0.1"),
         ({"$ref": "#"}, "no value satisfies it"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "nothing"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no value"),
         ({"const": "\ud83d"}, "hex escape"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",

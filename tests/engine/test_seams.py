@@ -109,7 +109,7 @@ def test_a_runner_that_dies_ends_everyone_with_a_sentence():
     request, streamer = start(engine, [1, 2, 3], LONG)
     streamer.rest()
     assert lost.wait(60)
-    assert "started again" in str(request.error)
+    assert "must be restarted" in str(request.error)
 
 
 class SplitPool(KVPool):
