@@ -63,8 +63,11 @@ def as_address(host: str) -> Address | None:
 
 
 def host_of(netloc: str) -> str:
-    """The name or address of a Host header, without its port: "[::1]:7860" is ::1."""
-    return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+    """The name or address of a Host header, without its port: "[::1]:7860" is ::1. Empty if it makes no sense."""
+    try:
+        return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
 
 
 class AllowedHosts:

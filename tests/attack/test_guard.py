@@ -99,6 +99,8 @@ def test_headers_without_end_are_not_read(http):
         ("rebound.example.com", 421),
         ("localhost.example.com", 421),
         ("2130706433", 421),
+        ("[", 421),
+        ("[::1", 421),
         ("", 421),
     ],
 )
@@ -110,7 +112,7 @@ def test_only_names_of_this_server_are_answered(http, host, status):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/gradio_api/queue/join", "/login"])
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000", "https://["])
 def test_a_page_of_another_site_may_not_send_anything(http, path, origin):
     answer = http.post(path, content=json.dumps({}), headers={"Origin": origin, "Content-Type": "text/plain"})
     assert answer.json()["error"]["code"] == "foreign_origin"
