@@ -94,10 +94,11 @@ def limit_memory(gpus: int, gpu_memory_gb: float) -> None:
     """
     driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
     for device in range(gpus):
-        torch.empty(1, device=torch.device("cuda", device))  # the driver allocates in the context of the last GPU used
         surplus = torch.cuda.get_device_properties(device).total_memory - int(gpu_memory_gb * GB)
-        if surplus < 0 or driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(surplus)):
-            sys.exit(f"GPU {device} does not have {gpu_memory_gb:g} GB.")
+        with torch.cuda.device(device):
+            torch.empty(1, device="cuda")  # makes the context in which the driver allocates
+            if surplus < 0 or driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(surplus)):
+                sys.exit(f"GPU {device} does not have {gpu_memory_gb:g} GB.")
 
 
 def _measure_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures]:
