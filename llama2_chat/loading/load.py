@@ -30,6 +30,7 @@ from transformers import (
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import check_tokenizer_files, read_config, read_generation_config
+from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of, unpacked
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
@@ -45,7 +46,6 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
-from llama2_chat.loading.quantized import check_readable, method_of, quantization_of, unpacked
 from llama2_chat.prompt import find_ending
 from llama2_chat.text import first_line, is_out_of_memory
 

@@ -89,14 +89,14 @@ class Size:
         return int(weights + self.kv_bytes_per_token * min(context, self.context) + HEADROOM_BYTES)
 
 
-def choose_precision(asked: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:
+def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:
     """The precision to load in, and why. No GPUs means the CPU.
 
-    asked: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
+    requested: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
     """
     unquantized = str(compute_dtype(gpus)).removeprefix("torch.")
-    if asked != "auto":
-        return unquantized if asked == "none" else asked, f"QUANTIZATION={asked}."
+    if requested != "auto":
+        return unquantized if requested == "none" else requested, f"QUANTIZATION={requested}."
     if not gpus:
         return "int8", "int8 is fastest on a CPU."
     needed, free = size.needed_bytes(unquantized, size.context), _free_bytes(gpus)

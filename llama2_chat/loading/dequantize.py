@@ -74,9 +74,7 @@ def check_readable(files: Files, quantization: Config) -> None:
 def _layout(method: str, quantization: Config) -> str:
     if method == "awq":
         return str(quantization.get("version", "gemm")).lower()
-    if method == "compressed-tensors" and any(
-        group["weights"].get("strategy") == "block" for group in quantization.get("config_groups", {}).values()
-    ):
+    if method == "compressed-tensors" and any(each.get("strategy") == "block" for each in _weights(quantization)):
         return "blocks"
     return str(quantization.get("checkpoint_format") or quantization.get("format") or "plain").lower()
 
@@ -84,10 +82,16 @@ def _layout(method: str, quantization: Config) -> str:
 def _bits(method: str, quantization: Config) -> set[int]:
     """Of all that is quantised: a model may mix several."""
     if method == "compressed-tensors":
-        return {int(group["weights"]["num_bits"]) for group in quantization.get("config_groups", {}).values()}
+        return {int(each["num_bits"]) for each in _weights(quantization)}
     if method in ("gptq", "awq"):
         return {int(quantization.get("bits", quantization.get("w_bit", 4)))} | ({4} if method == "awq" else set())
     return {8}
+
+
+def _weights(quantization: Config) -> list[Config]:
+    """How compressed-tensors has rounded the weights of each group of layers; some groups round activations only."""
+    groups = (quantization.get("config_groups") or {}).values()
+    return [group["weights"] for group in groups if group.get("weights")]
 
 
 def method_of(quantization: Config) -> str:
@@ -184,9 +188,8 @@ def plain_tensors(
                 f"{', '.join(sorted(parts))}. Choose another copy of the model, or the original weights."
             )
         yield f"{prefix}.weight", weight.to(dtype)
-        if bias is not None and (
-            f"{prefix}.bias" in expected or bool(bias.any())
-        ):  # AutoGPTQ writes zeros where is none
+        # AutoGPTQ writes zeros where the model has no bias.
+        if bias is not None and (f"{prefix}.bias" in expected or bool(bias.any())):
             yield f"{prefix}.bias", bias.to(dtype)
 
 
@@ -280,7 +283,7 @@ def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
         values = parts["weight"].float()
         zeros = parts["weight_zero_point"].float() if "weight_zero_point" in parts else None
     else:
-        bits = next(int(group["weights"]["num_bits"]) for group in quantization["config_groups"].values())
+        (bits,) = _bits("compressed-tensors", quantization)
         middle = 2 ** (bits - 1)
         values = _unpack(parts["weight_packed"], bits)[:, : int(parts["weight_shape"][1])] - middle
         zeros = None
