@@ -18,7 +18,7 @@ class PromptTooLong(ChatError):
     """A prompt that does not fit in the context window with room to answer. "Too long" is worded here and nowhere else.
 
     prompt_tokens, context_length: 0 where nobody knows them.
-    max_new_tokens: the room that was requested as the answer; 0 if any will do.
+    max_new_tokens: the room that was requested for the answer; 0 if any will do.
     system_tokens: of the prompt, the system text; what to shorten depends on it.
     subject: what is so long, "message" if it is only the newest one.
     """

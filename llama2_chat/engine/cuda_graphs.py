@@ -331,15 +331,15 @@ def _prefill_layer(layer, hidden, cos, sin, keys, values, kv_index, slots, start
 def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
     attention, mlp = layer.self_attn, layer.mlp
-    projected = _together(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = _project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     hidden = hidden + attention.o_proj(attend(query, key, value, attention.scaling).flatten(2))
-    gate, up = _together(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
+    gate, up = _project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
     return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
 
 
-def _together(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+def _project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     joined = getattr(linears[0], "joined", None)
     if joined is None:
         return [linear(x) for linear in linears]
@@ -355,8 +355,8 @@ def join_projections(model: LlamaForCausalLM) -> None:
     """
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        together = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-        _join_layer([*together, [attention.o_proj], [mlp.down_proj]])
+        groups = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+        _join_layer([*groups, [attention.o_proj], [mlp.down_proj]])
     torch.cuda.empty_cache()  # else PyTorch would keep the memory of the copies
 
 

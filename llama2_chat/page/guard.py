@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -23,11 +22,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llama2_chat.server.errors import ApiError, error_response
+from llama2_chat.server.limits import counted
 
 TAKES_NO_FILES = "This chat takes text only: no files, links to files or components."
-MOST_JOBS = (
-    1_000  # of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
-)
+# Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
+MOST_JOBS = 1_000
 
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
 READ += r"|/(static|assets|svelte|pwa_icon)/.+"
@@ -76,15 +75,8 @@ class Listeners:
     def __init__(self) -> None:
         self._streams: Counter[str] = Counter()
 
-    @contextlib.contextmanager
-    def listening(self, session: str) -> Iterator[None]:
-        self._streams[session] += 1
-        try:
-            yield
-        finally:
-            self._streams[session] -= 1
-            if not self._streams[session]:
-                del self._streams[session]
+    def listening(self, session: str) -> contextlib.AbstractContextManager[None]:
+        return counted(self._streams, session)
 
     def __contains__(self, session: object) -> bool:
         return session in self._streams

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # What a template raises, by itself or because a conversation is not as it expects.
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
-LOOKED_INTO = 2**18  # characters; of longer conversations a template reads nothing, for each look takes 0.1 s
+MOST_CHARACTERS = 2**18  # characters; of longer conversations a template reads nothing, for each look takes 0.1 s
 MOST_STRINGS = 16  # that a template may look for in one conversation
 
 
@@ -116,7 +116,7 @@ def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
     what they write. If a typed token or tag got through that way, the disguise is worth more than the template's wish.
     """
     codec, safest = codec_of(tokenizer), _disguised(tokenizer, turns, frozenset())
-    if len(safest) > LOOKED_INTO:
+    if len(safest) > MOST_CHARACTERS:
         return safest
     expected = render(tokenizer, turns)
 

@@ -14,16 +14,18 @@ NVIDIA_SMI_LIMIT_S = 30  # below the probe's own limit, which would leave the to
 
 
 def probe_gpu(start: PlannedStart) -> str:
-    card, trouble = _nvidia_smi()
+    gpu, driver_error = _nvidia_smi()
     import torch
 
     if not torch.cuda.is_available():
-        if trouble:
-            raise ChatError(f"nvidia-smi fails ({trouble}). Reinstall the NVIDIA driver, then restart the computer.")
-        if card is None:
+        if driver_error:
+            raise ChatError(
+                f"nvidia-smi fails ({driver_error}). Reinstall the NVIDIA driver, then restart the computer."
+            )
+        if gpu is None:
             raise NotApplicable("none here, so the model runs on the CPU")
         if torch.version.cuda is None:
-            raise ChatError(f"PyTorch {torch.__version__} does not compute on this {card.name}. {card.remedy()}")
+            raise ChatError(f"PyTorch {torch.__version__} does not compute on this {gpu.name}. {gpu.remedy()}")
     try:
         torch.cuda.init()
         for index in range(torch.cuda.device_count()):
@@ -32,12 +34,12 @@ def probe_gpu(start: PlannedStart) -> str:
     except RuntimeError as error:
         if "No CUDA GPUs are available" in str(error):
             raise NotApplicable("hidden by CUDA_VISIBLE_DEVICES, so the model runs on the CPU") from error
-        name = card.name if card else "the GPU"
-        remedy = card.remedy() if card else "Update the NVIDIA driver."
+        name = gpu.name if gpu else "the GPU"
+        remedy = gpu.remedy() if gpu else "Update the NVIDIA driver."
         raise ChatError(f"PyTorch {torch.__version__} cannot use {name}: {one_clause(error)}. {remedy}") from error
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{one.name} (compute capability {one.major}.{one.minor})" for one in found)
-    return f"{names}, driver {card.driver if card else 'unknown'}"
+    return f"{names}, driver {gpu.driver if gpu else 'unknown'}"
 
 
 def one_clause(error: object) -> str:
@@ -92,10 +94,10 @@ def probe_gpu_memory(start: PlannedStart) -> str:
     check_memory(checkpoint.model_id, precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
     alone, tokens = size.needed_bytes(precision, 0), min(size.context, MIN_CONTEXT_TOKENS)
-    users = (free - alone) // (tokens * size.kv_bytes_per_token)
+    conversations = (free - alone) // (tokens * size.kv_bytes_per_token)
     return (
         f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in, "
-        f"the rest for {users:,} conversations of {tokens:,} tokens"
+        f"the rest for {conversations:,} conversations of {tokens:,} tokens"
     )
 
 

@@ -32,22 +32,27 @@ class ConcurrencyLimiter:
 
     def threads(self, size: int) -> anyio.CapacityLimiter | None:
         """Where a request of so many bytes is encoded: a long one after the others of its kind, by itself."""
-        if size <= LONG_TEXT:
-            return None
-        return self._long_texts
+        return self._long_texts if size > LONG_TEXT else None
 
     @contextlib.contextmanager
     def slot(self, client: str) -> Iterator[None]:
         """Room for one more answer of this client. Raises Busy if there is none."""
         if self._limit and self._running[client] >= self._limit:
             raise Busy(f"You have {self._limit} answers on their way, and no more are allowed. Wait for one to end.")
-        self._running[client] += 1
-        try:
+        with counted(self._running, client):
             yield
-        finally:
-            self._running[client] -= 1
-            if not self._running[client]:
-                del self._running[client]
+
+
+@contextlib.contextmanager
+def counted(counts: Counter[str], name: str) -> Iterator[None]:
+    """One more of this name while it lasts; nothing is kept of names of which there are none."""
+    counts[name] += 1
+    try:
+        yield
+    finally:
+        counts[name] -= 1
+        if not counts[name]:
+            del counts[name]
 
 
 def client_id(request: Request, settings: Settings) -> str:

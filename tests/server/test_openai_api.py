@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 from llama2_chat.server.openai_types import ChatRequest
-from llama2_chat.types import SamplingParams, Status
+from llama2_chat.types import RANGES, SamplingParams, Status
 from model import ChatModel
 from tests.support.programs import HELLO, LIKELIEST, TALK, ask, error, whole_reply
 from tests.support.serving import busy, serving
@@ -176,8 +176,7 @@ def test_a_text_can_be_gone_on_with_in_json(client, chat):
 
 
 def test_every_sampling_setting_arrives_and_the_others_are_the_servers():
-    given = {"temperature": 0.1, "top_p": 0.2, "top_k": 3, "repetition_penalty": 1.2, "seed": 7}
-    given |= {"presence_penalty": 0.3, "frequency_penalty": 0.4}
+    given = {name: int(high) for name, (_, high) in RANGES.items() if name != "max_new_tokens"} | {"seed": 7}
     defaults = SamplingParams(temperature=0.9, seed=1)
     request = ChatRequest(messages=HELLO, stop="x", max_tokens=5, **given)
     assert request.params(defaults) == SamplingParams(**given, max_new_tokens=5, stop=("x",))
