@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ from llama2_chat.loading.memory import (
     translate_out_of_memory,
     visible_gpus,
 )
-from llama2_chat.loading.quantize import int8_config, nf4_config, quantize_int8, speed_up_nf4
+from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.prompt import find_ending
 from llama2_chat.text import first_line, is_out_of_memory
 
@@ -65,10 +66,19 @@ class Loaded:
     """A model in eval mode on its device, and how it got there in words."""
 
     model: PreTrainedModel
-    precision: str  # "bfloat16", "float16", "int8" or "nf4", as its layers are
-    device: str  # "cpu", "cuda:0", "2 x cuda"
     why: str
     needed_bytes: int = 0  # of GPU memory, with one conversation
+
+    @cached_property
+    def precision(self) -> str:
+        """As precision_of() reads it from the layers."""
+        return precision_of(self.model)
+
+    @property
+    def device(self) -> str:
+        """ "cpu", "cuda:0", "2 x cuda"."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return str(devices.pop()) if len(devices) == 1 else f"{len(devices)} x cuda"
 
 
 # ---- Before there are weights ----
@@ -149,7 +159,10 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     if precision == "nf4" and gpus:
         speed_up_nf4(model)
     model.eval().requires_grad_(False)
-    return Loaded(model, precision, _device(model), f"{checkpoint.why} {why}", needed_bytes)
+    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes)
+    if loaded.precision != precision:
+        return replace(loaded, why=f"{loaded.why} Not all of its layers can be in {precision}.")
+    return loaded
 
 
 def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
@@ -242,11 +255,6 @@ def _read(
     if unknown := sorted(name for name in report["unexpected_keys"] if not name.endswith(HARMLESS)):
         raise ValueError(f"{len(unknown)} tensors belong to no layer, such as {unknown[0]}")
     return model
-
-
-def _device(model: PreTrainedModel) -> str:
-    devices = {parameter.device for parameter in model.parameters()}
-    return str(devices.pop()) if len(devices) == 1 else f"{len(devices)} x cuda"
 
 
 # ---- What went wrong, in words ----

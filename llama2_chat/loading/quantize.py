@@ -1,19 +1,22 @@
-"""8 and 4 bits: what bitsandbytes is asked for, int8 on a CPU, and faster NF4 layers on a GPU."""
+"""8 and 4 bits: what bitsandbytes is asked for, int8 on a CPU, faster NF4 layers on a GPU, and what came of it."""
 
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llama2_chat.kernels.int8 import Int8Linear, join_int8
 
 # Layers of one input, in the order in which attention and feed-forward layers ask them.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+NEGLIGIBLE = 0.01  # of all weights: the routers of mixtures of experts stay in float32, and nobody asks for those
 
 
 def int8_config() -> BitsAndBytesConfig:
@@ -75,3 +78,31 @@ def speed_up_nf4(model: nn.Module) -> None:
             for name, tensor in buffers.items():
                 module.register_buffer(name, tensor, persistent=False)
             module.__class__ = Nf4Linear
+
+
+def precision_of(model: PreTrainedModel) -> str:
+    """In what the layers hold their weights: "int8", "nf4", a dtype, or "int8 and bfloat16", the larger part first.
+
+    Read from the layers themselves. Embeddings, output head, norms and what an adapter adds do not count.
+    """
+    weights: Counter[str] = Counter()
+    for module in _layers(model):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            state = getattr(tensor, "quant_state", None)
+            if state is not None:
+                weights[state.quant_type] += state.shape.numel()
+            elif tensor.dim() > 1 and (isinstance(tensor, nn.Parameter) or name == "weight"):
+                weights[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    named = [name for name, count in weights.most_common() if count >= NEGLIGIBLE * weights.total()]
+    return " and ".join(named) or str(model.dtype).removeprefix("torch.")
+
+
+def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules of a model without its embeddings, its output head, and what PEFT puts beside a layer."""
+    left_out: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    left_out += [head] if (head := model.get_output_embeddings()) is not None else []
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            left_out += [child for name, child in module.named_children() if name != "base_layer"]
+    skipped = {id(inner) for outer in left_out for inner in outer.modules()}
+    return (module for module in model.modules() if id(module) not in skipped)

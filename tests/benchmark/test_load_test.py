@@ -22,7 +22,7 @@ from tests.support.small_chat_model import save_chat_model
 def timed_chat(settings, tmp_path_factory):
     folder = save_chat_model(tmp_path_factory.mktemp("timed"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    chat = ChatModel(settings).serve(tokenizer, Loaded(model, "float32", "cpu", ""))
+    chat = ChatModel(settings).serve(tokenizer, Loaded(model, ""))
     time_full_answers(chat)
     yield chat
     chat.close()

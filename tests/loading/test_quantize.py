@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.quantize import precision_of, quantize_int8
 from tests.support.loading import asking_for, get, logits
 from tests.support.serving import ignore
 from tests.support.small_model import save_model
@@ -21,6 +23,33 @@ def test_layers_of_a_width_that_the_int8_kernel_cannot_read_stay_as_they_are(tmp
     assert kinds["model.layers.0.mlp.gate_proj"] == "Linear"
     assert kinds["model.layers.0.mlp.down_proj"] == "Int8Linear"
     assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("asked", "told"), [("none", "bfloat16"), ("int8", "int8"), ("nf4", "nf4")])
+def test_the_precision_that_is_told_is_the_one_of_the_layers(tiny, asked, told):
+    assert get(asking_for(tiny, quantization=asked)).precision == told
+
+
+def test_layers_that_stayed_as_they_were_are_told(tmp_path):
+    # "int8", said the page, which was only the plan.
+    loaded = get(asking_for(save_model(tmp_path / "narrow", hidden_size=40, intermediate_size=64)))
+    assert loaded.precision == "bfloat16 and int8"
+    assert "Not all of its layers can be in int8." in loaded.why
+
+
+@pytest.mark.parametrize(
+    ("planted", "told"), [("float16", "bfloat16 and float16"), ("int8", "int8 and bfloat16"), ("adapter", "bfloat16")]
+)
+def test_a_layer_that_is_not_as_planned_shows_in_what_is_told(tiny, planted, told):
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    if planted == "float16":
+        model.model.layers[0].mlp.half()
+    elif planted == "int8":
+        quantize_int8(model.model.layers)
+        model.model.layers[1].self_attn.q_proj = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    else:  # in float32, beside a layer that stays as it is
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    assert precision_of(model) == told
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def small(chat, settings):
     config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=SMALL_CONTEXT, **shape)
     small = ChatModel(replace(settings, max_batch=1, queue_limit=1))
     small.status = Status(model="small")
-    yield small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
+    yield small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), ""))
     small.close()
 
 

@@ -39,7 +39,7 @@ def document(chat, settings):
     config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=CONTEXT, **shape)
     small = ChatModel(settings)
     small.status = Status(model="small")
-    small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), "float32", "cpu", ""))
+    small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), ""))
     with serving(small, settings) as address:
         ours = FastAPI()
         ours.include_router(health_router(small))

@@ -32,4 +32,4 @@ def rote_model(tokenizer, said, after, **generation):
         for token, following in zip([after, *said], [*said, said[0]], strict=True):
             model.lm_head.weight[following, token] = 1
     model.generation_config.update(**generation)
-    return Loaded(model.eval(), "float32", "cpu", "A test wrote it.")
+    return Loaded(model.eval(), "A test wrote it.")
