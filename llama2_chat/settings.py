@@ -82,7 +82,9 @@ class Settings:
     inference_key: str = field(default="", repr=False)  # from the environment only
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
     quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
-    cache_dir: Path = _knob(Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model is kept between starts")
+    cache_dir: Path = _knob(
+        Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model and unpacked checkpoints are kept"
+    )
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place, HF_HOME; /data on a Space that has storage
     on_space: bool = False
     space_host: str = ""  # the name that the Hub gives a Space, such as someone-llama-2-chat.hf.space

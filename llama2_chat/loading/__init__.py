@@ -8,6 +8,8 @@ disk         what lies in a model's folder, and whether there is room for more
 memory       what a model takes, and on which devices in which precision it fits
 load         weights and tokenizer into memory
 quantize     8 and 4 bits
+dequantize   what the tensors of checkpoints that come quantised stand for
+unpack       plain copies of these in the cache
 """
 
 EMBEDDED = "SmolLM2-135M-Instruct"  # the small model; here, so that its name costs no import of torch

@@ -1,30 +1,22 @@
 """Checkpoints that come quantised, as the plain weights that they stand for.
 
-Whoever made them rounded each linear layer to few bits; here each is multiplied out again, tensor by tensor, into
-safetensors in the cache, which then load like any other model. No answer depends on a kernel that one format needs.
+Whoever made them rounded each linear layer to few bits; here each is multiplied out again, tensor by tensor, for
+unpack.py to write down. No answer depends on a kernel that one format needs.
 The layouts are those that AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 and bitsandbytes publish.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.loading.disk import Files, check_free_space, not_writable
+from llama2_chat.loading.disk import Files
 
-SHARD_BYTES = 2_000_000_000
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight lies among the nibbles of its int32, lowest first
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 READABLE_BITS = {2, 4, 8}  # that fill an int32 without a rest
@@ -101,66 +93,6 @@ def method_of(quantization: Config) -> str:
 
 def _is_bitsandbytes(quantization: Config) -> bool:
     return bool(quantization.get("load_in_8bit") or quantization.get("load_in_4bit"))
-
-
-def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
-    """The same model in plain weights of its own dtype, made once and found again at the next start.
-
-    Raises ModelUnavailable if there is no room for it, or if a tensor is there that nothing here understands.
-    """
-    quantization = quantization_of(config)
-    assert quantization is not None
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    weights = {name: (files.folder / name).stat() for name in files.weights()}
-    stamp = [str(files.folder.resolve()), str(dtype), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in weights.items())]
-    stamp += [path.read_text("utf-8") for path in sorted(files.folder.glob("*config.json"))]
-    folder = cache_dir / "unpacked" / hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_writable(error, "set CACHE_DIR to a folder that can be written") from error
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            staging = folder.with_suffix(".staging")
-            shutil.rmtree(staging, ignore_errors=True)
-            packed = sum(status.st_size for status in weights.values())
-            needed = packed * (4 if method_of(quantization) in ("gptq", "awq") else 2)
-            check_free_space(str(files), needed, folder.parent, "set CACHE_DIR to a folder on a larger disk")
-            staging.mkdir()
-            with torch.device("meta"):  # names without memory
-                expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
-            _write(plain_tensors(files, quantization, dtype, expected), staging)
-            _copy_others(files.folder, staging)
-            staging.rename(folder)
-    return Files(folder)
-
-
-def _copy_others(source: Path, target: Path) -> None:
-    for path in source.glob("*.json"):
-        if not path.name.endswith(".index.json"):
-            shutil.copy(path, target)
-    config = json.loads((target / "config.json").read_text("utf-8"))
-    config.pop("quantization_config", None)
-    (target / "config.json").write_text(json.dumps(config), "utf-8")
-
-
-def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Shards and their index, as from_pretrained reads them."""
-    shard: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-
-    def flush() -> None:
-        name = f"model-{len(set(places.values())) + 1:05}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
-        places.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in tensors:
-        shard[name] = tensor.contiguous()
-        if sum(each.nbytes for each in shard.values()) > SHARD_BYTES:
-            flush()
-    flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
 
 
 def plain_tensors(

@@ -31,7 +31,7 @@ from transformers import (
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import check_tokenizer_files, read_config, read_generation_config
-from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of, unpacked
+from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
@@ -47,6 +47,7 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
+from llama2_chat.loading.unpack import check_room, unpacked
 from llama2_chat.prompt import find_ending
 from llama2_chat.text import first_line, is_out_of_memory
 
@@ -136,6 +137,8 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     size = measure(files)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(checkpoint.model_id, precision, size, gpus)
+    if size.comes_in:
+        check_room(files, read_config(files), checkpoint.cache_dir)
     fetch_weights(files, progress)
     if adapter:
         fetch_weights(adapter, progress)

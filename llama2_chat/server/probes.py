@@ -138,15 +138,18 @@ def probe_tokenizer(start: PlannedStart) -> str:
 
 
 def probe_disk(start: PlannedStart) -> str:
+    from llama2_chat.loading.config import read_config
     from llama2_chat.loading.hub import to_download
     from llama2_chat.loading.small_model import CONVERSION_BYTES, check_cache
+    from llama2_chat.loading.unpack import check_room
 
     if start.checkpoint is None:
         folder, needed = start.plan.cache_dir, CONVERSION_BYTES
         check_cache(folder)
     else:
-        folder = start.checkpoint.base.folder
+        base, folder = start.checkpoint.base, start.checkpoint.base.folder
         needed = sum(sum(to_download(files).values()) for files in start.files)
+        needed += check_room(base, read_config(base), start.checkpoint.cache_dir)
     free = f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
     return f"{needed / 1e9:,.1f} GB still to be written, {free}" if needed else f"nothing to download, {free}"
 

@@ -1,17 +1,17 @@
 """Checkpoints that come quantised answer as a plain copy of what they stand for does, or are refused by name."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load, measure
 from tests.support import packers
 from tests.support.loading import asking_for, get, logits, refusal
+from tests.support.packers import change_config, packed
 from tests.support.serving import ignore
 from tests.support.small_model import save_model
 
@@ -52,28 +52,6 @@ def plain(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("plain"))
 
 
-def packed(folder, source, pack, quantization):
-    """The model in `source`, its linear layers packed, and as transformers has what they stand for."""
-    shutil.copytree(source, folder)
-    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        for name, module in model.model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                weight = tensors.pop(f"model.{name}.weight")
-                parts, stands_for = pack(weight)
-                tensors |= {f"model.{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-                module.weight.copy_(stands_for)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    change_config(folder, dtype="float32", quantization_config=quantization)
-    return model.eval()
-
-
-def change_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
 def loaded_float32(folder, tmp_path):
     checkpoint = fetch(choose(asking_for(folder, cache_dir=tmp_path / "cache")), ignore)
     return load(checkpoint.__class__(**{**vars(checkpoint), "quantization": "float32"}), ignore)
@@ -108,17 +86,6 @@ def test_what_bitsandbytes_has_saved_is_what_it_computes_with(plain, tmp_path, c
     loaded = loaded_float32(tmp_path / "model", tmp_path)
     error = torch.linalg.norm(logits(loaded.model) - logits(model)) / torch.linalg.norm(logits(model))
     assert error < 0.02  # it computes in bfloat16, and int8 rounds the activations too
-
-
-def test_a_quantised_checkpoint_is_unpacked_once_and_then_loaded_in_any_precision(plain, tmp_path):
-    packed(tmp_path / "model", plain, *FORMATS["GPTQ"])
-    cache = tmp_path / "cache"
-    assert get(asking_for(tmp_path / "model", cache_dir=cache)).precision == "int8"
-    (unpacked,) = (folder for folder in (cache / "unpacked").iterdir() if folder.is_dir())
-    made = (unpacked / "model.safetensors.index.json").stat().st_mtime_ns
-    again = get(asking_for(tmp_path / "model", cache_dir=cache, quantization="none"))
-    assert "came quantised by gptq" in again.why
-    assert (unpacked / "model.safetensors.index.json").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize(
@@ -189,11 +156,3 @@ def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(pla
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "other"))
-
-
-def test_a_change_of_config_json_is_seen_at_the_next_start(plain, tmp_path):
-    folder = tmp_path / "model"
-    packed(folder, plain, *FORMATS["AWQ"])
-    before = logits(loaded_float32(folder, tmp_path).model)
-    change_config(folder, rms_norm_eps=0.5)
-    assert not torch.allclose(logits(loaded_float32(folder, tmp_path).model), before)

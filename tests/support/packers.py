@@ -3,7 +3,12 @@
 Each gives the tensors of one layer, by the last part of their names, and the plain weight that they stand for.
 """
 
+import json
+import shutil
+
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ, WQLinear_GEMM.from_linear: the column in each nibble
 
@@ -90,3 +95,25 @@ def int8_channels(weight):
     scales = weight.abs().amax(1, keepdim=True) / 127
     numbers = (weight / scales).round().to(torch.int8)
     return {"weight": numbers, "weight_scale": scales}, numbers * scales
+
+
+def packed(folder, source, pack, quantization):
+    """The model in `source`, its linear layers packed, and as transformers has what they stand for."""
+    shutil.copytree(source, folder)
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for name, module in model.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = tensors.pop(f"model.{name}.weight")
+                parts, stands_for = pack(weight)
+                tensors |= {f"model.{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+                module.weight.copy_(stands_for)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, dtype="float32", quantization_config=quantization)
+    return model.eval()
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
