@@ -8,7 +8,6 @@ reads all it needs from tensors that stay where they are, so the host only says 
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import queue
 import threading
@@ -19,17 +18,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llama2_chat.engine.join_projections import project
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
-from llama2_chat.engine.model_runner import ModelStep
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.step_ways import ModelStep
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
 
 
 class RecordedWay:
-    """What computes steps instead of the model, as far as it is ready; a model_runner.BackgroundWay."""
+    """What computes steps instead of the model, as far as it is ready; a step_ways.BackgroundWay."""
 
     def __init__(self, model: LlamaForCausalLM, pool: KVPool, sampler: SamplerState, most_blocks: int) -> None:
         self._model, self._kv_pool, self._sampler = model, pool, sampler
@@ -331,51 +330,12 @@ def _prefill_layer(layer, hidden, cos, sin, keys, values, kv_index, slots, start
 def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
     attention, mlp = layer.self_attn, layer.mlp
-    projected = _project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     hidden = hidden + attention.o_proj(attend(query, key, value, attention.scaling).flatten(2))
-    gate, up = _project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
+    gate, up = project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
     return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
-
-
-def _project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    joined = getattr(linears[0], "joined", None)
-    if joined is None:
-        return [linear(x) for linear in linears]
-    return F.linear(x, joined).split([linear.out_features for linear in linears], -1)
-
-
-@torch.no_grad()  # else what is joined would hold on to what it was joined from
-def join_projections(model: LlamaForCausalLM) -> None:
-    """Let what is multiplied with the same input be one product, which reads weights faster than several small ones.
-
-    The single weights become views of the joined ones, so that the model itself computes as before and takes no more
-    memory. Quantised and adapted layers stay as they are.
-    """
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        groups = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-        _join_layer([*groups, [attention.o_proj], [mlp.down_proj]])
-    torch.cuda.empty_cache()  # else PyTorch would keep the memory of the copies
-
-
-def _join_layer(groups: list[list[Any]]) -> None:
-    """Join the weights of each group of linear layers, and move those of the others beside them.
-
-    All weights of a layer leave their place before the first joined one is allocated: each place alone is too small
-    for it and would stay empty, 6 GB for the 13B in bfloat16. So at no time is more than one layer there twice.
-    """
-    plain = [group for group in groups if all(type(linear) is nn.Linear and linear.bias is None for linear in group)]
-    copies = [[linear.weight.clone() for linear in group] for group in plain]
-    for linear in itertools.chain(*plain):
-        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-    for group, weights in zip(plain, copies, strict=True):
-        joined = torch.cat(weights)
-        for linear, part in zip(group, joined.split([linear.out_features for linear in group]), strict=True):
-            linear.weight = nn.Parameter(part, requires_grad=False)
-        if len(group) > 1:
-            group[0].register_buffer("joined", joined, persistent=False)
 
 
 def _padded(chunk: Chunk) -> int:

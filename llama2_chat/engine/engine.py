@@ -2,8 +2,8 @@
 
 Ids go in, ids come out, one step at a time, through a streamer with put() and end() as `generate` calls them. A turn of
 the loop admits who waits, computes a chunk of the prompts that are new, and one token of every answer. Who runs is the
-scheduler's to say, what a step computes the runner's; here are the thread, the door, delivery, and recovery. This file
-knows no text, roles or HTTP.
+scheduler's to say, what a step computes the runner's, how tokens reach their readers delivery's; here are the thread,
+the door, the turn, and recovery. This file knows no text, roles or HTTP.
 """
 
 from __future__ import annotations
@@ -12,38 +12,24 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llama2_chat.engine.request import NO_SLOT, Grammar, Request, Streamer
-from llama2_chat.engine.runner import Masks, Runner, Step, Tokens
+from llama2_chat.engine.delivery import ANSWERING_FAILED, Delivery
+from llama2_chat.engine.request import Grammar, Request, Streamer
+from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
+from llama2_chat.engine.self_check import check_request
 from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.text import is_out_of_memory
-from llama2_chat.types import FinishReason, Occupancy, SamplingParams
+from llama2_chat.types import Occupancy, SamplingParams
 
 log = logging.getLogger(__name__)
 
-ANSWERING_FAILED = "Something went wrong while answering. Please try again."
 OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
-
-
-class _NoReader:
-    def put(self, value: torch.Tensor) -> None: ...
-    def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A step whose tokens have been chosen but not emitted."""
-
-    requests: Sequence[Request]
-    tokens: Tokens
 
 
 class Engine:
@@ -65,7 +51,6 @@ class Engine:
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner = runner
-        self.stop_ids = stop_ids
         self._on_lost = on_lost
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -77,9 +62,9 @@ class Engine:
                 queue_limit=queue_limit,
             )
         )
-        self._in_flight: deque[_InFlight] = deque()
         self._closed = False
         self._changed = threading.Condition()  # its lock protects the waiting queue and self._closed
+        self.delivery = Delivery(runner, self._scheduler, stop_ids, self._changed)
         self._self_check()
         runner.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -140,7 +125,7 @@ class Engine:
             request.cancelled = True
             if not self._scheduler.withdraw(request):
                 return  # running: the loop checks before each step; ended: nothing to do
-        self._end(request, "cancelled")
+        self.delivery.end(request, "cancelled")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -170,16 +155,16 @@ class Engine:
                 # _attempt handles the fault of one request. Here the scheduler may be inconsistent: all that runs ends.
                 log.exception("The decode loop failed and starts again")
                 running, alive = self._scheduler.running, self.runner.is_alive()
-                self._in_flight.clear()
+                self.delivery.clear()
                 self._scheduler.reset()
                 if alive:
                     self.runner.zero_blocks(slice(None))
                 for request in running:
-                    self._fail(request, ANSWERING_FAILED if alive else GPU_LOST)
+                    self.delivery.fail(request, ANSWERING_FAILED if alive else GPU_LOST)
                 if not alive:
                     self._give_up()
         for request in self._scheduler.running:
-            self._end(request, "cancelled")
+            self.delivery.end(request, "cancelled")
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -191,7 +176,7 @@ class Engine:
                     return
             self.runner.maintain()
             for request in [request for request in scheduler.running if request.cancelled]:
-                self._finish(request, "cancelled")
+                self.delivery.finish(request, "cancelled")
             with self._changed:
                 copies = scheduler.admit()
             for source, target in copies:
@@ -218,8 +203,8 @@ class Engine:
         for request in step.requests:
             request.sampled = request.answer_tokens
         if step.requests:
-            self._launch(step)
-            self._deliver_all()
+            self.delivery.launch(step)
+            self.delivery.deliver()
         else:
             self.runner.synchronize()  # a chunk is measured whole
         self._scheduler.measured(chunks, time.perf_counter() - started)
@@ -233,107 +218,13 @@ class Engine:
                 self._preempt(self._scheduler.youngest)
         requests = [request for request in requests if request.runs]
         if requests:
-            self._launch(self.runner.decode(requests))
+            self.delivery.launch(self.runner.decode(requests))
             for request in requests:
                 request.computed += 1
-        behind = 1 if requests and self.runner.pipelined else 0
-        while len(self._in_flight) > behind:
-            self._deliver(self._in_flight.popleft())
-
-    def _launch(self, step: Step) -> None:
-        """Choose the next tokens of a step; they may arrive later."""
-        tokens = self.runner.sample(step, self._masks(step.requests))
-        for request in step.requests:
-            request.sampled += 1
-        self._in_flight.append(_InFlight(step.requests, tokens))
-
-    def _masks(self, requests: Sequence[Request]) -> Masks | None:
-        """What may come next in each answer with a grammar; None if there is none."""
-        bound = [(index, request.grammar) for index, request in enumerate(requests) if request.grammar is not None]
-        if not bound:
-            return None
-        # The id before this one may be in flight. A GPU computes the logits while this waits, so it loses little.
-        self._deliver_all()
-        masks = Masks([index for index, _ in bound], self.runner.new_masks(len(bound)))
-        for mask, (index, grammar) in zip(masks.bits, bound, strict=True):
-            request = requests[index]
-            if not request.runs:
-                continue  # it has ended with what was emitted
-            try:
-                grammar.allow(mask)
-            except ChatError as error:
-                self._fail(request, str(error))
-        return masks
-
-    # ---- What comes out ----
-
-    def _deliver_all(self) -> None:
-        while self._in_flight:
-            self._deliver(self._in_flight.popleft())
-
-    def _deliver(self, step: _InFlight) -> None:
-        for request, token in zip(step.requests, step.tokens.result(), strict=True):
-            if not request.runs:
-                continue  # ended while this step was in flight
-            if token < 0:
-                log.error("The model computed logits that are not finite, at %d tokens", len(request.ids))
-                self._fail(request, ANSWERING_FAILED)
-            elif request.cancelled:
-                self._finish(request, "cancelled")
-            elif token in self.stop_ids:
-                self._finish(request, "stop")
-            else:
-                self._emit(request, token)
-
-    def _emit(self, request: Request, token: int) -> None:
-        request.ids.append(token)
-        try:
-            request.streamer.put(torch.tensor([token]))
-            if request.grammar is not None:
-                request.grammar.advance(token)
-        except ChatError as error:
-            self._fail(request, str(error))
-        except Exception:
-            log.exception("A reader failed")
-            self._fail(request, ANSWERING_FAILED)
-        else:
-            if request.grammar is not None and request.grammar.complete:
-                self._finish(request, "stop")
-            elif request.answer_tokens == request.limit:
-                self._finish(request, "length")
-
-    # ---- How a request ends, or goes back to the line ----
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        if request in self._scheduler.running:
-            if reason == "cancelled" and not self.runner.are_finite(request.blocks.blocks):
-                self._zero(request)  # cancelled before its logits showed that they are not finite
-            with self._changed:
-                self._scheduler.finish(request)
-        self._end(request, reason)
-
-    def _fail(self, request: Request, sentence: str) -> None:
-        request.error = ChatError(sentence)
-        if request in self._scheduler.running:
-            self._zero(request)
-        self._finish(request, "error")
-
-    def _zero(self, request: Request) -> None:
-        """Leave nothing of what a request has written."""
-        self.runner.zero_blocks(self._scheduler.evict(request))
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        """Tell the reader, once."""
-        if request.finish_reason is not None:
-            return
-        request.finish_reason, request.slot = reason, NO_SLOT
-        try:
-            request.streamer.end()
-        except Exception:
-            log.exception("Notifying a reader of the end of its request failed")
+        self.delivery.deliver(all_but=1 if requests and self.runner.pipelined else 0)
 
     def _preempt(self, request: Request) -> None:
-        self._deliver_all()
+        self.delivery.deliver()
         if not request.runs:
             return  # it has ended with what was emitted
         with self._changed:
@@ -369,10 +260,10 @@ class Engine:
             for request in requests:
                 self._attempt(self._prefill, [request])
         elif requests[0].runs:
-            self._fail(requests[0], ANSWERING_FAILED)
+            self.delivery.fail(requests[0], ANSWERING_FAILED)
 
     def _rewind(self, requests: Sequence[Request]) -> None:
-        self._deliver_all()
+        self.delivery.deliver()
         self._scheduler.rewind(requests)
 
     def _shrink(self, request: Request) -> None:
@@ -380,7 +271,7 @@ class Engine:
         if youngest := self._scheduler.shrink_batch():
             self._preempt(youngest)
         elif not self._scheduler.shrink_chunk(request) and request.runs:
-            self._fail(request, OUT_OF_MEMORY)
+            self.delivery.fail(request, OUT_OF_MEMORY)
 
     def _give_up(self) -> None:
         """No restart of the loop can cure a GPU that has failed; the program can only be started anew."""
@@ -389,14 +280,15 @@ class Engine:
             waiting = list(self._scheduler.waiting)
             self._scheduler.waiting.clear()
         for request in waiting:
-            self._fail(request, GPU_LOST)
+            self.delivery.fail(request, GPU_LOST)
         self._on_lost()
 
     # ---- At the start ----
 
     def _self_check(self) -> None:
         """Run prompts through blocks of the pool, and through the model alone."""
-        requests = [self._check_request(length) for length in self.runner.check_lengths[: self.runner.max_batch]]
+        lengths = self.runner.check_lengths[: self.runner.max_batch]
+        requests = [check_request(length, self.runner.vocab_size) for length in lengths]
         for request in requests:
             self._scheduler.add(request)
             self._scheduler.admit()
@@ -407,9 +299,3 @@ class Engine:
                 "This model does not attend to its past as Llama 2 does, so visitors cannot share it. "
                 "Choose another model."
             )
-
-    def _check_request(self, length: int) -> Request:
-        """Its first half is one id again and again, which weighs much where a layer sees it that should not."""
-        ids = [(7 * max(i, length // 2) + 3) % self.runner.vocab_size for i in range(length)]
-        params = SamplingParams()
-        return Request(ids, params, _NoReader(), limit=1, draws=draws(params, 1))

@@ -1,42 +1,33 @@
 """What a step computes: the batch's tensors, the forward pass in one of several ways, and the next tokens.
 
 A way takes a step if it can, and the first that takes it computes it: recorded steps (cuda_graphs.py) where they are
-ready, else transformers' own forward, below. The engine knows none of this, only runner.Runner.
+ready, else transformers' own forward (step_ways.py). The engine knows none of this, only runner.Runner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama2_chat.engine.cpu_attention import CpuStep
+from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel
+from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
-from llama2_chat.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep, attention_windows
+from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import SelfCheck
+from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
 from llama2_chat.kernels.fixed_rows import fix_rows
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
-
-
-@dataclass
-class ModelStep:
-    """Logits from which the next tokens are chosen."""
-
-    requests: list[Request]
-    logits: Tensor  # [N, V]
-    slots: Tensor  # int64 [N], on the model's device
-    sample: Callable[[], Tensor] | None = None  # recorded sampling, if all requests are narrow: int64 [N]
 
 
 @dataclass
@@ -48,29 +39,6 @@ class TokensInFlight:
         if self.arrived is not None:
             self.arrived.synchronize()  # the only wait for the GPU in a step
         return self.tokens.tolist()
-
-
-class StepWay(Protocol):
-    """One way to compute steps. None: this way cannot, or not yet."""
-
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """Logits [n, V] after each chunk that is the last of its request."""
-
-    def decode(self, requests: Sequence[Request]) -> ModelStep | None: ...
-
-
-class BackgroundWay(StepWay, Protocol):
-    """A way that becomes ready in the background: recorded steps."""
-
-    @property
-    def mode(self) -> str: ...
-
-    @property
-    def maintenance_due(self) -> bool: ...
-
-    def start(self, wake: Callable[[], None]) -> None: ...
-    def maintain(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class ModelRunner:
@@ -224,71 +192,6 @@ class ModelRunner:
         return self._eager.decode(requests).logits
 
 
-class EagerWay:
-    """Steps through transformers' own forward, whatever the model and wherever its layers are."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pool: KVPool,
-        sampler: SamplerState,
-        kernel: Callable[..., Tensor] | None,
-        most_blocks: int,
-    ) -> None:
-        self._model, self._pool, self._sampler, self._kernel = model, pool, sampler, kernel
-        self._most_blocks, self._device = most_blocks, sampler.device
-        self._on_cpu = self._device.type == "cpu"
-        self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
-
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
-        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        last = ends[[chunk.is_last for chunk in chunks]] - 1
-        step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
-        return self._forward(ids, step, last.to(self._device))
-
-    def decode(self, requests: Sequence[Request]) -> ModelStep:
-        slots = torch.tensor([request.slot for request in requests], device=self._device)
-        step = CpuStep.decode(self._pool, requests) if self._on_cpu else self._gpu_decode(requests)
-        everyone = torch.arange(len(requests), device=self._device)
-        return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone), slots)
-
-    def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
-        tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
-        positions, kv_index, spans, start = [], [], [], 0
-        for table, chunk in zip(tables, chunks, strict=True):
-            blocks = torch.tensor(chunk.request.blocks.blocks)
-            table[: len(blocks)] = blocks
-            position = torch.arange(chunk.start, chunk.end)
-            positions.append(position)
-            kv_index.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-            spans.append((start, start + len(position), chunk.start))
-            start += len(position)
-        at = torch.cat(positions).to(self._device)
-        return PrefillStep(self._pool, at, torch.cat(kv_index).to(self._device), spans, tables)
-
-    def _gpu_decode(self, requests: Sequence[Request]) -> DecodeStep:
-        lengths = [request.computed for request in requests]
-        width = max(lengths) // BLOCK_SIZE + 1
-        tables = torch.zeros(len(requests), width, dtype=torch.long)
-        for table, request in zip(tables, requests, strict=True):
-            blocks = request.blocks.blocks[:width]
-            table[: len(blocks)] = torch.tensor(blocks)
-        return DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
-
-    def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
-        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T]."""
-        output = self._model(
-            input_ids=ids[None],
-            position_ids=step.positions[None],
-            attention_mask=self._mask,
-            use_cache=False,
-            logits_to_keep=last,
-            step=step,
-        )
-        return output.logits[0].to(self._device)
-
-
 def build_runner(
     model: PreTrainedModel,
     free_bytes: Callable[[], Mapping[torch.device, int]],
@@ -310,7 +213,6 @@ def build_runner(
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, or
     if no memory is left for keys and values.
     """
-    from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel, join_projections
 
     def free_beside_steps() -> dict[torch.device, int]:
         return {device: free - step_bytes for device, free in free_bytes().items()}

@@ -17,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from llama2_chat.context import ropes
 from llama2_chat.engine.kv_pool import input_embeddings
 from llama2_chat.engine.request import Request
+from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.types import SamplingParams
 
 SHORT, LONGER = 25, 39  # tokens; odd, so that the last block has room for one more
 LONGEST_ON_CPU, LONGEST_ON_GPU = 8_192, 65_536  # a longer prompt would make starting slow
@@ -98,6 +100,19 @@ class SelfCheck:
             torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         return output.logits[0, -1].to(device)
+
+
+def check_request(length: int, vocab_size: int) -> Request:
+    """A prompt of this length. Its first half is one id again and again, which weighs much where a layer sees it that
+    should not."""
+    ids = [(7 * max(i, length // 2) + 3) % vocab_size for i in range(length)]
+    params = SamplingParams()
+    return Request(ids, params, _NoReader(), limit=1, draws=draws(params, 1))
+
+
+class _NoReader:
+    def put(self, value: Tensor) -> None: ...
+    def end(self) -> None: ...
 
 
 def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_chat import ROOT
-from llama2_chat.engine.cuda_graphs import join_projections
 from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.loading.quantize import speed_up_nf4
 from llama2_chat.types import SamplingParams

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels import attention
 from llama2_chat.types import SamplingParams
-from llama2_chat.engine.cuda_graphs import RecordedWay, _packed, join_projections
+from llama2_chat.engine.cuda_graphs import RecordedWay, _packed
+from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import KVPool
 from llama2_chat.engine.paged_attention import ATTENTION
 from llama2_chat.engine.prefix_cache import BlockTable

@@ -9,8 +9,9 @@ import torch
 
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
-from llama2_chat.engine.model_runner import ModelRunner, ModelStep
+from llama2_chat.engine.model_runner import ModelRunner
 from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.engine.step_ways import ModelStep
 from llama2_chat.types import SamplingParams
 from tests.support.engines import CPU, GREEDY, LONG, answer, running, start
 

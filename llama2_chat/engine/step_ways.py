@@ -1,0 +1,119 @@
+"""Ways to compute a step: what each of them promises, and the one that any model has, transformers' own forward.
+
+The other one is in cuda_graphs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llama2_chat.engine.cpu_attention import CpuStep
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.engine.scheduler import Chunk
+
+
+@dataclass
+class ModelStep:
+    """Logits from which the next tokens are chosen."""
+
+    requests: list[Request]
+    logits: Tensor  # [N, V]
+    slots: Tensor  # int64 [N], on the model's device
+    sample: Callable[[], Tensor] | None = None  # recorded sampling, if all requests are narrow: int64 [N]
+
+
+class StepWay(Protocol):
+    """One way to compute steps. None: this way cannot, or not yet."""
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Logits [n, V] after each chunk that is the last of its request."""
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep | None: ...
+
+
+class BackgroundWay(StepWay, Protocol):
+    """A way that becomes ready in the background: recorded steps."""
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def maintenance_due(self) -> bool: ...
+
+    def start(self, wake: Callable[[], None]) -> None: ...
+    def maintain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class EagerWay:
+    """Steps through transformers' own forward, whatever the model and wherever its layers are."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KVPool,
+        sampler: SamplerState,
+        kernel: Callable[..., Tensor] | None,
+        most_blocks: int,
+    ) -> None:
+        self._model, self._pool, self._sampler, self._kernel = model, pool, sampler, kernel
+        self._most_blocks, self._device = most_blocks, sampler.device
+        self._on_cpu = self._device.type == "cpu"
+        self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
+        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
+        last = ends[[chunk.is_last for chunk in chunks]] - 1
+        step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+        return self._forward(ids, step, last.to(self._device))
+
+    def decode(self, requests: Sequence[Request]) -> ModelStep:
+        slots = torch.tensor([request.slot for request in requests], device=self._device)
+        step = CpuStep.decode(self._pool, requests) if self._on_cpu else self._gpu_decode(requests)
+        everyone = torch.arange(len(requests), device=self._device)
+        return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone), slots)
+
+    def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
+        tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
+        positions, kv_index, spans, start = [], [], [], 0
+        for table, chunk in zip(tables, chunks, strict=True):
+            blocks = torch.tensor(chunk.request.blocks.blocks)
+            table[: len(blocks)] = blocks
+            position = torch.arange(chunk.start, chunk.end)
+            positions.append(position)
+            kv_index.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            spans.append((start, start + len(position), chunk.start))
+            start += len(position)
+        at = torch.cat(positions).to(self._device)
+        return PrefillStep(self._pool, at, torch.cat(kv_index).to(self._device), spans, tables)
+
+    def _gpu_decode(self, requests: Sequence[Request]) -> DecodeStep:
+        lengths = [request.computed for request in requests]
+        width = max(lengths) // BLOCK_SIZE + 1
+        tables = torch.zeros(len(requests), width, dtype=torch.long)
+        for table, request in zip(tables, requests, strict=True):
+            blocks = request.blocks.blocks[:width]
+            table[: len(blocks)] = torch.tensor(blocks)
+        return DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
+
+    def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
+        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T]."""
+        output = self._model(
+            input_ids=ids[None],
+            position_ids=step.positions[None],
+            attention_mask=self._mask,
+            use_cache=False,
+            logits_to_keep=last,
+            step=step,
+        )
+        return output.logits[0].to(self._device)
