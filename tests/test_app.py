@@ -1,6 +1,8 @@
 """The program's start: what reaches the log, and which model it takes."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ import app
 import model
 from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -21,12 +25,20 @@ def stderr(monkeypatch, capsys):
     app.log.setLevel(level)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama2_chat.engine.anything", "llama2_chat.page.reply", app.log.name, model.log.name]
-)
-def test_a_line_of_any_module_reaches_stderr(stderr, name):
-    logging.getLogger(name).info("compiled 3 of 6 batch sizes")
+def test_a_line_of_the_program_reaches_stderr(stderr):
+    app.log.info("compiled 3 of 6 batch sizes")
     assert "compiled 3 of 6 batch sizes" in stderr()
+
+
+def test_every_file_writes_to_the_one_log():
+    files = [
+        ROOT / "app.py",
+        ROOT / "model.py",
+        *(ROOT / "scripts").glob("*.py"),
+        *(ROOT / "llama2_chat").rglob("*.py"),
+    ]
+    loggers = re.findall(r"^\w+ = .*getLogger.*$", "\n".join(file.read_text("utf-8") for file in files), re.MULTILINE)
+    assert set(loggers) == {'log = logging.getLogger("llama2_chat")'}
 
 
 def test_of_other_libraries_only_warnings_reach_stderr(stderr):

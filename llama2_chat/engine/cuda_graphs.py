@@ -31,7 +31,7 @@ from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import ModelStep
 from llama2_chat.text import first_line, is_out_of_memory
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 Kind = Literal["decode", "prefill"]
 

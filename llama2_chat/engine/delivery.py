@@ -20,7 +20,7 @@ from llama2_chat.engine.scheduler import Scheduler
 from llama2_chat.errors import ChatError
 from llama2_chat.types import FinishReason
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 ANSWERING_FAILED = "Something went wrong while answering. Please try again."
 

@@ -27,7 +27,7 @@ from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooL
 from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import Occupancy, SamplingParams
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
 

@@ -22,7 +22,7 @@ from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files
 from llama2_chat.loading.small_model import fetch_embedded
 from llama2_chat.settings import Settings
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 LLAMA_2_MODEL_ID = "meta-llama/Llama-2-13b-chat-hf"
 ZERO_GPU = (

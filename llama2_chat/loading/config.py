@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.disk import Files
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # From each of these transformers makes the tokenizer that the model was trained with.

@@ -54,7 +54,7 @@ from llama2_chat.text import first_line, is_out_of_memory
 if TYPE_CHECKING:
     from peft import PeftModel
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
 UNQUANTIZED = ("float32", "bfloat16", "float16")

@@ -15,7 +15,7 @@ from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.text import is_out_of_memory
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 GB = 1_000_000_000
 HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill

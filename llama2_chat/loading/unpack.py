@@ -23,7 +23,7 @@ from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.dequantize import plain_tensors, quantization_of
 from llama2_chat.loading.disk import Files, check_free_space, folder_bytes, in_gb, not_writable
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 VERSION = 1  # of what is written here: older copies are made anew
 SHARD_BYTES = 2_000_000_000

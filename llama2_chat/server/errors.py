@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 
 from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 RETRY_AFTER_S = 5
 INTERNAL_ERROR = "Something went wrong on the server. Its log has the details."

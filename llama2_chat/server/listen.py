@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from llama2_chat.server.certificate import Certificate
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 
 def open_listener(settings: Settings) -> socket.socket:

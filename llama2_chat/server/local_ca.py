@@ -30,7 +30,7 @@ from llama2_chat.errors import ChatError
 from llama2_chat.server.certificate import Certificate
 from llama2_chat.server.hosts import PRIVATE_RANGES, as_address, own_hosts
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 CERTS = ROOT / "certs"
 CA_LIFE = timedelta(days=3650)

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from llama2_chat.types import ChatBackend, Message, Occupancy, Reply
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 Question = list[Message] | str | list[int]
 

@@ -16,7 +16,7 @@ from llama2_chat.errors import ChatError
 from llama2_chat.server.certificate import Certificate, own_certificate
 from llama2_chat.server.local_ca import local_certificate
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 
 def get_certificate(certfile: Path | None, keyfile: Path | None, password: str | None) -> Certificate:

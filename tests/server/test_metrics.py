@@ -50,7 +50,7 @@ def test_questions_from_the_page_are_counted_too(small, settings):
 
 @pytest.mark.parametrize("word_for_word", [False, True])
 def test_the_log_has_a_line_for_each_request_and_words_only_if_asked(small, settings, caplog, word_for_word):
-    caplog.set_level(logging.INFO, "llama2_chat.server.metrics")
+    caplog.set_level(logging.INFO, "llama2_chat")
     secret = [{"role": "user", "content": "sesame\nstreet"}]
     with (
         serving(small, replace(settings, log_messages=word_for_word)) as address,
