@@ -54,19 +54,21 @@ class Delivery:
         self._in_flight.append(_InFlight(step.requests, tokens))
 
     def _masks(self, requests: Sequence[Request]) -> Masks | None:
-        """What may come next in each answer with a grammar; None if there is none."""
-        bound = [(index, request.grammar) for index, request in enumerate(requests) if request.grammar is not None]
+        """What may come next in each answer with a constraint; None if there is none."""
+        bound = [
+            (index, request.constraint) for index, request in enumerate(requests) if request.constraint is not None
+        ]
         if not bound:
             return None
         # The id before this one may be in flight. A GPU computes the logits while this waits, so it loses little.
         self.deliver()
         masks = Masks([index for index, _ in bound], self._runner.new_masks(len(bound)))
-        for mask, (index, grammar) in zip(masks.bits, bound, strict=True):
+        for mask, (index, constraint) in zip(masks.bits, bound, strict=True):
             request = requests[index]
             if not request.runs:
                 continue  # it has ended with what was emitted
             try:
-                grammar.allow(mask)
+                constraint.allow(mask)
             except ChatError as error:
                 self.fail(request, str(error))
         return masks
@@ -98,15 +100,15 @@ class Delivery:
         request.ids.append(token)
         try:
             request.streamer.put(torch.tensor([token]))
-            if request.grammar is not None:
-                request.grammar.advance(token)
+            if request.constraint is not None:
+                request.constraint.advance(token)
         except ChatError as error:
             self.fail(request, str(error))
         except Exception:
             log.exception("A reader failed")
             self.fail(request, ANSWERING_FAILED)
         else:
-            if request.grammar is not None and request.grammar.complete:
+            if request.constraint is not None and request.constraint.complete:
                 self.finish(request, "stop")
             elif request.answer_tokens == request.limit:
                 self.finish(request, "length")

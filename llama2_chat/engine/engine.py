@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llama2_chat.engine.delivery import ANSWERING_FAILED, Delivery
-from llama2_chat.engine.request import Grammar, Request, Streamer
+from llama2_chat.engine.request import Request, Streamer, TokenConstraint
 from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
@@ -90,11 +90,15 @@ class Engine:
             return Occupancy(running, waiting, scheduler.kv_tokens, capacity, scheduler.preemptions)
 
     def submit(
-        self, input_ids: list[int], params: SamplingParams, streamer: Streamer, grammar: Grammar | None = None
+        self,
+        input_ids: list[int],
+        params: SamplingParams,
+        streamer: Streamer,
+        constraint: TokenConstraint | None = None,
     ) -> Request:
         """The request, placed last in line. Its ids go to the streamer, then streamer.end() is called.
 
-        grammar: what the ids of the answer must follow; made for params.grammar, and for this request alone.
+        constraint: what the ids of the answer must follow; made for params.grammar, and for this request alone.
 
         Raises Busy when the line is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
         ChatError for ids that the model does not know.
@@ -106,7 +110,7 @@ class Engine:
         if room < 1:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
-        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), grammar)
+        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), constraint)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")

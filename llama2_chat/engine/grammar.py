@@ -92,7 +92,10 @@ class Grammars:
 
 
 class Grammar:
-    """What may come next in one answer. Its methods raise ChatError when that exceeds the limits of llguidance."""
+    """What may come next in one answer: a request.TokenConstraint, made of a JSON schema.
+
+    Its methods raise ChatError when that exceeds the limits of llguidance.
+    """
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher

@@ -22,7 +22,7 @@ class Streamer(Protocol):
     def end(self) -> None: ...  # always called, once, whatever happened; the request then says why
 
 
-class Grammar(Protocol):
+class TokenConstraint(Protocol):
     """Which ids may come next in one answer. Used by the engine's thread alone; raises ChatError when it gives up."""
 
     @property
@@ -42,7 +42,7 @@ class Request:
     streamer: Streamer
     limit: int  # tokens of its answer, at most
     draws: Tensor  # float32 [limit]: the random numbers of its answer
-    grammar: Grammar | None = None  # as far as ids have been emitted
+    constraint: TokenConstraint | None = None  # as far as ids have been emitted
 
     prompt_tokens: int = field(init=False)
     cached_tokens: int = 0  # of the prompt, found in the KV cache

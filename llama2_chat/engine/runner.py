@@ -29,7 +29,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Masks:
-    """What the grammars of some requests of a step allow."""
+    """What the constraints of some requests of a step allow."""
 
     indices: list[int]  # which requests of the step
     bits: Tensor  # int32 [len(indices), words]: a bit for each id, lowest first

@@ -47,7 +47,7 @@ class Slow(Ids):
 
 
 class Stairs:
-    """A grammar: after an id only the next one and the one after it, until an answer has `steps` of them."""
+    """A TokenConstraint: after an id only the next one and the one after it, until an answer has `steps` of them."""
 
     def __init__(self, first, steps=10**6, breaks_at=None):
         self.last, self.left, self.breaks_at = first, steps, breaks_at
