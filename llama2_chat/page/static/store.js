@@ -1,0 +1,190 @@
+// The conversations of this browser, shared by all its tabs; a private store has its own and forgets them. Who keeps the
+// records is records.js, how they hang together tree.js.
+
+import { Database } from "./database.js";
+import { Records } from "./records.js";
+import { SearchIndex } from "./search.js";
+import { byAge } from "./tree.js";
+
+const CHANNEL = "llama2-chat";
+const UNDO_MS = 10_000; // a deleted conversation can be brought back for this long
+
+/** 128 random bits as 32 hex digits. crypto.randomUUID is missing where the page comes over plain HTTP. */
+export function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/**
+ * The store of this browser, or a private one that keeps everything in this tab's memory. Where IndexedDB is missing,
+ * blocked or of a newer page, it is in memory too, and `persistent` is false.
+ * @returns {Promise<Store>}
+ */
+export async function openStore({ private: isPrivate = false } = {}) {
+  const database = isPrivate ? null : await Database.open().catch(() => null);
+  return new Store(new Records(database), isPrivate);
+}
+
+class Store {
+  #records;
+  #index;
+  #channel = null;
+  #listeners = new Set();
+
+  constructor(records, isPrivate) {
+    /** True for a private chat, which leaves no trace. */
+    this.private = isPrivate;
+    this.#records = records;
+    this.#index = new SearchIndex(records);
+    if (records.persistent) this.#listenToOtherTabs();
+    this.#tidy().catch(() => {}); // the next start tidies up, and a search reads what it needs
+  }
+
+  /** False while what is written will be gone after a reload. */
+  get persistent() {
+    return this.#records.persistent;
+  }
+
+  /** listener(persistent) hears that the disk is full, and that everything is saved again. */
+  onPersistence(listener) {
+    this.#records.onPersistence = listener;
+  }
+
+  /**
+   * listener({ kind, id, conversationId, here }) hears of each record that was written or removed; here: by this tab.
+   * An import tells once of all messages of a conversation, with the id null.
+   * @returns {() => void} ends it
+   */
+  onChange(listener) {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  /** All that are not deleted: pinned ones first, then the newest. */
+  async conversations() {
+    const alive = (await this.#records.conversations()).filter(({ deletedAt }) => !deletedAt);
+    return alive.sort((a, b) => Number(b.pinned) - Number(a.pinned) || b.updatedAt - a.updatedAt || byAge(b, a));
+  }
+
+  /** @returns {Promise<object | undefined>} undefined if there is none or it is deleted */
+  async conversation(id) {
+    const conversation = await this.#records.record("conversations", id);
+    return conversation?.deletedAt ? undefined : conversation;
+  }
+
+  /** All messages of a conversation, of all branches, oldest first. */
+  async messages(conversationId) {
+    return (await this.#records.messages(conversationId)).sort(byAge);
+  }
+
+  /** Creates a conversation; one that is there stays as it is. */
+  putConversation(conversation) {
+    return this.#change("conversation", conversation.id, conversation.id, (old) => old ?? conversation);
+  }
+
+  /**
+   * Changes a conversation as it is now: change(conversation) sets fields, and may not wait for anything.
+   * @returns {Promise<object | undefined>} as it is then; undefined if it is gone
+   */
+  updateConversation(id, change) {
+    return this.#change("conversation", id, id, (old) => changed(old, change));
+  }
+
+  /**
+   * Creates or replaces a message. Its conversation must be there: nothing of one that was deleted meanwhile is written.
+   * @returns {Promise<object | undefined>} undefined if nothing was written
+   */
+  putMessage(message) {
+    return this.#change("message", message.id, message.conversationId, () => message);
+  }
+
+  /** As updateConversation. */
+  async updateMessage(id, change) {
+    const message = await this.#records.record("messages", id);
+    return message && this.#change("message", id, message.conversationId, (old) => changed(old, change));
+  }
+
+  /** @returns {Promise<() => Promise<void>>} undo, which works for ten seconds */
+  deleteConversation(id) {
+    return this.#delete([id]);
+  }
+
+  /** @returns {Promise<() => Promise<void>>} undo, which works for ten seconds */
+  async deleteAll() {
+    return this.#delete((await this.conversations()).map(({ id }) => id));
+  }
+
+  /**
+   * Adds a conversation and messages, as an import does, and changes nothing that is there.
+   * @returns {Promise<{ conversations: number, messages: number }>} how many were added; rejects when the disk is full
+   */
+  async add(conversation, messages) {
+    const added = await this.#records.add(conversation, messages);
+    this.#tell({ kind: "message", id: null, conversationId: conversation.id });
+    this.#tell({ kind: "conversation", id: conversation.id, conversationId: conversation.id });
+    return added;
+  }
+
+  /** All words, in titles and texts; case and accents make no difference. Results as in SearchIndex.search. */
+  async search(words, limit = 50) {
+    return this.#index.search(words, limit, await this.conversations());
+  }
+
+  async #change(kind, id, conversationId, change) {
+    const needed = kind === "message" ? conversationId : undefined;
+    const record = await this.#records.change(`${kind}s`, id, change, needed);
+    if (record) this.#tell({ kind, id, conversationId });
+    return record;
+  }
+
+  async #delete(ids) {
+    const deletedAt = Date.now();
+    const mark = (conversation) => Object.assign(conversation, { deletedAt });
+    await Promise.all(ids.map((id) => this.updateConversation(id, mark)));
+    setTimeout(() => this.#purge(), UNDO_MS);
+    return async () => {
+      await Promise.all(ids.map((id) => this.updateConversation(id, (old) => bringBack(old, deletedAt))));
+    };
+  }
+
+  /** Removes for good what was deleted ten seconds ago or earlier, by whichever tab, and comes back for the rest. */
+  async #purge() {
+    const now = Date.now();
+    const isExpired = ({ deletedAt }) => Boolean(deletedAt) && Math.abs(now - deletedAt) >= UNDO_MS; // a clock may go back
+    const deleted = (await this.#records.conversations()).filter(({ deletedAt }) => deletedAt);
+    const expired = deleted.filter(isExpired).map(({ id }) => id);
+    if (expired.length) await this.#records.remove(expired, isExpired);
+    for (const id of expired) this.#tell({ kind: "conversation", id, conversationId: id });
+    if (deleted.length > expired.length) setTimeout(() => this.#purge(), UNDO_MS);
+  }
+
+  async #tidy() {
+    await this.#purge();
+    await this.#index.build(await this.conversations());
+  }
+
+  #listenToOtherTabs() {
+    if (!globalThis.BroadcastChannel) return;
+    this.#channel = new BroadcastChannel(CHANNEL);
+    this.#channel.onmessage = ({ data }) => this.#hear({ ...data, here: false });
+  }
+
+  #tell(change) {
+    this.#channel?.postMessage(change);
+    this.#hear({ ...change, here: true });
+  }
+
+  #hear(change) {
+    if (change.kind === "message") this.#index.changed(change.conversationId);
+    for (const listener of this.#listeners) listener(change);
+  }
+}
+
+function changed(record, change) {
+  if (record) change(record);
+  return record;
+}
+
+function bringBack(conversation, deletedAt) {
+  if (conversation.deletedAt === deletedAt) delete conversation.deletedAt;
+}
