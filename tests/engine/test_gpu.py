@@ -1,6 +1,8 @@
 """What only a CUDA GPU can show: the kernels, the recorded steps, and a GPU that fails. Skipped where there is none."""
 
+import copy
 import itertools
+import shutil
 import subprocess
 import sys
 import time
@@ -8,36 +10,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llama2_chat import ROOT
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import speed_up_nf4
 from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
+from tests.support import packers
 from tests.support.engines import Ids, Stairs, answer
+from tests.support.loading import asking_for
+from tests.support.serving import ignore
+from tests.support.small_model import save_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=24)
 
 
+# Random weights are so far apart that rounding seldom changes the likeliest token; heads share keys.
+SHAPE = {
+    **{"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1},
+}
+
+
 def small_llama(device="cuda"):
-    """Random weights, so far apart that rounding seldom changes the likeliest token; it shares keys between heads."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).to(device, torch.bfloat16).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, torch.bfloat16).eval().requires_grad_(False)
 
 
 def running(model, compile, **options):
@@ -65,6 +69,13 @@ def prompts(lengths):
     return [torch.randint(0, 1000, (length,), generator=generator).tolist() for length in lengths]
 
 
+def generated(model, ids):
+    """24 tokens of generate() after ids."""
+    prompt = torch.tensor([ids], device="cuda")
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
+    return whole[0, len(ids) :].tolist()
+
+
 def test_every_step_is_recorded(compiled):
     assert compiled.mode == "CUDA graphs: decode 1, 2, 4, 8, 16, 32; prefill 64, 128, 256, 512, 1024, 2048"
 
@@ -73,11 +84,9 @@ def test_recorded_steps_say_what_transformers_says(model, compiled):
     asked = prompts([1, 2, 63, 64, 65, 127, 300, 700, 1500, 2500, 3900])
     same = [0, 0]
     for ids in asked:
-        whole = model.generate(
-            torch.tensor([ids], device="cuda"), do_sample=False, max_new_tokens=24, eos_token_id=None
-        )
+        expected = generated(model, ids)
         for index, found in enumerate((answer(compiled, ids, GREEDY)[0], answer(compiled, ids, GREEDY)[0])):
-            same[index] += found[:4] == whole[0, len(ids) :].tolist()[:4]  # fresh, then with its keys kept
+            same[index] += found[:4] == expected[:4]  # fresh, then with its keys kept
     assert min(same) >= len(asked) - 1
 
 
@@ -148,6 +157,95 @@ def test_nf4_products_equal_the_dequantised_ones(rows, out_features, in_features
     expected = x.float() @ exact.T
     assert type(layer[0]) is not Linear4bit
     assert (layer(x) - expected).norm() < 0.01 * expected.norm()
+
+
+# ---- Models that are no Llama, in plain PyTorch: windows of 100 tokens, soft caps ----
+
+NO_ENDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+WINDOW = {"sliding_window": 100}
+GEMMA = {**WINDOW, "num_hidden_layers": 4, "head_dim": 128, "query_pre_attn_scalar": 128}
+WINDOWED = {
+    "Mistral": ("mistral", WINDOW),
+    "Gemma 2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
+    "Gemma 3": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_past_its_window_and_beside_a_longer_neighbour_a_model_answers_as_generate_does(name, dtype):
+    kind, options = WINDOWED[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SHAPE, **NO_ENDS, **options})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to("cuda", dtype).eval()
+    alone, asked = copy.deepcopy(model), prompts([150, 700])
+    engine = running(model.requires_grad_(False), compile=False)
+    compared = 24 if dtype == torch.float32 else 4  # rounding may part them later
+    expected = [generated(alone, ids) for ids in asked]
+    found = [answer(engine, ids, GREEDY)[0] for ids in asked]
+    streamers = [Ids() for _ in asked]
+    with engine.paused():
+        for ids, streamer in zip(asked, streamers, strict=True):
+            engine.submit(ids, GREEDY, streamer)
+    together = [streamer.rest() for streamer in streamers]
+    engine.close()
+    for answers in (found, together):
+        assert [ids[:compared] for ids in answers] == [ids[:compared] for ids in expected]
+
+
+# ---- Checkpoints that come quantised ----
+
+
+def saved_by_bitsandbytes(folder, plain, **config):
+    """The model as bitsandbytes saves it, and as it computes with it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=BitsAndBytesConfig(**config), device_map={"": 0}, dtype=torch.bfloat16
+    )
+    shutil.copytree(plain, folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def saved_in_fp8(folder, plain, pack, **quantization):
+    return packers.packed(folder, plain, pack, quantization).to("cuda", torch.bfloat16)
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+SAVED = {
+    "bitsandbytes, NF4": (saved_by_bitsandbytes, NF4),
+    "bitsandbytes, NF4 twice": (saved_by_bitsandbytes, NF4 | {"bnb_4bit_use_double_quant": True}),
+    "bitsandbytes, int8": (saved_by_bitsandbytes, {"load_in_8bit": True}),
+    "FP8, blocks": (
+        saved_in_fp8,
+        {"pack": packers.fp8_blocks, "quant_method": "fp8", "weight_block_size": [16, 16]},
+    ),
+    "FP8, channels": (saved_in_fp8, {"pack": packers.fp8_channels, "quant_method": "fbgemm_fp8"}),
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder_that_comes_quantised_answers_as_what_it_stands_for(tmp_path, name, quantization):
+    save, options = SAVED[name]
+    # Smaller weights than the other tests have: theirs make much of what is rounded.
+    plain = save_model(tmp_path / "plain", **SHAPE | {"initializer_range": 0.03})
+    original = save(tmp_path / "model", plain, **options)
+    ids = prompts([200])[0]
+    settings = asking_for(tmp_path / "model", cache_dir=tmp_path / "cache", quantization=quantization)
+    loaded = load(fetch(choose(settings), ignore), ignore)
+    assert loaded.precision == {"none": "bfloat16"}.get(quantization, quantization)
+    with torch.inference_mode():
+        expected, found = (
+            model(torch.tensor([ids], device="cuda")).logits[0].float() for model in (original, loaded.model)
+        )
+    # int8 rounds the activations too; and NF4 rounds once more what was not NF4 before.
+    rounded_again = quantization == "nf4" and "NF4" not in name
+    assert (found - expected).norm() < (0.5 if rounded_again else 0.05) * expected.norm()
+    whole = generated(loaded.model, ids)
+    engine = running(loaded.model, compile=False)
+    answered, _ = answer(engine, ids, GREEDY)
+    engine.close()
+    assert answered[:4] == whole[:4]
 
 
 LOSE_THE_GPU = """

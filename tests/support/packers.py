@@ -1,6 +1,7 @@
 """Linear layers in the layouts of other programs, packed as these publish them and not as this project reads them.
 
 Each gives the tensors of one layer, by the last part of their names, and the plain weight that they stand for.
+packed() makes a whole model of them.
 """
 
 import json
