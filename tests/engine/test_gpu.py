@@ -72,8 +72,16 @@ def prompts(lengths):
 def generated(model, ids):
     """24 tokens of generate() after ids."""
     prompt = torch.tensor([ids], device="cuda")
-    whole = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=None)
     return whole[0, len(ids) :].tolist()
+
+
+@torch.inference_mode()
+def below_the_likeliest(model, ids, answered):
+    """By how much the model prefers another token to one of these, at most, beside the spread of its scores."""
+    scores = model(torch.tensor([[*ids, *answered]], device="cuda")).logits[0, len(ids) - 1 : -1].float()
+    chosen = scores.gather(1, torch.tensor(answered, device="cuda")[:, None])[:, 0]
+    return ((scores.amax(1) - chosen) / scores.std(1)).max().item()
 
 
 def test_every_step_is_recorded(compiled):
@@ -180,8 +188,6 @@ def test_past_its_window_and_beside_a_longer_neighbour_a_model_answers_as_genera
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to("cuda", dtype).eval()
     alone, asked = copy.deepcopy(model), prompts([150, 700])
     engine = running(model.requires_grad_(False), compile=False)
-    compared = 24 if dtype == torch.float32 else 4  # rounding may part them later
-    expected = [generated(alone, ids) for ids in asked]
     found = [answer(engine, ids, GREEDY)[0] for ids in asked]
     streamers = [Ids() for _ in asked]
     with engine.paused():
@@ -190,7 +196,10 @@ def test_past_its_window_and_beside_a_longer_neighbour_a_model_answers_as_genera
     together = [streamer.rest() for streamer in streamers]
     engine.close()
     for answers in (found, together):
-        assert [ids[:compared] for ids in answers] == [ids[:compared] for ids in expected]
+        for ids, answered in zip(asked, answers, strict=True):
+            if dtype == torch.float32:
+                assert answered == generated(alone, ids)
+            assert below_the_likeliest(alone, ids, answered) < 0.25  # rounding may choose between two that are close
 
 
 # ---- Checkpoints that come quantised ----
@@ -241,11 +250,10 @@ def test_a_folder_that_comes_quantised_answers_as_what_it_stands_for(tmp_path, n
     # int8 rounds the activations too; and NF4 rounds once more what was not NF4 before.
     rounded_again = quantization == "nf4" and "NF4" not in name
     assert (found - expected).norm() < (0.5 if rounded_again else 0.05) * expected.norm()
-    whole = generated(loaded.model, ids)
     engine = running(loaded.model, compile=False)
     answered, _ = answer(engine, ids, GREEDY)
     engine.close()
-    assert answered[:4] == whole[:4]
+    assert below_the_likeliest(loaded.model, ids, answered) < 0.25
 
 
 LOSE_THE_GPU = """
