@@ -7,7 +7,7 @@ own: a seed gives the same answer on any device and in any company.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from torch import Tensor
 from llama2_chat.types import SamplingParams
 
 NARROW = 64  # requests that keep no more candidates than this are sorted by topk(), the others whole
+# Every setting that sample() reads, with the value that padding has: greedy, nothing penalised.
+NEUTRAL = {
+    "temperature": 0.0,
+    "top_k": 1.0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 def is_narrow(params: SamplingParams) -> bool:
@@ -31,12 +40,15 @@ def draws(params: SamplingParams, limit: int) -> Tensor:
     return torch.rand(limit, generator=generator)
 
 
-def restrict(logits: Tensor, rows: list[int], masks: Tensor) -> None:
-    """In these rows of logits [N, V] leave only the ids whose bit is set in masks, int32 [n, V / 32] on the CPU."""
+def restrict(logits: Tensor, indices: list[int], masks: Tensor) -> None:
+    """Leave in logits[indices] only the ids whose bit is set in masks.
+
+    logits: [N, V]. indices: n of the N. masks: int32 [n, V / 32], on the CPU.
+    """
     masks = masks.to(logits.device, non_blocking=True)
     allowed = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
     allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
-    at = torch.tensor(rows, device=logits.device)
+    at = torch.tensor(indices, device=logits.device)
     logits[at] = torch.where(allowed, logits[at], -torch.inf)
 
 
@@ -44,29 +56,27 @@ class SamplerState:
     """The state of up to `slots` requests. One slot more takes what padding computes, and is never read."""
 
     def __init__(self, slots: int, vocab_size: int, max_new_tokens: int, device: torch.device) -> None:
-        R, V = slots + 1, vocab_size
+        S, V = slots + 1, vocab_size
         self.padding = slots
         self.vocab_size = V
         self.device = device
-        self.tokens = torch.zeros(R, dtype=torch.long, device=device)  # the newest id, whose keys are not yet computed
-        self.positions = torch.zeros(R, dtype=torch.long, device=device)  # where it stands
-        self._answer_tokens = torch.zeros(R, dtype=torch.long, device=device)
-        self._draws = torch.zeros(R, max_new_tokens, device=device)
-        self._counts = torch.zeros(R, V, dtype=torch.int32, device=device)  # how often each token is in the answer
-        self._seen = torch.zeros(R, V, dtype=torch.bool, device=device)  # in prompt or answer
+        self.tokens = torch.zeros(S, dtype=torch.long, device=device)  # the newest id, whose keys are not yet computed
+        self.positions = torch.zeros(S, dtype=torch.long, device=device)  # where it stands
+        self._answer_tokens = torch.zeros(S, dtype=torch.long, device=device)
+        self._draws = torch.zeros(S, max_new_tokens, device=device)
+        self._counts = torch.zeros(S, V, dtype=torch.int32, device=device)  # how often each token is in the answer
+        self._seen = torch.zeros(S, V, dtype=torch.bool, device=device)  # in prompt or answer
         self._true = torch.ones((), dtype=torch.bool, device=device)  # a CUDA graph takes no value from the host
-        # temperature, top_k, top_p, repetition, presence and frequency penalty; padding is greedy
-        self._params = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.float32, device=device).repeat(R, 1)
+        # A column for each setting of NEUTRAL.
+        self._params = torch.tensor([list(NEUTRAL.values())], dtype=torch.float32, device=device).repeat(S, 1)
 
     def join(self, slot: int, ids: Sequence[int], answer_tokens: int, params: SamplingParams, draws: Tensor) -> None:
         """Make a slot ready for a request of which ids are known, the last answer_tokens of them its answer so far."""
         self.positions[slot] = len(ids) - 1
         self._answer_tokens[slot] = answer_tokens
         self._draws[slot, : len(draws)] = draws.to(self.device)
-        top_k = params.top_k or self.vocab_size
-        values = (params.temperature, top_k, params.top_p, params.repetition_penalty)
-        penalties = (params.presence_penalty, params.frequency_penalty)
-        self._params[slot] = torch.tensor([*values, *penalties], dtype=torch.float32, device=self.device)
+        values = vars(params) | {"top_k": params.top_k or self.vocab_size}
+        self._params[slot] = torch.tensor([values[name] for name in NEUTRAL], dtype=torch.float32, device=self.device)
         known = torch.tensor(ids, dtype=torch.long, device=self.device)
         self._seen[slot] = False
         self._seen[slot].index_fill_(0, known, True)
@@ -79,21 +89,22 @@ class SamplerState:
 
         logits: [N, V]. slots: int64 [N]. kept: NARROW if all requests are narrow, else the size of the vocabulary.
         """
-        scores = self._penalise(logits[:, : self.vocab_size].float(), slots)
-        temperature, top_k, top_p = self._params[slots, :3].unbind(1)
+        params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))  # each [N, 1]
+        temperature = params["temperature"]
+        scores = self._penalise(logits[:, : self.vocab_size].float(), slots, params)
         scores, ids = scores.topk(min(kept, self.vocab_size))  # in descending order; NaN sorts first
         highest = scores[:, :1]
         ranks = torch.arange(scores.shape[1], device=scores.device)
-        scores = torch.where(ranks < top_k[:, None], scores, -torch.inf)
+        scores = torch.where(ranks < params["top_k"], scores, -torch.inf)
         # Below 1e-6 the division would overflow float32, and the likeliest token takes everything anyway.
-        probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6)[:, None], dim=-1)
+        probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6), dim=-1)
         cumulative = probs.cumsum(dim=-1)
         # Exclude zero-probability tokens: rounding in cumsum could select one.
-        candidates = (cumulative - probs < top_p[:, None]) & (probs > 0)
+        candidates = (cumulative - probs < params["top_p"]) & (probs > 0)
         last = candidates.sum(dim=-1, keepdim=True).clamp(min=1) - 1
         threshold = self._draws[slots, self._answer_tokens[slots]][:, None] * cumulative.gather(1, last)
         chosen = torch.minimum((cumulative <= threshold).sum(dim=-1, keepdim=True), last)
-        chosen = torch.where(temperature[:, None] == 0, 0, chosen)
+        chosen = torch.where(temperature == 0, 0, chosen)
         tokens = ids.gather(1, chosen)[:, 0]
         self.tokens[slots] = tokens
         self.positions[slots] = torch.where(slots == self.padding, 0, self.positions[slots] + 1)
@@ -102,9 +113,9 @@ class SamplerState:
         self._seen.index_put_((slots, tokens), self._true)
         return torch.where(highest[:, 0].isfinite(), tokens, -1)
 
-    def _penalise(self, scores: Tensor, slots: Tensor) -> Tensor:
-        repetition, presence, frequency = self._params[slots, 3:, None].unbind(1)
+    def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        repetition = params["repetition_penalty"]
         pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(self._seen[slots], pushed, scores)
         counts = self._counts[slots]
-        return scores - presence * (counts > 0) - frequency * counts
+        return scores - params["presence_penalty"] * (counts > 0) - params["frequency_penalty"] * counts

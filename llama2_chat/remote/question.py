@@ -9,10 +9,12 @@ from typing import Any
 from llama2_chat.errors import PromptTooLong
 from llama2_chat.prompt import Turn, check_messages
 from llama2_chat.remote.client import schema_format
-from llama2_chat.types import Message, SamplingParams
+from llama2_chat.types import RANGES, Message, SamplingParams
 
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
-EXTRAS = ("top_k", "repetition_penalty")  # not in OpenAI's API, so some servers reject them
+NUMBERS = [name for name in RANGES if name != "max_new_tokens"]  # which is sent as max_tokens
+OPENAIS = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"}
+EXTRAS = [name for name in NUMBERS if name not in OPENAIS]  # not in OpenAI's API, so some servers reject them
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ class Question:
 
 def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
     """Each of them in every request: for a missing one, servers use the model's generation_config.json."""
-    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
-    fields = {name: getattr(params, name) for name in names}
+    fields = {name: getattr(params, name) for name in NUMBERS}
     fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # servers take -1 for all
     if params.grammar is not None:
         fields["response_format"] = schema_format(json.loads(params.grammar))

@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from llama2_chat.server.errors import ApiError
 from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
@@ -76,6 +76,8 @@ Stop = Annotated[
 ]
 Prompt = Annotated[str | list[int], BeforeValidator(_one, json_schema_input_type=str | list[str] | list[int])]
 MaxTokens = Annotated[int, _in_range("max_new_tokens")] | None
+# vLLM says -1 for all.
+TopK = Annotated[int, Field(ge=-1, le=RANGES["top_k"][1]), AfterValidator(lambda top_k: max(top_k, 0))]
 
 
 class ChatMessage(BaseModel):
@@ -130,7 +132,7 @@ class _Request(BaseModel):
     max_tokens: MaxTokens = None
     temperature: Annotated[float, _in_range("temperature")] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=RANGES["top_k"][1])] | None = None  # -1 is how vLLM says all
+    top_k: TopK | None = None
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
@@ -152,13 +154,10 @@ class _Request(BaseModel):
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """What the request sets, and the server's defaults for the rest."""
-        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        names = ("temperature", "top_p", *penalties, "seed", "cache_prompt")
+        names = RANGES.keys() - {"max_new_tokens"} | {"cache_prompt"}
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens
-        if self.top_k is not None:
-            given["top_k"] = max(self.top_k, 0)
         if self.response_format is not None:
             given["grammar"] = self.response_format.grammar
         return replace(defaults, stop=tuple(self.stop), **given)

@@ -10,27 +10,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama2_chat.engine.sampler import SamplerState, draws, is_narrow
-from llama2_chat.types import SamplingParams
+from llama2_chat.engine.sampler import NEUTRAL, SamplerState, draws, is_narrow
+from llama2_chat.types import RANGES, SamplingParams
 
 CPU = torch.device("cpu")
 
 
 def state_of(logits, params, prompt=()):
-    """A table of one row for each logits [N, V], all with the same settings."""
-    rows = SamplerState(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
-    for row in range(len(logits)):
-        rows.join(row, [*prompt], 0, params, draws(params, params.max_new_tokens))
-    return rows
+    """A slot for each of logits [N, V], all with the same settings."""
+    state = SamplerState(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
+    for slot in range(len(logits)):
+        state.join(slot, [*prompt], 0, params, draws(params, params.max_new_tokens))
+    return state
 
 
 def sampled(logits, params, prompt=(), times=4000):
     """How often each token is drawn as the first of an answer, as a share."""
     params = SamplingParams(**params, seed=1, max_new_tokens=times)
-    state, numbers = (
-        SamplerState(times, len(logits), max_new_tokens=1, device=CPU),
-        draws(params, params.max_new_tokens),
-    )
+    state = SamplerState(times, len(logits), max_new_tokens=1, device=CPU)
+    numbers = draws(params, params.max_new_tokens)
     for slot in range(times):
         state.join(slot, [*prompt], 0, params, numbers[slot : slot + 1])
     kept = 64 if is_narrow(params) else len(logits)
@@ -79,14 +77,18 @@ def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
     assert sampled(logits, params, times=50)[logits.argmax()] == 1
 
 
+def test_no_setting_is_forgotten():
+    assert NEUTRAL.keys() | {"max_new_tokens", "seed"} == RANGES.keys()
+
+
 def test_presence_and_frequency_penalties_count_the_answer_only():
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1, temperature=0, top_k=0)
     logits = torch.tensor([[1.0, 0.6, 0.0, 0.8]])
-    rows = state_of(logits, params, prompt=[3, 3])
-    assert [rows.sample(logits, torch.tensor([0]), 4).item() for _ in range(4)] == [0, 3, 1, 0]
+    state = state_of(logits, params, prompt=[3, 3])
+    assert [state.sample(logits, torch.tensor([0]), 4).item() for _ in range(4)] == [0, 3, 1, 0]
 
 
-def test_rows_with_other_settings_draw_what_they_draw_alone():
+def test_slots_with_other_settings_draw_what_they_draw_alone():
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(3)) * 3
     settings = [
         SamplingParams(seed=1, temperature=1, top_k=0, top_p=0.9),
@@ -95,8 +97,8 @@ def test_rows_with_other_settings_draw_what_they_draw_alone():
     ]
     together = SamplerState(4, 200, 4096, CPU)
     alone = [state_of(logits[:1], params, prompt=[5]) for params in settings]
-    for row, params in enumerate(settings):
-        together.join(row, [5], 0, params, draws(params, params.max_new_tokens))
+    for slot, params in enumerate(settings):
+        together.join(slot, [5], 0, params, draws(params, params.max_new_tokens))
     for _ in range(50):
-        expected = [one.sample(logits[row][None], torch.tensor([0]), 200).item() for row, one in enumerate(alone)]
+        expected = [one.sample(logits[slot][None], torch.tensor([0]), 200).item() for slot, one in enumerate(alone)]
         assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected

@@ -6,18 +6,15 @@ from dataclasses import replace
 import pytest
 
 from llama2_chat.errors import PromptTooLong
-from llama2_chat.types import SamplingParams
+from llama2_chat.types import RANGES, SamplingParams
 from tests.support.odd_server import HEAD, LAST, event, packet, status, words
 from tests.support.remote import HELLO, PARAMS, behind, read
 
 
 def test_all_settings_are_in_the_request(settings, odd):
-    params = SamplingParams(
-        max_new_tokens=9, temperature=0.1, top_p=0.2, top_k=3, repetition_penalty=1.4, presence_penalty=0.5,
-        frequency_penalty=0.6, seed=2**63 - 1, stop=("x",),
-    )  # fmt: skip
-    sent = {"temperature": 0.1, "top_p": 0.2, "top_k": 3, "repetition_penalty": 1.4, "presence_penalty": 0.5}
-    sent |= {"frequency_penalty": 0.6, "seed": 2**63 - 1, "stop": ["x"], "max_tokens": 9, "stream": True}
+    numbers = {name: high for name, (_, high) in RANGES.items() if name != "max_new_tokens"}
+    params = SamplingParams(**numbers, max_new_tokens=9, stop=("x",))
+    sent = {**numbers, "stop": ["x"], "max_tokens": 9, "stream": True}
     talk = [{"role": "system", "content": "Be  brief."}, *HELLO, {"role": "assistant", "content": " [/INST] "}, *HELLO]
     with behind(settings, odd) as model:
         read(model, talk, params)
