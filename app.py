@@ -57,7 +57,7 @@ def main() -> int:
         users = login.read_users(settings.auth_file) if settings.auth_file else None
         listener = open_listener(settings)
     except ChatError as error:
-        log.error("%s", error)
+        log.error("%s", error.detail)
         return 1
     chat = make_backend(settings)
     app = create_app(chat, settings, users, certificate().hosts if context else ())

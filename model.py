@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import GPU_LOST, ModelUnavailable, PromptTooLong
+from llama2_chat.errors import GPU_LOST, ModelUnavailable, PromptTooLong, quoted
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.types import (
@@ -132,12 +132,12 @@ class ChatModel:
             prompt.recognise(tokenizer)  # a prompt that would come out wrong is refused before gigabytes are fetched
             loaded = load(checkpoint, self._progress)
             with (
-                translate_out_of_memory(plan.model_id, loaded.precision, loaded.needed_bytes),
+                translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
                 _translate_architecture_errors(loaded.model),
             ):
                 self.serve(tokenizer, loaded)
         except ModelUnavailable as error:
-            log.error("%s", error)
+            log.error("%s", error.detail)
             self.status = replace(self.status, state="failed", error=str(error))
         except _Closed:
             log.info("Stopped while loading")

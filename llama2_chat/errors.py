@@ -1,17 +1,48 @@
 """What can go wrong in a way that a visitor or an operator can put right. Every other exception is ours, and logged.
 
-The text of a ChatError is written for people and shown as it stands. Only the standard library is used here.
+The text of a ChatError is written for people and shown as it stands; where folders of this machine stand in it, only
+the log and --check show them. Only the standard library is used here.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
 from typing import Literal
 
 GPU_LOST = "The GPU stopped working, so this program is shutting down. It must be restarted if no supervisor does so."
 
 
+# An absolute path, or one from home: in quotes, or without blanks. Not the end of an address, a Hub id or a tag.
+PATH = re.compile(r"""(?<![\w/.:~<>\[\]-])(?:'(?P<quoted>~?/[^']+)'|(?P<bare>~?/[^\s'",;()]+))""")
+
+
+def quoted(path: str | Path) -> str:
+    """A path as it stands in sentences: in quotes, as a shell takes it, if it holds blanks and the like."""
+    return shlex.quote(str(path))
+
+
+def without_folders(sentence: str) -> str:
+    """The sentence with the last part alone of each absolute path in it."""
+
+    def name(path: re.Match[str]) -> str:
+        text = path["quoted"] or path["bare"]
+        whole = text.rstrip("/.:?!")  # what ends a sentence is no part of a path
+        return whole.rpartition("/")[2] + text[len(whole) :].lstrip("/")
+
+    return PATH.sub(name, sentence)
+
+
 class ChatError(Exception):
-    """Something the visitor can put right. Its text is written for them and shown as it stands."""
+    """Something the visitor can put right. Its text is written for them and shown as it stands.
+
+    detail: the same for the log and whoever started this program, with what is not for visitors.
+    """
+
+    def __init__(self, sentence: str = "", detail: str = "") -> None:
+        super().__init__(sentence)
+        self.detail = detail or sentence
 
 
 class PromptTooLong(ChatError):
@@ -47,7 +78,10 @@ class PromptTooLong(ChatError):
 
 
 class ModelUnavailable(ChatError):
-    """No model can answer now: still loading, could not be loaded, or stopped."""
+    """No model can answer now: still loading, could not be loaded, or stopped. Its text names no folder."""
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(without_folders(detail), detail)
 
 
 class Busy(ChatError):

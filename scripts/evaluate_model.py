@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with translate_resource_errors(remedies, args.output_dir, kept):
                 evaluate(Options(**{name: value for name, value in vars(args).items() if name != "judged"}))
     except ChatError as error:
-        sys.exit(f"evaluate_model.py: {error}")
+        sys.exit(f"evaluate_model.py: {error.detail}")
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {kept}")
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             train(options)
     except ChatError as error:
-        sys.exit(f"sft_trainer.py: {error}")
+        sys.exit(f"sft_trainer.py: {error.detail}")
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. The same command with --resume goes on from the last checkpoint in {options.output_dir}.")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import Files, translate_parse_errors
 from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files, find_folder, split_revision
@@ -129,7 +129,7 @@ def fetch(plan: Plan, progress: Progress) -> Checkpoint:
         return _checkpoint(plan, _check_is_model(fetch_small_files(base, progress, plan.hub_cache_dir)), files)
     except ModelUnavailable as error:
         raise ModelUnavailable(
-            f"The base model of the adapter {plan.model_id}: {error} BASE_MODEL overrides it."
+            f"The base model of the adapter {quoted(plan.model_id)}: {error.detail} BASE_MODEL overrides it."
         ) from error
 
 
@@ -143,7 +143,9 @@ def _base_of(adapter: Files, plan: Plan) -> str:
         config = json.loads((adapter.folder / "adapter_config.json").read_text("utf-8"))
         base = plan.base_model or config["base_model_name_or_path"]
     if not base:
-        raise ModelUnavailable(f"The adapter {plan.model_id} does not name its base model. Set BASE_MODEL to it.")
+        raise ModelUnavailable(
+            f"The adapter {quoted(plan.model_id)} does not name its base model. Set BASE_MODEL to it."
+        )
     return base
 
 

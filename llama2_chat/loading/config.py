@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.disk import Files
 
 log = logging.getLogger("llama2_chat")
@@ -74,12 +74,13 @@ def _ends(path: Path, files: Files) -> int | list[int] | None:
         ends = json.loads(path.read_text("utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ModelUnavailable(
-            f"The generation_config.json of {files} is not a JSON object. Correct {path}, or copy it there again."
+            f"The generation_config.json of {files} is not a JSON object. Correct {quoted(path)}, or copy it there "
+            "again."
         ) from error
     if ends is not None and not all(type(id) is int for id in (ends if isinstance(ends, list) else [ends])):
         raise ModelUnavailable(
             f"The generation_config.json of {files} says that answers end with {str(ends)[:40]!r}: eos_token_id is the "
-            f"number of a token, or a list of such numbers. Correct it in {path}."
+            f"number of a token, or a list of such numbers. Correct it in {quoted(path)}."
         )
     return ends
 

@@ -15,7 +15,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import errors
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Files:
     stem: Literal["model", "adapter_model"] = "model"  # how the files of weights are called
 
     def __str__(self) -> str:
-        return self.repo or str(self.folder)
+        return self.repo or quoted(self.folder)
 
     @property
     def cache_dir(self) -> Path:
@@ -88,14 +88,15 @@ def check_free_space(name: str, needed_bytes: int, folder: Path, remedy: str) ->
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise ModelUnavailable(
-            f"{name} needs {in_gb(needed_bytes)} more on disk and {folder} has {in_gb(free)} free. "
+            f"{name} needs {in_gb(needed_bytes)} more on disk and {quoted(folder)} has {in_gb(free)} free. "
             f"Free some space, or {remedy}."
         )
 
 
 def not_writable(error: OSError, remedy: str) -> ModelUnavailable:
     reason = os.strerror(error.errno) if error.errno else type(error).__name__
-    return ModelUnavailable(f"The model cannot be written to {error.filename or 'disk'}: {reason}. Please {remedy}.")
+    place = quoted(error.filename or "disk")
+    return ModelUnavailable(f"The model cannot be written to {place}: {reason}. Please {remedy}.")
 
 
 def in_gb(size: int) -> str:

@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from tqdm.auto import tqdm
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.disk import Files, check_free_space, not_writable
 
 # Phase, done bytes, total bytes (0 while unknown). May raise, which ends what it reports on.
@@ -39,7 +39,9 @@ def fetch_small_files(source: str, progress: Progress, cache_dir: Path | None = 
     if folder := find_folder(source):
         if folder.is_dir():
             return Files(folder)
-        raise ModelUnavailable(f"There is no folder {source}. Check the path, or give the id of a model on the Hub.")
+        raise ModelUnavailable(
+            f"There is no folder {quoted(source)}. Check the path, or give the id of a model on the Hub."
+        )
     repo, revision = split_revision(source)
     return Files(_snapshot(repo, revision, SMALL_FILES, 0, progress, cache_dir), repo)
 

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import check_tokenizer_files, read_config, read_generation_config
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
@@ -112,6 +112,7 @@ def measure(files: Files) -> Size:
     """What the model will weigh. Needs its configuration and the names of its weights, not the weights."""
     with translate_errors(files):
         config = read_config(files)
+        read_generation_config(files)  # refused before the weights are fetched, if it is
         size = Size.of(config)
     if quantization := quantization_of(config):
         check_readable(files, quantization)
@@ -136,7 +137,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
     size = measure(files)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
-    check_memory(checkpoint.model_id, precision, size, gpus)
+    check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     if size.comes_in:
         check_room(files, read_config(files), checkpoint.cache_dir)
     fetch_weights(files, progress)
@@ -148,7 +149,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
             files = unpacked(files, read_config(files), checkpoint.cache_dir)
         why = f"Its weights came quantised by {size.comes_in} and were unpacked. {why}"
     needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
-    with translate_out_of_memory(checkpoint.model_id, precision, needed_bytes):
+    with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes):
         with translate_errors(files):
             model = _load_for_serving(files, precision, size, gpus)
         if adapter:
@@ -196,7 +197,8 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
         adapted = PeftModel.from_pretrained(model, adapter.folder)
-    made_for, base = str(adapted.active_peft_config.base_model_name_or_path), str(checkpoint.base)
+    base = checkpoint.base.repo or str(checkpoint.base.folder)
+    made_for = str(adapted.active_peft_config.base_model_name_or_path)
     if Path(made_for).name != Path(base).name:
         log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, base)
     if adapted.active_peft_config.is_prompt_learning:
@@ -305,5 +307,6 @@ def _loading_sentence(files: Files, error: str) -> str:
     if "bitsandbytes" in error.lower() or "bnb" in error.lower():
         return f"bitsandbytes does not work here, so {files} cannot be quantised. Set QUANTIZATION=none."
     if files.repo:
-        return f"A file of {files} is damaged. Remove {files.folder.parents[1]} and start again to download it again."
+        copy = quoted(files.folder.parents[1])
+        return f"A file of {files} is damaged. Remove {copy} and start again to download it again."
     return f"A file in {files} is damaged, missing or not what its name says. Copy or save the model there again."

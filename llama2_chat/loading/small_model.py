@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import check_free_space, folder_bytes, in_gb, not_writable, sha256
 from llama2_chat.loading.hub import POLL_S, Progress
@@ -204,8 +204,8 @@ def _naming_damage(folder: Path) -> Iterator[None]:
         if damaged is None or not folder.is_dir():
             raise
         raise ModelUnavailable(
-            f"{damaged} of the small model is damaged or missing, and the model could not be fetched again. {error} Or "
-            f"delete {folder} and copy it there from a machine where it works."
+            f"{quoted(damaged)} of the small model is damaged or missing, and the model could not be fetched again. "
+            f"{error.detail} Or delete {quoted(folder)} and copy it there from a machine where it works."
         ) from error
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from llama2_chat.errors import ModelUnavailable
+from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.dequantize import plain_tensors, quantization_of
 from llama2_chat.loading.disk import Files, check_free_space, folder_bytes, in_gb, not_writable
 
@@ -80,7 +80,7 @@ def _expected(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 def _source(files: Files) -> str:
     """The same for a repository or folder whatever has become of it."""
-    return _digest(str(files) if files.repo else str(files.folder.resolve()))
+    return _digest(files.repo or str(files.folder.resolve()))
 
 
 def _state(files: Files) -> str:
@@ -137,7 +137,8 @@ def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
             save_file(shard, folder / name, {"format": "pt"})
         except (OSError, SafetensorError) as error:  # the disk was filled by somebody else meanwhile
             raise ModelUnavailable(
-                f"{folder / name} could not be written: {error}. Free some space, or set CACHE_DIR to another folder."
+                f"{quoted(folder / name)} could not be written: {error}. Free some space, or set CACHE_DIR to another "
+                "folder."
             ) from error
         places.update(dict.fromkeys(shard, name))
         shard.clear()

@@ -35,20 +35,15 @@ INCOMPLETE = "The answer above is incomplete."
 
 
 class ServerFault(ModelUnavailable):
-    """The fault of one server, so another one may be able to answer. detail: for the log alone."""
+    """The fault of one server, so another one may be able to answer. cause: for the log alone."""
 
-    def __init__(self, sentence: str, detail: str = "") -> None:
+    def __init__(self, sentence: str, cause: str = "") -> None:
         super().__init__(sentence)
-        self.detail = detail
+        self.detail = f"{sentence} ({cause})" if cause else sentence
 
 
 class RequestRejected(ChatError):
     """The fault of the question, in the server's words; every other server would reject it too."""
-
-
-def log_text(error: ChatError) -> str:
-    detail = getattr(error, "detail", "")
-    return f"{error} ({detail})" if detail else str(error)
 
 
 def translate(error: Exception) -> ChatError:

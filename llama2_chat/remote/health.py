@@ -23,7 +23,6 @@ from llama2_chat.remote.faults import (
     WRONG_KEY,
     RequestRejected,
     ServerFault,
-    log_text,
     translate,
 )
 from llama2_chat.remote.question import EXTRAS, Question
@@ -78,7 +77,7 @@ class Health:
             server.fault = ""
         except Exception as error:
             fault = translate(error)
-            server.fault, for_the_log = str(fault), log_text(fault)
+            server.fault, for_the_log = str(fault), fault.detail
         server.last_seen = time.monotonic()
         if server.fault != before:
             log.info("%s: %s", server.name, for_the_log or f"answers with {self.status.model}")
@@ -95,7 +94,7 @@ class Health:
             if isinstance(error, Busy) or str(error) in (*CONNECTION_FAULTS, WRONG_KEY, STARTING):
                 raise
             if not self.status.model:  # with a name, it may answer without having listed it
-                raise ServerFault(NO_LIST, log_text(error)) from error
+                raise ServerFault(NO_LIST, error.detail) from error
         if not self.status.model:
             self.status = replace(self.status, model=_only_model(model_objects))
         server.has_listed = True

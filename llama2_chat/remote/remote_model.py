@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.remote.client import Timeouts, use_our_http
-from llama2_chat.remote.faults import INCOMPLETE, ServerFault, log_text
+from llama2_chat.remote.faults import INCOMPLETE, ServerFault
 from llama2_chat.remote.health import Health
 from llama2_chat.remote.question import Question
 from llama2_chat.remote.reply import RemoteReply
@@ -166,7 +166,7 @@ class RemoteModel:
                         raise question.too_long(error) from error
                     question = shorter
                 except (ServerFault, Busy) as error:
-                    log.warning("%s: %s", server.name, log_text(error))
+                    log.warning("%s: %s", server.name, error.detail)
                     if not isinstance(error, Busy):
                         server.suspect.set()
                     if reply.has_text:

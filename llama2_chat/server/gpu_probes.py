@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from typing import NamedTuple
 
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import ChatError, quoted
 from llama2_chat.server.probes import REQUIREMENTS, NotApplicable, PlannedStart
 from llama2_chat.text import first_line
 
@@ -91,7 +91,7 @@ def probe_gpu_memory(start: PlannedStart) -> str:
         raise NotApplicable("known after the first start; the small model needs little")
     size = measure(checkpoint.base)
     precision, _ = choose_precision(checkpoint.quantization, size, gpus)
-    check_memory(checkpoint.model_id, precision, size, gpus)
+    check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
     alone, tokens = size.needed_bytes(precision, 0), min(size.context, MIN_CONTEXT_TOKENS)
     conversations = (free - alone) // (tokens * size.kv_bytes_per_token)

@@ -117,7 +117,7 @@ def run_probe(name: str, start: PlannedStart) -> Finding:
     except NotApplicable as reason:
         return Finding(name, None, str(reason))
     except ChatError as error:
-        return _failure(name, str(error))
+        return _failure(name, error.detail)
     except ImportError as error:
         what = f"The package {error.name}" if error.name else "A package"
         return _failure(

@@ -1,5 +1,7 @@
 """What the tests of loading share: a start without a page, and the sentence of a refusal."""
 
+import re
+
 import pytest
 import torch
 
@@ -22,10 +24,11 @@ def get(settings, progress=ignore):
 
 
 def refusal(call, *args):
-    """The one or two sentences with which a call is refused."""
+    """The one or two sentences with which a call is refused, as the log has them."""
     with pytest.raises(ModelUnavailable) as refused:
         call(*args)
-    text = str(refused.value)
+    text, shown = refused.value.detail, str(refused.value)
+    assert not re.search(r"(^|[\s'(])~?/\w", shown)  # what a visitor reads names no folder of the machine
     assert text[0] != "<"
     assert text.endswith(".")
     assert "Traceback" not in text
