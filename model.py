@@ -28,6 +28,7 @@ from llama2_chat.types import (
     SamplingParams,
     ServerStatus,
     Status,
+    Unasked,
     Usage,
 )
 
@@ -216,7 +217,7 @@ class ChatModel:
     def _room(self, params: SamplingParams, trim: bool = False) -> int:
         """Tokens to leave for the answer: all that are asked for. Of a default that nobody asked for, and where a
         conversation is shortened for it, half of the window at most."""
-        if trim or params.max_new_tokens == SamplingParams.max_new_tokens:
+        if trim or isinstance(params.max_new_tokens, Unasked):
             return min(params.max_new_tokens, self.context_length // 2)
         return params.max_new_tokens
 

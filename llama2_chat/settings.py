@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llama2_chat.errors import ChatError
-from llama2_chat.types import RANGES, SamplingParams
+from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
@@ -182,7 +182,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
             _add(parser, knob.name, env, kind, given or _default(knob, environ), knob.metadata["help"])
     for name in SHOWN_SAMPLING:
         default, env = getattr(SamplingParams(), name), name.upper()
-        kind = int if name == "seed" else type(default)
+        kind = int if name in WHOLE_NUMBERS else float
         low, high = RANGES[name]
         help = f"where the page's setting starts, {low:g} to {high:,}"
         _add(parser, name, [env], kind, environ.get(env) or default, help)

@@ -41,6 +41,10 @@ MAX_STOP_STRINGS = 8
 MAX_GRAMMAR_CHARACTERS = 2**15
 
 
+class Unasked(int):
+    """The most tokens of an answer where nobody asked for a number; a number that was asked for is a plain int."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when to end; every value is checked on creation.
@@ -48,7 +52,7 @@ class SamplingParams:
     Raises ChatError for a value outside its range, naming the setting, the range and the value.
     """
 
-    max_new_tokens: int = 1024
+    max_new_tokens: int = Unasked(1024)
     temperature: float = 0.6  # 0 takes the likeliest token every time
     top_p: float = 0.9  # keep the likeliest tokens that together reach this probability
     top_k: int = 50  # keep this many of the likeliest tokens; 0 keeps all
@@ -83,7 +87,7 @@ def _checked(name: str, value: object) -> int | float:
         if in_range and name not in WHOLE_NUMBERS:
             return float(value)
         if in_range and value == int(value):
-            return int(value)
+            return value if isinstance(value, Unasked) else int(value)
     kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
     upper = "2^63 - 1" if name == "seed" else f"{high:,}"

@@ -63,6 +63,20 @@ def test_an_answer_that_was_asked_for_by_name_is_not_made_shorter(small):
         small.stream_reply(QUESTION, replace(DEFAULTS, max_new_tokens=600), trim=False)
 
 
+def test_a_length_that_was_asked_for_counts_as_asked_for_whatever_the_default_is(small):
+    # 1,024 is the default, and was taken for it: the answer was silently shorter.
+    with pytest.raises(PromptTooLong, match="1,024 more are requested"):
+        small.stream_reply(QUESTION, replace(DEFAULTS, max_new_tokens=1024), trim=False)
+    with pytest.raises(PromptTooLong, match="1,024 more are requested"):
+        small.stream_completion(small.encode_text("Hello"), replace(DEFAULTS, max_new_tokens=1024))
+    with serving(small, Settings()) as address, httpx.Client(base_url=address, timeout=60) as http:
+        answer = http.post("v1/chat/completions", json={"messages": QUESTION, "max_tokens": 1024})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        answer = http.post("v1/completions", json={"prompt": "Hello", "max_tokens": 1024})
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_the_api_answers_in_a_small_window_without_max_tokens(small):
     with serving(small, Settings()) as address, httpx.Client(base_url=address, timeout=60) as http:
         for trim in (False, True):
