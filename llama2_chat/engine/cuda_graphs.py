@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from llama2_chat.engine.join_projections import project
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
@@ -311,14 +311,36 @@ def _log_out_of_memory(kind: Kind, size: int, error: Exception) -> None:
 # One layer, as LlamaDecoderLayer computes it, with its products joined and its keys and values in the pool.
 
 
-def _decode_layer(layer, hidden, cos, sin, keys, values, slots, positions, table):
+def _decode_layer(
+    layer: LlamaDecoderLayer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    table: Tensor,
+) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return torch.ops.llama2_chat.decode_attention(query, key, value, keys, values, slots, positions, table, scale)
 
     return _layer(layer, hidden, cos, sin, attend)
 
 
-def _prefill_layer(layer, hidden, cos, sin, keys, values, kv_index, slots, starts, counts, table):
+def _prefill_layer(
+    layer: LlamaDecoderLayer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kv_index: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    table: Tensor,
+) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return torch.ops.llama2_chat.prefill_attention(
             query, key, value, keys, values, kv_index, slots, starts, counts, table, scale
@@ -327,7 +349,7 @@ def _prefill_layer(layer, hidden, cos, sin, keys, values, kv_index, slots, start
     return _layer(layer, hidden, cos, sin, attend)
 
 
-def _layer(layer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+def _layer(layer: LlamaDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
     attention, mlp = layer.self_attn, layer.mlp
     projected = project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
