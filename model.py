@@ -215,7 +215,7 @@ class ChatModel:
             self._serving.engine.close(timeout_s)
 
     def _room(self, params: SamplingParams, trim: bool = False) -> int:
-        """Tokens to leave for the answer: all that are asked for. Of a default that nobody asked for, and where a
+        """Tokens to leave for the answer: all that are requested. Of a default that nobody requested, and where a
         conversation is shortened for it, half of the window at most."""
         if trim or isinstance(params.max_new_tokens, Unasked):
             return min(params.max_new_tokens, self.context_length // 2)
@@ -237,7 +237,7 @@ class ChatModel:
         before: Sequence[int] = (),
         ends: tuple[str, ...] = (),
     ) -> StreamedReply:
-        """before: ids of the text that is gone on with, if it is no conversation. ends: as in Serving."""
+        """before: ids of the prompt to be continued, if it is no conversation. ends: as in Serving."""
         from llama2_chat.engine.reply import StreamedReply
 
         serving = self.serving

@@ -85,7 +85,7 @@ class ModelUnavailable(ChatError):
 
 
 class Busy(ChatError):
-    """The line of waiting requests is full."""
+    """The waiting queue is full."""
 
 
 class BadGrammar(ChatError):

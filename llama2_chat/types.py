@@ -71,8 +71,8 @@ class SamplingParams:
                 if not (value is None and field.name == "seed"):
                     object.__setattr__(self, field.name, _checked(field.name, value))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        whole = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
-        if not whole or len(stop) > MAX_STOP_STRINGS:
+        valid = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
+        if not valid or len(stop) > MAX_STOP_STRINGS:
             raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
         object.__setattr__(self, "stop", tuple(stop))
         if self.grammar is not None:
@@ -138,7 +138,7 @@ class Reply(Protocol):
     """
 
     @property
-    def queue_position(self) -> int: ...  # place in line, 1 for the next; 0 once it runs
+    def queue_position(self) -> int: ...  # place in the waiting queue, 1 for the next; 0 once it runs
 
     @property
     def finish_reason(self) -> FinishReason | None: ...  # None while the answer is on its way
@@ -183,7 +183,7 @@ class Occupancy:
     waiting: int
     kv_tokens: int  # whose keys and values running requests hold, in whole blocks
     kv_capacity_tokens: int  # that there is memory for
-    preemptions: int = 0  # since the start: requests that went back to the line because memory was full
+    preemptions: int = 0  # since the start: requests that went back to the waiting queue because memory was full
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Capabilities:
     """What a backend can do beyond streaming a reply."""
 
     supports_token_ids: bool  # encode(), encode_text() and stream_completion(); else they raise ChatError
-    knows_queue: bool  # reply.queue_position and occupancy tell who waits
+    knows_queue: bool  # reply.queue_position and occupancy report the queue
     can_fail_over: bool  # its servers come and go, so that `status` may change at any time
 
 

@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """Tokens that one request can have, prompt and answer together; fewer than asked for if memory is short."""
+        """Tokens that one request can have, prompt and answer together; fewer than requested if memory is short."""
         return self.runner.context_length
 
     @property
@@ -96,11 +96,11 @@ class Engine:
         streamer: Streamer,
         constraint: TokenConstraint | None = None,
     ) -> Request:
-        """The request, placed last in line. Its ids go to the streamer, then streamer.end() is called.
+        """The request, placed last in the waiting queue. Its ids go to the streamer, then streamer.end() is called.
 
         constraint: what the ids of the answer must follow; made for params.grammar, and for this request alone.
 
-        Raises Busy when the line is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
+        Raises Busy when the waiting queue is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
         ChatError for ids that the model does not know.
         """
         vocab_size = self.runner.vocab_size
@@ -119,12 +119,12 @@ class Engine:
         return request
 
     def position(self, request: Request) -> int:
-        """Its place in line, 1 for the next; 0 once it runs. Safe from any thread."""
+        """Its place in the waiting queue, 1 for the next; 0 once it runs. Safe from any thread."""
         with self._changed:
             return self._scheduler.position(request)
 
     def cancel(self, request: Request) -> None:
-        """Take it out of the line, or stop it within one step. Safe from any thread, also after the end."""
+        """Take it out of the waiting queue, or stop it within one step. Safe from any thread, also after the end."""
         with self._changed:
             request.cancelled = True
             if not self._scheduler.withdraw(request):
@@ -217,7 +217,7 @@ class Engine:
         """One more token of each answer. On a GPU the step before is emitted while this one is computed."""
         requests = [request for request in requests if request.sampled < request.limit]
         for request in requests:
-            # When memory is full the youngest goes back to the line; alone, each has room.
+            # When memory is full the youngest goes back to the waiting queue; alone, each has room.
             while request.runs and not self._scheduler.grow(request):
                 self._preempt(self._scheduler.youngest)
         requests = [request for request in requests if request.runs]
@@ -233,7 +233,7 @@ class Engine:
             return  # it has ended with what was emitted
         with self._changed:
             self._scheduler.preempt(request)
-        if request.cancelled or self._closed:  # meanwhile, by someone who did not find it in the line
+        if request.cancelled or self._closed:  # meanwhile, by someone who did not find it in the waiting queue
             self.cancel(request)
 
     # ---- What goes wrong ----

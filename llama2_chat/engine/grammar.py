@@ -40,7 +40,7 @@ COMPILE_WALL_S = 10  # of a computer that is busy with other things
 COMPILE_BYTES = 2**28  # of addresses, of which a heap takes some for itself
 COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what passes has room to spare here
 PATIENCE_S = 10  # a new schema waits no longer for others' to be compiled
-# As Python writes JSON. Where any whitespace is allowed a small model goes on with it for ever.
+# As Python writes JSON. Where any whitespace is allowed, a small model can emit it until max_new_tokens.
 FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "whitespace_pattern": None}
 TOO_COMPLEX = "This JSON schema is too complex to be followed. Make it smaller."
 

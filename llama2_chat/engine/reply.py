@@ -120,7 +120,9 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         """The characters that this id makes whole."""
         try:
             return self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
-        except Exception:
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers raises that one, and nothing narrower
+                raise
             # A stray byte token: with it the bytes before it, shown already as what they were, decode to U+FFFD.
             self._decoder = DecodeStream(ids=[token], skip_special_tokens=True)
             return self._decode_rest()

@@ -1,7 +1,7 @@
-"""Who runs: the line, admission, preemption, and how much of a prompt one step may read.
+"""Who runs: the waiting queue, admission, preemption, and how much of a prompt one step may read.
 
-Lists and numbers only. Nothing here knows tensors, threads or time: the engine calls it under its lock where the line
-is concerned, tells it how long a step took, and carries out what it decides.
+Lists and numbers only. Nothing here knows tensors, threads or time: the engine calls it under its lock where the
+waiting queue is concerned, tells it how long a step took, and carries out what it decides.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BlockCopy(NamedTuple):
 
 
 class Scheduler:
-    """Requests wait in the order in which they came, and run as long as there are slots and blocks for them."""
+    """Requests wait in the order received, and run as long as there are slots and blocks for them."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
@@ -78,20 +78,20 @@ class Scheduler:
         """Whose keys and values running requests hold, in whole blocks."""
         return (self.config.num_blocks - 1 - self.cache.available) * self.config.block_size
 
-    # ---- The line ----
+    # ---- The waiting queue ----
 
     def add(self, request: Request) -> None:
-        """Place a request last in line. Raises Busy when the line is full."""
+        """Place a request last in the waiting queue. Raises Busy when that is full."""
         if len(self.waiting) >= self.config.queue_limit:
             raise Busy(f"The line is full ({len(self.waiting)} waiting). Please try again in a minute.")
         self.waiting.append(request)
 
     def position(self, request: Request) -> int:
-        """Its place in line, 1 for the next; 0 if it does not wait."""
+        """Its place in the waiting queue, 1 for the next; 0 if it does not wait."""
         return self.waiting.index(request) + 1 if request in self.waiting else 0
 
     def withdraw(self, request: Request) -> bool:
-        """Take a request out of the line; False if it does not wait."""
+        """Take a request out of the waiting queue; False if it does not wait."""
         if request not in self.waiting:
             return False
         if request is self.waiting[0]:
@@ -153,7 +153,7 @@ class Scheduler:
         return self.running[-1]
 
     def preempt(self, request: Request) -> None:
-        """Back to the head of the line with all its text: it goes on where it was once there is room."""
+        """Back to the head of the waiting queue with all its text: it goes on where it was once there is room."""
         self._release(request)
         self.preemptions += 1
         self._memory_full = True

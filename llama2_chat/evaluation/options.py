@@ -1,4 +1,4 @@
-"""What scripts/evaluate_model.py was asked for."""
+"""What was requested of scripts/evaluate_model.py."""
 
 from __future__ import annotations
 

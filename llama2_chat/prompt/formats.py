@@ -118,9 +118,9 @@ def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
         question = [Piece(turns[i].content.strip(), True)]
         if i == 0 and system is not None:
             # Meta strips the first message with the system text in it: white space before the question stays.
-            asked = turns[0].content.rstrip()
+            question_text = turns[0].content.rstrip()
             question = [Piece("<<SYS>>\n", False), Piece(system, True)]
-            question += [Piece("\n<</SYS>>" + ("\n\n" if asked else ""), False), Piece(asked, True)]
+            question += [Piece("\n<</SYS>>" + ("\n\n" if question_text else ""), False), Piece(question_text, True)]
         segment = [Piece("[INST] ", False), *question, Piece(" [/INST]", False)]
         if i + 1 < len(turns):
             segment += [Piece(" ", False), Piece(turns[i + 1].content.strip(), True), Piece(" ", False)]

@@ -1,8 +1,9 @@
 """Any model's own chat template: what it writes for a conversation, with typed text told apart from the template's own.
 
-The template gets the contents in disguise: each character is replaced by a twin that stands in no token, and changed
-back once the template's own tokens and tags are known. So nothing typed becomes one of them, wherever the template puts
-it and whatever it does to it. How rendered text becomes ids is the codec's affair.
+The template gets the contents in disguise: each character is replaced by a twin that stands in no token, "<s>" by
+U+D003C, U+D0073 and U+D003E, and changed back once the template's own tokens and tags are known. So nothing typed
+becomes one of them, wherever the template puts it and whatever it does to it. How rendered text becomes ids is the
+codec's affair.
 """
 
 from __future__ import annotations

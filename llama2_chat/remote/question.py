@@ -66,7 +66,7 @@ class Question:
         return first
 
     def too_long(self, error: PromptTooLong) -> PromptTooLong:
-        """The server's numbers, and the length that was asked for the answer, which is also the visitor's to change."""
+        """The server's numbers, and the length requested for the answer, which is also the visitor's to change."""
         max_new_tokens = self.fields.get("max_tokens", 0) if error.prompt_tokens else 0
         return PromptTooLong(
             error.prompt_tokens,

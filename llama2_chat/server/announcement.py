@@ -36,7 +36,7 @@ def announcement(certificate: Certificate, host: str, port: int, colours: bool =
                 "only; for others there is --certfile with a certificate of your own."
             )
         parts.append(
-            f"Once, every device has to trust {certificate.ca}. It is also at {addresses[0]}/ca.crt, where the browser "
+            f"Every device must trust {certificate.ca} once. It is also at {addresses[0]}/ca.crt, where the browser "
             "still warns.\nIt is good for this computer, .local and private addresses only. Compare its SHA-256 "
             f"fingerprint first:\n{fingerprint(certificate.ca)}"
         )

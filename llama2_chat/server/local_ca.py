@@ -123,7 +123,7 @@ def _usable_ca(folder: Path, hosts: Sequence[str], now: datetime) -> Pair:
     _write_pair(folder, "ca", *ca)
     if not first:
         log.warning(
-            "%s %s, so there is a new certificate authority: every device has to trust the new ca.crt, and should "
+            "%s %s, so there is a new certificate authority: every device must trust the new ca.crt, and should "
             "forget the old one.",
             folder / "ca.crt",
             flaw,

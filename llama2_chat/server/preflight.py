@@ -1,4 +1,4 @@
-"""What would go wrong, asked before it does: a line for each thing that a start of the page needs.
+"""Checks everything that a start needs, one line each, before starting.
 
     python app.py --check       with the flags of the start; --json for programs; exit code 1 if something is wrong
 
@@ -35,7 +35,7 @@ from llama2_chat.settings import Settings
 class Probe(NamedTuple):
     run: Callable[[PlannedStart], str]
     limit_s: float  # generous: the first import of PyTorch from a slow disk takes half a minute
-    needs: str = ""  # a probe whose failure leaves nothing for this one to look at
+    needs: str = ""  # the probe that must pass before this one is run
     if_late: str = "Try once more."
 
 

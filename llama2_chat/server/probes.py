@@ -165,7 +165,7 @@ def probe_key(start: PlannedStart) -> str:
     from llama2_chat.remote.faults import WRONG_KEY
 
     _raise_first_fault(start, (WRONG_KEY,))
-    return "accepted" if start.settings.inference_key else "none is set, and none is asked for"
+    return "accepted" if start.settings.inference_key else "no key is set, and the servers require none"
 
 
 def probe_answer(start: PlannedStart) -> str:
@@ -210,4 +210,4 @@ def probe_access(start: PlannedStart) -> str:
         return f"{page or 'no login'}, {keys or 'no API key, so programs cannot use the API'}"
     if settings.on_loopback:
         raise NotApplicable("only this machine is served, so no key or login is needed")
-    return "anyone who reaches the port may use page and API: neither AUTH_FILE nor API_KEY is set"
+    return "anyone who reaches the port can use the page and the API: neither AUTH_FILE nor API_KEY is set"

@@ -1,4 +1,4 @@
-"""Answers of a whole model that end where its chat template ends them, and texts that are gone on with."""
+"""Answers of a whole model that end where its chat template ends them, and prompts to be continued."""
 
 from contextlib import contextmanager
 from dataclasses import replace

@@ -66,6 +66,14 @@ def test_stray_bytes_after_a_prompt_break_no_answer():
     assert text(tokenizer, ids[1:], before=ids[:1]) == " the2\ufffd is"
 
 
+def test_a_decoder_that_fails_in_another_way_is_not_taken_for_a_stray_byte(monkeypatch):
+    tokenizer = llama_shaped()
+    ids = tokenizer("hello what")["input_ids"]
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", None)
+    with pytest.raises(TypeError):
+        text(tokenizer, ids)
+
+
 @pytest.mark.parametrize(
     ("stop", "shown", "reason"),
     [

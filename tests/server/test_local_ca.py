@@ -92,7 +92,7 @@ def test_a_ca_that_can_go_on_no_longer_is_replaced_and_the_log_says_so(folder, c
     local_certificate(folder, **{"hosts": HOSTS, "now": NOW, **change})
     assert not set(before.values()) & set(contents(folder).values())
     assert reason in caplog.text
-    assert "every device has to trust the new ca.crt" in caplog.text
+    assert "every device must trust the new ca.crt" in caplog.text
 
 
 @pytest.mark.parametrize(
