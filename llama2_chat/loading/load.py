@@ -157,7 +157,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
             merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
             with translate_errors(adapter):
                 adapted: Any = load_adapter(model, checkpoint)
-                model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+                model = merge_adapter(adapted) if merge else adapted.get_base_model()
     if precision == "int8" and not gpus:
         quantize_int8(model)
     if precision == "nf4" and gpus:
@@ -206,6 +206,23 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter in its weights.
+
+    Where embedding and output head share their weights, and the adapter changes one of them, each gets its own: else
+    what is added to one would be added to the other too.
+    """
+    model: Any = adapted.get_base_model()
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if embedding is not layers[0] or head is not layers[1]:
+        if head is not None and head.weight is embedding.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    merged: Any = adapted
+    return merged.merge_and_unload()
 
 
 def _embedding_rows(adapter: Files) -> int:

@@ -5,12 +5,14 @@ import shutil
 from dataclasses import replace
 
 import peft
+import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.quantize import nf4_config
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer
@@ -89,3 +91,48 @@ def test_an_adapter_made_for_another_base_of_equal_shape_is_used_with_a_warning(
     get(asking_for(adapter, base_model=str(other)))
     assert "was made for" in caplog.text
     assert str(other) in caplog.text
+
+
+ON_THE_EMBEDDING = {
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 8, 9]},
+    "LoRA": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory):
+    """A model whose output head has weights of its own, and one that has those of its embedding."""
+    return save_model(tmp_path_factory.mktemp("base"), tie_word_embeddings=request.param)
+
+
+@pytest.fixture(scope="module", params=ON_THE_EMBEDDING)
+def on_the_embedding(request, base, tmp_path_factory):
+    """An adapter that changes the embedding of `base`, as PEFT saves it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(**ON_THE_EMBEDDING[request.param], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data = torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-5), ("int8", 0.02), ("nf4", 0.01)])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word:UserWarning", "ignore:Model with `tie_word:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers:UserWarning")
+def test_an_adapter_of_the_embedding_answers_as_in_peft(base, on_the_embedding, precision, error):
+    # Merged into an embedding that is the output head too, LoRA changed both, and the answers were garbage.
+    options = {"quantization_config": nf4_config(torch.bfloat16), "device_map": {"": "cpu"}}
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, **(options if precision == "nf4" else {"dtype": torch.float32})
+    ).eval()
+    ids = (1, 7, 8, 9, 20)
+    without = logits(plain, ids)
+    expected = logits(peft.PeftModel.from_pretrained(plain, on_the_embedding).eval(), ids)
+    checkpoint = fetch(choose(asking_for(on_the_embedding)), ignore)
+    loaded = load(replace(checkpoint, quantization=precision), ignore)
+    assert loaded.precision == precision
+    given = logits(loaded.model, ids)
+    assert torch.linalg.norm(given - expected) <= error * torch.linalg.norm(expected)
+    assert torch.linalg.norm(without - expected) > 0.1 * torch.linalg.norm(expected)
