@@ -12,4 +12,18 @@ export const T = {
     week: "Previous 7 days",
     month: (date) => date.toLocaleDateString("en", { month: "long", year: "numeric" }),
   },
+  markdown: {
+    code: "Code",
+    copy: "Copy",
+    copied: "Copied",
+    notCopied: "Not copied",
+    wrap: "Wrap",
+    table: "Table",
+    done: "Done",
+    notDone: "Not done",
+    thinking: "Thinking…",
+    thoughts: "Thoughts",
+    footnote: (number) => `Footnote ${number}`,
+    backToText: "Back to the text",
+  },
 };

@@ -1,0 +1,82 @@
+// One formula, by KaTeX, which is loaded when the first one is there. Until then, and where KaTeX does not understand it
+// or it is too much, its source is shown.
+
+import { keepReachable } from "./scrolling.js";
+import { h } from "./text.js";
+
+const KATEX = new URL("../vendor/katex/", import.meta.url);
+const SLICE_MS = 8; // what formulas take of a frame; an answer full of them is typeset over several
+const MAX_DEPTH = 40; // KaTeX's effort, and the browser's, with braces in braces
+
+const OPTIONS = {
+  throwOnError: true,
+  trust: false, // no \href, \url, \includegraphics, \htmlId
+  strict: "ignore",
+  maxSize: 20,
+  maxExpand: 200,
+};
+
+export class Formula {
+  constructor(token) {
+    this.element = h(token.display ? "div" : "span", { class: token.display ? "math display" : "math", dir: "ltr" });
+    if (token.display) keepReachable(this.element);
+    this.update(token);
+  }
+
+  update({ raw, text, display, open }) {
+    if (raw === this.raw && open === this.open) return;
+    [this.raw, this.open] = [raw, open];
+    this.element.textContent = raw.trim();
+    if (!open && depth(text) <= MAX_DEPTH) enqueue(() => raw === this.raw && typeset(this.element, text, display));
+  }
+}
+
+function depth(text) {
+  let now = 0;
+  let most = 0;
+  for (const [bracket] of text.matchAll(/\{|\}|\\(?:left|right|begin|end)\b/g)) {
+    now += /\{|left|begin/.test(bracket) ? 1 : -1;
+    most = Math.max(most, now);
+  }
+  return most;
+}
+
+let katex;
+const waiting = [];
+let working = false;
+
+function enqueue(job) {
+  waiting.push(job);
+  if (!working) work();
+}
+
+async function work() {
+  working = true;
+  try {
+    await null; // until all formulas of this update are in the line; they are still shown at once
+    katex ??= await load();
+    while (waiting.length) {
+      const until = performance.now() + SLICE_MS;
+      while (waiting.length && performance.now() < until) waiting.shift()();
+      if (waiting.length) await new Promise((resolve) => setTimeout(resolve, SLICE_MS));
+    }
+  } catch {
+    waiting.length = 0; // KaTeX did not come: sources stay
+  }
+  working = false;
+}
+
+async function load() {
+  document.head.append(h("link", { rel: "stylesheet", href: new URL("katex.min.css", KATEX).href }));
+  return (await import(new URL("katex.mjs", KATEX).href)).default;
+}
+
+function typeset(element, text, displayMode) {
+  const result = document.createElement("span");
+  try {
+    katex.render(text, result, { ...OPTIONS, displayMode });
+    element.replaceChildren(...result.childNodes);
+  } catch {
+    // not TeX, or not KaTeX's: the source stays
+  }
+}
