@@ -1,7 +1,7 @@
 """Did a model get better? Its losses beside its base's, lm-evaluation-harness, a judging sheet, signs of overfitting.
 
 evaluation   from the models' names to a report; what scripts/evaluate_model.py calls
-options      what was asked for
+options      what was requested
 subjects     the models to measure: bases, adapters and merged models, loaded one after another
 eval_data    the conversations they are measured on
 losses       what a model loses on each conversation
