@@ -7,7 +7,11 @@ page needs none of that. `Listeners` knows who still reads what they asked Gradi
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
+import logging
 import re
+import secrets
 from collections import Counter
 from typing import Any
 
@@ -17,14 +21,20 @@ from gradio.routes import App
 from gradio.state_holder import SessionState
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.server.errors import ApiError, error_response
 from llama2_chat.server.limits import counted
 
+log = logging.getLogger(__name__)
+
 TAKES_NO_FILES = "This chat takes text only: no files, links to files or components."
+FOR_PROGRAMS = (
+    "This is not what the page sends. Programs ask POST /v1/chat/completions, or /gradio_api/call/chat with as many "
+    "values as GET /gradio_api/info names."
+)
 # Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
 MOST_JOBS = 1_000
 
@@ -99,7 +109,7 @@ class OnlyOurRoutes:
         with contextlib.ExitStack() as stack:
             if session := self._session_read(scope, path):
                 stack.enter_context(self.listeners.listening(session))
-            return await self.app(scope, receive, send)
+            return await _with_a_sentence(self.app, scope, receive, send)
 
     def _session_read(self, scope: Scope, path: str) -> str | None:
         """The session whose messages this request reads, if it reads any."""
@@ -112,16 +122,49 @@ class OnlyOurRoutes:
         return None
 
 
+async def _with_a_sentence(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    """Gradio's answer; where it fails at what somebody wrote by hand, a sentence instead of its 500."""
+    failed = False
+
+    async def send_if_right(message: Message) -> None:
+        nonlocal failed
+        failed |= message.get("status", 200) >= 500
+        if not failed:
+            await send(message)
+
+    try:
+        await app(scope, receive, send_if_right if scope.get("method") == "POST" else send)
+    except Exception:
+        if not failed:
+            raise
+        log.warning("Gradio failed at a request", exc_info=True)
+    if failed:
+        await error_response(ApiError(400, "invalid_request", FOR_PROGRAMS))(scope, receive, send)
+
+
 def add_log_out(app: FastAPI, gradio: App) -> None:
-    """POST /log-out in place of Gradio's GET /logout, which any image in an answer could ask for."""
+    """POST /log-out in place of Gradio's GET /logout, which any image in an answer could ask for.
+
+    It takes the token that GET /log-out gives to whoever is logged in: no page of another site can read that one.
+    """
+    cookies = [f"access-token-{kind}{gradio.cookie_id}" for kind in ("", "unsecure-")]
+    secret = secrets.token_bytes(32)
+
+    def token(request: Request) -> str:
+        session = next((value for name in cookies if (value := request.cookies.get(name, "")) in gradio.tokens), "")
+        return hmac.new(secret, session.encode(), hashlib.sha256).hexdigest() if session else ""
 
     async def log_out(request: Request) -> Response:
-        names = [f"access-token-{kind}{gradio.cookie_id}" for kind in ("", "unsecure-")]
+        expected = token(request)
+        if request.method != "POST":
+            return PlainTextResponse(expected, 200 if expected else 401)
+        if not expected or not hmac.compare_digest(request.headers.get("x-token", "").encode(), expected.encode()):
+            return error_response(ApiError(403, "wrong_token", "Please log out with the button on the page."))
         response = Response(status_code=204)
-        for name in names:
+        for name in cookies:
             gradio.tokens.pop(request.cookies.get(name, ""), None)  # of this device only
             response.delete_cookie(name)
         return response
 
     # Before the page, which is mounted at / and would take it.
-    app.router.routes.insert(0, Route("/log-out", log_out, methods=["POST"]))
+    app.router.routes.insert(0, Route("/log-out", log_out, methods=["GET", "POST"]))

@@ -27,7 +27,11 @@ FOLDER = Path(__file__).parent
 SETTING_WIDTH = 240  # pixels: three sliders side by side on a desktop, one on a phone
 STATUS_EVERY_S = 10
 LONGEST_SHOWN = 4_096  # tokens of an answer that can be chosen before the model's window is known
-LOG_OUT = "() => fetch('log-out', { method: 'POST' }).then(() => location.reload())"
+LOG_OUT = """async () => {
+  const token = await (await fetch("log-out")).text();
+  await fetch("log-out", { method: "POST", headers: { "X-Token": token } });
+  location.reload();
+}"""
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},

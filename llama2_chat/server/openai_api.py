@@ -24,7 +24,7 @@ from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, err
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
 from llama2_chat.server.metrics import Metrics, Question, Record
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
-from llama2_chat.server.responses import AnswerFormat, EventStream, closed_on_disconnect, events, submit, whole_text
+from llama2_chat.server.responses import AnswerFormat, EventStream, closed_on_disconnect, events, submit_for, whole_text
 from llama2_chat.settings import Settings
 from llama2_chat.types import ChatBackend, Reply, SamplingParams
 
@@ -98,7 +98,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
             cleanup.enter_context(limiter.slot(client_id(request, settings)))
             try:
                 threads = await threads_for(request) or (schema_threads if body.response_format else None)
-                reply = await submit(lambda: start(params, to_the_end=to_the_end), threads)
+                reply = await submit_for(request, lambda: start(params, to_the_end=to_the_end), threads)
                 async with closed_on_disconnect(reply, request):  # a remote server may take a while to accept it
                     record.reply = await cleanup.enter_async_context(reply)
             except ChatError as error:

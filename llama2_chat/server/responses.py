@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -29,17 +30,39 @@ HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some 
 
 async def submit(start: Callable[[], Reply], threads: anyio.CapacityLimiter | None = None) -> Reply:
     """start() in a thread: a long text takes a while to encode. Cancelled, it leaves nothing running."""
-    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(start, limiter=threads))
+    gone = threading.Event()
+
+    def start_if_awaited() -> Reply | None:
+        return None if gone.is_set() else start()  # after waiting for a thread, perhaps behind longer texts
+
+    submitting = asyncio.ensure_future(anyio.to_thread.run_sync(start_if_awaited, limiter=threads))
     try:
-        return await asyncio.shield(submitting)
+        reply = await asyncio.shield(submitting)
     except asyncio.CancelledError:
+        gone.set()
         submitting.add_done_callback(_close_unread)
         raise
+    assert reply is not None
+    return reply
 
 
-def _close_unread(submitting: asyncio.Future[Reply]) -> None:
-    if submitting.exception() is None:
-        submitting.result().close()
+def _close_unread(submitting: asyncio.Future[Reply | None]) -> None:
+    if submitting.exception() is None and (reply := submitting.result()):
+        reply.close()
+
+
+async def submit_for(request: Request, start: Callable[[], Reply], threads: anyio.CapacityLimiter | None) -> Reply:
+    """submit(), given up when the reader leaves: that alone cancels no route. Raises ApiError then."""
+    submitting = asyncio.ensure_future(submit(start, threads))
+    disconnected = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((submitting, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not submitting.done():
+            raise ApiError(499, "client_left", "The reader left before there was an answer.")
+        return submitting.result()
+    finally:
+        submitting.cancel()
+        disconnected.cancel()
 
 
 class AnswerFormat:

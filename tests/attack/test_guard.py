@@ -76,6 +76,25 @@ def test_of_gradios_routes_there_are_only_those_that_the_page_needs(http, method
     assert answer.json()["error"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("run/chat", {"data": ["Hi", *SETTINGS]}),
+        ("run/predict", {"data": ["Hi"]}),
+        ("run/predict", {"data": [], "fn_index": 999}),
+        ("run/nothing", {"data": []}),
+        ("call/nothing", {"data": []}),
+        ("queue/join", {"data": [], "fn_index": -1, "session_hash": "x"}),
+    ],
+    ids=["chat", "too little", "no such number", "no such name", "no such call", "not in line"],
+)
+def test_what_gradio_can_make_nothing_of_is_answered_with_a_sentence(http, path, body):
+    # "Internal Server Error", and a traceback in the log, for a typing error.
+    answer = http.post(f"/gradio_api/{path}", json=body)
+    assert answer.status_code == 400
+    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+
 def test_gradios_own_client_still_asks_and_is_answered(http):
     client = Client(str(http.base_url), verbose=False)
     assert client.predict("Name a colour.", "", 8, 0, 0.9, 50, 1.1, "", api_name="/chat")

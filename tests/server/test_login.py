@@ -76,9 +76,11 @@ def test_the_cookie_of_a_login_is_for_this_site_and_no_script(http, proto, attri
 def test_nothing_that_an_answer_shows_can_log_its_reader_out(http):
     # ![x](/logout) in an answer did, on all devices.
     http.post("/login", data=ANNA)
-    for path in ("/logout", "/log-out"):
-        assert http.get(path).status_code in (404, 405)
-    assert http.post("/log-out", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert http.get("/logout").status_code == 404
+    token = http.get("/log-out").text
+    assert http.post("/log-out", headers={"Origin": "https://evil.example", "X-Token": token}).status_code == 403
+    for wrong in ({}, {"X-Token": ""}, {"X-Token": "0" * 64}, {"X-Token": b"\xe4"}):
+        assert http.post("/log-out", headers=wrong).status_code == 403
     assert http.get("/config").status_code == 200
 
 
@@ -87,7 +89,10 @@ def test_whoever_logs_out_is_out_on_this_device_and_in_on_the_others(http, addre
     cookies = dict(http.cookies)
     with httpx.Client(base_url=address) as elsewhere:
         elsewhere.post("/login", data=ANNA)
-        assert http.post("/log-out", headers={"Origin": address.rstrip("/")}).status_code == 204
+        token = http.get("/log-out").text
+        assert elsewhere.post("/log-out", headers={"X-Token": token}).status_code == 403
+        assert http.post("/log-out", headers={"X-Token": token}).status_code == 204
+        assert http.get("/log-out").status_code == 401
         assert not http.cookies
         http.cookies.update(cookies)  # kept by somebody
         assert http.get("/config").status_code == 401

@@ -1,13 +1,17 @@
 """Answers that end before their time: readers leave, the model fails, the server stops; and signs of life meanwhile."""
 
+import asyncio
 import json
 import threading
 
+import anyio
 import openai
 import pytest
+from fastapi import Request
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server import responses
+from llama2_chat.server.errors import ApiError
 from tests.support.programs import HELLO, ask, error, freed, one_running_one_waiting, raw, streaming
 from tests.support.waiting import until
 
@@ -43,6 +47,59 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_line(http, small_address
         until(lambda: not small.occupancy.waiting)
         assert small.occupancy.running
     freed(small)
+
+
+class Encoding:
+    """A question that takes a thread until `finish` is set, and the reply that comes of it."""
+
+    def __init__(self):
+        self.begun, self.finish, self.closed = threading.Event(), threading.Event(), threading.Event()
+
+    def start(self):
+        self.begun.set()
+        assert self.finish.wait(60)
+        return self
+
+    def close(self):
+        self.closed.set()
+
+
+def test_a_question_whose_reader_has_gone_is_not_encoded_any_more():
+    async def ask():
+        one_at_a_time, first, second = anyio.CapacityLimiter(1), Encoding(), Encoding()
+        reading = asyncio.ensure_future(responses.submit(first.start, one_at_a_time))
+        await asyncio.to_thread(first.begun.wait, 60)
+        leaving = asyncio.ensure_future(responses.submit(second.start, one_at_a_time))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        first.finish.set()
+        assert await reading is first
+        third = Encoding()
+        third.finish.set()
+        assert await responses.submit(third.start, one_at_a_time) is third  # the second's turn is over
+        return second.begun.is_set()
+
+    assert not asyncio.run(ask())
+
+
+def test_a_question_that_was_being_encoded_when_its_reader_left_is_closed_and_not_waited_for():
+    async def ask():
+        encoding = Encoding()
+
+        async def receive():
+            await asyncio.to_thread(encoding.begun.wait, 60)
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ApiError, match="The reader left"):
+            await responses.submit_for(Request({"type": "http"}, receive), encoding.start, None)
+        encoding.finish.set()
+        await asyncio.to_thread(encoding.closed.wait, 60)
+        return encoding.closed.is_set()
+
+    assert asyncio.run(ask())
 
 
 def test_a_stream_begins_while_it_waits_in_line_and_shows_signs_of_life(http, small, monkeypatch):
