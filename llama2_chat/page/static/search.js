@@ -41,7 +41,7 @@ export class SearchIndex {
   /**
    * Where all words occur: in titles, or in a message (some of them may be in its conversation's title). Titles come
    * first, then messages, the newest first.
-   * @returns {Promise<{ conversation: object, message: object | null, before: string, match: string, after: string }[]>}
+   * @returns {Promise<{ conversation: object, message: object?, before: string, match: string, after: string }[]>}
    */
   async search(words, limit, conversations) {
     const wanted = fold(words).split(/\s+/).filter(Boolean);

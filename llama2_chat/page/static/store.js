@@ -1,5 +1,5 @@
-// The conversations of this browser, shared by all its tabs; a private store has its own and forgets them. Who keeps the
-// records is records.js, how they hang together tree.js.
+// The conversations of this browser, shared by all its tabs; a private store has its own and forgets them. Where records
+// are kept is told in records.js, how they hang together in tree.js.
 
 import { Database } from "./database.js";
 import { Records } from "./records.js";
@@ -15,14 +15,20 @@ export function newId() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+let shared = null; // one in a tab: one channel to the others, one index
+
 /**
  * The store of this browser, or a private one that keeps everything in this tab's memory. Where IndexedDB is missing,
  * blocked or of a newer page, it is in memory too, and `persistent` is false.
  * @returns {Promise<Store>}
  */
 export async function openStore({ private: isPrivate = false } = {}) {
-  const database = isPrivate ? null : await Database.open().catch(() => null);
-  return new Store(new Records(database), isPrivate);
+  if (isPrivate) return new Store(new Records(null), true);
+  shared ??= Database.open().then(
+    (database) => new Store(new Records(database), false),
+    () => new Store(new Records(null), false),
+  );
+  return shared;
 }
 
 class Store {
@@ -30,11 +36,13 @@ class Store {
   #index;
   #channel = null;
   #listeners = new Set();
+  #persistenceListeners = new Set();
 
   constructor(records, isPrivate) {
     /** True for a private chat, which leaves no trace. */
     this.private = isPrivate;
     this.#records = records;
+    records.onPersistence = (persistent) => this.#persistenceListeners.forEach((listener) => listener(persistent));
     this.#index = new SearchIndex(records);
     if (records.persistent) this.#listenToOtherTabs();
     this.#tidy().catch(() => {}); // the next start tidies up, and a search reads what it needs
@@ -45,9 +53,13 @@ class Store {
     return this.#records.persistent;
   }
 
-  /** listener(persistent) hears that the disk is full, and that everything is saved again. */
+  /**
+   * listener(persistent) hears that the disk is full, and that everything is saved again.
+   * @returns {() => void} ends it
+   */
   onPersistence(listener) {
-    this.#records.onPersistence = listener;
+    this.#persistenceListeners.add(listener);
+    return () => this.#persistenceListeners.delete(listener);
   }
 
   /**
@@ -91,7 +103,7 @@ class Store {
   }
 
   /**
-   * Creates or replaces a message. Its conversation must be there: nothing of one that was deleted meanwhile is written.
+   * Creates or replaces a message. Its conversation must be there: nothing is written to one that is gone meanwhile.
    * @returns {Promise<object | undefined>} undefined if nothing was written
    */
   putMessage(message) {
@@ -150,7 +162,8 @@ class Store {
   /** Removes for good what was deleted ten seconds ago or earlier, by whichever tab, and comes back for the rest. */
   async #purge() {
     const now = Date.now();
-    const isExpired = ({ deletedAt }) => Boolean(deletedAt) && Math.abs(now - deletedAt) >= UNDO_MS; // a clock may go back
+    // abs: a clock may have been set back since
+    const isExpired = ({ deletedAt }) => Boolean(deletedAt) && Math.abs(now - deletedAt) >= UNDO_MS;
     const deleted = (await this.#records.conversations()).filter(({ deletedAt }) => deletedAt);
     const expired = deleted.filter(isExpired).map(({ id }) => id);
     if (expired.length) await this.#records.remove(expired, isExpired);

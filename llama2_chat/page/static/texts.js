@@ -2,8 +2,54 @@
 
 /** @type {Record<string, any>} */
 export const T = {
+  sidebar: {
+    label: "Conversations",
+    newChat: "New chat",
+    privateChat: "Private chat: nothing is kept",
+    search: "Search chats",
+    clear: "Clear the search",
+    results: "Results",
+    found: (count) => (count === 1 ? "1 result" : `${count} results`),
+    nothingFound: (words) => `No chat holds “${words}”.`,
+    untitled: "Untitled chat",
+    empty: "Your chats will be listed here. They stay in this browser.",
+    emptyPrivate: "A private chat: nothing of it is kept.",
+    notKept: "This browser is not keeping new chats: they are gone once this page closes.",
+    options: (title) => `Options for “${title}”`,
+    pin: "Pin",
+    unpin: "Unpin",
+    rename: "Rename",
+    titleLabel: "Title",
+    exportMarkdown: "Export as Markdown",
+    exportJson: "Export as JSON",
+    delete: "Delete",
+    deleted: (title) => `Deleted “${title}”.`,
+    undo: "Undo",
+    manage: "Manage chats",
+    import: "Import…",
+    exportAll: "Export all chats",
+    deleteAll: "Delete all chats…",
+    deleteAllQuestion: "Delete all chats of this browser?",
+    deleteAllYes: "Delete all",
+    deletedAll: "All chats are deleted.",
+    imported: (chats, messages) =>
+      chats || messages
+        ? `Imported ${chats === 1 ? "1 chat" : `${chats} chats`} with ${messages === 1 ? "1 message" : `${messages} messages`}.`
+        : "Everything in this file is here already.",
+    importedInPart: (skipped) =>
+      `${skipped === 1 ? "1 entry was" : `${skipped} entries were`} here already or unreadable.`,
+    failed: "That did not work. Reload the page and try again.",
+  },
   store: {
     outdated: "The page was updated in another tab. Reload this one to go on.",
+  },
+  transfer: {
+    notOurs: "This is not a file of exported chats. Choose a .json file that was exported here.",
+    newer: "This file was exported by a newer version. Update this program to import it.",
+    full: "The browser's storage is full. Delete some chats and import the file again.",
+    you: "You",
+    assistant: "Assistant",
+    untitled: "Untitled chat",
   },
   tree: {
     pinned: "Pinned",

@@ -1,0 +1,88 @@
+// What a record of an imported file may be. A file comes from anywhere: each field that the page reads is checked here,
+// so that the rest of the page can trust every record in the store. Fields of a later page pass if they are plain values.
+
+const is = {
+  id: (value) => typeof value === "string" && /^[0-9a-f]{32}$/.test(value),
+  text: (value) => typeof value === "string",
+  title: (value) => typeof value === "string" && value.length <= 1000,
+  flag: (value) => typeof value === "boolean",
+  number: (value) => Number.isFinite(value),
+  time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
+  role: (value) => value === "user" || value === "assistant",
+  reason: (value) => ["stop", "length", "cancelled", "error", "interrupted"].includes(value),
+};
+const or = (check, other) => (value) => value === other || check(value);
+const optional = (check) => or(or(check, null), undefined);
+
+const CONVERSATION = {
+  id: is.id,
+  title: is.title,
+  renamed: is.flag,
+  pinned: is.flag,
+  createdAt: is.time,
+  updatedAt: is.time,
+  leafId: or(is.id, null),
+  draft: optional(is.text),
+};
+
+const SETTINGS = {
+  systemPrompt: optional(is.text),
+  maxNewTokens: optional(is.number),
+  temperature: optional(is.number),
+  topP: optional(is.number),
+  topK: optional(is.number),
+  repetitionPenalty: optional(is.number),
+  seed: optional(is.number),
+};
+
+const END = {
+  reason: is.reason,
+  promptTokens: optional(is.number),
+  completionTokens: optional(is.number),
+  cachedTokens: optional(is.number),
+  droppedMessages: optional(is.number),
+  firstTokenS: optional(is.number),
+  tokensPerS: optional(is.number),
+  model: optional(is.text),
+  seed: optional(is.number),
+  error: optional(is.text),
+};
+
+const MESSAGE = {
+  id: is.id,
+  conversationId: is.id,
+  parentId: or(is.id, null),
+  role: is.role,
+  text: is.text,
+  createdAt: is.time,
+  edited: optional(is.flag),
+  answerId: optional(is.text),
+  end: optional((value) => Boolean(checked(value, END))),
+  settings: optional((value) => Boolean(checked(value, SETTINGS))),
+};
+
+/** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
+export function checkConversation(value) {
+  return checked(value, CONVERSATION);
+}
+
+/** @returns {object | null} as checkConversation, for a message of this conversation */
+export function checkMessage(value, conversationId) {
+  const message = checked(value, MESSAGE);
+  if (message?.conversationId !== conversationId) return null;
+  if (message.end) message.end = checked(message.end, END);
+  if (message.settings) message.settings = checked(message.settings, SETTINGS);
+  return message;
+}
+
+function checked(value, fields) {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) return null;
+  const own = new Map(Object.entries(value));
+  if (!Object.entries(fields).every(([name, check]) => check(own.get(name)))) return null;
+  return Object.fromEntries([...own].filter(([name, field]) => Object.hasOwn(fields, name) || isHarmless(name, field)));
+}
+
+function isHarmless(name, field) {
+  const isPlain = field === null || ["string", "number", "boolean"].includes(typeof field);
+  return isPlain && name !== "deletedAt" && !(name in Object.prototype); // __proto__ and toString are in it
+}

@@ -1,0 +1,72 @@
+// A menu that drops from a button: by mouse, by touch, by arrow keys. Nothing here knows what its items do.
+
+import { h, icon } from "./dialog.js";
+
+const WIDTH = 208; // px, as in sidebar.css
+const HIGHEST_ITEM = 44; // px
+const GAP = 4; // px
+
+/** One menu for any number of buttons; its element belongs somewhere in the page. */
+export class Menu {
+  #button = null;
+
+  constructor() {
+    this.element = h("div", { class: "menu", role: "menu", popover: "auto" });
+    this.element.addEventListener("keydown", (event) => this.#move(event));
+    this.element.addEventListener("click", () => this.close());
+    this.element.addEventListener("beforetoggle", ({ newState }) => {
+      this.#button?.setAttribute("aria-expanded", String(newState === "open"));
+    });
+  }
+
+  /**
+   * @param {HTMLButtonElement} button opens it
+   * @param {() => { label: string, icon: string, act: () => void, isDanger?: boolean }[]} items what it holds then
+   */
+  attach(button, items) {
+    button.setAttribute("aria-haspopup", "menu");
+    button.setAttribute("aria-expanded", "false");
+    button.popoverTargetElement = this.element; // the browser opens it after the click, and closes it at the next one
+    button.addEventListener("click", () => {
+      this.#button = button;
+      this.element.setAttribute("aria-label", button.getAttribute("aria-label") ?? button.textContent);
+      this.element.replaceChildren(...items().map(itemElement));
+      this.element.firstElementChild.autofocus = true;
+      this.#place(button.getBoundingClientRect());
+    });
+  }
+
+  close() {
+    if (this.element.matches(":popover-open")) this.element.hidePopover();
+  }
+
+  /** Below the button, or above it where there is no room. */
+  #place({ top, bottom, right }) {
+    const { style, childElementCount: items } = this.element;
+    const fits = bottom + items * HIGHEST_ITEM + 4 * GAP < innerHeight;
+    style.top = fits ? `${bottom + GAP}px` : "auto";
+    style.bottom = fits ? "auto" : `${innerHeight - top + GAP}px`;
+    style.left = `${Math.max(2 * GAP, Math.min(innerWidth - 2 * GAP, right) - WIDTH)}px`;
+  }
+
+  #move(event) {
+    const items = [...this.element.children];
+    const at = items.indexOf(document.activeElement);
+    const next = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: -1 }[event.key];
+    if (event.key === "Tab") this.close();
+    if (next === undefined) return;
+    event.preventDefault();
+    items.at(next % items.length).focus();
+  }
+}
+
+function itemElement({ label, icon: path, act, isDanger }) {
+  const attributes = {
+    type: "button",
+    role: "menuitem",
+    tabindex: -1,
+    class: isDanger ? "danger" : null,
+    onclick: act,
+  };
+  return h("button", attributes, icon(path), label);
+}

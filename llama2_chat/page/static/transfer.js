@@ -1,0 +1,116 @@
+// Conversations as files and back: JSON with everything, Markdown to read. What an imported file may hold is checked in
+// import_check.js; buttons and downloads are in sidebar.js.
+
+import { checkConversation, checkMessage } from "./import_check.js";
+import { T } from "./texts.js";
+import { leafToShow, pathTo } from "./tree.js";
+
+const FORMAT = "llama2-chat";
+const VERSION = 1;
+
+/**
+ * All of the conversations: every branch, settings, drafts.
+ * @param {string[] | null} ids null for all of them
+ * @returns {Promise<Blob>} JSON, { format, version, conversations: [{ …conversation, messages: [message] }] }
+ */
+export async function exportJson(store, ids = null) {
+  const wanted = (await store.conversations()).filter(({ id }) => !ids || ids.includes(id));
+  const parts = []; // a conversation at a time: the whole may be longer than a string can be
+  for (const conversation of wanted) {
+    const messages = await store.messages(conversation.id);
+    parts.push(parts.length ? ",\n" : "", JSON.stringify({ ...conversation, messages }));
+  }
+  const head = `{"format":"${FORMAT}","version":${VERSION},"conversations":[\n`;
+  return new Blob([head, ...parts, "\n]}\n"], { type: "application/json" });
+}
+
+/**
+ * The branch that is shown, to be read or published. What the model wrote stands as it wrote it, since it writes
+ * Markdown; what the visitor typed is shown as it was typed.
+ * @returns {Promise<Blob>}
+ */
+export async function exportMarkdown(store, id) {
+  const conversation = await store.conversation(id);
+  const messages = await store.messages(id);
+  const shown = pathTo(messages, leafToShow(conversation, messages));
+  const title = (conversation.title || T.transfer.untitled).replace(/\s+/g, " ");
+  const parts = [`# ${title.replace(/[\\`*_<>[\]#|~&$]/g, "\\$&")}`];
+  for (const { role, text, end } of shown) {
+    if (role === "user") parts.push(`## ${T.transfer.you}`, asTyped(text));
+    else parts.push(`## ${end?.model ?? T.transfer.assistant}`, withFencesClosed(text));
+  }
+  return new Blob([`${parts.join("\n\n")}\n`], { type: "text/markdown" });
+}
+
+/**
+ * Adds the conversations of a file that exportJson made, and changes nothing that is there. What is broken in it is left
+ * out.
+ * @param {Blob} file
+ * @returns {Promise<{ conversations: number, messages: number, skipped: number }>} how many were added; how many records
+ *   were there already or made no sense
+ * @throws {Error} with a sentence to show, if it is no such file or the disk is full
+ */
+export async function importJson(store, file) {
+  const total = { conversations: 0, messages: 0, skipped: 0 };
+  for (const entry of conversationsIn(await textOf(file))) {
+    const conversation = checkConversation(entry);
+    const given = Array.isArray(entry?.messages) ? entry.messages : [];
+    const messages = conversation ? given.map((message) => checkMessage(message, conversation.id)).filter(Boolean) : [];
+    const added = conversation ? await add(store, conversation, messages) : { conversations: 0, messages: 0 };
+    total.conversations += added.conversations;
+    total.messages += added.messages;
+    total.skipped += 1 + given.length - added.conversations - added.messages;
+  }
+  return total;
+}
+
+async function textOf(file) {
+  try {
+    return await file.text();
+  } catch (error) {
+    throw new Error(T.transfer.notOurs, { cause: error }); // longer than a string can be, or gone from the disk
+  }
+}
+
+function conversationsIn(text) {
+  let document;
+  try {
+    document = JSON.parse(text);
+  } catch (error) {
+    throw new Error(T.transfer.notOurs, { cause: error });
+  }
+  if (document?.format !== FORMAT || !Number.isInteger(document.version)) throw new Error(T.transfer.notOurs);
+  if (document.version > VERSION) throw new Error(T.transfer.newer);
+  if (!Array.isArray(document.conversations)) throw new Error(T.transfer.notOurs);
+  return document.conversations;
+}
+
+async function add(store, conversation, messages) {
+  try {
+    return await store.add(conversation, messages);
+  } catch (error) {
+    throw error.name === "QuotaExceededError" ? new Error(T.transfer.full, { cause: error }) : error;
+  }
+}
+
+/** Plain words as they are; anything that Markdown would read as markup, or join to one line, in a code block. */
+function asTyped(text) {
+  const isPlain = !/[`*_<>[\]#|~&\\$\n]|^\s*(?:[-+=]|\d+[.)])|^ {4}|^\t|:\/\//u.test(text);
+  if (isPlain) return text;
+  const longest = Math.max(2, ...Array.from(text.matchAll(/`+/g), ([run]) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `${fence}text\n${text}\n${fence}`;
+}
+
+/** Ends a code block that the model did not, because it was stopped: it would swallow the rest of the file. */
+function withFencesClosed(text) {
+  let open = null;
+  for (const line of text.split("\n")) {
+    const [, fence, info] = /^ {0,3}(`{3,}|~{3,})(.*)$/.exec(line) ?? [];
+    if (!fence) continue;
+    const ends = open && fence[0] === open[0] && fence.length >= open.length && !info.trim();
+    if (ends) open = null;
+    else if (!open && !(fence[0] === "`" && info.includes("`"))) open = fence;
+  }
+  return open ? `${text}${text.endsWith("\n") ? "" : "\n"}${open}` : text;
+}
