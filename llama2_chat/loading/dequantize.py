@@ -7,6 +7,7 @@ The layouts are those that AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from llama2_chat.loading.disk import Files
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight lies among the nibbles of its int32, lowest first
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+# What a rule of GPTQ's "dynamic" may say of some layers. A rule that begins with "-:" leaves them as they are.
+DYNAMIC = {"bits", "group_size", "desc_act", "sym", "mse", "damp_percent", "damp_auto_increment"}
 READABLE_BITS = {2, 4, 8}  # that fill an int32 without a rest
 # What stands beside the weights and changes none of them: scales of activations and of a quantised KV cache.
 IGNORED = (
@@ -56,7 +59,7 @@ def check_readable(files: Files, quantization: Config) -> None:
         )
     layout, bits = _layout(method, quantization), _bits(method, quantization)
     known = layout in LAYOUTS.get(method, ("plain",)) and len(bits) == 1 and bits <= READABLE_BITS
-    if not known or quantization.get("dynamic") or quantization.get("transform_config"):
+    if not known or not _rules_are_known(quantization) or quantization.get("transform_config"):
         raise ModelUnavailable(
             f"{files} comes quantised by {method} in a layout that this program cannot read "
             f"({layout}, {', '.join(map(str, sorted(bits)))} bits). Choose another, or the original weights."
@@ -66,9 +69,10 @@ def check_readable(files: Files, quantization: Config) -> None:
 def _layout(method: str, quantization: Config) -> str:
     if method == "awq":
         return str(quantization.get("version", "gemm")).lower()
+    layout = str(quantization.get("checkpoint_format") or quantization.get("format") or "plain").lower()
     if method == "compressed-tensors" and any(each.get("strategy") == "block" for each in _weights(quantization)):
-        return "blocks"
-    return str(quantization.get("checkpoint_format") or quantization.get("format") or "plain").lower()
+        return layout if layout != "pack-quantized" and _block_size(quantization) else "blocks"
+    return layout
 
 
 def _bits(method: str, quantization: Config) -> set[int]:
@@ -80,10 +84,30 @@ def _bits(method: str, quantization: Config) -> set[int]:
     return {8}
 
 
+def _rules_are_known(quantization: Config) -> bool:
+    """Whether what GPTQ's "dynamic" changes for some layers shows in the shapes of their tensors, or in no number."""
+    rules = quantization.get("dynamic")
+    if not rules:
+        return True
+    if method_of(quantization) != "gptq" or not isinstance(rules, dict):
+        return False
+    return all(
+        isinstance(rule, dict) and rule.keys() <= DYNAMIC and rule.get("bits", 4) in READABLE_BITS
+        for rule in rules.values()
+    )
+
+
 def _weights(quantization: Config) -> list[Config]:
     """How compressed-tensors has rounded the weights of each group of layers; some groups round activations only."""
     groups = (quantization.get("config_groups") or {}).values()
     return [group["weights"] for group in groups if group.get("weights")]
+
+
+def _block_size(quantization: Config) -> tuple[int, int] | None:
+    """Rows and columns of the blocks in which compressed-tensors has rounded all that it has; None if it has not."""
+    sizes = {str(each.get("block_structure")) for each in _weights(quantization)}
+    found = re.findall(r"\d+", sizes.pop()) if len(sizes) == 1 else []  # "[128, 128]", or "128x128" as it once was
+    return (int(found[0]), int(found[1])) if len(found) == 2 else None
 
 
 def method_of(quantization: Config) -> str:
@@ -169,10 +193,16 @@ def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
     scale = scale.float()
     if scale.dim() == 2 and scale.shape != (weight.shape[0], 1):  # of blocks, the last of which may be smaller
         rows, columns = quantization.get("weight_block_size") or (128, 128)
-        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        scale = _spread(scale, (rows, columns), weight)
     elif scale.numel() > 1:
         scale = scale.reshape(-1, 1)
     return weight.float() * scale
+
+
+def _spread(scale: Tensor, size: tuple[int, int], weight: Tensor) -> Tensor:
+    """The scale of each number of a weight, of one scale per block, the last of which may be smaller."""
+    (rows, columns), (height, width) = size, weight.shape
+    return scale.repeat_interleave(rows, 0)[:height].repeat_interleave(columns, 1)[:, :width]
 
 
 def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
@@ -180,7 +210,10 @@ def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
         return _plain(parts)
     if not {"qweight", "qzeros", "scales"} <= set(parts) <= {"qweight", "qzeros", "scales", "g_idx"}:
         return None
-    bits, scales = int(quantization.get("bits", 4)), parts["scales"].float()  # [groups, out]
+    scales = parts["scales"].float()  # [groups, out]
+    bits = 32 * parts["qzeros"].shape[1] // scales.shape[1]  # of this layer: "dynamic" may say otherwise than "bits"
+    if bits not in READABLE_BITS:
+        return None
     values = _unpack(parts["qweight"].T, bits).T  # [in, out]
     zeros = _unpack(parts["qzeros"], bits)[:, : scales.shape[1]]
     if _layout("gptq", quantization) != "gptq_v2":
@@ -224,6 +257,9 @@ def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
             is_packed = zeros.dtype == torch.int32
             zeros = _unpack(zeros.T, bits).T[: values.shape[0]] - middle if is_packed else zeros.float()
     scales = parts["weight_scale"].float()
+    if (size := _block_size(quantization)) and scales.dim() == 2:
+        zeros = torch.zeros_like(scales) if zeros is None else zeros
+        return _spread(scales, size, values) * (values - _spread(zeros, size, values))
     scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales  # [out, groups], or one for all
     groups = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
     if groups is None or bool((groups < 0).any()):

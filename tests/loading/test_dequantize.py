@@ -1,6 +1,7 @@
 """Checkpoints that come quantised answer as a plain copy of what they stand for does, or are refused by name."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.dequantize import READERS
 from llama2_chat.loading.load import load, measure
 from tests.support import packers
 from tests.support.loading import asking_for, get, logits, refusal
@@ -21,6 +23,12 @@ COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0":
 def _compressed(*bits):
     groups = {f"group_{n}": {"weights": {"num_bits": b}} for n, b in enumerate(bits)}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def _in_blocks(form, *sizes):
+    weights = ({"num_bits": 8, "strategy": "block", "block_structure": size} for size in sizes)
+    groups = {f"group_{n}": {"weights": each} for n, each in enumerate(weights)}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
 
 
 FORMATS = {
@@ -43,6 +51,10 @@ FORMATS = {
     "FP8, channels": (packers.fp8_channels, {"quant_method": "fbgemm_fp8"}),
     "compressed-tensors, int4": (packers.packed_int4, COMPRESSED | {"format": "pack-quantized"}),
     "compressed-tensors, int8": (packers.int8_channels, COMPRESSED | {"format": "int-quantized"}),
+    "compressed-tensors, FP8 in blocks": (
+        lambda w: packers.fp8_blocks(w, scale="weight_scale"),
+        _in_blocks("float-quantized", [16, 16]),
+    ),
     "compressed-tensors, FP8": (packers.fp8_channels, COMPRESSED | {"format": "float-quantized"}),
 }
 
@@ -100,12 +112,16 @@ def test_what_bitsandbytes_has_saved_is_what_it_computes_with(plain, tmp_path, c
         (_compressed(3), ["3 bits"]),
         (_compressed(4, 8), ["4, 8 bits"]),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ["marlin"]),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"lm_head": {"bits": 8}}}, ["gptq"]),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"lm_head": {"bits": 3}}}, ["gptq"]),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"lm_head": {"rotation": "hadamard"}}}, ["gptq"]),
+        (_in_blocks("pack-quantized", [16, 16]), ["blocks"]),
+        (_in_blocks("float-quantized", [16, 16], [32, 32]), ["blocks"]),
         ({"quant_method": "awq", "bits": 8}, ["4, 8 bits"]),
     ],
     ids=[
         *("HQQ", "AQLM", "nobody's", "AWQ's other layout", "3 bits", "sparse", "3 bits in pieces", "mixed"),
-        *("Marlin", "GPTQ of several bits", "AWQ in 8 bits"),
+        *("Marlin", "GPTQ of 3 bits here and there", "GPTQ with a rule unknown"),
+        *("packed in blocks", "blocks of several sizes", "AWQ in 8 bits"),
     ],
 )
 def test_a_format_that_nothing_here_can_read_is_refused_by_name(plain, tmp_path, quantization, facts):
@@ -156,3 +172,24 @@ def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(pla
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("size", [[16, 32], "16x32"], ids=str)
+def test_blocks_that_compressed_tensors_has_written_are_what_it_reads(size):
+    # By its FloatQuantizationCompressor, version 0.20.0; the last blocks are smaller, 40 x 72 in blocks of 16 x 32.
+    parts = load_file(Path(__file__).with_name("compressed_blocks.safetensors"))
+    expected = parts.pop("decompressed")
+    read = READERS["compressed-tensors"](parts, _in_blocks("float-quantized", size))
+    torch.testing.assert_close(read, expected, atol=1e-6, rtol=0)
+
+
+def test_layers_that_gptq_has_rounded_otherwise_than_the_rest_are_read_as_they_are(plain, tmp_path):
+    # GPTQModel's "dynamic": refused before.
+    def pack(weight):
+        return packers.gptq(weight, bits=8, act_order=True) if weight.shape[0] == 128 else packers.gptq(weight)
+
+    rules = {r"+:.*\.(gate|up)_proj": {"bits": 8, "desc_act": True}, "-:lm_head": {}}
+    expected = packed(tmp_path / "model", plain, pack, {"quant_method": "gptq", "bits": 4, "dynamic": rules})
+    torch.testing.assert_close(
+        logits(loaded_float32(tmp_path / "model", tmp_path).model), logits(expected), atol=1e-4, rtol=1e-4
+    )

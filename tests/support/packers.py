@@ -62,8 +62,8 @@ def awq(weight):
     return {"qweight": nibbles(numbers, AWQ_ORDER), "qzeros": nibbles(zeros, AWQ_ORDER), "scales": scales}, plain
 
 
-def fp8_blocks(weight, size=16):
-    """DeepSeek-V3: float8 and what to multiply each block with."""
+def fp8_blocks(weight, size=16, scale="weight_scale_inv"):
+    """DeepSeek-V3: float8 and what to multiply each block with. scale: its name there."""
     rows, columns = (-(-length // size) for length in weight.shape)
     scales = torch.empty(rows, columns)
     packed = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
@@ -74,7 +74,7 @@ def fp8_blocks(weight, size=16):
             scales[row, column] = weight[block].abs().max() / 448
             packed[block] = (weight[block] / scales[row, column]).to(torch.float8_e4m3fn)
             plain[block] = packed[block].float() * scales[row, column]
-    return {"weight": packed, "weight_scale_inv": scales}, plain
+    return {"weight": packed, scale: scales}, plain
 
 
 def fp8_channels(weight):
