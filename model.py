@@ -182,14 +182,16 @@ class ChatModel:
         self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
     ) -> StreamedReply:
         """The answer to a conversation, on its way; see types.ChatBackend."""
-        serving = self.serving
-        if not trim:
+        serving, dropped_messages = self.serving, 0
+        goes_on = prompt.goes_on(prompt.check_messages(messages)[1], params)
+        if trim:
+            room = self._room(params, trim)
+            fitted = prompt.fit(serving.tokenizer, messages, self.context_length, room, serving.chat_format)
+            input_ids, dropped_messages = fitted
+        else:
             input_ids = self._fitting(self.encode(messages), params, to_the_end)
-            return self._submit(input_ids, params, to_the_end, ends=serving.ends)
-        fitted = prompt.fit(
-            serving.tokenizer, messages, self.context_length, self._room(params, trim), serving.chat_format
-        )
-        return self._submit(fitted.input_ids, params, to_the_end, fitted.dropped_messages, ends=serving.ends)
+        before = input_ids if goes_on else ()
+        return self._submit(input_ids, params, to_the_end, dropped_messages, before, serving.ends)
 
     def stream_completion(
         self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False
@@ -237,7 +239,7 @@ class ChatModel:
         before: Sequence[int] = (),
         ends: tuple[str, ...] = (),
     ) -> StreamedReply:
-        """before: ids of the prompt to be continued, if it is no conversation. ends: as in Serving."""
+        """before: the ids, if they end with a text to be continued. ends: as in Serving."""
         from llama2_chat.engine.reply import StreamedReply
 
         serving = self.serving

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+Subject = Literal["conversation", "message", "message and its answer so far"]
 GPU_LOST = "The GPU stopped working, so this program is shutting down. It must be restarted if no supervisor does so."
 
 
@@ -51,7 +52,7 @@ class PromptTooLong(ChatError):
     prompt_tokens, context_length: 0 where nobody knows them.
     max_new_tokens: the room that was requested for the answer; 0 if any will do.
     system_tokens: of the prompt, the system text; what to shorten depends on it.
-    subject: what is so long, "message" if it is only the newest one.
+    subject: what is so long; without "conversation" it is only the newest message.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class PromptTooLong(ChatError):
         context_length: int = 0,
         max_new_tokens: int = 0,
         system_tokens: int = 0,
-        subject: Literal["conversation", "message"] = "conversation",
+        subject: Subject = "conversation",
     ) -> None:
         self.prompt_tokens, self.context_length = prompt_tokens, context_length
         too_much_system = 2 * system_tokens > prompt_tokens
-        what = f"This {subject} is {f'{prompt_tokens:,} tokens' if prompt_tokens else 'too long'}"
+        verb = "are" if " and " in subject else "is"
+        what = f"This {subject} {verb} {f'{prompt_tokens:,} tokens' if prompt_tokens else 'too long'}"
         if too_much_system:
             what = f"The system prompt is {system_tokens:,} tokens, {prompt_tokens:,} with this {subject}"
         answer = f", and {max_new_tokens:,} more are requested for the answer" if max_new_tokens else ""

@@ -115,7 +115,7 @@ def _short(value: object) -> str:
 class Usage:
     """What one reply cost, in tokens and messages."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # the answer that is gone on with included
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, already in the KV cache
     dropped_messages: int = 0  # oldest messages left out because they no longer fit
@@ -245,6 +245,8 @@ class ChatBackend(Protocol):
     ) -> Reply:
         """The answer to a conversation, on its way. Entering the reply may wait until somebody has accepted it.
 
+        messages: if they end with the assistant's, that is an answer to go on with; the reply begins exactly where its
+            text ends, and params.max_new_tokens are new ones. An empty one is as good as none.
         trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
         to_the_end: the answer may be as long as the context window leaves; params.max_new_tokens then only says how
             much room trimming makes.

@@ -12,9 +12,9 @@ examples   conversations to train on
 from llama2_chat.prompt.codec import check_length, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
-from llama2_chat.prompt.fitting import Fitted, fit
+from llama2_chat.prompt.fitting import Fitted, fit, subject_of
 from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise
-from llama2_chat.prompt.messages import Turn, check_messages
+from llama2_chat.prompt.messages import Turn, check_messages, goes_on, newest_turns
 
 __all__ = [
     "GOLDEN",
@@ -31,5 +31,8 @@ __all__ = [
     "encode_text",
     "find_ending",
     "fit",
+    "goes_on",
+    "newest_turns",
     "recognise",
+    "subject_of",
 ]

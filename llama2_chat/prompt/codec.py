@@ -75,6 +75,7 @@ class Codec:
         self.unk_id = unk_id
         self.formats: dict[str | None, str | None] = {}  # what recognise() found: template -> format
         self.writes_system: dict[str, bool] = {}  # template -> whether it writes a system message
+        self.spaces: dict[str, str] = {}  # template -> white space that it writes before an answer
 
         nonce = secrets.token_hex(16)
         # New ids are given from the number of tokens on; in a vocabulary with gaps these would be taken.
@@ -123,11 +124,14 @@ class Codec:
         found = [_typed_tags(segment, text, tags) for segment, text in zip(segments, texts, strict=True)]
         return [self._ids(*each) for each in zip(texts, encodings, found, strict=True)]
 
-    def encode_rendered(self, rendered: str) -> list[int]:
-        """Ids of what a template wrote around contents in disguise: its own tokens and tags, and typed text as text."""
+    def encode_rendered(self, rendered: str, tags_of: str | None = None) -> list[int]:
+        """Ids of what a template wrote around contents in disguise: its own tokens and tags, and typed text as text.
+
+        tags_of: what holds the template's tags, if it is not `rendered`.
+        """
         named = self.added.sub(lambda match: self.names[match[0]], rendered)
         text = named.translate(self.reveal)
-        tags = sorted(set(MARK.findall(self.added.sub(" ", rendered))), key=len, reverse=True)
+        tags = sorted(set(MARK.findall(self.added.sub(" ", tags_of or rendered))), key=len, reverse=True)
         spans = [match.span() for match in re.finditer("|".join(map(re.escape, tags)) or "(?!)", text)]
         typed = [(start, end) for start, end in spans if named[start:end] != text[start:end]]
         return self._ids(text, self.tokenizer.encode_batch([text], add_special_tokens=False)[0], typed)

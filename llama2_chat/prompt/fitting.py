@@ -1,14 +1,17 @@
-"""What fits in the context window: the newest message, and before it as many whole exchanges as there is room for."""
+"""What fits in the context window: the newest message, and before it as many whole exchanges as there is room for.
+
+What there is of an answer to go on with belongs to the newest message.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from typing import TYPE_CHECKING, NamedTuple
 
-from llama2_chat.errors import PromptTooLong
+from llama2_chat.errors import PromptTooLong, Subject
 from llama2_chat.prompt.codec import check_length, codec_of
 from llama2_chat.prompt.formats import Writer, writer
-from llama2_chat.prompt.messages import Turn, check_messages
+from llama2_chat.prompt.messages import Turn, check_messages, newest_turns
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ def fit(
     Raises PromptTooLong if those two alone do not fit, else as encode() does.
     """
     system, turns = check_messages(messages)
-    check_length(tokenizer, [system or "", turns[-1].content], context_length)
+    newest = newest_turns(turns)
+    check_length(tokenizer, [system or "", *(turn.content for turn in newest)], context_length)
     write, codec = writer(tokenizer, chat_format), codec_of(tokenizer)
     room = context_length - max_new_tokens
 
@@ -49,13 +53,13 @@ def fit(
         if len(input_ids) <= room:
             return Fitted(input_ids, 0)
 
-    newest = write(system, turns[-1:])
-    if len(newest) > room:
-        raise _too_long(len(newest), write, system, context_length, max_new_tokens)
+    least, last = len(write(system, newest)), len(turns) - len(newest)
+    if least > room:
+        raise _too_long(least, newest, write, system, context_length, max_new_tokens)
 
     # Back from the newest, each exchange by itself: where they no longer fit, the prompt does not either. So an old
     # megabyte is encoded once, and not at every step of the search.
-    start, left = len(turns) - 1, room - len(newest)
+    start, left = last, room - least
     while start > 1:
         exchange = turns[start - 2 : start]
         if any(len(turn.content) > MEGABYTE and codec.at_least(turn.content) > context_length for turn in exchange):
@@ -64,7 +68,7 @@ def fit(
         if left < 0:
             break
         start -= 2
-    starts = [*([0] if start == 1 else []), *range(start, len(turns), 2)]  # before the first question is a greeting
+    starts = [*([0] if start == 1 else []), *range(start, last + 1, 2)]  # before the first question is a greeting
     first = starts[bisect_left(starts[:-1], True, key=lambda start: len(write(system, turns[start:])) <= room)]
     return Fitted(write(system, turns[first:]), sum(turn.messages for turn in turns[:first]))
 
@@ -75,8 +79,15 @@ def _at_least(exchange: list[Turn], write: Writer) -> int:
     return len(write(None, [*exchange, *word])) - len(write(None, word)) - MERGED
 
 
-def _too_long(T: int, write: Writer, system: str | None, context_length: int, max_new_tokens: int) -> PromptTooLong:
-    """T: tokens of the system text and the newest message alone, with what the format adds."""
+def _too_long(
+    T: int, newest: list[Turn], write: Writer, system: str | None, context_length: int, max_new_tokens: int
+) -> PromptTooLong:
+    """T: tokens of the system text and the newest turns alone, with what the format adds."""
     word = [Turn("user", "Hello", 1)]
     S = len(write(system, word)) - len(write(None, word)) if system else 0
-    return PromptTooLong(T, context_length, max_new_tokens, S, subject="message")
+    return PromptTooLong(T, context_length, max_new_tokens, S, subject=subject_of(newest))
+
+
+def subject_of(newest: list[Turn]) -> Subject:
+    """What is too long if the newest turns are."""
+    return "message" if len(newest) == 1 else "message and its answer so far"

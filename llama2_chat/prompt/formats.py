@@ -52,10 +52,11 @@ Writer = Callable[[str | None, list[Turn]], list[int]]  # from a system text and
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_format: str | None = None) -> list[int]:
-    """Token ids of a conversation, ending where the assistant should answer.
+    """Token ids of a conversation, ending where the assistant should answer, or go on with an answer that has begun.
 
-    messages: an optional system message, then user and assistant in turn, ending with user. Two turns of the same
-    role in a row are joined by a blank line, and so are several system messages.
+    messages: an optional system message, then user and assistant in turn. If they end with an assistant message, that
+    is an answer to go on with; an empty one is left out. Two turns of the same role in a row are joined by a blank
+    line, and so are several system messages.
     chat_format: "llama-2", or None to recognise it from the tokenizer.
 
     In the Llama 2 format each finished exchange is encoded alone, between BOS and EOS, as the model saw it in training.
@@ -110,7 +111,11 @@ def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Write
 
 
 def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
-    """Each exchange alone, between BOS and EOS; after the last question no EOS, for the answer follows."""
+    """Each exchange alone, between BOS and EOS; after the last question no EOS, for the answer, or its rest, follows.
+
+    An answer that has begun keeps its white space. Meta's ids of "[/INST] " and that text are then those of the prompt
+    and those that the model wrote, id 29871 at its head included.
+    """
     if turns[0].role != "user":
         raise ChatError("In the Llama 2 format a conversation starts with a message from the user.")
     segments = []
@@ -123,7 +128,9 @@ def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
             question += [Piece("\n<</SYS>>" + ("\n\n" if question_text else ""), False), Piece(question_text, True)]
         segment = [Piece("[INST] ", False), *question, Piece(" [/INST]", False)]
         if i + 1 < len(turns):
-            segment += [Piece(" ", False), Piece(turns[i + 1].content.strip(), True), Piece(" ", False)]
+            answer, is_finished = turns[i + 1].content, i + 2 < len(turns)
+            segment += [Piece(" ", False), Piece(answer.strip() if is_finished else answer, True)]
+            segment += [Piece(" ", False)] if is_finished else []
         segments.append(segment)
     *exchanges, last = codec_of(tokenizer).encode_segments(segments, LLAMA_2_TAGS)
     bos, eos = (

@@ -63,7 +63,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
     """As apply_chat_template gives them, except that control tokens and tags come from the template alone.
 
-    A template that refuses or ignores the system role gets the system text at the head of the first user message.
+    A template that refuses or ignores the system role gets the system text at the head of the first user message. An
+    answer to go on with never goes through the template, which might cut its end or its thoughts: it stands behind the
+    prompt of its question, as if the model had just written it.
     Raises ChatError if the template refuses the conversation.
     """
     if system is not None and not _writes_system(tokenizer):
@@ -71,6 +73,8 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
     elif system is not None:
         turns = [Turn("system", system, 1), *turns]
     try:
+        if turns[-1].role == "assistant":
+            return _unfinished_ids(tokenizer, turns[:-1], turns[-1].content)
         return codec_of(tokenizer).encode_rendered(_in_disguise(tokenizer, turns))
     except RENDERING_ERRORS as error:
         raise ChatError(
@@ -87,6 +91,36 @@ def nonce() -> str:
 def render(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn], add_generation_prompt: bool = True) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _unfinished_ids(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: str) -> list[int]:
+    """The prompt, and after it the answer so far.
+
+    They are written as one text, in which a word is what it would be in a finished answer; unless that changed the end
+    of the prompt, where a model cannot have written otherwise: "\\n" and "\\n" are often one token.
+    """
+    codec, prompt = codec_of(tokenizer), _in_disguise(tokenizer, turns)
+    space = _space_before_answers(tokenizer)
+    written = ("" if answer.startswith(space) else space) + answer.translate(codec.disguise)
+    prompt_ids, ids = codec.encode_rendered(prompt), codec.encode_rendered(prompt + written)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return ids
+    return prompt_ids + codec.encode_rendered(written, tags_of=prompt)
+
+
+def _space_before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
+    """White space with which the template begins an answer though its prompt does not end with it, as "ASSISTANT: Hi".
+
+    A model writes it itself, but a decoder may have taken it for the beginning of a text and left it out.
+    """
+    known, template = codec_of(tokenizer).spaces, str(template_of(tokenizer))
+    if template not in known:
+        asked, answered = Turn("user", nonce(), 1), Turn("assistant", nonce(), 1)
+        prompt = render(tokenizer, [asked])
+        before = render(tokenizer, [asked, answered], add_generation_prompt=False).partition(answered.content)[0]
+        more = before.removeprefix(prompt)
+        known[template] = more if more != before and more.isspace() else ""
+    return known[template]
 
 
 def _writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:

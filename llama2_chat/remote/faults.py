@@ -31,6 +31,7 @@ FAILED = "The model's server failed. Please try again."
 FULL = "The model's server has too many requests at once. Please try again in a minute."
 ABORTED = "The model's server aborted this answer."
 NO_REASON = "The model's server ended this answer without giving a reason."
+CANNOT_GO_ON = "The model's server cannot go on with an answer that has ended. Ask again instead."
 INCOMPLETE = "The answer above is incomplete."
 
 
@@ -112,7 +113,7 @@ CONTEXT = re.compile(
 )
 PROMPT = re.compile(
     rf"""{NUMBER} (?:input tokens|tokens from the input|`inputs` tokens|in the (?:messages|prompt)|with this )"""
-    rf"""|(?:(?<!system )prompt is|(?:conversation|message) is|input \(|request \(|resulted in"""
+    rf"""|(?:(?<!system )prompt is|(?:conversation|message) is|answer so far are|input \(|request \(|resulted in"""
     rf"""|n_prompt_tokens"?:) ?{NUMBER}"""
 )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama2_chat.errors import PromptTooLong
-from llama2_chat.prompt import Turn, check_messages
+from llama2_chat.prompt import Turn, check_messages, goes_on, newest_turns, subject_of
 from llama2_chat.remote.client import schema_format
 from llama2_chat.types import RANGES, Message, SamplingParams
 
@@ -15,6 +15,8 @@ MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
 NUMBERS = [name for name in RANGES if name != "max_new_tokens"]  # which is sent as max_tokens
 OPENAIS = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"}
 EXTRAS = [name for name in NUMBERS if name not in OPENAIS]  # not in OpenAI's API, so some servers reject them
+# As vLLM and SGLang have it. llama.cpp goes on by itself with an answer that stands last.
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Question:
     @classmethod
     def of(cls, messages: list[Message], params: SamplingParams, to_the_end: bool = False) -> Question:
         """Raises ChatError for malformed messages."""
-        return cls(*check_messages(messages), _fields(params, to_the_end))
+        system, turns = check_messages(messages)
+        more = GO_ON if goes_on(turns, params) else {}
+        return cls(system, turns, _fields(params, to_the_end) | more)
 
     @property
     def messages(self) -> list[Message]:
@@ -38,7 +42,7 @@ class Question:
 
     def shortened(self, error: PromptTooLong) -> Question | None:
         """Without as many of the oldest exchanges as the server's numbers say, at least one; None if there is none."""
-        if len(self.turns) == 1:
+        if len(self.turns) == len(newest_turns(self.turns)):
             return None
         first = self._first_kept(error)
         dropped = sum(turn.messages for turn in self.turns[:first])
@@ -47,8 +51,9 @@ class Question:
     def _first_kept(self, error: PromptTooLong) -> int:
         """The index of the turn that a shorter question starts with."""
         greeting = int(self.turns[0].role == "assistant")  # before the first exchange, and goes with it
+        last = len(self.turns) - len(newest_turns(self.turns))  # the newest question
         # Of the turns, in whole exchanges.
-        half, quarter = len(self.turns) // 4 * 2 + 2 - greeting, len(self.turns) // 8 * 2 + 2 - greeting
+        half, quarter = (last + 1) // 4 * 2 + 2 - greeting, (last + 1) // 8 * 2 + 2 - greeting
         if not (error.prompt_tokens and error.context_length):
             return half
         # A server that stops counting at the end of its context reports too few tokens, so that what its numbers leave
@@ -60,7 +65,7 @@ class Question:
         tokens_per_character = max(tokens_per_character, 1 / MAX_CHARACTERS_PER_TOKEN)
         room = (error.context_length - self.fields.get("max_tokens", 1)) / tokens_per_character - system_size
         kept = sum(sizes[first:])
-        while first < len(sizes) - 1 and kept > room:
+        while first < last and kept > room:
             kept -= sum(sizes[first : first + 2])
             first += 2
         return first
@@ -72,7 +77,7 @@ class Question:
             error.prompt_tokens,
             error.context_length,
             max_new_tokens,
-            subject="message" if len(self.turns) == 1 else "conversation",
+            subject=subject_of(self.turns) if self.turns == newest_turns(self.turns) else "conversation",
         )
 
 

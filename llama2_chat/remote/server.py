@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from llama2_chat.errors import ChatError
 from llama2_chat.remote.client import Client, Timeouts
-from llama2_chat.remote.faults import NO_REASON, ServerFault
-from llama2_chat.remote.question import EXTRAS, Question
+from llama2_chat.remote.faults import CANNOT_GO_ON, NO_REASON, RequestRejected, ServerFault
+from llama2_chat.remote.question import EXTRAS, GO_ON, Question
 from llama2_chat.remote.reply import RemoteReply
 from llama2_chat.types import ServerStatus
 
@@ -41,9 +41,9 @@ class Server:
 
     async def answer(self, model: str, question: Question, reply: RemoteReply) -> None:
         """Read the answer into the reply, which then has a server_reason. Raises ChatError."""
-        names = [name for name in EXTRAS if self.takes_extras and name in question.fields]
-        extras = {name: question.fields[name] for name in names}
-        fields = {name: value for name, value in question.fields.items() if name not in EXTRAS}
+        names = [*GO_ON, *(EXTRAS if self.takes_extras else ())]
+        extras = {name: question.fields[name] for name in names if name in question.fields}
+        fields = {name: value for name, value in question.fields.items() if name not in (*GO_ON, *EXTRAS)}
         asking = self.client.stream_chat(model, question.messages, fields, extras)
         try:
             async with asyncio.timeout(None) as limit, asking as chunks:
@@ -53,6 +53,10 @@ class Server:
                     reply.put(chunk)
                     if reply.server_reason and limit.when() is None:
                         limit.reschedule(asyncio.get_running_loop().time() + self.client.timeouts.usage_s)
+        except RequestRejected as error:
+            if GO_ON.keys() & question.fields.keys() and any(name in str(error) for name in GO_ON):
+                raise RequestRejected(CANNOT_GO_ON) from error
+            raise
         except (ChatError, TimeoutError):
             if not reply.server_reason:
                 raise

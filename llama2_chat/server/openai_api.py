@@ -56,8 +56,10 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        messages = body.plain()
-        return await answer(body, request, messages, functools.partial(chat.stream_reply, messages, trim=body.trim))
+        def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
+            return chat.stream_reply(body.conversation(), params, trim=body.trim, to_the_end=to_the_end)
+
+        return await answer(body, request, [message.plain() for message in body.messages], start)
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -171,6 +173,6 @@ def _encode(chat: ChatBackend, body: TokenizeRequest) -> list[int]:
     match body.prompt, body.messages:
         case str(prompt), None:
             return chat.encode_text(prompt)
-        case None, list(messages):
-            return chat.encode([message.plain() for message in messages])
+        case None, list():
+            return chat.encode(body.conversation())
     raise ApiError(400, "invalid_value", "Send either a prompt or messages.", "prompt")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from llama2_chat.errors import ChatError
 from llama2_chat.server.errors import ApiError
 from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
 
@@ -171,7 +172,40 @@ class _Request(BaseModel):
                 raise ApiError(400, "unsupported_parameter", sentence, name[:60])
 
 
-class ChatRequest(_Request):
+class _Conversation(BaseModel):
+    """Messages, and whether the last of them is an answer to go on with, which vLLM has these fields for."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: Annotated[bool | None, Field(validate_default=True)] = None
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _has_an_answer(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("add_generation_prompt"):
+            raise ValueError("it goes with add_generation_prompt false only")
+        if value and not _ends_with_an_answer(info.data.get("messages")):
+            raise ValueError("it goes with messages that end with one of the assistant only")
+        if not value and info.data.get("add_generation_prompt") is False:
+            raise ValueError("it must be true where add_generation_prompt is false")
+        return value
+
+    def conversation(self) -> list[Message]:
+        """As a model takes it. Raises ChatError if it ends with an answer that nobody asked to go on with."""
+        if _ends_with_an_answer(self.messages) and not self.continue_final_message:
+            raise ChatError(
+                "A conversation starts with a message from the user and ends with one. "
+                "To go on with an answer, set continue_final_message to true."
+            )
+        return [message.plain() for message in self.messages or ()]
+
+
+def _ends_with_an_answer(messages: list[ChatMessage] | None) -> bool:
+    roles = [message.role for message in messages or () if message.role in ("user", "assistant")]
+    return roles[-1:] == ["assistant"]
+
+
+class ChatRequest(_Request, _Conversation):
     question_field: ClassVar = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -182,9 +216,6 @@ class ChatRequest(_Request):
     def requested_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def plain(self) -> list[Message]:
-        return [message.plain() for message in self.messages]
-
 
 class CompletionRequest(_Request):
     question_field: ClassVar = "prompt"
@@ -192,11 +223,10 @@ class CompletionRequest(_Request):
     prompt: Prompt
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Conversation):
     """One of the two."""
 
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None

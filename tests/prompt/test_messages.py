@@ -19,7 +19,7 @@ MALFORMED = {
     "blank": (turns(" \n"), "empty"),
     "blank after another": ([*turns("x"), *turns(" ")], "empty"),
     "assistant first": (turns("x", "y", "z")[1:], "starts with"),
-    "assistant last": (turns("x", "y"), "ends with"),
+    "assistant alone": (turns("x", "y")[1:], "ends with"),
 }
 
 
