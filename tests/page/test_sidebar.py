@@ -428,7 +428,9 @@ def test_a_menu_is_walked_by_arrows_and_escape_gives_the_focus_back(tab):
     ):
         tab.keyboard.press(key)
         assert focused(tab) == item
+    tab.evaluate("() => addEventListener('keydown', () => calls.push('a key that is not for the menu'))")
     tab.keyboard.press("Escape")
+    assert calls(tab) == []
     expect(tab.get_by_role("menu")).to_have_count(0)
     expect(more).to_have_attribute("aria-expanded", "false")
     expect(more).to_be_focused()

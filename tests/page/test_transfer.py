@@ -205,7 +205,7 @@ BROKEN_FIELDS = [
     ("createdAt", -1),
 ]
 BROKEN_FIELDS += [("edited", "yes"), ("answerId", 1), ("end", "stop"), ("end", {"reason": "constructor"}), ("end", {})]
-BROKEN_FIELDS += [("end", {**END, "tokensPerS": "<b>"}), ("settings", []), ("settings", {"topP": "1"})]
+BROKEN_FIELDS += [("end", {**END, "tokensPerS": "<b>"}), ("settings", []), ("settings", {"topP": ["1"]})]
 
 
 @pytest.mark.parametrize(("name", "value"), BROKEN_FIELDS, ids=str)
@@ -213,6 +213,20 @@ def test_a_broken_message_is_left_out_and_the_others_are_not(tab, name, value):
     counts = imported(tab, file_of({**CONVERSATION, "messages": [QUESTION, {**ANSWER, name: value}, 7]}))
     assert counts == {"conversations": 1, "messages": 1, "skipped": 2}
     assert [message["text"] for message in dump(tab)[0][1]] == ["Hello?"]
+
+
+SENT = {"systemPrompt": "", "maxNewTokens": 1024, "temperature": None, "seed": "12"}  # as the settings read themselves
+ENDED = {"reason": "unread", "error": None, "refused": False, "promptTokens": 0, "firstTokenS": None, "seed": "7"}
+
+
+def test_what_the_page_itself_writes_passes(tab):
+    answer = {**ANSWER, "settings": SENT, "end": ENDED, "base": "So far", "seed": 5}
+    assert imported(tab, file_of({**CONVERSATION, "messages": [answer]})) == {
+        "conversations": 1,
+        "messages": 1,
+        "skipped": 0,
+    }
+    assert dump(tab)[0][1] == [answer]
 
 
 def test_names_that_mean_something_to_javascript_do_not_get_in(tab):

@@ -7,9 +7,10 @@ const is = {
   title: (value) => typeof value === "string" && value.length <= 1000,
   flag: (value) => typeof value === "boolean",
   number: (value) => Number.isFinite(value),
+  typed: (value) => is.text(value) || is.number(value),
   time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
   role: (value) => value === "user" || value === "assistant",
-  reason: (value) => ["stop", "length", "cancelled", "error", "interrupted"].includes(value),
+  reason: (value) => ["stop", "length", "cancelled", "unread", "error", "interrupted"].includes(value),
 };
 const or = (check, other) => (value) => value === other || check(value);
 const optional = (check) => or(or(check, null), undefined);
@@ -25,14 +26,15 @@ const CONVERSATION = {
   draft: optional(is.text),
 };
 
+// As they were typed: the server refuses what is no number with a sentence.
 const SETTINGS = {
   systemPrompt: optional(is.text),
-  maxNewTokens: optional(is.number),
-  temperature: optional(is.number),
-  topP: optional(is.number),
-  topK: optional(is.number),
-  repetitionPenalty: optional(is.number),
-  seed: optional(is.number),
+  maxNewTokens: optional(is.typed),
+  temperature: optional(is.typed),
+  topP: optional(is.typed),
+  topK: optional(is.typed),
+  repetitionPenalty: optional(is.typed),
+  seed: optional(is.typed),
 };
 
 const END = {
@@ -44,7 +46,7 @@ const END = {
   firstTokenS: optional(is.number),
   tokensPerS: optional(is.number),
   model: optional(is.text),
-  seed: optional(is.number),
+  seed: optional(is.typed),
   error: optional(is.text),
 };
 

@@ -41,12 +41,13 @@ export class Menu {
   }
 
   /** Below the button, or above it where there is no room. */
-  #place({ top, bottom, right }) {
+  #place({ top, bottom, left, right, width }) {
     const { style, childElementCount: items } = this.element;
     const fits = bottom + items * HIGHEST_ITEM + 4 * GAP < innerHeight;
     style.top = fits ? `${bottom + GAP}px` : "auto";
     style.bottom = fits ? "auto" : `${innerHeight - top + GAP}px`;
-    style.left = `${Math.max(2 * GAP, Math.min(innerWidth - 2 * GAP, right) - WIDTH)}px`;
+    const start = width > WIDTH ? left : right - WIDTH; // a small button stands at the end of its line
+    style.left = `${Math.max(2 * GAP, Math.min(innerWidth - 2 * GAP - WIDTH, start))}px`;
   }
 
   #move(event) {
@@ -54,6 +55,7 @@ export class Menu {
     const at = items.indexOf(document.activeElement);
     const next = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: -1 }[event.key];
     if (event.key === "Tab") this.close();
+    if (event.key === "Escape") event.stopPropagation(); // it closes the menu, and stops no answer
     if (next === undefined) return;
     event.preventDefault();
     items.at(next % items.length).focus();

@@ -11,7 +11,8 @@ export class Row {
   constructor(conversation, hooks) {
     this.hooks = hooks;
     this.text = h("span", { dir: "auto" });
-    this.open = h("button", { type: "button", class: "open", tabindex: -1, onclick: () => hooks.onOpen() }, this.text);
+    const attributes = { type: "button", class: "open", tabindex: -1, "aria-keyshortcuts": "F2 Delete" };
+    this.open = h("button", { ...attributes, onclick: () => hooks.onOpen() }, this.text);
     this.more = h("button", { type: "button", class: "more", tabindex: -1 }, icon(MORE));
     this.element = h("li", { class: "row" }, this.open, this.more);
     this.update(conversation, false);
