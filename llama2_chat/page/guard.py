@@ -28,7 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 from llama2_chat.server.errors import ApiError, error_response
 from llama2_chat.server.limits import counted
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llama2_chat")
 
 TAKES_NO_FILES = "This chat takes text only: no files, links to files or components."
 FOR_PROGRAMS = (
