@@ -22,6 +22,7 @@ from llama2_chat.text import first_line
 from llama2_chat.types import (
     Capabilities,
     ChatBackend,
+    Fit,
     Message,
     Occupancy,
     Phase,
@@ -63,7 +64,7 @@ class Serving:
 class ChatModel:
     """One model in this process that all visitors share, and how far loading has come. A types.ChatBackend."""
 
-    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False)
+    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False, counts_tokens=True)
     servers: Sequence[ServerStatus] = ()
 
     def __init__(self, settings: Settings) -> None:
@@ -185,13 +186,21 @@ class ChatModel:
         serving, dropped_messages = self.serving, 0
         goes_on = prompt.goes_on(prompt.check_messages(messages)[1], params)
         if trim:
-            room = self._room(params, trim)
-            fitted = prompt.fit(serving.tokenizer, messages, self.context_length, room, serving.chat_format)
-            input_ids, dropped_messages = fitted
+            input_ids, dropped_messages = self._trimmed(messages, params)
         else:
             input_ids = self._fitting(self.encode(messages), params, to_the_end)
         before = input_ids if goes_on else ()
         return self._submit(input_ids, params, to_the_end, dropped_messages, before, serving.ends)
+
+    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+        """How the conversation would stand in the context window; see types.ChatBackend."""
+        context_length = self.context_length
+        try:
+            input_ids, dropped_messages = self._trimmed(messages, params)
+        except PromptTooLong as error:
+            dropped, tokens = prompt.droppable(messages), error.prompt_tokens or context_length + 1
+            return Fit(tokens, dropped, max(context_length - tokens, 0), context_length, fits=False)
+        return Fit(len(input_ids), dropped_messages, context_length - len(input_ids), context_length)
 
     def stream_completion(
         self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False
@@ -215,6 +224,10 @@ class ChatModel:
         self._closing.set()
         if self._serving is not None:
             self._serving.engine.close(timeout_s)
+
+    def _trimmed(self, messages: list[Message], params: SamplingParams) -> prompt.Fitted:
+        serving, room = self.serving, self._room(params, trim=True)
+        return prompt.fit(serving.tokenizer, messages, self.context_length, room, serving.chat_format)
 
     def _room(self, params: SamplingParams, trim: bool = False) -> int:
         """Tokens to leave for the answer: all that are requested. Of a default that nobody requested, and where a

@@ -122,6 +122,17 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How a conversation stands in the context window, which prompt and answer share."""
+
+    prompt_tokens: int  # of what would be sent; more than the window for what is too long to be read
+    dropped_messages: int  # oldest ones that would be left out
+    answer_tokens: int  # what the window leaves for the answer, whatever max_new_tokens says
+    context_length: int  # 0 where nobody knows it
+    fits: bool = True  # False: stream_reply would raise PromptTooLong, though all but the newest message were left out
+
+
+@dataclass(frozen=True)
 class Timing:
     """How fast one reply was. Seconds from submit to first token; tokens per second after it."""
 
@@ -202,6 +213,7 @@ class Capabilities:
     supports_token_ids: bool  # encode(), encode_text() and stream_completion(); else they raise ChatError
     knows_queue: bool  # reply.queue_position and occupancy report the queue
     can_fail_over: bool  # its servers come and go, so that `status` may change at any time
+    counts_tokens: bool  # fit(); else it raises ChatError
 
 
 class ChatBackend(Protocol):
@@ -254,6 +266,13 @@ class ChatBackend(Protocol):
         Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
         BadGrammar for a JSON schema that answers cannot be held to; a backend that asks servers raises some of them
         when the reply is entered.
+        """
+
+    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+        """How the conversation would stand in the context window if stream_reply were asked now, with trim.
+
+        A few ms for a hundred turns, or a request to a server, so it is not for an event loop.
+        Raises as stream_reply does, but for a newest message that is too long, and nothing is in line for it.
         """
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:

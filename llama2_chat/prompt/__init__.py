@@ -14,7 +14,7 @@ from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit, subject_of
 from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise
-from llama2_chat.prompt.messages import Turn, check_messages, goes_on, newest_turns
+from llama2_chat.prompt.messages import Turn, check_messages, droppable, goes_on, newest_turns
 
 __all__ = [
     "GOLDEN",
@@ -26,6 +26,7 @@ __all__ = [
     "Turn",
     "check_length",
     "check_messages",
+    "droppable",
     "encode",
     "encode_example",
     "encode_text",

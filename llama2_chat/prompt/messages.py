@@ -64,6 +64,12 @@ def newest_turns(turns: list[Turn]) -> list[Turn]:
     return turns[-2:] if turns[-1].role == "assistant" else turns[-1:]
 
 
+def droppable(messages: list[Message]) -> int:
+    """How many of the messages go before the newest does."""
+    _, turns = check_messages(messages)
+    return sum(turn.messages for turn in turns[: -len(newest_turns(turns))])
+
+
 def goes_on(turns: list[Turn], params: SamplingParams) -> bool:
     """Whether an answer that has begun is asked for the rest. Raises BadGrammar if that is to follow a JSON schema."""
     if turns[-1].role != "assistant":

@@ -20,6 +20,7 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import (
     Capabilities,
     ChatBackend,
+    Fit,
     Message,
     Occupancy,
     Reply,
@@ -40,7 +41,7 @@ class RemoteModel:
     timeouts: how long they are waited for and left alone.
     """
 
-    capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True)
+    capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True, counts_tokens=False)
     mode = ""
     occupancy: Occupancy | None = None  # servers do not say who waits there
 
@@ -130,6 +131,9 @@ class RemoteModel:
         return reply
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
+        raise ChatError(NO_TOKENS)
+
+    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
         raise ChatError(NO_TOKENS)
 
     def encode(self, messages: list[Message]) -> list[int]:

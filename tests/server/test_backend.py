@@ -43,7 +43,7 @@ class Echo:
 class EchoChat:
     """A ChatBackend that repeats the question. `asked` is what came with the last one, `error` what it raises."""
 
-    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=True)
+    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=True, counts_tokens=True)
     state, status, mode, context_length = "ready", Status("ready", model="echo", device="paper"), "", 100
     occupancy, gpu_memory = Occupancy(1, 2, 30, 400, preemptions=5), [(3, 4)]
     servers = [ServerStatus("a:80", True, 1), ServerStatus("b:80", False, 0)]  # noqa: RUF012

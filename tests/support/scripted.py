@@ -1,17 +1,19 @@
 """A backend that keeps ChatBackend's promise without a model, and replies and refusals that a test writes."""
 
 import asyncio
+from collections.abc import Callable
 
-from llama2_chat.types import Capabilities, Status, Timing, Usage
+from llama2_chat.types import Capabilities, Fit, Status, Timing, Usage
 
-HERE = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False)
+HERE = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False, counts_tokens=True)
 READY = Status(state="ready", model="scripted", precision="paper", device="desk", why="A test wrote it.")
 
 
 class Scripted:
     """A reply that says what a test wants to see, and then perhaps fails.
 
-    accepted: a threading.Event, without which nobody can enter it.
+    accepted: a threading.Event, without which nobody can enter it. gate: called before each piece, which is held back
+    while it returns False.
     """
 
     queue_position = 0
@@ -19,13 +21,20 @@ class Scripted:
     usage = Usage()
     timing = Timing()
 
-    def __init__(self, *pieces, error=None, accepted=None):
+    def __init__(self, *pieces, error=None, accepted=None, gate=lambda: True, reason="stop"):
         self.pieces, self.error, self.accepted = list(pieces), error, accepted
+        self.gate, self.reason = gate, reason
 
     async def __anext__(self):
+        while not self.gate():  # noqa: ASYNC110 - it is opened in another thread
+            await asyncio.sleep(0.01)
         if self.pieces:
+            self.usage = Usage(20, self.usage.completion_tokens + 1)
             return self.pieces.pop(0)
-        raise self.error or StopAsyncIteration
+        if self.error:
+            raise self.error
+        self.finish_reason = self.reason
+        raise StopAsyncIteration
 
     async def __aenter__(self):
         if self.accepted is not None:
@@ -33,23 +42,42 @@ class Scripted:
         return self
 
     async def __aexit__(self, *exc):
-        pass
+        self.close()
+
+    def close(self):
+        self.finish_reason = self.finish_reason or "cancelled"
 
 
 class ScriptedChat:
-    """What page and API know of a model, and nothing else."""
+    """What page and API know of a model, and nothing else. `asked` are the conversations that came, with their params.
+
+    say: given the conversation, makes its reply.
+    """
 
     mode, context_length, occupancy, gpu_memory, servers = "", 4096, None, (), ()
 
-    def __init__(self, status=READY, capabilities=HERE, reply=None):
-        self.status, self.capabilities, self.reply = status, capabilities, reply
+    def __init__(self, status=READY, capabilities=HERE, reply=None, say: Callable | None = None):
+        self.status, self.capabilities = status, capabilities
+        self.say = say or (lambda messages: reply or Scripted("Hello!"))
+        self.asked = []
 
     @property
     def state(self):
         return self.status.state
 
     def stream_reply(self, messages, params, *, trim=True, to_the_end=False):
-        return self.reply or Scripted("Hello!")
+        self.asked.append((messages, params))
+        return self.say(messages)
+
+    def fit(self, messages, params):
+        """A token a word; what has more than the window loses its oldest exchanges."""
+        words = [len(message["content"].split()) for message in messages if message["role"] != "system"]
+        dropped = 0
+        while sum(words[dropped:]) > self.context_length and dropped + 2 < len(words):
+            dropped += 2
+        tokens = sum(words[dropped:])
+        left = max(self.context_length - tokens, 0)
+        return Fit(tokens, dropped, left, self.context_length, fits=tokens <= self.context_length)
 
     def close(self, timeout_s=5):
         pass
