@@ -172,9 +172,9 @@ def test_footnotes_are_numbered_and_linked_both_ways(page):
     shown = show(page, "One[^b], two[^a], one again[^b], none[^c].\n\n[^a]: Second.\n[^b]: First,\n    in two lines.")
     expect(shown.locator(".footnote-mark")).to_have_text(["1", "2", "1", "[^c]"])
     expect(shown.locator(".footnote .number")).to_have_text(["2", "1"])
-    shown.get_by_role("link", name="Footnote 2").click()
+    shown.get_by_role("link", name="Footnote 2", exact=True).click()
     expect(page.locator(".footnote").first).to_be_focused()
-    shown.get_by_role("link", name="Back to the text").first.click()
+    shown.get_by_role("link", name="back to the text").first.click()
     expect(page.locator(".footnote-mark").nth(1)).to_be_focused()
 
 
@@ -242,6 +242,8 @@ GROWING = {
     "html": "<div>\nhello *x*\n\n</div>\n\n<script>\n\nlet a=1;\n\n</script>\n\ndone",
     "mathematics": "$$\na\n\nb\n$$\n\n\\[\nx\n\\]\n\nprice $5, $6\n$$\nc\n$$",
     "an open formula": "$$\nnever closed\n\npara\n\n- list",
+    "open formulas in a list": "- a\n  $$\n- b\n\n> $$\n> c\n\nend",
+    "a list that begins anew": "\\[x\n10. a\n11. b\n1. c\n\\]\n\n1. d",
     "thoughts": "<think>\nabc\n\n- x\n- y\n\n1. z\n</think>answer\n\nmore",
     "quotations": "> quote\n> more\n\n> second\n\n> - list\n> - b\n\nlazy\n> a\nb",
     "nesting": "- a\n  - b\n    - c\n\n      para\n  - d\n- e\n\n\n- f\n* g\n+ h\n***\n- - -\n",
@@ -274,6 +276,13 @@ def test_an_answer_that_grew_letter_by_letter_ends_as_if_shown_at_once(page, tex
     # Without the numbers that tell answers apart, and colours, which come when they are ready.
     grown, whole = (re.sub(r"footnote-\d+-|</?span[^>]*>", "", page.inner_html(f"#{id}")) for id in ("grown", "whole"))
     assert grown == whole
+
+
+def test_what_is_selected_in_code_is_copied_as_it_stands(page):
+    shown = show(page, f"before\n\n```js\n{CODE}```\n\nafter")
+    expect(shown.locator("pre .keyword").first).to_be_visible()
+    selected = page.evaluate("() => (getSelection().selectAllChildren(answer), getSelection().toString())")
+    assert selected == f"before\n\n{CODE.rstrip()}\nafter"
 
 
 def test_a_selection_in_what_is_finished_stays_while_the_answer_grows(page):

@@ -48,7 +48,7 @@ function label(note, number) {
   if (!number) return void (place.textContent = note.dataset.name);
   if (place.textContent === String(number)) return undefined;
   const href = `#${note.id.replace(/-(\d+)$/, "-mark-$1")}`;
-  return place.replaceChildren(h("a", { href, "aria-label": T.markdown.backToText }, String(number)));
+  return place.replaceChildren(h("a", { href, "aria-label": T.markdown.backToText(number) }, String(number)));
 }
 
 // Not through the page's address: that is the conversation's, and Back would only undo the jump.

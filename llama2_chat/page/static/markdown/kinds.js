@@ -67,8 +67,12 @@ export const KINDS = {
     context: { directed: true },
   },
   list: {
-    make: (token) => ({ node: h(token.ordered ? "ol" : "ul", { class: looseness(token), ...start(token) }) }),
-    update: ({ node }, token) => (node.className = looseness(token)),
+    make: (token) => {
+      const node = h(token.ordered ? "ol" : "ul");
+      setList(node, token);
+      return { node };
+    },
+    update: ({ node }, token) => setList(node, token),
     children: (token) => token.items,
     key: (token) => token.ordered,
   },
@@ -166,8 +170,13 @@ function grow(node, text) {
 const direction = ({ directed }) => (directed ? {} : { dir: "auto" });
 
 const thinking = ({ open }) => (open ? T.markdown.thinking : T.markdown.thoughts);
-const looseness = (token) => (token.loose ? "loose" : "tight");
-const start = (token) => (token.ordered && token.start !== 1 ? { start: token.start } : {});
+
+function setList(node, { ordered, start, loose, skip }) {
+  node.className = loose ? "loose" : "tight";
+  if (!ordered || skip) return;
+  if (start === 1) node.removeAttribute("start");
+  else node.setAttribute("start", start);
+}
 
 /** marked puts the checkbox of a tight item before its text and not into it. */
 function withCheckbox([first, second, ...others]) {

@@ -8,7 +8,7 @@ import { Lexer, Marked } from "../vendor/marked/marked.esm.js";
 const MAX_BLOCK_DEPTH = 16;
 const MAX_INLINE_DEPTH = 8;
 // Characters in one paragraph that may begin something: each makes marked look through the rest of it.
-const MAX_MARKS = 2000;
+const MAX_MARKS = 4000;
 const MARK = /[*_~`[<$\\@]/g;
 const MAX_FORMULA = 4000;
 // A browser shows one space for them, and marked's time grows with their square.
@@ -83,7 +83,8 @@ const mathBlock = {
     const formula = length < 0 ? body : body.slice(0, length);
     if (!opening[2] && /\n[ \t]*\n/.test(formula)) return undefined;
     if (length < 0) {
-      const pending = this.lexer.open && begin + body.length === text.length;
+      // Only outside of lists and quotations: whether those have changed is told from their text alone.
+      const pending = this.lexer.open && this.lexer.blockDepth === 1 && begin + body.length === text.length;
       return pending ? { type: "math", raw: text, text: formula, display: true, open: true } : undefined;
     }
     const after = /^[ \t]*(?:\n|$)/.exec(text.slice(begin + length + 2));
