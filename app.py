@@ -27,13 +27,12 @@ if __name__ == "__main__":
         sys.exit(login.main())
     if requested.check:
         sys.exit(preflight.main(requested))
+    print("Starting Llama 2 Chat …", file=sys.stderr, flush=True)  # the imports below take seconds
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
-from llama2_chat.page.guard import Listeners
-from llama2_chat.page.layout import build_page, mount_page
-from llama2_chat.page.reply import make_reply
+from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
 from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -108,10 +107,7 @@ def create_app(
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    listeners = Listeners()
-    reply = make_reply(chat, limiter, metrics, listeners)
-    page = build_page(chat, settings.sampling, reply, has_login=users is not None)
-    return mount_page(app, page, settings, users, listeners)
+    return add_page(app, chat, settings, users, limiter, metrics)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,29 @@
 """What Gradio may do here: only the routes that the page and gradio_client need, and no file of a visitor's.
 
 Gradio can fetch addresses, take uploads, serve files and build components, all of it from the JSON of a request. This
-page needs none of that. `Listeners` knows who still reads what they asked Gradio for.
+page needs none of that. `Listeners` knows who still reads what they asked Gradio for. The page's document gets a
+Content-Security-Policy that lets its own scripts run and no others.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
-import hmac
 import logging
 import re
-import secrets
 from collections import Counter
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI
 from gradio.routes import App
 from gradio.state_holder import SessionState
-from starlette.datastructures import QueryParams
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.server.errors import ApiError, error_response
 from llama2_chat.server.limits import counted
+from llama2_chat.server.security import content_security_policy
 
 log = logging.getLogger("llama2_chat")
 
@@ -43,11 +40,17 @@ READ += r"|/(static|assets|svelte|pwa_icon)/.+"
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
 READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
 ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
+# Gradio writes all that a visitor could put into these as JSON with < escaped.
+INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
 
 
 class TextBlocks(gr.Blocks):
     """Blocks whose functions take text and numbers, whichever route they are called through."""
+
+    def get_config_file(self) -> Any:
+        """Without the stream by which Gradio would notice that a tab has closed: a browser has six for all its tabs."""
+        return {**super().get_config_file(), "connect_heartbeat": False}
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> list[Any]:
         if names_a_file(inputs):
@@ -95,8 +98,9 @@ class Listeners:
 class OnlyOurRoutes:
     """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
 
-    def __init__(self, app: App, listeners: Listeners) -> None:
-        self.app, self.listeners = app, listeners
+    def __init__(self, app: App, listeners: Listeners, head: bytes, on_space: bool) -> None:
+        """head: HTML for the head of the page's document, of the login too, from which Gradio leaves its own out."""
+        self.app, self.listeners, self.head, self.on_space = app, listeners, head, on_space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -106,6 +110,8 @@ class OnlyOurRoutes:
         if not (allowed and allowed.fullmatch(path)):
             sentence = f"There is no {scope.get('method', 'WebSocket')} {path:.60} here."
             return await error_response(ApiError(404, "not_found", sentence))(scope, receive, send)
+        if path == "/":
+            return await self.app(scope, receive, _Document(send, self.head, self.on_space))
         with contextlib.ExitStack() as stack:
             if session := self._session_read(scope, path):
                 stack.enter_context(self.listeners.listening(session))
@@ -142,29 +148,33 @@ async def _with_a_sentence(app: App, scope: Scope, receive: Receive, send: Send)
         await error_response(ApiError(400, "invalid_request", FOR_PROGRAMS))(scope, receive, send)
 
 
-def add_log_out(app: FastAPI, gradio: App) -> None:
-    """POST /log-out in place of Gradio's GET /logout, which any image in an answer could ask for.
+class _Document:
+    """Sends the page's document with what our code needs in its head, and with a policy that names the scripts in it:
+    no other inline script may run."""
 
-    It takes the token that GET /log-out gives to whoever is logged in: no page of another site can read that one.
-    """
-    cookies = [f"access-token-{kind}{gradio.cookie_id}" for kind in ("", "unsecure-")]
-    secret = secrets.token_bytes(32)
+    def __init__(self, send: Send, head: bytes, on_space: bool) -> None:
+        self._send, self._head, self._on_space = send, head, on_space
+        self._start: Message = {}
+        self._body = b""
 
-    def token(request: Request) -> str:
-        session = next((value for name in cookies if (value := request.cookies.get(name, "")) in gradio.tokens), "")
-        return hmac.new(secret, session.encode(), hashlib.sha256).hexdigest() if session else ""
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if message["type"] != "http.response.body":  # Starlette tells its test client of templates
+            return await self._send(message)
+        self._body += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        body = self._body.replace(b"</head>", self._head + b"</head>", 1)
+        scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
+        headers = MutableHeaders(scope=self._start)
+        headers["Content-Security-Policy"] = content_security_policy(self._on_space, scripts)
+        headers["Content-Length"] = str(len(body))
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body})
 
-    async def log_out(request: Request) -> Response:
-        expected = token(request)
-        if request.method != "POST":
-            return PlainTextResponse(expected, 200 if expected else 401)
-        if not expected or not hmac.compare_digest(request.headers.get("x-token", "").encode(), expected.encode()):
-            return error_response(ApiError(403, "wrong_token", "Please log out with the button on the page."))
-        response = Response(status_code=204)
-        for name in cookies:
-            gradio.tokens.pop(request.cookies.get(name, ""), None)  # of this device only
-            response.delete_cookie(name)
-        return response
 
-    # Before the page, which is mounted at / and would take it.
-    app.router.routes.insert(0, Route("/log-out", log_out, methods=["GET", "POST"]))
+def _hash(script: bytes) -> str:
+    """As a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"

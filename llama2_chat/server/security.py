@@ -6,7 +6,7 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -18,34 +18,37 @@ from llama2_chat.server.errors import ApiError, error_response
 from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
 
-# An answer is shown as Markdown and may hold images, forms and links that a model made up or a visitor asked for:
-# nothing in it may reach another host. Gradio itself needs inline code and, for its event handlers, eval.
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src data: blob:",
-        "media-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self'",
-        "worker-src 'self' blob:",
-        "frame-src 'none'",
-        "object-src 'none'",
-        "base-uri 'self'",
-        "form-action 'none'",
-        "frame-ancestors 'self'",
-    )
-)
 # A Space is shown in a frame on huggingface.co. Elsewhere anybody's Space could frame this page to steer clicks on it.
 HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
 
 
+def content_security_policy(on_space: bool, scripts: Sequence[str] = ()) -> str:
+    """An answer may hold images and links that a model made up: nothing in it may reach another host.
+
+    scripts: the hashes of those that stand in the document itself.
+    """
+    directives = {
+        "default-src": "'self'",
+        "script-src": " ".join(["'self'", *scripts]),
+        "style-src": "'self' 'unsafe-inline'",
+        "img-src": "data: blob:",
+        "media-src": "'self' data: blob:",
+        "font-src": "'self' data:",
+        "connect-src": "'self'",
+        "worker-src": "'self' blob:",
+        "frame-src": "'none'",
+        "object-src": "'none'",
+        "base-uri": "'self'",
+        "form-action": "'none'",
+        "frame-ancestors": f"'self' {HUGGING_FACE}" if on_space else "'self'",
+    }
+    return "; ".join(f"{name} {sources}" for name, sources in directives.items())
+
+
 def add_security_middleware(app: FastAPI, settings: Settings, certificate_hosts: Iterable[str] = ()) -> None:
     """Around all routes of the app, the page's included. certificate_hosts: names that its certificate is good for."""
-    policy = f"{CONTENT_SECURITY_POLICY} {HUGGING_FACE}" if settings.on_space else CONTENT_SECURITY_POLICY
     headers = {
-        "Content-Security-Policy": policy,
+        "Content-Security-Policy": content_security_policy(settings.on_space),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
@@ -118,7 +121,9 @@ class _SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self.headers)
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers.setdefault(name, value)  # the page's document names its own scripts
                 encrypted = scope["scheme"] == "https"
                 message["headers"] = [
                     (name, value if name != b"set-cookie" else self._strict(value, encrypted))

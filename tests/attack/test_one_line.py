@@ -1,11 +1,12 @@
 """Jobs in Gradio's queue to which nobody listens must hold up nobody who does."""
 
+import asyncio
 import time
 
 import httpx
 import pytest
 
-from llama2_chat.page import reply as page_reply
+from llama2_chat.page import answering
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
 
@@ -21,7 +22,7 @@ class Endless(Scripted):
         running.append(self)
 
     async def __anext__(self):
-        await page_reply.asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
         return "word "
 
     async def __aexit__(self, *exc):
@@ -70,14 +71,16 @@ def test_a_visitor_is_answered_beside_any_number_of_jobs_to_which_nobody_listens
 
 
 def test_whoever_does_not_listen_loses_the_answer_within_seconds(http, endless, monkeypatch):
-    monkeypatch.setattr(page_reply, "UNREAD_S", 0.2)
+    monkeypatch.setattr(answering, "UNREAD_S", 0.2)
+    monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
     ask(http, "Tell me a long story.")
     wait_until(lambda: endless.running)
     wait_until(lambda: not endless.running)
 
 
 def test_whoever_listens_keeps_it(http, endless, monkeypatch):
-    monkeypatch.setattr(page_reply, "UNREAD_S", 0.2)
+    monkeypatch.setattr(answering, "UNREAD_S", 0.2)
+    monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
     with http.stream("GET", f"/gradio_api/call/chat/{ask(http, 'Tell me a long story.')}") as answer:
         words = 0
         for line in answer.iter_lines():

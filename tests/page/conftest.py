@@ -1,11 +1,12 @@
 """One server for the page on the real embedded model, for all tests of this folder, and a browser for each file."""
 
+import socket
 from dataclasses import replace
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.support.browser import CHROMIUM, LIKELIEST, box, open_settings
+from tests.support.browser import ARGUMENTS, CHROMIUM, LIKELIEST, open_page, open_settings
 from tests.support.serving import serving
 
 expect.set_options(timeout=20_000)  # a computer may be busy with other things
@@ -21,24 +22,31 @@ def address(chat, settings):
 def browser():
     # Not for the session: while Playwright runs, no test of another folder could start an event loop in this thread.
     with sync_playwright() as playwright:
-        # chat.lan is this machine as a browser elsewhere on the network sees it: plain HTTP is no secure context there.
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-proxy-server"]
-        arguments += ["--host-resolver-rules=MAP chat.lan 127.0.0.1"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def page(browser, address):
-    page = browser.new_page()
-    errors = []
-    page.on("pageerror", lambda error: errors.append(error))
-    page.goto(address)
-    expect(box(page)).to_be_editable()
-    yield page
-    page.close()
+def visit(browser):
+    """Opens the page at an address in a browser of its own; whatever goes wrong in its code fails the test."""
+    pages, errors = [], []
+
+    def visit(address, **options):
+        page = browser.new_page(**options)
+        pages.append(page)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        return open_page(page, address)
+
+    yield visit
+    for page in pages:
+        page.close()
     assert not errors
+
+
+@pytest.fixture
+def page(visit, address):
+    return visit(address)
 
 
 @pytest.fixture
@@ -48,3 +56,9 @@ def short_answers(page):
     page.get_by_role("spinbutton", name="Max new tokens").fill("8")
     page.get_by_role("spinbutton", name="Max new tokens").blur()
     return page
+
+
+@pytest.fixture
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

@@ -46,6 +46,7 @@ def http(address):
         ("GET", "/gradio_api/queue/data?session_hash=x"),
         ("POST", "/gradio_api/call/chat"),
         ("POST", "/gradio_api/run/chat"),
+        ("GET", "/page/state"),
     ],
 )
 def test_without_a_login_nothing_of_the_page_can_be_used(http, method, path):
@@ -76,11 +77,12 @@ def test_the_cookie_of_a_login_is_for_this_site_and_no_script(http, proto, attri
 def test_nothing_that_an_answer_shows_can_log_its_reader_out(http):
     # ![x](/logout) in an answer did, on all devices.
     http.post("/login", data=ANNA)
-    assert http.get("/logout").status_code == 404
-    token = http.get("/log-out").text
-    assert http.post("/log-out", headers={"Origin": "https://evil.example", "X-Token": token}).status_code == 403
+    for path in ("/logout", "/page/log-out"):
+        assert http.get(path).status_code in (404, 405)
+    token = http.get("/page/state").json()["logOutToken"]
+    assert http.post("/page/log-out", headers={"Origin": "https://evil.example", "X-Token": token}).status_code == 403
     for wrong in ({}, {"X-Token": ""}, {"X-Token": "0" * 64}, {"X-Token": b"\xe4"}):
-        assert http.post("/log-out", headers=wrong).status_code == 403
+        assert http.post("/page/log-out", headers=wrong).status_code == 403
     assert http.get("/config").status_code == 200
 
 
@@ -89,10 +91,10 @@ def test_whoever_logs_out_is_out_on_this_device_and_in_on_the_others(http, addre
     cookies = dict(http.cookies)
     with httpx.Client(base_url=address) as elsewhere:
         elsewhere.post("/login", data=ANNA)
-        token = http.get("/log-out").text
-        assert elsewhere.post("/log-out", headers={"X-Token": token}).status_code == 403
-        assert http.post("/log-out", headers={"X-Token": token}).status_code == 204
-        assert http.get("/log-out").status_code == 401
+        token = http.get("/page/state").json()["logOutToken"]
+        assert elsewhere.post("/page/log-out", headers={"X-Token": token}).status_code == 403
+        assert http.post("/page/log-out", headers={"X-Token": token}).status_code == 204
+        assert http.get("/page/state").status_code == 401
         assert not http.cookies
         http.cookies.update(cookies)  # kept by somebody
         assert http.get("/config").status_code == 401

@@ -38,6 +38,7 @@ def test_every_answer_carries_the_security_headers(client, path):
     headers = client.get(path).headers
     policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
     assert policy["img-src"] == "data: blob:"
+    assert "unsafe" not in policy["script-src"]
     assert policy["connect-src"] == "'self'"
     assert policy["form-action"] == "'none'"
     assert policy["frame-ancestors"] == "'self'"

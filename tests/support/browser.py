@@ -8,19 +8,43 @@ from playwright.sync_api import Page, expect
 from llama2_chat.types import SamplingParams
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+# chat.lan is this machine as a browser elsewhere on the network sees it: plain HTTP is no secure context there.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-proxy-server",
+    "--host-resolver-rules=MAP chat.lan 127.0.0.1",
+]
 SHORT = "Say hello."
 LONG = "Print the first 500 prime numbers."  # the likeliest words of the small model go on for a thousand tokens
-BEGUN = re.compile(r"^(?!Reading …|Waiting in line)\s*\w")  # more than a word for who waits
+BEGUN = re.compile(r"\w")
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
-# Gradio 6.31 uses what pandas 3 is about to drop.
 
 
 def box(page: Page):
     return page.get_by_role("textbox", name="Message")
 
 
+def questions(page: Page):
+    return page.locator("article.user .body")
+
+
 def answers(page: Page):
-    return page.get_by_test_id("bot")
+    return page.locator("article.assistant .body")
+
+
+def remarks(page: Page):
+    return page.locator("article.assistant .remark")
+
+
+def waiting(page: Page):
+    """What the newest answer, which has no text yet, waits for."""
+    return page.locator("article.waiting").last
+
+
+def toast(page: Page):
+    return page.locator(".toast")
 
 
 def send(page: Page, text: str) -> None:
@@ -29,10 +53,9 @@ def send(page: Page, text: str) -> None:
 
 
 def expect_unlocked(page: Page) -> None:
-    """The box takes text, Send is back, and both work."""
-    expect(box(page)).to_be_editable(timeout=30_000)
-    expect(page.get_by_test_id("submit-button")).to_be_visible()
-    expect(page.get_by_test_id("stop-button")).to_have_count(0)
+    """Send is back."""
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible(timeout=30_000)
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
 
 
 def ask(page: Page, text: str = SHORT) -> None:
@@ -44,16 +67,30 @@ def ask(page: Page, text: str = SHORT) -> None:
 
 
 def stop(page: Page) -> None:
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
     expect_unlocked(page)
 
 
+def open_page(page: Page, address: str) -> Page:
+    page.goto(address)
+    expect(box(page)).to_be_editable()
+    return page
+
+
 def open_settings(page: Page) -> None:
-    page.get_by_role("button", name="Settings").click()
-    page.wait_for_timeout(500)  # what is typed in the first instant is overwritten by the default
+    page.locator("#chat").get_by_role("button", name="Settings").click()
+    expect(page.get_by_role("region", name="Settings")).to_be_visible()
+
+
+def press(page: Page, name: str, number: int = -1) -> None:
+    """A button below a message, of the last one that has it."""
+    button = page.locator("article").get_by_role("button", name=name, exact=True).nth(number)
+    button.scroll_into_view_if_needed()
+    button.click()
 
 
 def edit(page: Page, number: int, text: str) -> None:
-    page.get_by_role("button", name="Edit").nth(number).click()
-    page.locator("#conversation textarea").fill(text)
-    page.get_by_role("button", name="Submit").click()
+    """Send another text in place of a visitor's message."""
+    page.locator("article.user").nth(number).get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit the message").fill(text)
+    page.get_by_role("textbox", name="Edit the message").press("Enter")

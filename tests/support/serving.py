@@ -59,12 +59,12 @@ def listening(build):
 
 
 @contextmanager
-def serving(chat, settings, users=None):
-    """The address of a server for this chat, in a thread."""
+def serving(chat, settings, users=None, port=0):
+    """The address of a server for this chat, in a thread; on any free port, unless one is named."""
     from app import create_app  # Gradio takes seconds to import, and most tests do without
 
     def build():  # without a running loop, Gradio would make loops of its own and never close them
-        return server_config(create_app(chat, settings, users), settings, port=0)
+        return server_config(create_app(chat, settings, users), settings, port=port)
 
     with listening(build) as port:
         yield f"http://127.0.0.1:{port}/"

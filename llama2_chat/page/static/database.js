@@ -80,6 +80,11 @@ export class Database {
     });
   }
 
+  /** Removes single messages, such as one that the model never took. */
+  removeMessages(ids) {
+    return this.#transaction("readwrite", async ({ messages }) => ids.forEach((id) => messages.delete(id)));
+  }
+
   async #transaction(mode, work) {
     const transaction = (await this.#connection()).transaction(KINDS, mode);
     const ended = new Promise((resolve, reject) => {

@@ -74,6 +74,12 @@ export class Records {
     await this.#save();
   }
 
+  async removeMessages(ids) {
+    for (const id of ids) this.#memory.messages.delete(id);
+    await this.#database?.removeMessages(ids);
+    await this.#save();
+  }
+
   #newest(kind, id, stored) {
     return this.#memory[kind].has(id) ? structuredClone(this.#memory[kind].get(id)) : stored;
   }

@@ -116,6 +116,12 @@ class Store {
     return message && this.#change("message", id, message.conversationId, (old) => changed(old, change));
   }
 
+  /** Removes messages of a conversation that never reached the model, for good. */
+  async removeMessages(conversationId, ids) {
+    await this.#records.removeMessages(ids);
+    for (const id of ids) this.#tell({ kind: "message", id, conversationId });
+  }
+
   /** @returns {Promise<() => Promise<void>>} undo, which works for ten seconds */
   deleteConversation(id) {
     return this.#delete([id]);

@@ -1,0 +1,129 @@
+"""From a conversation to its answer as it grows: one generator, which the page and programs go through.
+
+Messages sent, tried again, edited or continued on the page come here through answers.py, and programs that use Gradio's
+/chat through programs.py. No exception leaves the generator: what went wrong is in the End of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.page import wording
+from llama2_chat.server.errors import as_api_error
+from llama2_chat.server.limits import ConcurrencyLimiter
+from llama2_chat.server.metrics import Metrics, Record
+from llama2_chat.server.responses import submit
+from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams, Status, Timing, Usage
+
+SHOW_EVERY_S = 0.05  # between two pieces: shown token by token, a long answer keeps the browser busier than the model
+REFRESH_EVERY_S = 0.4  # while nothing new comes
+# After which whoever asked and does not listen loses the place in line, or the answer.
+UNREAD_WAITING_S = 10.0
+UNREAD_S = 120.0  # long enough for a phone that was locked, or a line that was down
+
+
+Question = Callable[[], tuple[list[Message], SamplingParams]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next piece of an answer, or what it waits for while there is none."""
+
+    piece: str = ""
+    loading: Status | None = None  # the model, which is not ready yet
+    queue_position: int = 0  # place in line
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended, and what it cost."""
+
+    reason: str  # "stop", "length", "cancelled", "error", or "unread": nobody listened
+    error: str = ""  # a sentence for the visitor
+    refused: bool = False  # the message never reached the model
+    usage: Usage = field(default_factory=Usage)
+    timing: Timing = field(default_factory=Timing)
+
+
+class Answering:
+    """Answers conversations of the page and of Gradio's /chat, within the limits that every way to ask has."""
+
+    def __init__(self, chat: ChatBackend, limiter: ConcurrencyLimiter, metrics: Metrics) -> None:
+        self.chat, self._limiter, self._metrics = chat, limiter, metrics
+
+    async def answer(
+        self, question: Question, client: str, listened: Callable[[], bool]
+    ) -> AsyncGenerator[Step | End, None]:
+        """Steps, several a second, and at last an End. One that is closed before leaves nothing running.
+
+        question: makes the conversation, which ends with a visitor's message or with an unfinished answer that is to be
+            continued, and how to sample; or raises ChatError.
+        client: whose limit it counts in. listened: whether somebody reads this now.
+        """
+        record, end = Record(self._metrics, "page"), None
+        try:
+            messages, params = question()
+            async with contextlib.aclosing(self._steps(messages, params, client, record)) as steps:
+                last_read, begun = time.monotonic(), False
+                async for step in steps:
+                    begun = begun or bool(step.piece)
+                    record.add(step.piece)
+                    if listened():
+                        last_read = time.monotonic()
+                    elif time.monotonic() - last_read > (UNREAD_S if begun else UNREAD_WAITING_S):
+                        end = End("unread")
+                        break
+                    yield step
+        except Exception as error:
+            record.error = as_api_error(error).code
+            refused = record.reply is None and isinstance(error, ChatError) and not isinstance(error, ModelUnavailable)
+            end = End("error", wording.error_sentence(error), refused)
+        finally:
+            record.end()
+        yield _with_costs(end, record.reply)
+
+    async def _steps(
+        self, messages: list[Message], params: SamplingParams, client: str, record: Record
+    ) -> AsyncGenerator[Step, None]:
+        """A message that arrives while the model loads waits for it."""
+        while self.chat.state == "loading":
+            yield Step(loading=self.chat.status)
+            await asyncio.sleep(REFRESH_EVERY_S)
+        record.question = messages
+        yield Step()
+        threads = self._limiter.threads(sum(len(message["content"].encode()) for message in messages))
+        with self._limiter.slot(client):
+            submitting = asyncio.ensure_future(submit(lambda: self.chat.stream_reply(messages, params), threads))
+            try:
+                while not (await asyncio.wait([submitting], timeout=REFRESH_EVERY_S))[0]:
+                    yield Step()  # a long text waits for others and takes a while to encode
+            finally:
+                submitting.cancel()
+            async with submitting.result() as reply:
+                record.reply = reply
+                async for piece in _pieces(reply):
+                    yield Step(piece, queue_position=reply.queue_position)
+
+
+async def _pieces(reply: Reply) -> AsyncIterator[str]:
+    """Pieces at a pace for the eye; an empty one when nothing new comes for a while."""
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            piece = ""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REFRESH_EVERY_S):
+                    piece = await anext(reply)
+            yield piece
+            if piece:
+                await asyncio.sleep(SHOW_EVERY_S)
+
+
+def _with_costs(end: End | None, reply: Reply | None) -> End:
+    if reply is None:
+        return end or End("cancelled")
+    return replace(end or End(reply.finish_reason or "cancelled"), usage=reply.usage, timing=reply.timing)

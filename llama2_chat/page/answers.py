@@ -1,0 +1,146 @@
+"""The answers that the page has asked for: each runs on while its reader reloads, and is there to be read again.
+
+An answer belongs to whoever asked: to a login, or to the cookie of a browser. Its id comes from the page, 128 random
+bits, so that asking twice with the same id is asking once. Used from the event loop alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from llama2_chat.errors import Busy
+from llama2_chat.page import wording
+from llama2_chat.page.answering import End, Step
+from llama2_chat.server.errors import ApiError
+
+KEPT_S = 600.0  # after its end, for a reader who was cut off
+MOST_ANSWERS = 1_000  # running and kept
+ALIVE_EVERY_S = 5.0  # a line in a silent stream: proxies cut connections on which nothing moves
+
+Steps = AsyncGenerator[Step | End, None]
+
+
+class Answer:
+    """One answer on its way or at its end, for any number of readers."""
+
+    def __init__(self, owner: str, start: Callable[[Callable[[], bool]], Steps]) -> None:
+        """start: given a function that says whether somebody listens, makes the steps."""
+        self.owner, self.end = owner, None
+        self._text: list[str] = []
+        self._waiting: dict[str, Any] = {}
+        self._readers = 0
+        self._changed = asyncio.Event()
+        self.task = asyncio.create_task(self._run(start(lambda: self._readers > 0)))
+
+    end: End | None
+
+    async def _run(self, steps: Steps) -> None:
+        try:
+            async with contextlib.aclosing(steps):
+                async for step in steps:
+                    if isinstance(step, End):
+                        self.end = step
+                    else:
+                        self._take(step)
+        finally:
+            self.end = self.end or End("cancelled")
+            self._tell()
+
+    def _take(self, step: Step) -> None:
+        waiting = _waiting(step) if not step.piece and not self._text else {}
+        if step.piece:
+            self._text.append(step.piece)
+        if step.piece or waiting != self._waiting:
+            self._waiting = waiting
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def stop(self) -> None:
+        """End it at once; what is written of it stays."""
+        self.task.cancel()
+
+    async def lines(self) -> AsyncIterator[str]:
+        """JSON, a line each: all of the text so far, then every piece, what it waits for meanwhile, and its end."""
+        self._readers += 1
+        try:
+            sent, waiting = len(self._text), self._waiting
+            yield _line({"text": "".join(self._text), **waiting})
+            while self.end is None or sent < len(self._text):
+                changed = self._changed
+                if sent < len(self._text):
+                    sent, more = len(self._text), self._text[sent:]
+                    yield _line({"more": "".join(more)})
+                elif self._waiting != waiting:
+                    waiting = self._waiting
+                    yield _line(waiting)
+                else:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ALIVE_EVERY_S):
+                            await changed.wait()
+                            continue
+                    yield "\n"
+            yield _line({"end": _end(self.end)})
+        finally:
+            self._readers -= 1
+
+
+def _waiting(step: Step) -> dict[str, Any]:
+    return {"waiting": wording.waiting(step.loading, step.queue_position)}
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":")) + "\n"
+
+
+def _end(end: End) -> dict[str, Any]:
+    """In the names of the page's records."""
+    return {
+        "reason": end.reason,
+        "error": end.error,
+        "refused": end.refused,
+        "promptTokens": end.usage.prompt_tokens,
+        "completionTokens": end.usage.completion_tokens,
+        "cachedTokens": end.usage.cached_tokens,
+        "droppedMessages": end.usage.dropped_messages,
+        "firstTokenS": end.timing.time_to_first_token_s,
+        "tokensPerS": end.timing.tokens_per_second,
+    }
+
+
+class Answers:
+    """All of them, by their ids."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, Answer] = {}
+
+    def start(self, id: str, owner: str, start: Callable[[Callable[[], bool]], Steps]) -> Answer:
+        """The answer with this id, made now if there is none. Raises Busy if there are too many, ApiError if it is
+        somebody else's."""
+        if id in self._answers:
+            return self.get(id, owner)
+        if len(self._answers) >= MOST_ANSWERS and not self._drop_oldest_ended():
+            raise Busy("This server is answering as many questions as it can. Please try again in a minute.")
+        answer = self._answers[id] = Answer(owner, start)
+        answer.task.add_done_callback(lambda task: self._ended(id, task))
+        return answer
+
+    def get(self, id: str, owner: str) -> Answer:
+        """Raises ApiError where this owner has no such answer; somebody else's is not told from none."""
+        answer = self._answers.get(id)
+        if answer is None or answer.owner != owner:
+            raise ApiError(404, "not_found", "There is no such answer here, or no longer.")
+        return answer
+
+    def _ended(self, id: str, task: asyncio.Task[None]) -> None:
+        task.get_loop().call_later(KEPT_S, self._answers.pop, id, None)
+
+    def _drop_oldest_ended(self) -> bool:
+        oldest = next((id for id, answer in self._answers.items() if answer.end), None)
+        return self._answers.pop(oldest, None) is not None if oldest else False

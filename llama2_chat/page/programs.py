@@ -1,0 +1,93 @@
+"""What gr.ChatInterface calls: Gradio's /chat, as gradio_client and other programs use it. The page does not.
+
+Programs send their settings by the names of reply()'s parameters; the server remembers each client's conversation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Callable, Container
+from typing import Any
+
+import gradio as gr
+
+from llama2_chat.errors import ChatError
+from llama2_chat.page import wording
+from llama2_chat.page.answering import Answering, End
+from llama2_chat.server.limits import client_address
+from llama2_chat.types import Message, SamplingParams
+
+Turn = dict[str, Any]  # with role and content, as Gradio keeps them
+ReplyFunction = Callable[..., AsyncGenerator[str, None]]
+
+
+def make_reply(answering: Answering, listeners: Container[str | None]) -> ReplyFunction:
+    """listeners: the sessions whose messages somebody reads; an answer that nobody reads is given up."""
+
+    async def reply(
+        message: str,
+        history: list[Turn],
+        system_prompt: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        repetition_penalty: float,
+        seed: str | None,
+        request: gr.Request,
+    ) -> AsyncGenerator[str, None]:
+        """The text so far, as it grows."""
+
+        def question() -> tuple[list[Message], SamplingParams]:
+            return conversation(message, history, system_prompt), SamplingParams(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                repetition_penalty=repetition_penalty,
+                seed=parsed_seed(seed),
+            )
+
+        steps = answering.answer(question, client_address(request), lambda: request.session_hash in listeners)
+        text = ""
+        async with contextlib.aclosing(steps):
+            async for step in steps:
+                if isinstance(step, End):
+                    if step.error:
+                        raise gr.Error(step.error, print_exception=False)
+                else:
+                    text += step.piece
+                    yield text  # an empty one too: Gradio notices only then that a client has left
+
+    return reply
+
+
+def parsed_seed(text: str | None) -> Any:
+    """The number in it; None for an empty text. SamplingParams refuses, in words, whatever else it holds."""
+    text = (text or "").strip()
+    return int(text) if re.fullmatch("[0-9]{1,40}", text) else text or None
+
+
+def conversation(message: object, history: list[Turn], system_prompt: str | None) -> list[Message]:
+    """The conversation as a model takes it. Raises ChatError for an empty message and a history no chat can have."""
+    if not isinstance(message, str) or not message.strip():
+        raise ChatError(wording.NO_MESSAGE)
+    system = [Message(role="system", content=system_prompt)] if system_prompt else []
+    return [*system, *map(_message, history), Message(role="user", content=message)]
+
+
+def _message(turn: Turn) -> Message:
+    role = turn.get("role")
+    if role not in ("user", "assistant"):
+        raise ChatError(f"A conversation is between user and assistant, not {role!r}.")
+    return Message(role=role, content=_text_of(turn.get("content")))
+
+
+def _text_of(content: object) -> str:
+    """Gradio keeps a list of parts; a program may send plain text."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ChatError(wording.TEXT_ONLY)
+    return "\n".join(map(str, texts))

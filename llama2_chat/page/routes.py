@@ -1,0 +1,173 @@
+"""What the page's own code asks for, under /page: the state of the model, answers, and how long a prompt is.
+
+An answer is a stream of lines of JSON (answers.py); everything else is one JSON document, errors in OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from llama2_chat.errors import ChatError
+from llama2_chat.page import wording
+from llama2_chat.page.answering import Answering
+from llama2_chat.page.answers import Answer, Answers
+from llama2_chat.page.programs import parsed_seed
+from llama2_chat.page.visitors import Visitors
+from llama2_chat.server.errors import as_api_error, error_response
+from llama2_chat.server.limits import ConcurrencyLimiter, client_address
+from llama2_chat.text import valid_unicode
+from llama2_chat.types import ChatBackend, Message, SamplingParams
+
+AnswerId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class PageSettings(BaseModel):
+    """The controls of the page. Their ranges are SamplingParams' to check, in words."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
+
+    system_prompt: str = ""
+    max_new_tokens: float
+    temperature: float
+    top_p: float
+    top_k: float
+    repetition_penalty: float
+    seed: str = ""
+
+    def params(self) -> SamplingParams:
+        """Raises ChatError for a value outside its range."""
+        numbers = self.model_dump(exclude={"system_prompt", "seed"})
+        return SamplingParams(**numbers, seed=parsed_seed(self.seed))
+
+
+class Question(BaseModel):
+    """A conversation that is to be answered. One that ends with an answer is to be continued there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    settings: PageSettings
+
+    def parsed(self) -> tuple[list[Message], SamplingParams]:
+        """Raises ChatError where the newest message says nothing, and for a setting outside its range."""
+        return self._conversation(), self.settings.params()
+
+    def _conversation(self) -> list[Message]:
+        if self.messages[-1].role == "user" and not self.messages[-1].content.strip():
+            raise ChatError(wording.NO_MESSAGE)
+        turns = [Message(role=turn.role, content=valid_unicode(turn.content)) for turn in self.messages]
+        system = valid_unicode(self.settings.system_prompt)
+        return [Message(role="system", content=system), *turns] if system else turns
+
+
+def page_router(
+    answering: Answering, limiter: ConcurrencyLimiter, defaults: SamplingParams, visitors: Visitors
+) -> APIRouter:
+    """defaults: where the page's controls stand at first."""
+    router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
+
+    @router.get("/state")
+    async def state(request: Request) -> Response:
+        response = JSONResponse({**_state(chat, defaults), "logOutToken": visitors.log_out_token(request)})
+        visitors.remember(request, response)
+        return response
+
+    @router.put("/answers/{id}")
+    async def start(id: AnswerId, question: Question, request: Request) -> Response:
+        """Begin this answer, or read the one that has begun; as a stream."""
+        steps = functools.partial(answering.answer, question.parsed, client_address(request))
+        return _stream(answers.start(id, visitors.owner(request), steps))
+
+    @router.get("/answers/{id}")
+    async def read(id: AnswerId, request: Request) -> Response:
+        return _stream(answers.get(id, visitors.owner(request)))
+
+    @router.delete("/answers/{id}", status_code=204)
+    async def stop(id: AnswerId, request: Request) -> None:
+        answers.get(id, visitors.owner(request)).stop()
+
+    @router.post("/fit")
+    async def fit(question: Question, request: Request) -> dict[str, Any]:
+        """How the conversation would stand in the model's window."""
+        visitors.owner(request)
+        messages, params = question.parsed()
+        threads = limiter.threads(sum(len(message["content"].encode()) for message in messages))
+        fitted = await anyio.to_thread.run_sync(functools.partial(chat.fit, messages, params), limiter=threads)
+        return {
+            "promptTokens": fitted.prompt_tokens,
+            "droppedMessages": fitted.dropped_messages,
+            "answerTokens": fitted.answer_tokens,
+            "contextLength": fitted.context_length,
+            "fits": fitted.fits,
+        }
+
+    @router.post("/log-out", status_code=204)
+    async def log_out(request: Request) -> Response:
+        """In place of Gradio's GET /logout, which any image in an answer could ask for."""
+        response = Response(status_code=204)
+        visitors.log_out(request, response)
+        return response
+
+    return router
+
+
+class _Route(APIRoute):
+    """Turns whatever is raised into a response with a sentence."""
+
+    def get_route_handler(self) -> Callable:
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                return error_response(as_api_error(error))
+
+        return handle_errors
+
+
+def _stream(answer: Answer) -> Response:
+    # nginx would hold lines back.
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(answer.lines(), media_type="application/x-ndjson", headers=headers)
+
+
+def _state(chat: ChatBackend, defaults: SamplingParams) -> dict[str, Any]:
+    """What the page shows of the model, and what it may ask for."""
+    status = chat.status
+    return {
+        "state": status.state,
+        "line": wording.status_line(status),
+        "model": status.model,
+        "why": status.why,
+        "notice": wording.notice(status.model),
+        "contextLength": chat.context_length,
+        "countsTokens": chat.capabilities.counts_tokens,
+        "changes": chat.capabilities.can_fail_over,
+        "defaults": {
+            "systemPrompt": wording.SYSTEM_PROMPT,
+            "maxNewTokens": defaults.max_new_tokens,
+            "temperature": defaults.temperature,
+            "topP": defaults.top_p,
+            "topK": defaults.top_k,
+            "repetitionPenalty": defaults.repetition_penalty,
+            "seed": "" if defaults.seed is None else str(defaults.seed),
+        },
+        "prompts": {"meta": wording.META_SYSTEM_PROMPT, "short": wording.SYSTEM_PROMPT},
+    }

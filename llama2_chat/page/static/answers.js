@@ -1,0 +1,103 @@
+// One answer over the network: asked for, read as it grows, found again after a lost line or a reload, stopped.
+// Nothing here knows what is shown or kept. The server's side is ../routes.py and ../answers.py.
+
+const RETRY_MS = [300, 1000, 2000, 4000, 8000];
+const GIVE_UP_MS = 10 * 60 * 1000; // as long as the server keeps an answer that has ended
+
+/** What the server refused, in its own sentence. */
+export class Refused extends Error {
+  constructor(status, sentence) {
+    super(sentence);
+    this.status = status;
+  }
+}
+
+/**
+ * The events of an answer until its end: {text} all of it so far, {more}, {waiting}, {offline: true} while the line is
+ * down, and at last {end} or, where the server no longer knows of it, {lost: true}.
+ *
+ * @param {string} id 32 hexadecimal digits of the asker's own choice
+ * @param {object|null} question to ask for it; null to read one that was asked for before
+ * @param {AbortSignal} signal ends the reading, and not the answer
+ */
+export async function* follow(id, question, signal) {
+  let known = question === null; // whether the server has it
+  let failures = 0;
+  let downSince = 0;
+  while (!signal.aborted) {
+    try {
+      const response = await fetch(`page/answers/${id}`, known ? { signal } : { ...put(question), signal });
+      if (response.status === 404 && known) return void (yield { lost: true });
+      if (!response.ok) {
+        if (response.status >= 502) throw new TypeError("the proxy has no server");
+        throw new Refused(response.status, await sentence(response));
+      }
+      for await (const event of lines(response.body)) {
+        known = true;
+        failures = downSince = 0;
+        yield event;
+        if (event.end) return;
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Refused) throw error;
+    }
+    downSince ||= Date.now();
+    if (Date.now() - downSince > GIVE_UP_MS) return void (yield { lost: true });
+    yield { offline: true };
+    await pause(RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)], signal);
+  }
+}
+
+/** End the answer on the server; its readers see it end. */
+export function stop(id) {
+  return fetch(`page/answers/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+}
+
+/** How the conversation would stand in the model's window; null where that cannot be told now. */
+export async function fit(question, signal) {
+  const response = await fetch("page/fit", { ...put(question), method: "POST", signal });
+  return response.ok ? response.json() : null;
+}
+
+function put(question) {
+  return { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question) };
+}
+
+async function sentence(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The server answered with ${response.status}.`;
+  }
+}
+
+async function* lines(body) {
+  let rest = "";
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const whole = (rest + value).split("\n");
+      rest = whole.pop();
+      for (const line of whole) if (line) yield JSON.parse(line);
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(done, ms);
+    function done() {
+      clearTimeout(timer);
+      removeEventListener("online", done);
+      signal.removeEventListener("abort", done);
+      resolve();
+    }
+    addEventListener("online", done);
+    signal.addEventListener("abort", done);
+  });
+}

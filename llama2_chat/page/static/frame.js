@@ -1,0 +1,114 @@
+// The frame of the page in the column that Gradio has made for it: bars, sheets, theme, and what a phone's keyboard leaves.
+
+import { h, icon } from "./dialog.js";
+import { showShortcuts } from "./keys.js";
+import { T } from "./texts.js";
+
+const THEME = "llama2-chat.theme";
+const SETTINGS_OPEN = "llama2-chat.settings-open";
+const ICONS = {
+  sidebar: "M4 6h16 M4 12h16 M4 18h16",
+  newChat: "M12 5v14 M5 12h14",
+  theme: "M12 4a8 8 0 1 0 8 8 6 6 0 0 1-8-8z",
+  settings: "M5 8h8 M17 8h2 M15 6v4 M5 16h2 M11 16h8 M9 14v4",
+  help: "M9.5 9.5a2.5 2.5 0 1 1 3.5 2.3c-.7.4-1 .9-1 1.7 M12 17v.2",
+  logOut: "M10 5H5v14h5 M14 8l4 4-4 4 M18 12H9",
+};
+
+/** The frame of the page, in the column that Gradio has made for it. */
+export function buildFrame(element, state) {
+  const parts = {
+    sidebar: h("aside", { id: "sidebar" }),
+    title: h("h1", {}, T.title),
+    status: h("p", { class: "status", role: "status", hidden: true }),
+    transcript: h("section", { id: "transcript", tabindex: 0, "aria-label": T.conversation }),
+    composer: h("div", { id: "composer" }),
+    model: h("span", { class: "model" }),
+    notice: h("span", {}),
+    live: h("div", { class: "visually-hidden", role: "status" }),
+  };
+  const button = (name, act, more = {}) =>
+    h("button", { type: "button", class: "quiet", "aria-label": T.header[name], title: T.header[name], onclick: act, ...more }, icon(ICONS[name]));
+  const header = h(
+    "header",
+    { class: "bar" },
+    button("sidebar", () => toggle("sidebar-open"), { "aria-controls": "sidebar", class: "quiet open-sidebar" }),
+    parts.title,
+    h("span", { class: "badge" }, T.header.private),
+    button("newChat", () => parts.onNew(), { class: "quiet phone" }),
+    button("theme", switchTheme),
+    button("help", showShortcuts, { class: "quiet desktop" }),
+    button("settings", () => toggle("settings-open"), { "aria-controls": "settings" }),
+    state.logOutToken && button("logOut", () => logOut(state.logOutToken)),
+  );
+  const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
+  const insecure = isSecureContext ? null : h("p", { class: "insecure" }, T.header.insecure);
+  const notice = h("p", { class: "notice" }, parts.model, parts.notice);
+  const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
+  const shade = h("div", { class: "shade", onclick: closeSheets });
+  element.replaceChildren(skip, parts.sidebar, middle, shade, parts.live);
+  document.body.classList.toggle("settings-open", innerWidth >= 1200 && kept(SETTINGS_OPEN) === "yes");
+  if (innerWidth >= 900) document.body.classList.add("sidebar-open");
+  addSettingsHead();
+  useTheme(kept(THEME));
+  fitKeyboard();
+  return parts;
+}
+
+function addSettingsHead() {
+  const panel = document.querySelector("#settings");
+  const close = h("button", { type: "button", class: "quiet", "aria-label": T.settings.close, onclick: () => toggle("settings-open") }, "×");
+  panel.prepend(h("header", {}, h("h2", {}, T.settings.title), close));
+  panel.setAttribute("role", "region");
+  panel.setAttribute("aria-label", T.settings.title);
+}
+
+export function toggle(name) {
+  const open = document.body.classList.toggle(name);
+  if (name === "settings-open") keep(SETTINGS_OPEN, open ? "yes" : "");
+}
+
+/** On a phone, where they cover the conversation. */
+export function closeSheets() {
+  if (innerWidth < 900) document.body.classList.remove("sidebar-open", "settings-open");
+}
+
+function useTheme(theme) {
+  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  document.body.classList.toggle("dark", dark);
+}
+
+function switchTheme() {
+  const dark = document.body.classList.toggle("dark");
+  keep(THEME, dark ? "dark" : "light");
+}
+
+/** The box stays above the keyboard of a phone, in browsers that shrink the window for it and in those that do not. */
+function fitKeyboard() {
+  const viewport = document.querySelector("meta[name=viewport]");
+  viewport.content = "width=device-width, initial-scale=1, interactive-widget=resizes-content";
+  const fit = () => document.documentElement.style.setProperty("--height", `${visualViewport.height}px`);
+  visualViewport?.addEventListener("resize", fit);
+}
+
+async function logOut(token) {
+  await fetch("page/log-out", { method: "POST", headers: { "X-Token": token } });
+  location.reload();
+}
+
+/** Keep a short text in this browser. */
+export function keep(name, value) {
+  try {
+    value ? localStorage.setItem(name, value) : localStorage.removeItem(name);
+  } catch {
+    // Nothing can be kept here; the page works without.
+  }
+}
+
+export function kept(name) {
+  try {
+    return localStorage.getItem(name) ?? "";
+  } catch {
+    return "";
+  }
+}

@@ -1,0 +1,143 @@
+// Puts the page together: waits for Gradio's frame, fills the column #chat, and ties store, settings, transcript, box and
+// sidebar to the open conversation.
+
+import { Chat } from "./chat.js";
+import { Composer } from "./composer.js";
+import { toast } from "./dialog.js";
+import { buildFrame, closeSheets, keep, kept, toggle } from "./frame.js";
+import { addShortcuts } from "./keys.js";
+import { completeLogin } from "./login.js";
+import { Settings } from "./settings.js";
+import { makeSidebar } from "./sidebar.js";
+import { openStore } from "./store.js";
+import { T } from "./texts.js";
+import { Transcript } from "./transcript.js";
+
+const NEW_DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
+
+const frame = new Promise((resolve) => {
+  const look = () => {
+    const element = document.querySelector("#chat");
+    if (element) resolve(element);
+    else if (!completeLogin()) setTimeout(look, 20);
+  };
+  look();
+});
+
+async function readState() {
+  const response = await fetch("page/state");
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  return response.json();
+}
+
+async function start() {
+  const asked = [readState(), openStore()]; // while Gradio still builds its frame
+  asked.forEach((answer) => answer.catch(() => {})); // a login is all that there is without one
+  const element = await frame; // where a login is needed, the page is loaded anew after it
+  let [state, store] = await Promise.all([...asked, Settings.ready()]);
+  const parts = buildFrame(element, state);
+  const settings = new Settings(state, { onChange: () => chat.count() });
+  const transcript = new Transcript(parts.transcript, {
+    onEdit: (message, text) => chat.edit(message, text),
+    onEditEnd: () => composer.focus(),
+    onRetry: (message) => chat.retry(message),
+    onSame: (message) => chat.sameAgain(message),
+    onContinue: (message) => chat.continue(message),
+    onBranch: (message, step) => chat.branch(message, step),
+    onExample: (text) => chat.send(text),
+  });
+  const composer = new Composer(parts.composer, {
+    onSend: (text) => {
+      keep(NEW_DRAFT, "");
+      chat.send(text);
+    },
+    onStop: () => chat.stop(),
+    onEditLast: () => chat.editLast(),
+    onInput: (text) => {
+      if (!chat.id && !store.private) keep(NEW_DRAFT, text);
+      chat.keepDraft(text);
+    },
+  });
+  const hooks = {
+    state: () => state,
+    onSaid: (text) => (parts.live.textContent = text),
+    onOpened: (conversation) => {
+      document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
+      parts.title.textContent = conversation?.title ?? T.title;
+      const hash = conversation && !store.private ? `#${conversation.id}` : "";
+      if (location.hash !== hash) history.pushState(null, "", hash || location.pathname + location.search);
+      sidebar.refresh();
+    },
+  };
+  let chat, sidebar;
+
+  function use(opened) {
+    store = opened;
+    chat?.close();
+    chat = new Chat({ store, settings, transcript, composer, hooks });
+    parts.sidebar.replaceChildren();
+    sidebar = makeSidebar(parts.sidebar, {
+      store,
+      current: () => chat.id,
+      onOpen: (id, messageId) => (closeSheets(), chat.open(id, messageId)),
+      onNew: () => (closeSheets(), leavePrivate()),
+      onPrivate: () => (closeSheets(), goPrivate()),
+    });
+    document.body.classList.toggle("private", store.private);
+  }
+
+  async function goPrivate() {
+    use(await openStore({ private: true }));
+    chat.startNew();
+  }
+
+  async function leavePrivate() {
+    if (store.private) use(await openStore());
+    chat.startNew();
+  }
+
+  const linked = () => location.hash.slice(1) || null;
+  const openLinked = () => (linked() ? chat.open(linked()) : chat.startNew(kept(NEW_DRAFT)));
+  addEventListener("popstate", () => store.private || linked() === chat.id || openLinked());
+  parts.onNew = leavePrivate;
+  use(store);
+  if (!store.persistent) toast(T.header.memoryOnly);
+  addShortcuts({
+    onStop: () => chat.stop(),
+    onSearch: () => (document.body.classList.add("sidebar-open"), sidebar.focusSearch()),
+    onNew: leavePrivate,
+    onSettings: () => toggle("settings-open"),
+  });
+  await openLinked();
+  composer.focus();
+  watch(state, parts, (newer) => {
+    state = newer;
+    settings.fitWindow(state.contextLength);
+    chat.count();
+  });
+}
+
+/** Keep the line about the model up to date, while there is something to come. */
+async function watch(state, parts, onChange) {
+  for (;;) {
+    const calm = state.state === "ready";
+    parts.status.hidden = calm;
+    parts.status.className = `status ${state.state}`;
+    parts.status.textContent = calm ? "" : state.line;
+    parts.model.textContent = calm ? state.line : "";
+    parts.model.title = state.why;
+    parts.notice.textContent = state.notice;
+    if (calm && !state.changes) return;
+    await new Promise((resolve) => setTimeout(resolve, calm || state.state === "failed" ? 10_000 : 700));
+    try {
+      const newer = await readState();
+      const changed = newer.state !== state.state || newer.model !== state.model;
+      state = newer;
+      if (changed) onChange(state);
+    } catch {
+      // The line is down: what runs says so itself.
+    }
+  }
+}
+
+start();

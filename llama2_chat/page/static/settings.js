@@ -1,0 +1,92 @@
+// The settings: Gradio's own controls in the column #settings, read where they stand and kept in this browser.
+
+import { h } from "./dialog.js";
+import { T } from "./texts.js";
+
+const KEPT = "llama2-chat.settings";
+const CONTROLS = {
+  systemPrompt: "#setting-system_prompt textarea",
+  maxNewTokens: "#setting-max_new_tokens input[type=number]",
+  temperature: "#setting-temperature input[type=number]",
+  topP: "#setting-top_p input[type=number]",
+  topK: "#setting-top_k input[type=number]",
+  repetitionPenalty: "#setting-repetition_penalty input[type=number]",
+  seed: "#setting-seed input, #setting-seed textarea",
+};
+const TEXTS = ["systemPrompt", "seed"];
+
+export class Settings {
+  /** @param state what the server says of its defaults and prompts */
+  constructor(state, { onChange }) {
+    this.defaults = state.defaults;
+    this.panel = document.querySelector("#settings");
+    this._restore();
+    this.fitWindow(state.contextLength);
+    this._addButtons(state.prompts);
+    this.panel.addEventListener("input", () => (this._keep(), onChange()));
+    // Gradio's own button that resets one slider changes it a moment after the click.
+    this.panel.addEventListener("click", () => setTimeout(() => (this._keep(), onChange()), 100));
+  }
+
+  /** Resolves once Gradio has made all controls. */
+  static ready() {
+    const there = () => Object.values(CONTROLS).every((selector) => document.querySelector(selector));
+    return new Promise((resolve) => {
+      const look = () => (there() ? resolve() : requestAnimationFrame(look));
+      look();
+    });
+  }
+
+  /** The values as they are sent; what is no number goes as it was typed, for the server to refuse in words. */
+  read() {
+    const read = ([name, selector]) => {
+      const { value } = document.querySelector(selector);
+      return [name, TEXTS.includes(name) ? value : value === "" ? this.defaults[name] : Number(value)];
+    };
+    return Object.fromEntries(Object.entries(CONTROLS).map(read));
+  }
+
+  /** No answer can be longer than the model's window, and half of it is a better start than all of it. */
+  fitWindow(contextLength) {
+    if (contextLength && this.read().maxNewTokens >= contextLength) this.write({ maxNewTokens: Math.floor(contextLength / 2) });
+  }
+
+  write(values) {
+    for (const [name, selector] of Object.entries(CONTROLS)) {
+      if (values[name] === undefined) continue;
+      const control = document.querySelector(selector);
+      if (control.value === String(values[name])) continue;
+      control.value = values[name];
+      control.dispatchEvent(new Event("input", { bubbles: true }));
+      control.dispatchEvent(new Event("change", { bubbles: true }));
+    }
+  }
+
+  _keep() {
+    const values = this.read();
+    const changed = Object.entries(values).filter(([name, value]) => value !== this.defaults[name]);
+    try {
+      localStorage.setItem(KEPT, JSON.stringify(Object.fromEntries(changed)));
+    } catch {
+      // A browser that keeps nothing for this page starts with the defaults next time.
+    }
+  }
+
+  _restore() {
+    try {
+      const kept = JSON.parse(localStorage.getItem(KEPT)) ?? {};
+      const fits = ([name, value]) => typeof value === typeof this.defaults[name];
+      this.write(Object.fromEntries(Object.entries(kept).filter(fits)));
+    } catch {
+      // Not ours, or nothing kept.
+    }
+  }
+
+  _addButtons(prompts) {
+    const button = (text, values) =>
+      h("button", { type: "button", class: "small", onclick: () => this.write(values) }, text);
+    const choices = [button(T.settings.short, { systemPrompt: prompts.short }), button(T.settings.meta, { systemPrompt: prompts.meta })];
+    document.querySelector("#setting-system_prompt").after(h("div", { class: "prompts" }, ...choices));
+    this.panel.append(h("button", { type: "button", class: "reset", onclick: () => this.write(this.defaults) }, T.settings.reset));
+  }
+}

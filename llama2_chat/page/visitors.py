@@ -1,0 +1,64 @@
+"""Whose request this is: a login's, where there is one, or that of the cookie that this server gave a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+from fastapi import Request, Response
+from gradio.routes import App
+
+from llama2_chat.server.errors import ApiError
+
+COOKIE = "llama2_chat_visitor"  # HttpOnly, SameSite and Secure as server/security.py makes all cookies
+COOKIE_AGE_S = 30 * 24 * 3600
+
+
+class Visitors:
+    """Tells visitors apart, and lets nobody in who has not logged in where a login is needed."""
+
+    def __init__(self, gradio: App, *, has_login: bool) -> None:
+        self._gradio, self._has_login = gradio, has_login
+        self._secret = secrets.token_bytes(32)
+
+    def owner(self, request: Request) -> str:
+        """Who owns what this request makes and may read. Raises ApiError without a login where one is needed.
+
+        A browser that keeps no cookie in a frame is told apart by the ids alone that it chose for its answers.
+        """
+        if self._has_login:
+            return f"login {self._login(request)[1]}"
+        return f"cookie {request.cookies.get(COOKIE, '')}"
+
+    def remember(self, request: Request, response: Response) -> None:
+        """Give a browser that has none its cookie."""
+        if not self._has_login and not request.cookies.get(COOKIE):
+            response.set_cookie(COOKIE, secrets.token_urlsafe(24), max_age=COOKIE_AGE_S)
+
+    def log_out_token(self, request: Request) -> str | None:
+        """What log_out() wants to see in the header X-Token; None where there is no login."""
+        if not self._has_login:
+            return None
+        session, _ = self._login(request)
+        return hmac.new(self._secret, session.encode(), hashlib.sha256).hexdigest()
+
+    def log_out(self, request: Request, response: Response) -> None:
+        """On this device only. Raises ApiError without the token, which no page of another site can have read."""
+        expected, given = self.log_out_token(request) or "", request.headers.get("x-token", "")
+        if not expected or not hmac.compare_digest(given.encode("latin-1"), expected.encode()):
+            raise ApiError(403, "wrong_token", "Please log out with the button on the page.")
+        for cookie in self._session_cookies():
+            self._gradio.tokens.pop(request.cookies.get(cookie, ""), None)
+            response.delete_cookie(cookie)
+
+    def _login(self, request: Request) -> tuple[str, str]:
+        """The session and the name of whoever has logged in. Raises ApiError for everybody else."""
+        for cookie in self._session_cookies():
+            session = request.cookies.get(cookie, "")
+            if name := self._gradio.tokens.get(session):
+                return session, name
+        raise ApiError(401, "not_logged_in", "Please log in first.")
+
+    def _session_cookies(self) -> list[str]:
+        return [f"access-token-{kind}{self._gradio.cookie_id}" for kind in ("", "unsecure-")]

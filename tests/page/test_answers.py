@@ -1,0 +1,273 @@
+"""The routes by which the page asks: an answer outlives its reader's connection, and is nobody else's."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from llama2_chat.errors import Busy
+from llama2_chat.page import answering as page_answering
+from llama2_chat.page import answers as page_answers
+from llama2_chat.page.answering import Answering
+from llama2_chat.page.routes import page_router
+from llama2_chat.page.visitors import Visitors
+from llama2_chat.server.limits import ConcurrencyLimiter
+from llama2_chat.server.metrics import Metrics
+from llama2_chat.types import SamplingParams, Status
+from tests.support.scripted import READY, Scripted, ScriptedChat, raising
+from tests.support.serving import listening
+
+ID, OTHER = "0" * 32, "1" * 32
+SETTINGS = {"maxNewTokens": 64, "temperature": 0.6, "topP": 0.9, "topK": 50, "repetitionPenalty": 1.1}
+QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "settings": SETTINGS}
+
+
+class Gate:
+    """Opened by set(), it lets a whole answer out; by one(), a single piece."""
+
+    def __init__(self):
+        self._open, self._pieces = threading.Event(), threading.Semaphore(0)
+        self.set, self.one = self._open.set, self._pieces.release
+
+    def __call__(self):
+        return self._open.is_set() or self._pieces.acquire(blocking=False)
+
+
+@pytest.fixture
+def gate():
+    return Gate()
+
+
+@pytest.fixture
+def chat(gate):
+    return ScriptedChat(say=lambda messages: Scripted("Once ", "upon ", "a time.", gate=gate))
+
+
+@contextmanager
+def site(chat, limiter=None, gradio=None):
+    def build():
+        app, limit = FastAPI(), limiter or ConcurrencyLimiter(0)
+        visitors = Visitors(gradio, has_login=gradio is not None)
+        app.include_router(page_router(Answering(chat, limit, Metrics(chat)), limit, SamplingParams(), visitors))
+        return uvicorn.Config(app, port=0, log_level="warning")
+
+    with listening(build) as port:
+        yield f"http://127.0.0.1:{port}/page/"
+
+
+@pytest.fixture
+def address(chat):
+    with site(chat) as address:
+        yield address
+
+
+@pytest.fixture
+def anna(address):
+    with visitor(address) as http:
+        yield http
+
+
+@contextmanager
+def visitor(address):
+    with httpx.Client(base_url=address, timeout=60) as http:
+        http.get("state")
+        yield http
+
+
+def events(response):
+    return [json.loads(line) for line in response.iter_lines() if line]
+
+
+def whole(response):
+    """All the text of a stream that has ended, and its end."""
+    *pieces, end = events(response)
+    return "".join(each.get("text", "") + each.get("more", "") for each in pieces), end["end"]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_answer_streams_as_it_grows_and_ends_with_what_it_cost(anna, gate):
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        assert next(lines)["text"] == ""
+        gate.one()
+        assert "Once " in next(line["more"] for line in lines if "more" in line)
+        gate.set()
+        *_, last = lines
+    assert last["end"]["reason"] == "stop"
+    assert last["end"]["completionTokens"] == 3
+
+
+def test_whoever_was_cut_off_reads_on_and_the_question_was_asked_once(anna, chat, gate):
+    # A reload lost the answer under way.
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        next(response.iter_lines())
+    gate.one()
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        next(response.iter_lines())
+    gate.set()
+    assert whole(anna.get(f"answers/{ID}"))[0] == "Once upon a time."
+    assert len(chat.asked) == 1
+
+
+def test_stop_ends_an_answer_for_all_its_readers_and_keeps_what_was_written(anna, gate):
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        gate.one()
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        assert any("more" in line for line in lines)
+        assert anna.delete(f"answers/{ID}").status_code == 204
+        *_, last = lines
+    assert last["end"]["reason"] == "cancelled"
+    assert whole(anna.get(f"answers/{ID}"))[0] == "Once "
+
+
+def test_somebody_elses_answer_can_be_neither_read_nor_stopped_nor_taken_over(address, anna, gate):
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response, visitor(address) as mallory:
+        next(response.iter_lines())
+        refusals = [
+            mallory.get(f"answers/{ID}"),
+            mallory.delete(f"answers/{ID}"),
+            mallory.put(f"answers/{ID}", json=QUESTION),
+        ]
+        gate.set()
+        assert whole(anna.get(f"answers/{ID}"))[1]["reason"] == "stop"
+    assert {refusal.status_code for refusal in refusals} == {404}
+    assert "Once" not in "".join(refusal.text for refusal in refusals)
+
+
+def test_without_a_login_nothing_can_be_asked_where_one_is_needed(chat):
+    gradio = SimpleNamespace(tokens={"token": "anna"}, cookie_id="x")
+    with site(chat, gradio=gradio) as address, httpx.Client(base_url=address) as http:
+        for method, path in [("GET", "state"), ("PUT", f"answers/{ID}"), ("GET", f"answers/{ID}"), ("POST", "fit")]:
+            refusal = http.request(method, path, json=None if method == "GET" else QUESTION)
+            assert (refusal.status_code, refusal.json()["error"]["message"]) == (401, "Please log in first.")
+        assert http.get("state", headers={"Cookie": "access-token-unsecure-x=token"}).json()["logOutToken"]
+
+
+def test_an_answer_to_which_nobody_listens_is_given_up(anna, monkeypatch):
+    monkeypatch.setattr(page_answering, "UNREAD_WAITING_S", 0.2)
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        next(response.iter_lines())
+    time.sleep(1)
+    assert whole(anna.get(f"answers/{ID}"))[1]["reason"] == "unread"
+
+
+def test_an_answer_is_kept_for_a_while_after_its_end_and_then_forgotten(anna, gate, monkeypatch):
+    monkeypatch.setattr(page_answers, "KEPT_S", 1.0)
+    gate.set()
+    assert whole(anna.put(f"answers/{ID}", json=QUESTION))[0] == "Once upon a time."
+    wait_until(lambda: anna.get(f"answers/{ID}").status_code == 404)
+
+
+def test_when_there_are_too_many_the_oldest_that_has_ended_makes_room(anna, gate, monkeypatch):
+    monkeypatch.setattr(page_answers, "MOST_ANSWERS", 1)
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        next(response.iter_lines())
+        assert anna.put(f"answers/{OTHER}", json=QUESTION).status_code == 429
+        gate.set()
+        assert whole(anna.get(f"answers/{ID}"))[1]["reason"] == "stop"
+    assert whole(anna.put(f"answers/{OTHER}", json=QUESTION))[0] == "Once upon a time."
+    assert anna.get(f"answers/{ID}").status_code == 404
+
+
+def test_a_running_answer_counts_in_its_owners_share(chat, gate):
+    with (
+        site(chat, ConcurrencyLimiter(1)) as address,
+        visitor(address) as anna,
+        anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response,
+    ):
+        gate.one()
+        assert any("more" in line for line in response.iter_lines())
+        refused = whole(anna.put(f"answers/{OTHER}", json=QUESTION))[1]
+        gate.set()
+    assert refused["refused"]
+    assert refused["error"].startswith("You have 1 answers on their way")
+
+
+def test_what_the_model_refuses_is_said_in_its_own_words_and_marked(anna, chat, monkeypatch):
+    monkeypatch.setattr(chat, "stream_reply", raising(Busy("The line is full.")))
+    end = whole(anna.put(f"answers/{ID}", json=QUESTION))[1]
+    assert (end["reason"], end["error"], end["refused"]) == ("error", "The line is full.", True)
+
+
+def test_what_goes_wrong_inside_is_for_the_log_and_keeps_what_was_written(anna, chat, gate):
+    gate.set()
+    chat.say = lambda messages: Scripted("Once", error=RuntimeError("CUDA secret"))
+    text, end = whole(anna.put(f"answers/{ID}", json=QUESTION))
+    assert (text, end["reason"], end["refused"]) == ("Once", "error", False)
+    assert "log has the details" in end["error"]
+
+
+def test_a_message_waits_while_the_model_loads_and_says_for_what(anna, chat, gate):
+    gate.set()
+    chat.status = Status(phase="download", done_bytes=120_000_000, total_bytes=269_000_000)
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        waiting = next(line["waiting"] for line in lines if "waiting" in line)
+        chat.status = READY
+        *_, last = lines
+    assert waiting == "Downloading the model: 120 of 269 MB"
+    assert last["end"]["reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"settings": {**SETTINGS, "seed": "lucky"}}, "seed must be a whole number"),
+        ({"settings": {**SETTINGS, "temperature": 99}}, "temperature must be a number from 0 to 5"),
+        ({"messages": [{"role": "user", "content": "  "}]}, "Please type a message first."),
+    ],
+    ids=["seed", "temperature", "blank"],
+)
+def test_a_question_that_makes_no_sense_is_refused_in_words(anna, change, sentence):
+    end = whole(anna.put(f"answers/{ID}", json={**QUESTION, **change}))[1]
+    assert end["refused"]
+    assert sentence in end["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": {"file": "/etc/passwd"}}]}, "content"),
+    ],
+    ids=["none", "role", "a file"],
+)
+def test_a_body_that_is_no_conversation_is_refused(anna, change, sentence):
+    refusal = anna.put(f"answers/{ID}", json={**QUESTION, **change})
+    assert refusal.status_code == 400
+    assert sentence in refusal.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("id", ["1", "x" * 32, "0" * 33])
+def test_an_id_that_could_be_guessed_is_refused(anna, id):
+    assert anna.put(f"answers/{id}", json=QUESTION).status_code == 400
+
+
+def test_the_conversation_reaches_the_model_as_it_was_said(anna, chat, gate):
+    gate.set()
+    said = [
+        {"role": "user", "content": "def f():\n    return 1"},
+        {"role": "assistant", "content": "An answer"},
+        {"role": "user", "content": "half \ud83d, whole \ud83d\ude00"},
+    ]
+    body = json.dumps({"messages": said, "settings": {**SETTINGS, "systemPrompt": "Be brief.", "seed": "7"}})
+    anna.put(f"answers/{ID}", content=body, headers={"Content-Type": "application/json"})
+    ((messages, params),) = chat.asked
+    assert messages[0] == {"role": "system", "content": "Be brief."}
+    assert messages[1:3] == said[:2]
+    assert messages[3]["content"] == "half \ufffd, whole \U0001f600"
+    assert params == replace(SamplingParams(), max_new_tokens=64, seed=7)

@@ -1,0 +1,287 @@
+"""Nothing is lost: reloads, restarts and dropped lines in mid-answer, branches, drafts, two tabs, private chats."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.support.browser import (
+    answers,
+    ask,
+    box,
+    edit,
+    expect_unlocked,
+    open_page,
+    press,
+    questions,
+    remarks,
+    send,
+    stop,
+)
+from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.serving import serving
+
+WORDS = [f"word{number} " for number in range(40)]
+
+
+class Gate:
+    """Lets the first pieces of every answer out, and the rest when it is opened."""
+
+    def __init__(self, first=3):
+        self._open, self._left = threading.Event(), first
+        self.open = self._open.set
+
+    def __call__(self):
+        self._left -= 1
+        return self._left >= 0 or self._open.is_set()
+
+
+class EchoChat(ScriptedChat):
+    """Repeats the question; what begins with "long" in forty words, which wait for the gate after three."""
+
+    def __init__(self):
+        super().__init__(say=self._echo)
+        self.gate = Gate()
+
+    def _echo(self, messages):
+        said = messages[-1]["content"]
+        if said.startswith("long"):
+            return Scripted(*WORDS, gate=self.gate)
+        return Scripted(f"You said {said}")
+
+
+@pytest.fixture
+def echo():
+    return EchoChat()
+
+
+@pytest.fixture
+def site(echo, settings):
+    with serving(echo, settings) as address:
+        yield address
+
+
+@pytest.fixture
+def context(browser):
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
+def test_an_answer_under_way_survives_a_reload_still_streams_and_can_be_stopped(visit, site, echo):
+    page = visit(site)
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    page.reload()
+    expect(answers(page)).to_contain_text("word2")
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    stop(page)
+    expect(remarks(page)).to_contain_text("stopped")
+
+
+def test_an_answer_is_whole_after_a_reload_in_the_middle_of_it(visit, site, echo):
+    page = visit(site)
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    page.reload()
+    expect(answers(page)).to_contain_text("word2")
+    echo.gate.open()
+    expect(answers(page)).to_have_text("".join(WORDS).strip())
+    assert len(echo.asked) == 1
+
+
+def test_an_answer_survives_a_dropped_line(visit, site, echo):
+    page = visit(site)
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    page.context.set_offline(True)
+    echo.gate.open()
+    page.wait_for_timeout(500)
+    page.context.set_offline(False)
+    expect(answers(page)).to_have_text("".join(WORDS).strip())
+    expect_unlocked(page)
+    assert len(echo.asked) == 1
+
+
+def test_a_message_sent_while_the_line_is_down_goes_out_when_it_is_back(visit, site, echo):
+    page = visit(site)
+    page.context.set_offline(True)
+    send(page, "Hello?")
+    page.wait_for_timeout(500)
+    page.context.set_offline(False)
+    expect(answers(page)).to_have_text("You said Hello?")
+    assert len(echo.asked) == 1
+
+
+def test_a_restart_of_the_server_loses_no_word_and_the_answer_can_be_continued(visit, settings, echo, free_port):
+    with serving(echo, settings, port=free_port) as address:
+        page = visit(address)
+        ask(page, "First.")
+        send(page, "long")
+        expect(answers(page).last).to_contain_text("word2")
+    with serving(echo, settings, port=free_port):
+        expect(remarks(page).last).to_contain_text("interrupted", timeout=60_000)
+        expect(answers(page).first).to_have_text("You said First.")
+        expect(answers(page).last).to_contain_text("word2")
+        expect_unlocked(page)
+        page.get_by_role("button", name="Continue").click()
+        expect_unlocked(page)
+        expect(answers(page).last).to_contain_text("word2 You said word0")
+
+
+def test_a_conversation_is_there_after_reload_and_back(visit, site):
+    page = visit(site)
+    ask(page, "The first one.")
+    page.get_by_role("button", name="New chat").first.click()
+    expect(questions(page)).to_have_count(0)
+    ask(page, "The second one.")
+    page.reload()
+    expect(questions(page)).to_have_text(["The second one."])
+    page.go_back()
+    page.go_back()
+    expect(questions(page)).to_have_text(["The first one."])
+
+
+def test_edits_and_retries_keep_the_other_branch(visit, site):
+    page = visit(site)
+    ask(page, "One")
+    ask(page, "Two")
+    edit(page, 0, "Three")
+    expect_unlocked(page)
+    expect(questions(page)).to_have_text(["Three"])
+    expect(answers(page)).to_have_text(["You said Three"])
+    press(page, "Previous version")
+    expect(questions(page)).to_have_text(["One", "Two"])
+    press(page, "Next version")
+    expect(questions(page)).to_have_text(["Three"])
+    page.reload()
+    expect(questions(page)).to_have_text(["Three"])
+    expect(page.get_by_text("2/2")).to_be_visible()
+
+
+def test_an_answer_can_be_edited_and_the_model_reads_it_so(visit, site, echo):
+    page = visit(site)
+    ask(page, "One")
+    page.locator("article.assistant").get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit the message").fill("I never said that.")
+    page.get_by_role("button", name="Save").click()
+    expect(answers(page)).to_have_text(["I never said that."])
+    ask(page, "Two")
+    assert [message["content"] for message in echo.asked[-1][0][-3:]] == ["One", "I never said that.", "Two"]
+
+
+def test_what_is_typed_and_not_sent_is_there_after_a_reload(visit, site):
+    page = visit(site)
+    box(page).fill("A question I have not sent")
+    page.wait_for_timeout(600)
+    page.reload()
+    expect(box(page)).to_have_value("A question I have not sent")
+    ask(page, "Sent.")
+    box(page).fill("A second one")
+    page.wait_for_timeout(600)
+    page.reload()
+    expect(box(page)).to_have_value("A second one")
+
+
+def test_settings_are_there_after_a_reload_and_go_back_to_the_defaults(visit, site, echo):
+    page = visit(site)
+    page.locator("#chat").get_by_role("button", name="Settings").click()
+    page.get_by_role("spinbutton", name="Temperature").fill("1.5")
+    page.get_by_role("textbox", name="System prompt").fill("Talk like a pirate.")
+    page.reload()
+    ask(page, "Hello")
+    messages, params = echo.asked[-1]
+    assert (messages[0]["content"], params.temperature) == ("Talk like a pirate.", 1.5)
+    if not page.get_by_role("region", name="Settings").is_visible():
+        page.locator("#chat").get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Back to the defaults").click()
+    ask(page, "Hello again")
+    assert echo.asked[-1][1].temperature == settings_default("temperature")
+
+
+def settings_default(name):
+    from llama2_chat.types import SamplingParams
+
+    return getattr(SamplingParams(), name)
+
+
+def test_two_tabs_see_each_others_conversations_and_overwrite_nothing(context, site):
+    one, two = (open_page(context.new_page(), site) for _ in range(2))
+    ask(one, "Said in the first tab")
+    expect(two.get_by_role("navigation").get_by_text("Said in the first tab")).to_be_visible()
+    two.get_by_role("navigation").get_by_text("Said in the first tab").click()
+    expect(questions(two)).to_have_text(["Said in the first tab"])
+    ask(two, "Said in the second tab")
+    ask(one, "Said in the first tab again")
+    two.reload()
+    expect(two.locator("article .version")).to_have_count(1)  # both follow the first answer, as two versions
+    assert {text for tab in (one, two) for text in questions(tab).all_inner_texts()} >= {
+        "Said in the first tab",
+        "Said in the first tab again",
+    }
+
+
+def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_marks_it(visit, site, echo):
+    echo.context_length = 30
+    page = visit(site)
+    ask(page, "one two three four")
+    expect(page.locator(".gauge")).to_contain_text("left to answer")
+    ask(page, "five six seven eight")
+    box(page).fill("word " * 20)
+    expect(page.locator(".gauge")).to_contain_text("The 2 oldest messages will be left out.")
+    expect(page.get_by_role("separator")).to_have_text("The model no longer remembers what stands above this line.")
+    expect(page.locator("article").nth(2).locator("xpath=preceding-sibling::*[1]")).to_have_attribute(
+        "role", "separator"
+    )
+    box(page).fill("word " * 40)
+    expect(page.locator(".gauge")).to_contain_text("This message does not fit.")
+
+
+def test_a_private_chat_leaves_no_trace(visit, site):
+    page = visit(site)
+    ask(page, "Everybody may know.")
+    page.get_by_role("button", name="Private chat").click()
+    expect(page.get_by_text("Private chat: nothing is kept")).to_be_visible()
+    ask(page, "Nobody may know 4711.")
+    expect(answers(page)).to_have_text(["You said Nobody may know 4711."])
+    page.reload()
+    expect(box(page)).to_be_editable()
+    expect(page.get_by_text("4711")).to_have_count(0)
+    assert "4711" not in page.evaluate(ALL_THAT_IS_KEPT)
+    assert "Everybody" in page.evaluate(ALL_THAT_IS_KEPT)
+
+
+ALL_THAT_IS_KEPT = """async () => {
+  const { openStore } = await import("/page/store.js");
+  const store = await openStore();
+  const conversations = await store.conversations();
+  const messages = await Promise.all(conversations.map(({ id }) => store.messages(id)));
+  return JSON.stringify([conversations, messages, { ...localStorage }, location.href, document.title]);
+}"""
+
+
+@contextmanager
+def open_streams(page):
+    """The requests of a page that have not ended, while it lasts."""
+    running = set()
+    page.on("request", lambda request: running.add(request))
+    page.on("requestfinished", lambda request: running.discard(request))
+    page.on("requestfailed", lambda request: running.discard(request))
+    yield running
+
+
+def test_seven_tabs_load_and_stop_still_stops(context, site, echo):
+    # Each held a stream open over HTTP/1.1: a sixth did not load, and Stop had no line left.
+    tabs = [open_page(context.new_page(), site) for _ in range(7)]
+    send(tabs[-1], "long")
+    expect(answers(tabs[-1])).to_contain_text("word2")
+    stop(tabs[-1])
+    expect(remarks(tabs[-1])).to_contain_text("stopped")
+
+
+def test_an_idle_tab_holds_no_connection(browser, site):
+    with browser.new_page() as page, open_streams(page) as running:
+        open_page(page, site)
+        page.wait_for_timeout(1500)
+        assert not running
