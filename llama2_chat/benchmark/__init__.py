@@ -8,6 +8,7 @@ shapes         everything about a shape of Llama 2 with random weights
 starts         which shapes and precisions start in how much GPU memory
 server_load    the load test for any OpenAI-compatible server
 serving_cost   what the page and the API take from many users
+browser_cost   what the page takes from a browser
 soak           readers who come and go, and memory meanwhile
 training_cost  QLoRA by sft_trainer.py, beside TRL called directly
 plot           tokens/s and waiting against how many users

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import pydoc_data.topics
+import secrets
 import shutil
 import socket
 import statistics
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PAGE_PROMPT_WORDS = 300
-PAGE_PROCESSES = 4  # that the gradio_clients share
+PAGE_PROCESSES = 4  # that the readers share
 HTTP_ROUNDS = 4  # the first warms up
 SAMPLING_FIELDS = {name: getattr(SAMPLING, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
 TOPICS = sorted(pydoc_data.topics.topics)
 
 
 @contextlib.contextmanager
-def _serving(site: FastAPI) -> Iterator[str]:
+def serving(site: FastAPI) -> Iterator[str]:
     """The address of a server for the site, in a thread."""
     import uvicorn
 
@@ -61,14 +62,14 @@ def measure_page(chat: ChatModel) -> Iterator[Figures]:
 
 
 def page_cost(chat: ChatModel, users: int = 32, answer_tokens: int = 256) -> dict[str, object]:
-    """gradio_clients, and a Chromium if there is one, who all ask the page together; then as many users with prompts
-    of the same lengths who call the engine directly."""
+    """Readers of the page's streams, and a Chromium if there is one, who all ask together; then as many users with
+    prompts of the same lengths who call the engine directly."""
     from app import create_app
 
     chromium = shutil.which("chromium")
     sampling = [f"--{name.replace('_', '-')}={value}" for name, value in SAMPLING_FIELDS.items()]
     site = create_app(chat, Settings.read([*sampling, f"--max-new-tokens={answer_tokens}"]))
-    with every_reply(chat) as replies, _serving(site) as url:
+    with every_reply(chat) as replies, serving(site) as url:
         _visit_page(url, users, chromium)
     if [len(reply.times) for reply in replies] != [answer_tokens] * users:
         sys.exit(f"Not all of {users} users of the page got {answer_tokens} tokens; see the log.")
@@ -103,14 +104,20 @@ def _question(number: int) -> str:
 
 
 def _ask_page(url: str, numbers: Sequence[int], all_are_here: threading.Barrier) -> None:
-    from gradio_client import Client
-
-    clients = [Client(url, verbose=False) for _ in numbers]
-    questions = [_question(number) for number in numbers]
+    """As the page's own code asks, read to the end."""
     all_are_here.wait()
-    jobs = [client.submit(question, api_name="/chat") for client, question in zip(clients, questions, strict=True)]
-    for job in jobs:
-        job.result()
+    asyncio.run(_ask_together(url, [_question(number) for number in numbers]))
+
+
+async def _ask_together(url: str, questions: Sequence[str]) -> None:
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+        defaults = (await http.get("/page/state")).json()["defaults"]
+        asked = [{"messages": [{"role": "user", "content": text}], "settings": defaults} for text in questions]
+        answers = [http.put(f"/page/answers/{secrets.token_hex(16)}", json=question) for question in asked]
+        for answer in await asyncio.gather(*answers):
+            answer.raise_for_status()
 
 
 def _browse(url: str, chromium: str, all_are_here: threading.Barrier) -> None:
@@ -119,11 +126,11 @@ def _browse(url: str, chromium: str, all_are_here: threading.Barrier) -> None:
     with sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
         page.goto(url)
-        page.get_by_label("Message").fill(_question(0))
+        page.get_by_role("textbox", name="Message").fill(_question(0))
         all_are_here.wait()
-        page.get_by_role("button", name="Send").click()
-        page.get_by_role("button", name="Stop").wait_for()
-        page.get_by_role("button", name="Send").wait_for(timeout=600_000)
+        page.get_by_role("button", name="Send", exact=True).click()
+        page.get_by_role("button", name="Stop", exact=True).wait_for()
+        page.get_by_role("button", name="Send", exact=True).wait_for(timeout=600_000)
 
 
 # ---- The API ----
@@ -145,7 +152,7 @@ def api_cost(chat: ChatModel, streams: int = 32, prompt_tokens: int = 32, answer
 
     rounds = []
     site = create_app(chat, chat.settings)
-    with _serving(site) as url, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as program:
+    with serving(site) as url, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as program:
         for _ in range(HTTP_ROUNDS):
             prompts = [fresh_ids(chat, prompt_tokens) for _ in range(streams)]
             before = time.process_time()
