@@ -83,7 +83,10 @@ class OddServer:
                 headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
                 self.headers = headers  # a local name as well: another request may arrive meanwhile
                 while len(body) < int(headers.get("content-length", 0)):
-                    body += connection.recv(65536)
+                    more = connection.recv(65536)
+                    if not more:  # left in the middle of its question; asking on would keep a core busy for ever
+                        return
+                    body += more
                 for step in self.steps(line, body):
                     if isinstance(step, bytes):
                         connection.sendall(step)
