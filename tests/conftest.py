@@ -1,31 +1,24 @@
 """What the tests share: the embedded model, loaded once, the tokenizers, a tiny model and a Hub that has it.
 
+What takes seconds to import is imported by the fixtures: the process that only starts the workers of `pytest -n` reads
+this file first, and they wait for it.
 The embedded model is fetched on the first run ever and lies in the user's cache from then on. Hypothesis draws the
 same examples every time, so that a green run stays green.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # to be said before PyTorch is imported
     # With more threads than cores the workers of `pytest -n` would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import huggingface_hub
 import pytest
 from filelock import FileLock
 from hypothesis import settings as hypothesis_settings
-from transformers import AutoTokenizer
 
-from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import load, load_tokenizer
 from llama2_chat.settings import Settings
-from model import ChatModel
 from tests.support.hub import Hub
-from tests.support.serving import ignore
-from tests.support.small_chat_model import save_chat_model
-from tests.support.small_model import save_model
 from tests.support.training import run_sft_trainer
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
@@ -41,6 +34,8 @@ def settings():
 @pytest.fixture(scope="session")
 def chat(settings):
     """The embedded model as a visitor without a GPU gets it."""
+    from model import ChatModel
+
     chat = ChatModel(settings).load()
     assert chat.state == "ready", chat.status.error
     yield chat
@@ -48,23 +43,25 @@ def chat(settings):
 
 
 @pytest.fixture(scope="session")
-def loaded_float32(settings):
-    """The embedded model in float32, where answers can be compared token for token."""
-    checkpoint = fetch(choose(settings), ignore)
-    return load(replace(checkpoint, quantization="float32"), ignore)
+def embedded(settings):
+    """The files of the embedded model."""
+    from llama2_chat.loading.choose import choose, fetch
+
+    return fetch(choose(settings), lambda *_: None)
 
 
 @pytest.fixture(scope="session")
-def chat_float32(settings, loaded_float32):
-    tokenizer = load_tokenizer(fetch(choose(settings), ignore))
-    chat = ChatModel(settings).serve(tokenizer, loaded_float32)
-    yield chat
-    chat.close()
+def embedded_tokenizer(embedded):
+    from llama2_chat.loading.load import load_tokenizer
+
+    return load_tokenizer(embedded)
 
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer():
     """Llama 2's own tokenizer: the folder LLAMA2_TOKENIZER, or what the Hub cache holds."""
+    from transformers import AutoTokenizer
+
     folder = os.environ.get("LLAMA2_TOKENIZER")
     if folder and not Path(folder).is_dir():
         pytest.fail(f"LLAMA2_TOKENIZER is {folder}, which is not a folder")
@@ -77,12 +74,16 @@ def llama2_tokenizer():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a model of 100,000 random parameters."""
+    from tests.support.small_model import save_model
+
     return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory):
     """The same with a ChatML template, and a tokenizer for any text."""
+    from tests.support.small_chat_model import save_chat_model
+
     return save_chat_model(tmp_path_factory.mktemp("chat-model"))
 
 
@@ -100,6 +101,8 @@ def demo(tmp_path_factory, worker_id):
 @pytest.fixture
 def hub(monkeypatch, tmp_path, tiny):
     """A Hub with one model, an empty cache, and nobody logged in."""
+    import huggingface_hub
+
     hub = Hub()
     hub.repos["someone/tiny"] = tiny
     constants = huggingface_hub.constants  # what HF_ENDPOINT, HF_HOME and a login set when the library is imported

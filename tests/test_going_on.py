@@ -25,48 +25,48 @@ def unfinished(text):
 
 
 @pytest.fixture(scope="module")
-def whole(chat_float32):
-    return read(chat_float32, QUESTION, greedy(LENGTH))[0]
+def whole(chat):
+    return read(chat, QUESTION, greedy(LENGTH))[0]
 
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("cut", [1, 2, 5, 9, 13, 17])
-def test_a_text_that_is_cut_off_and_gone_on_with_is_the_whole_text(chat_float32, whole, cut, trim):
-    first, reply = read(chat_float32, QUESTION, greedy(cut))
+def test_a_text_that_is_cut_off_and_gone_on_with_is_the_whole_text(chat, whole, cut, trim):
+    first, reply = read(chat, QUESTION, greedy(cut))
     assert (reply.finish_reason, reply.usage.completion_tokens) == ("length", cut)
-    rest, _ = read(chat_float32, unfinished(first), greedy(LENGTH - cut), trim=trim)
+    rest, _ = read(chat, unfinished(first), greedy(LENGTH - cut), trim=trim)
     assert first + rest == whole
 
 
 @pytest.mark.parametrize("half", ["In a wor", "In a world of endless possibil"])
-def test_a_word_is_gone_on_with_in_its_middle_without_a_space(chat_float32, half):
-    assert read(chat_float32, unfinished(half), greedy(4))[0][0].isalpha()
+def test_a_word_is_gone_on_with_in_its_middle_without_a_space(chat, half):
+    assert read(chat, unfinished(half), greedy(4))[0][0].isalpha()
 
 
-def test_the_prompt_counts_the_text_and_the_limit_counts_new_tokens_only(chat_float32, whole):
-    rest, reply = read(chat_float32, unfinished(whole), greedy(2))
-    assert reply.usage.prompt_tokens == len(chat_float32.encode(unfinished(whole)))
-    assert reply.usage.prompt_tokens > len(chat_float32.encode(QUESTION)) + LENGTH - 2
+def test_the_prompt_counts_the_text_and_the_limit_counts_new_tokens_only(chat, whole):
+    rest, reply = read(chat, unfinished(whole), greedy(2))
+    assert reply.usage.prompt_tokens == len(chat.encode(unfinished(whole)))
+    assert reply.usage.prompt_tokens > len(chat.encode(QUESTION)) + LENGTH - 2
     assert (reply.usage.completion_tokens, reply.usage.dropped_messages) == (2, 0)
     assert reply.timing.time_to_first_token_s > 0
     assert rest
 
 
-def test_an_empty_text_is_the_question_alone(chat_float32, whole):
-    assert read(chat_float32, unfinished(""), greedy(LENGTH))[0] == whole
+def test_an_empty_text_is_the_question_alone(chat, whole):
+    assert read(chat, unfinished(""), greedy(LENGTH))[0] == whole
 
 
-def test_old_exchanges_make_room_for_the_rest_of_an_answer(chat_float32, whole):
+def test_old_exchanges_make_room_for_the_rest_of_an_answer(chat, whole):
     old = [{"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "Noted."}] * 3
-    with chat_float32.stream_reply([*old, *unfinished(whole)], greedy(4)) as reply:
+    with chat.stream_reply([*old, *unfinished(whole)], greedy(4)) as reply:
         assert reply.usage.dropped_messages in (2, 4)
     with pytest.raises(PromptTooLong, match=r"This message and its answer so far are \d,\d\d\d tokens"):
-        chat_float32.stream_reply([*old, *unfinished("word " * 8180)], greedy(100))
+        chat.stream_reply([*old, *unfinished("word " * 8180)], greedy(100))
 
 
-def test_an_answer_that_has_begun_cannot_be_held_to_a_schema(chat_float32):
+def test_an_answer_that_has_begun_cannot_be_held_to_a_schema(chat):
     params = SamplingParams(grammar=json.dumps({"type": "object"}))
     with pytest.raises(BadGrammar, match="has begun"):
-        chat_float32.stream_reply(unfinished('{"a'), params)
-    with chat_float32.stream_reply(unfinished(""), params) as reply:
+        chat.stream_reply(unfinished('{"a'), params)
+    with chat.stream_reply(unfinished(""), params) as reply:
         assert next(reply)

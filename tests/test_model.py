@@ -15,12 +15,26 @@ from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.types import SamplingParams, Usage
 from model import ChatModel
 from tests.support.serving import busy
+from tests.support.small_model import untrained
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
 ENDLESS = SamplingParams(temperature=1, max_new_tokens=4000, seed=1)
 
 
 ENGINE = SimpleNamespace(cancel=lambda request: None)  # for replies whose ids a test puts in
+
+
+@pytest.fixture(scope="module")
+def loaded(embedded_tokenizer):
+    return untrained(embedded_tokenizer, 8192)
+
+
+@pytest.fixture(scope="module")
+def small(settings, embedded_tokenizer, loaded):
+    """The embedded model's tokenizer and few random weights: what is said does not matter here, and it is said fast."""
+    small = ChatModel(settings).serve(embedded_tokenizer, loaded)
+    yield small
+    small.close()
 
 
 def user(text):
@@ -37,13 +51,13 @@ def reply_of(tokenizer, text, stop=()):
     return reply
 
 
-def test_streamed_pieces_join_to_the_text_generate_returns(chat_float32, loaded_float32):
+def test_streamed_pieces_join_to_the_text_generate_returns(small, loaded):
     messages = user("Write one sentence about llamas, with an emoji and a word of Japanese.")
-    ids = prompt.encode(chat_float32.serving.tokenizer, messages)
+    ids = prompt.encode(small.serving.tokenizer, messages)
     with torch.inference_mode():
-        whole = loaded_float32.model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
-    expected = chat_float32.serving.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
-    with chat_float32.stream_reply(messages, GREEDY) as reply:
+        whole = loaded.model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    expected = small.serving.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
+    with small.stream_reply(messages, GREEDY) as reply:
         assert "".join(reply) == expected
 
 
@@ -59,8 +73,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_character_shows_at_once_and_whole(chat_float32, text):
-    pieces = list(reply_of(chat_float32.serving.tokenizer, text))
+def test_every_character_shows_at_once_and_whole(small, text):
+    pieces = list(reply_of(small.serving.tokenizer, text))
     assert "".join(pieces) == text
     assert all(pieces)
     assert "\ufffd" not in "".join(pieces)
@@ -75,10 +89,10 @@ def test_llama_2_text_streams_the_same_as_it_decodes_whole(llama2_tokenizer, tex
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_cut_off_by_the_limit_shows_as_a_replacement_character(chat_float32):
-    reply = reply_of(chat_float32.serving.tokenizer, "")
+def test_a_character_cut_off_by_the_limit_shows_as_a_replacement_character(small):
+    reply = reply_of(small.serving.tokenizer, "")
     reply.text_queue.get()
-    first_byte = chat_float32.serving.tokenizer("😱", add_special_tokens=False)["input_ids"][0]
+    first_byte = small.serving.tokenizer("😱", add_special_tokens=False)["input_ids"][0]
     reply.put(torch.tensor([first_byte]))
     reply.end()
     assert "".join(reply) == "\ufffd"
@@ -97,48 +111,48 @@ def test_a_character_cut_off_by_the_limit_shows_as_a_replacement_character(chat_
         ("stop", ["stop"], ""),
     ],
 )
-def test_a_stop_string_ends_the_answer_and_is_never_shown(chat_float32, text, stop, shown):
-    reply = reply_of(chat_float32.serving.tokenizer, text, stop)
+def test_a_stop_string_ends_the_answer_and_is_never_shown(small, text, stop, shown):
+    reply = reply_of(small.serving.tokenizer, text, stop)
     assert "".join(reply) == shown
     assert reply.finish_reason == ("stop" if shown != text else "length")
 
 
-def test_a_stop_string_frees_the_model(chat_float32):
+def test_a_stop_string_frees_the_model(chat):
     messages = user("Count from one to a thousand, one number per line.")
     params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=1000, stop=["\n"])
-    with chat_float32.stream_reply(messages, params) as reply:
+    with chat.stream_reply(messages, params) as reply:
         assert "\n" not in "".join(reply)
     assert reply.finish_reason == "stop"
     assert reply.usage.completion_tokens < 1000
 
 
-def test_usage_and_timing_say_what_the_answer_cost(chat_float32):
+def test_usage_and_timing_say_what_the_answer_cost(small):
     messages = user("Say hello to the llama in the garden.")
-    with chat_float32.stream_reply(messages, GREEDY) as reply:
+    with small.stream_reply(messages, GREEDY) as reply:
         text = "".join(reply)
-    assert reply.usage.prompt_tokens == len(prompt.encode(chat_float32.serving.tokenizer, messages))
+    assert reply.usage.prompt_tokens == len(prompt.encode(small.serving.tokenizer, messages))
     assert 0 < reply.usage.completion_tokens <= 40
     assert reply.usage.dropped_messages == 0
     assert reply.timing.time_to_first_token_s > 0
     assert reply.timing.tokens_per_second > 0
     more = [*messages, {"role": "assistant", "content": text}, *user("And goodbye.")]
-    with chat_float32.stream_reply(more, GREEDY) as reply:
+    with small.stream_reply(more, GREEDY) as reply:
         next(reply)
-    assert reply.usage.cached_tokens > len(prompt.encode(chat_float32.serving.tokenizer, messages)) - 8
+    assert reply.usage.cached_tokens > len(prompt.encode(small.serving.tokenizer, messages)) - 8
 
 
-def test_an_async_reader_gets_the_same_text(chat_float32):
+def test_an_async_reader_gets_the_same_text(small):
     async def read():
-        async with chat_float32.stream_reply(user("Name three colours."), GREEDY) as reply:
+        async with small.stream_reply(user("Name three colours."), GREEDY) as reply:
             return "".join([piece async for piece in reply])
 
-    with chat_float32.stream_reply(user("Name three colours."), GREEDY) as reply:
+    with small.stream_reply(user("Name three colours."), GREEDY) as reply:
         assert asyncio.run(read()) == "".join(reply)
 
 
-def test_no_thread_waits_on_behalf_of_a_reader(chat_float32):
+def test_no_thread_waits_on_behalf_of_a_reader(small):
     async def read_together():
-        replies = [chat_float32.stream_reply(user(f"Say {n}."), ENDLESS) for n in range(40)]
+        replies = [small.stream_reply(user(f"Say {n}."), ENDLESS) for n in range(40)]
         readers = [asyncio.create_task(anext(reply)) for reply in replies]
         done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
         threads = threading.active_count()
@@ -153,18 +167,18 @@ def test_no_thread_waits_on_behalf_of_a_reader(chat_float32):
     assert threads == before
 
 
-def test_closing_the_stream_frees_the_model_for_the_next_question(chat_float32):
-    with chat_float32.stream_reply(user("Tell me a very long story."), ENDLESS) as endless:
+def test_closing_the_stream_frees_the_model_for_the_next_question(small):
+    with small.stream_reply(user("Tell me a very long story."), ENDLESS) as endless:
         next(endless)
     assert endless.finish_reason == "cancelled"
-    with chat_float32.stream_reply(user("Say hi."), GREEDY) as reply:
+    with small.stream_reply(user("Say hi."), GREEDY) as reply:
         assert "".join(reply)
     assert reply.finish_reason in ("stop", "length")
 
 
-def test_close_from_another_thread_wakes_a_reader_and_may_be_called_twice(chat_float32):
-    with busy(chat_float32, user("Tell me a very long story."), ENDLESS):
-        waiting = chat_float32.stream_reply(user("Say hi."), GREEDY)
+def test_close_from_another_thread_wakes_a_reader_and_may_be_called_twice(small):
+    with busy(small, user("Tell me a very long story."), ENDLESS):
+        waiting = small.stream_reply(user("Say hi."), GREEDY)
         assert waiting.queue_position == 1
         threading.Timer(0.2, waiting.close).start()
         assert list(waiting) == []
@@ -172,18 +186,18 @@ def test_close_from_another_thread_wakes_a_reader_and_may_be_called_twice(chat_f
         assert waiting.finish_reason == "cancelled"
 
 
-def test_close_wakes_an_async_reader(chat_float32):
+def test_close_wakes_an_async_reader(small):
     async def read():
-        waiting = chat_float32.stream_reply(user("Say hi."), GREEDY)
+        waiting = small.stream_reply(user("Say hi."), GREEDY)
         threading.Timer(0.2, waiting.close).start()
         return [piece async for piece in waiting], waiting.finish_reason
 
-    with busy(chat_float32, user("Tell me a very long story."), ENDLESS):
+    with busy(small, user("Tell me a very long story."), ENDLESS):
         assert asyncio.run(read()) == ([], "cancelled")
 
 
-def test_closing_after_the_end_changes_nothing(chat_float32):
-    reply = chat_float32.stream_reply(user("Say hi."), GREEDY)
+def test_closing_after_the_end_changes_nothing(small):
+    reply = small.stream_reply(user("Say hi."), GREEDY)
     text = "".join(reply)
     reason = reply.finish_reason
     reply.close()
@@ -191,53 +205,51 @@ def test_closing_after_the_end_changes_nothing(chat_float32):
     assert reply.finish_reason == reason
 
 
-def test_an_error_while_generating_reaches_the_reader_after_the_text_before_it(chat_float32, loaded_float32, caplog):
-    reply = chat_float32.stream_reply(user("Tell me a very long story."), ENDLESS)
+def test_an_error_while_generating_reaches_the_reader_after_the_text_before_it(small, loaded, caplog):
+    reply = small.stream_reply(user("Tell me a very long story."), ENDLESS)
     next(reply)
 
     def fail(*_):
         raise RuntimeError("a secret detail")
 
-    hook = loaded_float32.model.register_forward_pre_hook(fail)
+    hook = loaded.model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(ChatError, match="Please try again"):
             list(reply)
     finally:
         hook.remove()
     assert reply.finish_reason == "error"
-    with chat_float32.stream_reply(user("Say hi."), GREEDY) as reply:
+    with small.stream_reply(user("Say hi."), GREEDY) as reply:
         assert "".join(reply)
 
 
-def test_a_conversation_that_grew_too_long_loses_its_oldest_exchanges_and_says_so(chat_float32):
+def test_a_conversation_that_grew_too_long_loses_its_oldest_exchanges_and_says_so(small):
     old = [*user("word " * 3000), {"role": "assistant", "content": "Noted."}] * 3
-    with chat_float32.stream_reply([*old, *user("Say hi.")], GREEDY) as reply:
+    with small.stream_reply([*old, *user("Say hi.")], GREEDY) as reply:
         assert reply.usage.dropped_messages in (2, 4)
-        assert reply.usage.prompt_tokens + 40 <= chat_float32.context_length
+        assert reply.usage.prompt_tokens + 40 <= small.context_length
     with pytest.raises(PromptTooLong, match=r"9,\d\d\d tokens, and 40 more"):
-        chat_float32.stream_reply([*old, *user("Say hi.")], GREEDY, trim=False)
+        small.stream_reply([*old, *user("Say hi.")], GREEDY, trim=False)
 
 
-def test_refusals_come_from_the_call_itself(chat_float32):
+def test_refusals_come_from_the_call_itself(small):
     with pytest.raises(PromptTooLong, match=r"\d,\d\d\d tokens"):
-        chat_float32.stream_reply(user("word " * 9000), GREEDY)
+        small.stream_reply(user("word " * 9000), GREEDY)
     with pytest.raises(ChatError):
-        chat_float32.stream_reply([{"role": "wizard", "content": "hi"}], GREEDY)
+        small.stream_reply([{"role": "wizard", "content": "hi"}], GREEDY)
     with pytest.raises(PromptTooLong, match="8,153 tokens, and 40 more"):
-        chat_float32.stream_completion([5] * 8153, GREEDY)
+        small.stream_completion([5] * 8153, GREEDY)
 
 
-def test_ids_can_be_continued_without_a_chat_format(chat_float32):
-    ids = chat_float32.serving.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
-    with chat_float32.stream_completion(ids, GREEDY) as reply:
+def test_ids_can_be_continued_without_a_chat_format(chat):
+    ids = chat.serving.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
+    with chat.stream_completion(ids, GREEDY) as reply:
         assert "Paris" in "".join(reply)
     assert reply.usage.prompt_tokens == len(ids)
 
 
-def test_the_line_has_an_end(settings, chat_float32, loaded_float32):
-    short = ChatModel(replace(settings, queue_limit=1, max_batch=1)).serve(
-        chat_float32.serving.tokenizer, loaded_float32
-    )
+def test_the_line_has_an_end(settings, small, loaded):
+    short = ChatModel(replace(settings, queue_limit=1, max_batch=1)).serve(small.serving.tokenizer, loaded)
     with short.stream_reply(user("Tell me a very long story."), ENDLESS) as running:
         next(running)
         with short.stream_reply(user("Hi"), ENDLESS), pytest.raises(Busy):
@@ -245,12 +257,12 @@ def test_the_line_has_an_end(settings, chat_float32, loaded_float32):
     short.close()
 
 
-def test_before_loading_and_after_closing_the_model_says_so(settings, chat_float32, loaded_float32):
+def test_before_loading_and_after_closing_the_model_says_so(settings, small, loaded):
     chat = ChatModel(settings)
     assert chat.state == "loading"
     with pytest.raises(ModelUnavailable, match="still loading"):
         chat.stream_reply(user("Hi"), GREEDY)
-    chat.serve(chat_float32.serving.tokenizer, loaded_float32)
+    chat.serve(small.serving.tokenizer, loaded)
     assert chat.state == "ready"
     reply = chat.stream_reply(user("Tell me a very long story."), ENDLESS)
     next(reply)

@@ -15,14 +15,16 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE
 from llama2_chat.engine.model_runner import CPU_CHUNK
 from llama2_chat.engine.scheduler import Scheduler
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable
+from llama2_chat.loading.load import load
 from llama2_chat.types import SamplingParams
 from tests.support.engines import GREEDY, LONG, SEEDED, Ids, Slow, answer, running, start
+from tests.support.serving import ignore
 
 
-@pytest.fixture(scope="module")
-def engine(loaded_float32):
-    """The embedded model, whose answers are text."""
-    with running(loaded_float32.model, tokens=4000, stop_ids={2}) as engine:
+@pytest.fixture
+def engine(tiny):
+    """Answers end with the id 2 at the latest when generate's do."""
+    with running(tiny, tokens=4000, stop_ids={2}) as engine:
         yield engine
 
 
@@ -45,11 +47,6 @@ def tiny(tiny_llama):
     return tiny_llama
 
 
-@pytest.fixture(scope="module")
-def ids(chat_float32):
-    return lambda text: chat_float32.serving.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def letters(text):
     """Ids for the tiny model."""
     return [ord(letter) % 97 for letter in text]
@@ -64,33 +61,47 @@ def generated(model, input_ids, **options):
     return [token for token in whole[0, len(input_ids) :].tolist() if token != 2]
 
 
+@pytest.fixture(scope="module")
+def embedded_engine(embedded):
+    """An engine of the embedded model in float32, where ids can be compared one for one, and the model."""
+    model = load(replace(embedded, quantization="float32"), ignore).model
+    with running(model, tokens=1000, stop_ids={2}) as engine:
+        yield engine, model
+
+
+@pytest.fixture
+def ids(embedded_tokenizer):
+    return lambda text: embedded_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("text", ["The three largest cities of Japan are", "Answer: <|im_end|", "1"])
-def test_greedy_ids_are_the_ones_generate_gives(engine, loaded_float32, ids, text):
+def test_greedy_ids_of_the_embedded_model_are_the_ones_generate_gives(embedded_engine, ids, text):
+    engine, model = embedded_engine
     found, request = answer(engine, ids(text))
-    assert found == generated(loaded_float32.model, ids(text))
+    assert found == generated(model, ids(text))
     assert request.finish_reason == ("length" if len(found) == GREEDY.max_new_tokens else "stop")
 
 
-def test_a_prompt_of_several_chunks_gives_what_generate_gives(loaded_float32, ids):
-    prompt = ids("A llama walked through the garden. " * 16)
+def test_a_prompt_of_several_chunks_gives_what_generate_gives(tiny):
+    prompt = letters("A llama walked through the garden. " * 4)
     assert len(prompt) > 2 * 50
-    with running(loaded_float32.model, tokens=1000, stop_ids={2}, longest_chunk=50) as engine:
-        assert answer(engine, prompt)[0] == generated(loaded_float32.model, prompt)
+    with running(tiny, tokens=1000, stop_ids={2}, longest_chunk=50) as engine:
+        assert answer(engine, prompt)[0] == generated(tiny, prompt)
 
 
-def test_the_repetition_penalty_counts_the_prompt_as_generate_does(engine, loaded_float32, ids):
-    prompt = ids("one two three one two three one two")
+def test_the_repetition_penalty_counts_the_prompt_as_generate_does(engine, tiny):
+    prompt = letters("one two three one two three one two")
     params = replace(GREEDY, repetition_penalty=1.3)
-    assert answer(engine, prompt, params)[0] == generated(loaded_float32.model, prompt, repetition_penalty=1.3)
+    assert answer(engine, prompt, params)[0] == generated(tiny, prompt, repetition_penalty=1.3)
 
 
-def test_the_next_turn_finds_its_keys_and_values_and_says_the_same_as_without_them(engine, loaded_float32, ids):
-    prompt = ids("The three largest cities of Japan are")
+def test_the_next_turn_finds_its_keys_and_values_and_says_the_same_as_without_them(engine, tiny):
+    prompt = letters("The three largest cities of Japan are")
     first, _ = answer(engine, prompt)
-    longer = [*prompt, *first, *ids(" And the smallest?")]
+    longer = [*prompt, *first, *letters(" And the smallest?")]
     second, request = answer(engine, longer)
     assert request.cached_tokens >= len(prompt) + len(first) - 1
-    assert second == generated(loaded_float32.model, longer)
+    assert second == generated(tiny, longer)
 
 
 def test_the_same_question_again_is_computed_from_its_last_token(endless):
@@ -100,14 +111,14 @@ def test_the_same_question_again_is_computed_from_its_last_token(endless):
     assert (again, request.cached_tokens) == (first, len(prompt) - 1)
 
 
-def test_two_conversations_that_begin_alike_both_keep_their_keys_and_values(engine, loaded_float32, ids):
-    system = ids("You are a llama who answers briefly.")
-    one, two = [*system, *ids(" Where do you live? " * 8)], [*system, *ids(" What do you eat?")]
+def test_two_conversations_that_begin_alike_both_keep_their_keys_and_values(engine, tiny):
+    system = letters("You are a llama who answers briefly.")
+    one, two = [*system, *letters(" Where do you live? " * 8)], [*system, *letters(" What do you eat?")]
     answer(engine, one)
     text, request = answer(engine, two)
     assert request.cached_tokens >= len(system)
-    assert text == generated(loaded_float32.model, two)
-    _, request = answer(engine, [*one, *ids("Go on.")])
+    assert text == generated(tiny, two)
+    _, request = answer(engine, [*one, *letters("Go on.")])
     assert request.cached_tokens >= len(one)
 
 
@@ -240,19 +251,19 @@ def test_closing_ends_everyone_and_refuses_newcomers(single):
 # ---- In company ----
 
 
-def test_greedy_ids_are_the_same_alone_and_with_neighbours_that_come_and_go(loaded_float32, ids):
+def test_greedy_ids_are_the_same_alone_and_with_neighbours_that_come_and_go(tiny):
     texts = ["The three largest cities of Japan are", "Once upon a time", "def add(a, b):", "1, 2, 3,"]
     params = replace(GREEDY, max_new_tokens=8)
-    with running(loaded_float32.model, tokens=2000, max_batch=4) as engine:
-        alone = [answer(engine, ids(text), params)[0] for text in texts]
-    with running(loaded_float32.model, tokens=2000, max_batch=4) as engine:
-        started = [start(engine, ids(text), params) for text in texts[:2]]
+    with running(tiny, tokens=2000, max_batch=4) as engine:
+        alone = [answer(engine, letters(text), params)[0] for text in texts]
+    with running(tiny, tokens=2000, max_batch=4) as engine:
+        started = [start(engine, letters(text), params) for text in texts[:2]]
         started[0][1].next()
-        leaving, _ = start(engine, ids("Tell me a long story."), LONG)
-        started += [start(engine, ids(text), params) for text in texts[2:]]
+        leaving, _ = start(engine, letters("Tell me a long story."), LONG)
+        started += [start(engine, letters(text), params) for text in texts[2:]]
         started[1][1].next()
         engine.cancel(leaving)
-        start(engine, ids("Short."), SamplingParams(seed=1, max_new_tokens=2, top_k=0))
+        start(engine, letters("Short."), SamplingParams(seed=1, max_new_tokens=2, top_k=0))
         together = [streamer.rest() for _, streamer in started]
     assert together[0] == alone[0][1:]
     assert together[1] == alone[1][1:]

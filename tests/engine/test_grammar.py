@@ -134,12 +134,12 @@ def test_what_is_cut_says_so(chat):
 
 
 @pytest.mark.slow
-def test_the_same_json_alone_and_among_others_who_want_json_and_who_do_not(chat_float32):
+def test_the_same_json_alone_and_among_others_who_want_json_and_who_do_not(chat):
     def begin(n):
         likeliest = replace(
             LIKELIEST, max_new_tokens=20, grammar=(None, LIKELIEST.grammar, '{"type": "object"}')[n % 3]
         )
-        return chat_float32.stream_reply([{"role": "user", "content": f"Describe person {n} as JSON."}], likeliest)
+        return chat.stream_reply([{"role": "user", "content": f"Describe person {n} as JSON."}], likeliest)
 
     alone = ["".join(begin(n)) for n in range(5)]
     together = [begin(n) for n in range(5)]

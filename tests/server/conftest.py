@@ -5,28 +5,23 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama2_chat.loading.load import Loaded
 from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.certificates import LOCALHOST, SELF_SIGNED, openssl
 from tests.support.programs import HELLO, LIKELIEST, TALK, whole_reply
 from tests.support.serving import serving
+from tests.support.small_model import untrained
 
 SMALL_CONTEXT = 4096
 
 
 @pytest.fixture(scope="session")
 def small(chat, settings):
-    """The embedded model's tokenizer and few random weights: fast, talkative, one answer and one in line."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=SMALL_CONTEXT, **shape)
+    """The embedded model's tokenizer and few random weights: one answer and one in line."""
     small = ChatModel(replace(settings, max_batch=1, queue_limit=1))
     small.status = Status(model="small")
-    yield small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), ""))
+    yield small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, SMALL_CONTEXT))
     small.close()
 
 

@@ -2,14 +2,11 @@
 
 import pytest
 import schemathesis
-import torch
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from schemathesis import GenerationMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama2_chat.loading.load import Loaded
 from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
@@ -18,6 +15,7 @@ from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, Toke
 from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.serving import serving
+from tests.support.small_model import untrained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROUTES = (
@@ -34,12 +32,9 @@ CONTEXT = 128  # tokens: answers are short whatever length is asked for
 @pytest.fixture(scope="module")
 def document(chat, settings):
     """The document, and behind it the embedded model's tokenizer and few random weights."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(chat.serving.tokenizer), max_position_embeddings=CONTEXT, **shape)
     small = ChatModel(settings)
     small.status = Status(model="small")
-    small.serve(chat.serving.tokenizer, Loaded(LlamaForCausalLM(config).eval(), ""))
+    small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, CONTEXT))
     with serving(small, settings) as address:
         ours = FastAPI()
         ours.include_router(health_router(small))
