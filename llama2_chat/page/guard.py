@@ -158,14 +158,17 @@ class _Document:
         self._body = b""
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        if message["type"] != "http.response.body":  # Starlette tells its test client of templates
-            return await self._send(message)
-        self._body += message.get("body", b"")
-        if message.get("more_body"):
-            return
+        match message["type"]:
+            case "http.response.start":
+                self._start = message
+            case "http.response.body":
+                self._body += message.get("body", b"")
+                if not message.get("more_body"):
+                    await self._send_document()
+            case _:  # Starlette tells its test client of templates
+                await self._send(message)
+
+    async def _send_document(self) -> None:
         body = self._body.replace(b"</head>", self._head + b"</head>", 1)
         scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
         headers = MutableHeaders(scope=self._start)
