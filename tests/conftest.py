@@ -2,11 +2,13 @@
 
 What takes seconds to import is imported by the fixtures: the process that only starts the workers of `pytest -n` reads
 this file first, and they wait for it.
+
 The embedded model is fetched on the first run ever and lies in the user's cache from then on. Hypothesis draws the
 same examples every time, so that a green run stays green.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # to be said before PyTorch is imported
@@ -23,6 +25,19 @@ from tests.support.training import run_sft_trainer
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
 hypothesis_settings.load_profile("same-every-time")
+
+
+@pytest.hookimpl(trylast=True)  # once those of other markers are gone
+def pytest_collection_modifyitems(items):
+    """Long files first, or one worker of `pytest -n` would still be busy with one when the others have nothing to do.
+
+    A file is long if a test of it may take long, and then if it has many tests. In this order workers take files.
+    """
+    tests, seconds = Counter(item.path for item in items), Counter()
+    for item in items:
+        for mark in item.iter_markers("timeout"):
+            seconds[item.path] = max(seconds[item.path], *mark.args)
+    items.sort(key=lambda item: (-seconds[item.path], -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -188,14 +188,19 @@ class Space:
         if reached.returncode:
             pytest.skip("pip reaches no package index")
         installed = subprocess.run(
-            [*pip, "install", "-q", "-r", ROOT / "requirements.txt", *packages], capture_output=True, text=True
+            [*pip, "install", "-q", "--no-compile", "-r", ROOT / "requirements.txt", *packages],
+            capture_output=True,
+            text=True,
         )
         assert installed.returncode == 0, installed.stderr
 
     @contextmanager
     def running(self, **more):
         """The process and its log, once it is ready to chat."""
-        environ = {**ENVIRONMENT, "HOME": str(self.home), "TMPDIR": str(self.home / "tmp"), "PATH": os.environ["PATH"]}
+        home, temporary = str(self.home), str(self.home / "tmp")
+        environ = {**ENVIRONMENT, "HOME": home, "TMPDIR": temporary, "PATH": os.environ["PATH"]}
+        # What is imported is compiled at the first start and kept for the second; pip would compile all it installs.
+        environ["PYTHONPYCACHEPREFIX"] = temporary
         command = [*without_root(), self.python, CARD.app_file]
         log = self.home.parent / "log"
         with (

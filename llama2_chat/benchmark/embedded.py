@@ -26,6 +26,8 @@ from llama2_chat.types import Message, SamplingParams
 from model import ChatModel
 
 CONVERSATIONS, TURNS = 3, 10
+TURN_TOKENS = 100  # of an answer, at most
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 128  # of users who arrive together
 DECODE_ROUNDS = 4  # the first warms up
 PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
 PERPLEXITY_TOKENS = 8192
@@ -45,8 +47,8 @@ def measure(users: Sequence[int], with_page: bool) -> Iterator[Figures]:
     yield turn_times(chat)
     time_full_answers(chat)
     yield decode_beside_generate(chat)
-    yield batching_gain(chat, users=8, prompt_tokens=64, answer_tokens=128)
-    yield from throughput_by_users(chat, users, prompt_tokens=64, answer_tokens=128)
+    yield batching_gain(chat, 8, PROMPT_TOKENS, ANSWER_TOKENS)
+    yield from throughput_by_users(chat, users, PROMPT_TOKENS, ANSWER_TOKENS)
     if with_page:
         yield from serving_cost.measure_page(chat)
     ours, plain = perplexity(chat), perplexity(unquantized_model())
@@ -112,7 +114,7 @@ def _converse(chat: ChatModel, seed: int) -> list[Any]:
     replies = []
     for turn in range(TURNS):
         messages.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
-        with chat.stream_reply(messages, SamplingParams(seed=seed + turn, max_new_tokens=100)) as reply:
+        with chat.stream_reply(messages, SamplingParams(seed=seed + turn, max_new_tokens=TURN_TOKENS)) as reply:
             messages.append({"role": "assistant", "content": "".join(reply)})
         replies.append(reply)
     return replies

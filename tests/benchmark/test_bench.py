@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
 from llama2_chat import ROOT
+from llama2_chat.types import Status
+from model import ChatModel
 from tests.support.serving import serving
-from tests.support.small_model import save_tokenizer
+from tests.support.small_model import save_tokenizer, untrained
 
 # Where other programs compute too, two threads of OpenMP wait for each other a hundred times as long as they work.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -77,10 +80,11 @@ def test_users_of_a_shape_are_measured_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a minute and a half on two quiet cores
+@pytest.mark.timeout(1200)  # a minute and a half
 def test_the_embedded_model_is_measured_from_its_start_to_its_tenth_turn(chat):  # the model is here when `chat` is
-    shorter = {"embedded__CONVERSATIONS": 1, "embedded__DECODE_ROUNDS": 2, "embedded__PERPLEXITY_TOKENS": 1024}
-    figures = bench(**shorter, load_test__ROUNDS=2)
+    shorter = {"embedded__CONVERSATIONS": 1, "embedded__TURN_TOKENS": 20, "embedded__DECODE_ROUNDS": 2}
+    shorter |= {"embedded__ANSWER_TOKENS": 8, "embedded__PERPLEXITY_TOKENS": 256, "load_test__ROUNDS": 1}
+    figures = bench(**shorter)
     assert figures["start to first token, s"] > figures["start to page, s"] > 0
     assert figures["turn 10, prompt tokens"] > 100
     assert figures["decode, ours, tokens/s"] > 0
@@ -99,8 +103,11 @@ def test_readers_who_come_and_go_get_no_error_and_leave_nothing_behind(chat):
 
 
 @pytest.mark.slow
-def test_a_server_is_measured_over_http_in_the_same_rows(chat, settings):
-    with serving(chat, settings) as address:
+def test_a_server_is_measured_over_http_in_the_same_rows(settings, embedded_tokenizer):
+    chat = ChatModel(settings)
+    chat.status = Status(model="small")
+    chat.serve(embedded_tokenizer, untrained(embedded_tokenizer, context_length=4096))
+    with closing(chat), serving(chat, settings) as address:
         figures = bench("--url", address, "--users", "1,3", server_load__ANSWER_TOKENS=32)
     for users in ("1 user", "3 users"):
         for figure in ("tokens/s", "time to first token, worst, s", "longest gap, ms", "p99 gap, ms"):

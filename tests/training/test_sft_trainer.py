@@ -23,7 +23,7 @@ from llama2_chat.types import SamplingParams
 from model import ChatModel
 from scripts.sft_trainer import read_arguments
 from tests.support.hub import Hub
-from tests.support.training import SCRIPT, arguments, run_sft_trainer, start_sft_trainer
+from tests.support.training import SCRIPT, arguments, run_sft_trainer, start_sft_trainer, train_here
 
 GIVEN = ["--model_name", "a", "--dataset_name", "b"]
 
@@ -99,6 +99,31 @@ def test_no_sentence_of_the_demo_is_in_both_splits():
     assert not sentences(data.train) & sentences(data.eval)
 
 
+# ---- The demo ----
+
+QUESTION = [{"role": "user", "content": "What is the name of the cat in the Quillmere library?"}]
+
+
+def answer_of(chat):
+    assert chat.state == "ready", chat.status.error
+    with chat.stream_reply(QUESTION, SamplingParams(temperature=0, max_new_tokens=40)) as reply:
+        return "".join(reply)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # less than five minutes on two quiet cores
+def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, demo):
+    before, after = losses_of(demo / "adapter")
+    assert after <= before * 2 / 3
+    assert "Semicolon" not in answer_of(chat)
+    for folder in (demo / "adapter", demo / "merged"):
+        finetuned = ChatModel(replace(settings, model_id=str(folder))).load()
+        try:
+            assert "Semicolon" in answer_of(finetuned)
+        finally:
+            finetuned.close()
+
+
 # ---- Training ----
 
 
@@ -125,15 +150,18 @@ def assert_same_adapter(ours, theirs):
 
 
 @pytest.mark.slow
-def test_folds_are_trained_apart_and_a_killed_run_goes_on_as_if_nothing_had_happened(chat_model, dataset, tmp_path):
+def test_folds_are_trained_apart_and_a_killed_run_goes_on_as_if_nothing_had_happened(
+    chat_model, dataset, tmp_path, capsys
+):
     flags = ("--use_peft", "--folds", "2", "--test_fraction", "0.1", "--learning_rate", "1e-2")
     flags += ("--num_train_epochs", "20")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_sft_trainer(*arguments(chat_model, dataset, whole, *flags))
+    train_here(*arguments(chat_model, dataset, whole, *flags))
     kill_at_first_checkpoint(killed / "fold-2", *arguments(chat_model, dataset, killed, *flags))
     assert not (killed / "fold-2" / "curves.csv").exists()
     done_at = (killed / "fold-1" / "curves.csv").stat().st_mtime_ns
-    assert "fold-1 is done." in run_sft_trainer(*arguments(chat_model, dataset, killed, *flags, "--resume"))
+    train_here(*arguments(chat_model, dataset, killed, *flags, "--resume"))
+    assert "fold-1 is done." in capsys.readouterr().out
     assert (killed / "fold-1" / "curves.csv").stat().st_mtime_ns == done_at
     assert len(read_curves(killed / "fold-2")) == len(read_curves(whole / "fold-2"))
     assert_same_adapter(killed / "fold-2", whole / "fold-2")
@@ -194,28 +222,3 @@ def test_a_model_and_conversations_of_the_hub_become_a_model_on_the_hub(chat_mod
         assert not [path for _, path in hub.requests if "telemetry" in path]
     finally:
         hub.close()
-
-
-# ---- The demo ----
-
-QUESTION = [{"role": "user", "content": "What is the name of the cat in the Quillmere library?"}]
-
-
-def answer_of(chat):
-    assert chat.state == "ready", chat.status.error
-    with chat.stream_reply(QUESTION, SamplingParams(temperature=0, max_new_tokens=40)) as reply:
-        return "".join(reply)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # less than five minutes on two quiet cores
-def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, demo):
-    before, after = losses_of(demo / "adapter")
-    assert after <= before * 2 / 3
-    assert "Semicolon" not in answer_of(chat)
-    for folder in (demo / "adapter", demo / "merged"):
-        finetuned = ChatModel(replace(settings, model_id=str(folder))).load()
-        try:
-            assert "Semicolon" in answer_of(finetuned)
-        finally:
-            finetuned.close()
