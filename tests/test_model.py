@@ -232,6 +232,18 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_exchanges_and_says_s
         small.stream_reply([*old, *user("Say hi.")], GREEDY, trim=False)
 
 
+def test_fit_tells_what_an_answer_would_find(small):
+    old = [*user("word " * 3000), {"role": "assistant", "content": "Noted."}] * 3
+    told = small.fit([*old, *user("Say hi.")], GREEDY)
+    with small.stream_reply([*old, *user("Say hi.")], GREEDY) as reply:
+        assert (told.prompt_tokens, told.dropped_messages) == (reply.usage.prompt_tokens, reply.usage.dropped_messages)
+    assert told.fits
+    assert told.answer_tokens == small.context_length - told.prompt_tokens
+    too_long = small.fit([*old, *user("word " * 20_000)], GREEDY)
+    assert (too_long.fits, too_long.dropped_messages, too_long.answer_tokens) == (False, 6, 0)
+    assert too_long.prompt_tokens > small.context_length
+
+
 def test_refusals_come_from_the_call_itself(small):
     with pytest.raises(PromptTooLong, match=r"\d,\d\d\d tokens"):
         small.stream_reply(user("word " * 9000), GREEDY)
