@@ -167,6 +167,7 @@ class ChatModel:
             context_length=context,
             max_batch=self.settings.max_batch,
             compile=self.settings.compile,
+            deterministic=self.settings.deterministic,
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length

@@ -99,6 +99,11 @@ class Settings:
     compile: bool = _knob(
         True, "COMPILE", "compile the model for faster decoding on a GPU, in the background after each start"
     )
+    deterministic: bool = _knob(
+        False,
+        "DETERMINISTIC",
+        "on a GPU too, the same seed or temperature 0 gives the same text, cached or not, alone or in company",
+    )
     check: bool = _knob(False, "", "start nothing; say what would go wrong and how to fix it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
     hash_password: bool = _knob(
@@ -113,6 +118,10 @@ class Settings:
             raise ChatError(f"model_name must be one line of printable characters; it was {self.model_name[:40]!r}.")
         if self.model_name and self.inference_url:
             raise ChatError("model_name is for a model that is loaded here; with INFERENCE_URL its servers name it.")
+        if self.deterministic and not self.compile:
+            raise ChatError("DETERMINISTIC=1 needs COMPILE=1: only steps that are recorded always compute the same.")
+        if self.deterministic and self.inference_url:
+            raise ChatError("deterministic is for a model that is loaded here; set it where INFERENCE_URL points to.")
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
         if not 0 <= self.port <= 65535:

@@ -59,7 +59,7 @@ class SamplingParams:
     repetition_penalty: float = 1.1  # divides the score of tokens already in prompt or answer; 1 is off
     presence_penalty: float = 0.0  # subtracted once from tokens already in the answer
     frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
-    seed: int | None = None  # the same seed and conversation give the same answer, on a GPU but for rounding
+    seed: int | None = None  # the same seed and conversation give the same answer; on a GPU with DETERMINISTIC=1
     stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
     grammar: str | None = None  # a JSON schema; the answer is JSON that follows it
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds

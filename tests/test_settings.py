@@ -171,6 +171,12 @@ def test_white_space_around_a_models_name_is_no_part_of_it():
     assert Settings.read([], {"MODEL_ID": " \n"}).model_id is None
 
 
+@pytest.mark.parametrize("more", [{"compile": False}, {"inference_url": "http://gpu-1:8000"}])
+def test_what_cannot_be_deterministic_is_refused(more):
+    with pytest.raises(ChatError, match=r"(?i)deterministic"):
+        Settings(deterministic=True, **more)
+
+
 @pytest.mark.parametrize("more", [{"model_name": "a\nb"}, {"model_name": "a", "inference_url": "http://gpu-1:8000"}])
 def test_a_served_name_is_one_line_and_of_a_model_that_is_here(more):
     with pytest.raises(ChatError, match="model_name"):

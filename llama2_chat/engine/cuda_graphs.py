@@ -29,6 +29,7 @@ from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import ModelStep
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -42,6 +43,7 @@ SIZES: tuple[tuple[Kind, int], ...] = (
     *(("decode", 1), ("prefill", 512), ("decode", 8), ("decode", 32), ("prefill", 2048), ("prefill", 128)),
     *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
 )
+PIECE_SIZE = 512  # tokens: how prompts are read where all steps have the same number of rows
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the position
 
 
@@ -87,9 +89,21 @@ def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
 
 
 class RecordedWay:
-    """What computes steps instead of the model, as far as it is ready; a step_ways.BackgroundWay."""
+    """What computes steps instead of the model, as far as it is ready; a step_ways.BackgroundWay.
 
-    def __init__(self, model: LlamaForCausalLM, pool: KVPool, sampler: SamplerState, most_blocks: int) -> None:
+    deterministic: record one decode step, of a full batch, and one prefill step, of a piece of one prompt in which a
+    token's row is its position's. How libraries order a sum depends on the number of rows, not on what is in them.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        pool: KVPool,
+        sampler: SamplerState,
+        most_blocks: int,
+        deterministic: bool = False,
+    ) -> None:
+        self._deterministic = deterministic
         self._model, self._kv_pool, self._sampler = model, pool, sampler
         # A block more than any request has: the last tile of a prompt may reach beyond it.
         self._table = torch.zeros(sampler.padding + 1, most_blocks + 1, dtype=torch.int32, device=sampler.device)
@@ -97,12 +111,14 @@ class RecordedWay:
         fitting = [(kind, size) for kind, size in SIZES if kind == "prefill" or size <= sampler.padding]
         # A full batch is recorded whatever MAX_BATCH is.
         self._sizes: list[tuple[Kind, int]] = list(dict.fromkeys([*fitting, ("decode", sampler.padding)]))
+        if deterministic:
+            self._sizes = [("prefill", PIECE_SIZE), ("decode", sampler.padding)]
         self._decodes: dict[int, _DecodeRecording] = {}
         self._prefills: dict[int, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None  # on which all are recorded
         self._graph_pool: Any = None  # the memory that all recordings share; PyTorch keeps its type to itself
         self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
-        self._recorded = threading.Event()
+        self._recorded, self._complete = threading.Event(), threading.Event()
         self._closed = False
         self.mode = "eager"
         self._decode_layer = torch.compile(_decode_layer, dynamic=False)
@@ -123,6 +139,29 @@ class RecordedWay:
     def close(self) -> None:
         self._closed = True
         self._recorded.set()
+
+    def wait(self) -> None:
+        """Return once all is recorded. Raises ModelUnavailable if something could not be, or if rows are not alike."""
+        self._complete.wait()
+        if not self._closed and (len(self._decodes) + len(self._prefills) < len(self._sizes) or not self._rows_alike()):
+            raise ModelUnavailable(
+                f"DETERMINISTIC=1 does not work here: {self.mode}. See the log, leave more memory with KV_HEADROOM_GB, "
+                "or unset DETERMINISTIC."
+            )
+
+    @torch.inference_mode()
+    def _rows_alike(self) -> bool:
+        """Whether a row of a full batch comes out the same wherever it stands: some GPU may share them otherwise."""
+        layer, rows = self._model.model.layers[0], self._sampler.padding
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        for linears in (*groups, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj], [self._model.lm_head]):
+            x = torch.randn(linears[0].in_features, device=self._sampler.device, dtype=self._model.dtype)
+            for y in project(x.expand(1, rows, -1).contiguous(), *linears):
+                if not bool((y == y[:, :1]).all()):
+                    self.mode = f"{self._ready()}; rows of a product are not alike on this GPU"
+                    return False
+        return True
 
     # In a thread of its own. Whatever it computes goes to the padding slot and to block 0.
 
@@ -154,6 +193,8 @@ class RecordedWay:
         except Exception:
             self.mode = f"{self._ready()}; compiling failed"
             log.exception("Compiling failed; what is ready is used: %s", self._ready())
+        finally:
+            self._complete.set()
 
     def _ready(self) -> str:
         sizes = (("decode", sorted(self._decodes)), ("prefill", sorted(self._prefills)))
@@ -229,10 +270,14 @@ class RecordedWay:
             recording.sampling.replay()
             return recording.tokens[:N]
 
-        return ModelStep([*requests], recording.logits[:N], recording.inputs[:N], sample)
+        rows = recording.size if self._deterministic else N
+        return ModelStep([*requests], recording.logits[:rows], recording.inputs[:rows], sample)
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """None if the longest chunk fits in no recorded step. Chunks are packed into as few steps as they fit in."""
+        if self._deterministic:
+            self._bind([chunk.request for chunk in chunks])
+            return self._replay_prefill(chunks)
         longest = max(_padded(chunk) for chunk in chunks)
         if not any(size >= longest for size in self._prefills):
             return None
@@ -251,10 +296,11 @@ class RecordedWay:
     def _replay_prefill(self, pack: Sequence[Chunk]) -> Tensor:
         tokens = sum(map(_padded, pack))
         recording = self._prefills[min(size for size in self._prefills if size >= tokens)]
-        packed = _packed(pack, recording.size, self._sampler.padding)
+        skipped = pack[0].start % PIECE_SIZE // TILE_SIZE if self._deterministic else 0
+        packed = _packed(pack, recording.size, self._sampler.padding, skipped)
         recording.inputs.copy_(packed.pin_memory(), non_blocking=True)
         recording.forward.replay()
-        return recording.logits[: len(pack)].clone()
+        return recording.logits[: None if self._deterministic else len(pack)].clone()
 
     def _bind(self, requests: Sequence[Request]) -> None:
         """Bring the slots' rows of the table on the device up to date. A request's own table only grows at its end."""
@@ -365,11 +411,12 @@ def _padded(chunk: Chunk) -> int:
     return -(-(chunk.end - chunk.start) // TILE_SIZE) * TILE_SIZE
 
 
-def _packed(chunks: Sequence[Chunk], size: int, padding: int) -> Tensor:
+def _packed(chunks: Sequence[Chunk], size: int, padding: int, skipped: int = 0) -> Tensor:
     """What a prefill step of so many tokens reads, int64: the ids; for each tile its slot, its start and how many of
-    its tokens count; and for each chunk where its last token is. A chunk begins with a tile of its own."""
-    ids: list[int] = []
-    slots, starts, counts, last = [], [], [], []
+    its tokens count; and for each chunk where its last token is. A chunk begins with a tile of its own, the first after
+    so many skipped."""
+    ids = [0] * (skipped * TILE_SIZE)
+    slots, starts, counts, last = [padding] * skipped, [0] * skipped, [0] * skipped, []
     for chunk in chunks:
         for first in range(0, len(chunk.ids), TILE_SIZE):
             tile = chunk.ids[first : first + TILE_SIZE]

@@ -40,7 +40,7 @@ class Engine:
     queue_limit: requests that may wait; one more raises Busy.
     on_lost: called when the GPU has failed for good, after every request has ended.
 
-    Raises ModelUnavailable if the runner gives other logits than the model alone.
+    Raises ModelUnavailable if the runner gives other logits than the model alone, or cannot compute them as it must.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Engine:
                 longest_chunk=runner.longest_chunk,
                 shortest_chunk=runner.shortest_chunk,
                 queue_limit=queue_limit,
+                piece_size=runner.piece_size,
             )
         )
         self._closed = False
@@ -69,6 +70,11 @@ class Engine:
         runner.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        try:
+            runner.wait()
+        except ModelUnavailable:
+            self.close()
+            raise
 
     @property
     def context_length(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama2_chat.engine.cuda_graphs import RecordedWay, decode_kernel
+from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
@@ -23,11 +23,16 @@ from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.fixed_rows import fix_rows
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
+NOT_DETERMINISTIC = (
+    "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16 or NF4, whole on one GPU of compute capability 8.0 or "
+    "higher: only there are steps recorded. Choose such a model, set QUANTIZATION=nf4, or unset DETERMINISTIC."
+)
 
 
 @dataclass
@@ -48,6 +53,7 @@ class ModelRunner:
     pool: where its keys and values are.
     faster: what computes instead of transformers' forward as far as it is ready.
     windows: of each layer, as paged_attention.attention_windows() finds them.
+    piece_size: of prompts, in tokens, if `faster` computes all steps, and each kind with the same number of rows.
     """
 
     block_size = BLOCK_SIZE
@@ -62,13 +68,14 @@ class ModelRunner:
         faster: BackgroundWay | None = None,
         longest_chunk: int | None = None,
         windows: Sequence[int | None] = (None,),
+        piece_size: int | None = None,
     ) -> None:
         self._pool, self.sampler, self._faster = pool, sampler, faster
         self._model, self._device = model, sampler.device
         self._eager = EagerWay(model, pool, sampler, kernel, most_blocks=-(-context_length // BLOCK_SIZE))
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
         on_gpu = self._device.type == "cuda"
-        self.pipelined = on_gpu
+        self.pipelined, self.piece_size = on_gpu, piece_size
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
@@ -87,6 +94,10 @@ class ModelRunner:
     def start(self, wake: Callable[[], None]) -> None:
         if self._faster:
             self._faster.start(wake)
+
+    def wait(self) -> None:
+        if self._faster and self.piece_size:
+            self._faster.wait()
 
     def close(self) -> None:
         if self._faster:
@@ -127,14 +138,24 @@ class ModelRunner:
         wide = [index for index, request in enumerate(step.requests) if not is_narrow(request.params)]
         if not wide and step.sample is not None:
             tokens = step.sample()
-        elif not wide or not narrow:
+        elif self.piece_size is None and not (wide and narrow):
             tokens = self.sampler.sample(step.logits, step.slots, NARROW if narrow else self.vocab_size)
         else:
-            tokens = torch.empty_like(step.slots)
+            tokens = torch.empty(len(step.requests), dtype=torch.long, device=self._device)
             for indices, candidates in ((narrow, NARROW), (wide, self.vocab_size)):
-                which = torch.tensor(indices, device=self._device)
-                tokens[which] = self.sampler.sample(step.logits[which], step.slots[which], candidates)
+                if indices:
+                    which = torch.tensor(indices, device=self._device)
+                    tokens[which] = self._sample_some(step, which, candidates)
         return self._send(tokens)
+
+    def _sample_some(self, step: ModelStep, which: Tensor, candidates: int) -> Tensor:
+        """The next token of these requests of a step, int64 [n]."""
+        if self.piece_size is None:
+            return self.sampler.sample(step.logits[which], step.slots[which], candidates)
+        # Which of two equal scores comes first depends on how many rows are sorted: as many as a recorded step has.
+        slots = torch.full((self.max_batch,), self.sampler.padding, device=self._device)
+        slots[which] = step.slots[which]
+        return self.sampler.sample(step.logits, slots, candidates)[which]
 
     def _send(self, tokens: Tensor) -> TokensInFlight:
         """On their way to the CPU."""
@@ -200,6 +221,7 @@ def build_runner(
     max_batch: int | None = None,
     longest_chunk: int | None = None,
     compile: bool = True,
+    deterministic: bool = False,
     pool_type: type[KVPool] = KVPool,
 ) -> ModelRunner:
     """The fastest runner that this model can have where it is.
@@ -208,10 +230,11 @@ def build_runner(
     context_length: tokens of prompt and answer that one request may have; more memory than that for each is not taken.
     max_batch: requests answered at once.
     compile: make a Llama on a single GPU faster, in the background.
+    deterministic: let an answer depend on its prompt, its settings and its seed alone; on a CPU it always does.
     pool_type: how keys and values are kept.
 
-    Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, or
-    if no memory is left for keys and values.
+    Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
+    no memory is left for keys and values, or if its steps cannot be recorded and must be.
     """
 
     def free_beside_steps() -> dict[torch.device, int]:
@@ -224,16 +247,22 @@ def build_runner(
     if weight.device.type == "cpu":
         fix_rows(model)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
+    in_pieces = deterministic and weight.device.type == "cuda"
+    if in_pieces:
+        longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)
     step_bytes = _activation_bytes(model, chunk) if weight.device.type == "cuda" else 0
     if not (compile and kernel is not None and RecordedWay.supports(model)):
+        if in_pieces:
+            raise ModelUnavailable(NOT_DETERMINISTIC)
         pool = pool_type(model, free_beside_steps, context_length, max_batch)
         return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk, windows=windows)
     join_projections(model)
     step_bytes *= 2  # recorded steps have memory of their own
     pool = pool_type(model, free_beside_steps, context_length, max_batch)
-    recorded = RecordedWay(model, pool, sampler, most_blocks=-(-context_length // BLOCK_SIZE))
-    return ModelRunner(model, pool, sampler, context_length, kernel, recorded, longest_chunk)
+    recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces)
+    piece_size = PIECE_SIZE if in_pieces else None
+    return ModelRunner(model, pool, sampler, context_length, kernel, recorded, longest_chunk, piece_size=piece_size)
 
 
 @torch.inference_mode()

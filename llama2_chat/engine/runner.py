@@ -1,5 +1,5 @@
 """What the engine asks of whoever computes its steps. ModelRunner keeps this promise; tests have one that computes
-nothing. All methods but `start` and `close` are called by the engine's thread alone, or before that thread begins.
+nothing. All methods but `start`, `wait` and `close` are called by the engine's thread alone, or before it begins.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Runner(Protocol[StepT]):
     max_batch: int  # requests in a decode step
     longest_chunk: int  # tokens of prompts in a prefill step
     shortest_chunk: int  # below, the weights are read for too few tokens
+    piece_size: int | None  # tokens: as SchedulerConfig has it
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
@@ -58,6 +59,12 @@ class Runner(Protocol[StepT]):
 
     def start(self, wake: Callable[[], None]) -> None:
         """Begin with whatever makes steps faster later; wake() tells the engine's thread that maintain() is due."""
+
+    def wait(self) -> None:
+        """Return once steps are computed as they will be from then on, if answers depend on it.
+
+        Raises ModelUnavailable if that will never be. Not called by the engine's thread.
+        """
 
     def close(self) -> None: ...
 

@@ -27,6 +27,9 @@ class SchedulerConfig:
     longest_chunk: int  # tokens of prompts per step
     shortest_chunk: int  # below, the weights are read for too few tokens
     queue_limit: int  # requests that may wait
+    # Tokens, a multiple of block_size: prompts are read one at a time, in pieces that end at its multiples, and other
+    # requests find only keys and values that were computed so. None: in chunks of any length, of several at once.
+    piece_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,12 @@ class Scheduler:
     def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
         """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""
         table, nearest, common = self.cache.match(request.ids if request.params.cache_prompt else ())
-        needed = len(request.ids) // self.config.block_size + 1 - len(table)
-        if self.running and needed + RESERVED_BLOCKS * len(self.running) > self.cache.available:
+        length, growing = len(request.ids), len(self.running)
+        if self.config.piece_size:
+            # Nobody is preempted: what decode steps computed would be read again in pieces, and rounded otherwise.
+            nearest, length, growing = None, request.prompt_tokens + request.limit - 1, 0
+        needed = length // self.config.block_size + 1 - len(table)
+        if self.running and needed + RESERVED_BLOCKS * growing > self.cache.available:
             self.cache.release(table, [])
             return False
         request.blocks, request.computed = table, len(table) * self.config.block_size
@@ -173,9 +180,16 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.running.remove(request)
         self._memory_full = False
-        self.cache.release(request.blocks, request.ids[: request.computed])
+        self.cache.release(request.blocks, request.ids[: self._shareable(request)])
         self._free_slots.append(request.slot)
         request.slot, request.computed, request.sampled = NO_SLOT, 0, 0
+
+    def _shareable(self, request: Request) -> int:
+        """For how many of its ids others may use the keys and values."""
+        if not self.config.piece_size:
+            return request.computed
+        read = min(request.computed, request.prompt_tokens)  # decode steps computed the others
+        return read - read % self.config.block_size
 
     # ---- What a step reads ----
 
@@ -189,6 +203,9 @@ class Scheduler:
 
     def prefill_chunks(self, requests: Sequence[Request]) -> list[Chunk]:
         """The next ids of these requests, in order, as many as one step may read."""
+        if piece := self.config.piece_size:
+            start, length = requests[0].computed, len(requests[0].ids)
+            return [Chunk(requests[0], start, min(length, start - start % piece + piece))]
         room, chunks = self._chunk_tokens(), []
         for request in requests:
             end = min(len(request.ids), request.computed + room)
@@ -220,6 +237,7 @@ class Scheduler:
         """Let requests go on from what was emitted: how far a step that failed has come nobody knows."""
         for request in requests:
             request.computed, request.sampled = min(request.computed, len(request.ids) - 1), 0
+            request.computed = self._shareable(request)
 
     def shrink_batch(self) -> Request | None:
         """Ask less of the next step: one request fewer may run. Returns whom to preempt; None if one runs at most."""

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llama2_chat import ROOT
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import speed_up_nf4
@@ -44,8 +46,9 @@ def small_llama(device="cuda"):
     return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, torch.bfloat16).eval().requires_grad_(False)
 
 
-def running(model, compile, **options):
-    runner = build_runner(model, lambda: {model.device: 2**30}, context_length=4096, compile=compile)
+def running(model, compile, deterministic=False, **options):
+    free = {model.device: 2**30}
+    runner = build_runner(model, lambda: free, context_length=4096, compile=compile, deterministic=deterministic)
     engine = Engine(runner, set(), **options)
     while compile and "compiles" in engine.mode:
         time.sleep(0.2)
@@ -149,6 +152,62 @@ def test_recorded_steps_give_blocks_back(compiled):
     for streamer in streamers:
         streamer.rest()
     assert (compiled.occupancy.running, compiled.occupancy.kv_tokens) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def deterministic():
+    engine = running(small_llama(), compile=True, deterministic=True)
+    yield engine
+    engine.close()
+
+
+LENGTHS = (3, 40, 63, 64, 65, 128, 129, 200, 320, 449, 511, 512, 513, 576, 700, 1024, 1025, 1100, 1536, 2000)
+SETTINGS = {
+    "greedy": {"temperature": 0},
+    "a seed": {"seed": 5, "temperature": 1, "top_k": 40},
+    "a seed, all tokens": {"seed": 5, "temperature": 1, "top_k": 0},
+}
+
+
+def test_deterministic_steps_have_one_text_for_each_question_cold_cached_and_in_company(deterministic):
+    """Alone on the server the same seed gave another text the second time."""
+    assert deterministic.mode == "CUDA graphs: decode 32; prefill 512"
+    asked = [
+        (ids, SamplingParams(**params, max_new_tokens=20 + 5 * (index % 7)))
+        for params in SETTINGS.values()
+        for index, ids in enumerate(prompts(LENGTHS))
+    ]
+    texts = [{tuple(answer(deterministic, ids, replace(params, cache_prompt=False))[0])} for ids, params in asked]
+    for _ in range(2):
+        for found, (ids, params) in zip(texts, asked, strict=True):
+            found.add(tuple(answer(deterministic, ids, params)[0]))
+        streamers = [Ids() for _ in asked]
+        for streamer, (ids, params) in zip(streamers, asked, strict=True):
+            deterministic.submit(ids, params, streamer)
+        for found, streamer in zip(texts, streamers, strict=True):
+            found.add(tuple(streamer.rest()))
+    assert [len(found) for found in texts] == [1] * len(asked)
+
+
+def test_deterministic_steps_read_what_was_answered_as_if_nobody_had_answered_it(deterministic):
+    ids = prompts([150])[0]
+    said, _ = answer(deterministic, ids, replace(GREEDY, max_new_tokens=300))
+    turn = [*ids, *said, *prompts([20])[0]]
+    cached, request = answer(deterministic, turn, GREEDY)
+    assert request.cached_tokens == 128
+    assert cached == answer(deterministic, turn, replace(GREEDY, cache_prompt=False))[0]
+
+
+def test_deterministic_steps_say_what_transformers_says(deterministic):
+    model = small_llama()
+    assert all(
+        below_the_likeliest(model, ids, answer(deterministic, ids, GREEDY)[0]) < 0.25 for ids in prompts(LENGTHS)
+    )
+
+
+def test_a_model_whose_steps_cannot_be_recorded_is_refused_where_they_must_be():
+    with pytest.raises(ModelUnavailable, match="DETERMINISTIC=1 needs COMPILE=1"):
+        running(small_llama(), compile=False, deterministic=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 32, 33, 100])

@@ -219,3 +219,67 @@ def test_everybody_is_served_in_the_end_and_nothing_is_left_behind(visitors, num
     assert s.kv_tokens == 0
     again = admitted(s, [1], [2], [3])  # every slot is free
     assert sorted(each.slot for each in again) == [0, 1, 2]
+
+
+# ---- In pieces: an answer depends on its prompt alone, where rounding depends on how many tokens share a step ----
+
+
+def in_pieces(**config):
+    return scheduler(**{"piece_size": 8, "num_blocks": 33} | config)
+
+
+def test_prompts_are_read_one_at_a_time_in_pieces_that_end_at_the_same_positions():
+    s = in_pieces()
+    first, second = admitted(s, range(18), range(100, 109))
+    found = []
+    while s.prefilling:
+        found += [(chunk.request, chunk.start, chunk.end) for chunk in prefill(s, s.prefilling)]
+    assert found == [(first, 0, 8), (first, 8, 16), (first, 16, 18), (second, 0, 8), (second, 8, 9)]
+
+
+def test_in_pieces_what_is_cached_is_whole_blocks_that_prompts_filled():
+    s = in_pieces()
+    (first,) = admitted(s, range(10))
+    while s.prefilling:
+        prefill(s, s.prefilling)
+    for _ in range(5):
+        decode(s)
+    said = [*first.ids]
+    s.finish(first)
+    (again,) = admitted(s, [*said, 7])
+    # Not the two ids of the prompt's last block, nor the block that the answer filled, nor a part of one that differs.
+    assert (again.computed, again.cached_tokens) == (8, 8)
+    assert prefill(s, [again])[0].start == 8
+
+
+def test_in_pieces_nobody_is_preempted_because_each_has_its_memory_from_the_start():
+    s = in_pieces(num_blocks=9)  # 32 ids
+    requests = admitted(s, *([n] * 5 for n in (1, 2, 3)), limit=8)  # 12 of them must be held, 3 blocks each
+    assert s.running == requests[:2]
+    while s.prefilling:
+        prefill(s, s.prefilling)
+    for _ in range(7):
+        assert decode(s) == []
+    s.finish(requests[0])
+    s.admit()
+    assert requests[2] in s.running
+
+
+def test_in_pieces_a_request_alone_has_room_to_its_limit():
+    s = in_pieces(num_blocks=5)  # 16 ids
+    (only,) = admitted(s, range(6), limit=10)
+    prefill(s, [only])
+    for _ in range(9):
+        assert decode(s) == []
+    assert len(only.ids) == 16
+
+
+def test_in_pieces_a_step_that_failed_shares_nothing_that_decode_steps_computed():
+    s = in_pieces()
+    (only,) = admitted(s, range(10))
+    while s.prefilling:
+        prefill(s, s.prefilling)
+    for _ in range(5):
+        decode(s)
+    s.rewind([only])
+    assert only.computed == 8

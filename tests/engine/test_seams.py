@@ -33,7 +33,7 @@ class ScriptedRunner:
     """Computes nothing: the next token is always the one after the last."""
 
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
-    longest_chunk, shortest_chunk, context_length = 16, 4, 64
+    longest_chunk, shortest_chunk, piece_size, context_length = 16, 4, None, 64
     mode, kv_bytes, maintenance_due, check_lengths = "scripted", 0, False, (24,)
 
     def __init__(self, pipelined=False):
@@ -44,7 +44,7 @@ class ScriptedRunner:
     def nothing(self, *args):
         return None
 
-    start = close = enter_thread = maintain = synchronize = release_memory = copy_block = zero_blocks = nothing
+    start = wait = close = enter_thread = maintain = synchronize = release_memory = copy_block = zero_blocks = nothing
 
     def self_check(self, requests):
         return True
