@@ -6,9 +6,12 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
+from gradio_client import Client
 from playwright.sync_api import expect
+from transformers import TextIteratorStreamer
 
 from llama2_chat.errors import Busy, ModelUnavailable
+from llama2_chat.page.answering import Answering
 from llama2_chat.page.wording import SYSTEM_PROMPT
 from llama2_chat.remote import RemoteModel
 from llama2_chat.remote.faults import CUT, INCOMPLETE
@@ -261,6 +264,33 @@ def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(vis
         expect(waiting(page)).to_have_attribute("data-waiting", "Reading …")
         stop(page)
         assert not remote.servers[0].running
+
+
+def test_send_retry_edit_and_programs_all_reach_the_one_generator(visit, settings, monkeypatch):
+    asked, answer = [], Answering.answer
+    monkeypatch.setattr(
+        Answering, "answer", lambda *given: asked.append(given[1]()[0][-1]["content"]) or answer(*given)
+    )
+    with serving(ScriptedChat(), settings) as address:
+        page = visit(address)
+        ask(page, "Sent")
+        press(page, "Retry")
+        expect(page.get_by_text("2/2")).to_be_visible()
+        expect_unlocked(page)
+        edit(page, 0, "Edited")
+        expect(questions(page)).to_have_text("Edited")
+        expect_unlocked(page)
+        assert Client(address, verbose=False).predict("Predicted", api_name="/chat") == "Hello!"
+    assert asked == ["Sent", "Sent", "Edited", "Predicted"]
+
+
+def test_local_answers_come_through_transformers_streamer(page, chat, monkeypatch):
+    replies, stream_reply = [], chat.stream_reply
+    monkeypatch.setattr(chat, "stream_reply", lambda *given: replies.append(stream_reply(*given)) or replies[-1])
+    send(page, SHORT)
+    expect(answers(page)).to_have_text(BEGUN)
+    stop(page)
+    assert isinstance(replies[0], TextIteratorStreamer)
 
 
 def test_two_visitors_never_see_each_others_words(short_answers, browser, address, chat, monkeypatch):

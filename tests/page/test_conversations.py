@@ -130,6 +130,26 @@ def test_a_restart_of_the_server_loses_no_word_and_the_answer_can_be_continued(v
         expect(answers(page).last).to_contain_text("word2 You said word0")
 
 
+def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(visit, settings, echo, free_port):
+    with serving(echo, settings, port=free_port) as address:
+        anna, bert = visit(address), visit(address)
+        ask(anna, "I am Anna.")
+        ask(bert, "I am Bert.")
+        send(anna, "long")
+        expect(answers(anna).last).to_contain_text("word2")
+        bert.context.set_offline(True)
+        send(bert, "Bert again.")
+    with serving(echo, settings, port=free_port):
+        bert.context.set_offline(False)
+        expect(answers(bert)).to_have_text(["You said I am Bert.", "You said Bert again."], timeout=60_000)
+        expect(remarks(anna).last).to_contain_text("interrupted", timeout=60_000)
+        expect(answers(anna)).to_contain_text(["You said I am Anna.", "word2"])
+        for page, other in ((anna, "Bert"), (bert, "Anna")):
+            page.reload()
+            expect(questions(page)).to_have_count(2)
+            expect(page.get_by_text(other)).to_have_count(0)
+
+
 def test_a_conversation_is_there_after_reload_and_back(visit, site):
     page = visit(site)
     ask(page, "The first one.")
