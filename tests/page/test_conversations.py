@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import expect
 
+from llama2_chat.errors import Busy
+from llama2_chat.page import answering
+from llama2_chat.types import Status
 from tests.support.browser import (
     answers,
     ask,
@@ -19,7 +22,7 @@ from tests.support.browser import (
     send,
     stop,
 )
-from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import serving
 
 WORDS = [f"word{number} " for number in range(40)]
@@ -148,6 +151,32 @@ def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(
             page.reload()
             expect(questions(page)).to_have_count(2)
             expect(page.get_by_text(other)).to_have_count(0)
+
+
+def test_a_message_that_lost_its_place_in_line_while_nobody_read_is_asked_again(visit, site, echo, monkeypatch):
+    monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
+    echo.gate = Gate(first=0)
+    page = visit(site)
+    send(page, "long")
+    expect(page.locator("article.waiting")).to_be_visible()
+    page.goto("about:blank")
+    page.wait_for_timeout(1500)
+    echo.gate.open()
+    page.go_back()
+    expect(answers(page)).to_have_text("".join(WORDS).strip())
+    assert len(echo.asked) == 2
+
+
+def test_a_message_refused_while_its_reader_looks_elsewhere_waits_in_the_box_of_its_conversation(visit, site, echo):
+    echo.status = Status(phase="load")
+    page = visit(site)
+    send(page, "Refuse me")
+    page.get_by_role("button", name="New chat").first.click()
+    echo.stream_reply = raising(Busy("The line is full."))
+    echo.status = READY
+    expect(page.locator(".toast")).to_contain_text("The line is full.")
+    page.get_by_role("navigation").get_by_text("Refuse me").click()
+    expect(box(page)).to_have_value("Refuse me")
 
 
 def test_a_conversation_is_there_after_reload_and_back(visit, site):

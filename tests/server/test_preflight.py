@@ -170,7 +170,7 @@ def test_ctrl_c_ends_the_check_without_a_traceback(fake):
     ) as process:
         process.stdout.readline()  # the line about Python
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
         assert process.stderr.read() == b""
 
 

@@ -19,33 +19,32 @@ export class Chat {
   /** @param hooks onOpened(conversation), onSaid(text) for screen readers, state() what the server says of its model */
   constructor({ store, settings, transcript, composer, hooks }) {
     Object.assign(this, { store, settings, transcript, composer, hooks });
-    this.conversation = null; // null until its first message: an empty conversation is not kept
-    this.messages = new Map();
+    this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
     this.fitted = null;
     this.close = store.onChange((change) => this._changed(change));
   }
 
   get id() {
-    return this.conversation?.id ?? null;
+    return this.talk.conversation?.id ?? null;
   }
 
   get path() {
-    return this.conversation ? pathTo([...this.messages.values()], this.conversation.leafId) : [];
+    return pathOf(this.talk);
   }
 
   // Which conversation is open.
 
   async open(id, messageId) {
     const conversation = await this.store.conversation(id);
-    if (!conversation || conversation.deletedAt) return this.startNew();
+    if (!conversation) return void this.startNew();
     const messages = await this.store.messages(id);
-    this.conversation = conversation;
-    this.messages = new Map(messages.map((message) => [message.id, message]));
+    const talk = { conversation, messages: new Map(messages.map((message) => [message.id, message])) };
     conversation.leafId = leafToShow(conversation, messages);
-    if (messageId && this.messages.has(messageId) && !this.path.some((message) => message.id === messageId)) {
-      await this._setLeaf(leafBelow(messages, messageId));
+    if (messageId && talk.messages.has(messageId) && !pathOf(talk).some((message) => message.id === messageId)) {
+      await this._setLeaf(talk, leafBelow(messages, messageId));
     }
+    this.talk = talk;
     this._resume(messages);
     this.composer.text = conversation.draft ?? "";
     this.transcript.following = !messageId;
@@ -57,8 +56,7 @@ export class Chat {
   }
 
   startNew(draft = "") {
-    this.conversation = null;
-    this.messages = new Map();
+    this.talk = emptyTalk();
     this.composer.text = draft;
     this.render();
     this.hooks.onOpened(null);
@@ -70,40 +68,41 @@ export class Chat {
 
   async send(text) {
     this.composer.setRunning(true); // at once: what is typed now waits for this answer
-    await this._ensureConversation(text);
-    const leaf = this.path.at(-1);
-    if (leaf && this.running.has(leaf.id)) return void (this.composer.text = text);
-    const question = await this._addMessage({ role: "user", text, parentId: leaf?.id ?? null });
-    await this.store.updateConversation(this.id, (conversation) => delete conversation.draft);
-    await this._answer(question);
+    const { talk } = this;
+    await this._ensureConversation(talk, text);
+    const question = await this._addMessage(talk, { role: "user", text, parentId: talk.conversation.leafId });
+    await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
+    await this._answer(talk, question);
   }
 
   async retry(message) {
-    await this._answer(this.messages.get(message.parentId), { seed: newSeed() });
+    await this._answer(this.talk, this.talk.messages.get(message.parentId), { seed: newSeed() });
   }
 
   async sameAgain(message) {
     const settings = { ...message.settings, seed: String(message.end.seed) };
-    await this._answer(this.messages.get(message.parentId), { seed: message.end.seed, settings });
+    await this._answer(this.talk, this.talk.messages.get(message.parentId), { seed: message.end.seed, settings });
   }
 
   /** A visitor's message is asked anew, beside the old one; an answer is only changed. */
   async edit(message, text) {
+    const { talk } = this;
     const { role, parentId } = message;
-    const edited = await this._addMessage({ role, text, parentId, ...(role === "assistant" && { edited: true }) });
-    if (role === "user") await this._answer(edited);
+    const edited = await this._addMessage(talk, { role, text, parentId, ...(role === "assistant" && { edited: true }) });
+    if (role === "user") await this._answer(talk, edited);
     else this.render();
   }
 
   async continue(message) {
     const { end: _, ...open } = message;
-    await this._run({ ...open, answerId: newId() }, { seed: newSeed(), settings: this.settings.read() });
+    await this._run(this.talk, { ...open, answerId: newId() }, { seed: newSeed(), settings: this.settings.read() });
   }
 
   async branch(message, step) {
-    const { list, index } = siblings([...this.messages.values()], message);
+    const all = [...this.talk.messages.values()];
+    const { list, index } = siblings(all, message);
     const other = list[index + step];
-    if (other) await this._setLeaf(leafBelow([...this.messages.values()], other.id));
+    if (other) await this._setLeaf(this.talk, leafBelow(all, other.id));
     this.render();
     this.count();
   }
@@ -133,7 +132,7 @@ export class Chat {
   }
 
   render() {
-    const all = [...this.messages.values()];
+    const all = [...this.talk.messages.values()];
     const path = this.path.map((message) => {
       const { list, index } = siblings(all, message);
       return { message, index, count: list.length };
@@ -144,52 +143,41 @@ export class Chat {
 
   // Asking.
 
-  async _ensureConversation(text) {
-    if (this.conversation) return;
+  async _ensureConversation(talk, text) {
+    if (talk.conversation) return;
     const now = Date.now();
-    this.conversation = {
-      id: newId(),
-      title: titleOf(text),
-      renamed: false,
-      pinned: false,
-      createdAt: now,
-      updatedAt: now,
-      leafId: null,
-    };
-    await this.store.putConversation(this.conversation);
-    this.hooks.onOpened(this.conversation);
+    const kind = { renamed: false, pinned: false };
+    talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
+    await this.store.putConversation(talk.conversation);
+    if (talk === this.talk) this.hooks.onOpened(talk.conversation);
   }
 
-  async _addMessage(fields) {
-    const message = { id: newId(), conversationId: this.id, createdAt: Date.now(), ...fields };
-    this.messages.set(message.id, message);
+  async _addMessage(talk, fields) {
+    const message = { id: newId(), conversationId: talk.conversation.id, createdAt: Date.now(), ...fields };
+    talk.messages.set(message.id, message);
     await this.store.putMessage(message);
-    await this._setLeaf(message.id);
+    await this._setLeaf(talk, message.id);
     return message;
   }
 
-  async _setLeaf(id) {
-    const updatedAt = Date.now();
-    Object.assign(this.conversation, { leafId: id, updatedAt });
-    await this.store.updateConversation(this.id, (conversation) => Object.assign(conversation, { leafId: id, updatedAt }));
+  async _setLeaf({ conversation }, leafId) {
+    const moved = { leafId, updatedAt: Date.now() };
+    Object.assign(conversation, moved);
+    await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  async _answer(question, { seed, settings = this.settings.read() } = {}) {
-    const answerId = newId();
-    const message = await this._addMessage({ role: "assistant", text: "", parentId: question.id, answerId, settings });
-    this.transcript.scrollToEnd();
-    await this._run(message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
+  async _answer(talk, question, { seed, settings = this.settings.read() } = {}) {
+    const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
+    const message = await this._addMessage(talk, fields);
+    if (talk === this.talk) this.transcript.scrollToEnd();
+    await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
   }
 
-  async _run(message, { seed, settings }) {
-    const question = { messages: this._turns(message), settings: { ...settings, seed: String(seed) } };
-    await this._read({ ...message, seed }, question);
-  }
-
-  /** What the model is sent: all before the answer, and of one that is to be continued what there is of it. */
-  _turns(message) {
-    const path = pathTo([...this.messages.values()], message.id);
-    return path.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
+  /** Sends all before the answer, and of one that is to be continued what there is of it. */
+  async _run({ messages }, message, { seed, settings }) {
+    const said = pathTo([...messages.values()], message.id).filter(({ text }) => text);
+    const turns = said.map(({ role, text }) => ({ role, content: text }));
+    await this._read({ ...message, seed }, { messages: turns, settings: { ...settings, seed: String(seed) } });
   }
 
   /** Follow an answer to its end, whichever conversation is open meanwhile. question: null if it was asked before. */
@@ -234,6 +222,7 @@ export class Chat {
   async _finish(message) {
     const { end } = message;
     if (end.refused && !message.text) return this._takeBack(message);
+    if (end.reason === "unread" && !message.text && message.conversationId === this.id) return this._askAgain(message);
     await this.store.putMessage({ ...message });
     this._put(message);
     this.render();
@@ -242,7 +231,13 @@ export class Chat {
     if (message.conversationId === this.id) this.hooks.onSaid(said);
   }
 
-  /** A message that never reached the model returns to the box, with the reason. */
+  /** It lost its place in line while nobody read, and now somebody does. */
+  _askAgain({ end, ...message }) {
+    const { settings } = message;
+    return this._run(this.talk, { ...message, answerId: newId() }, { seed: end.seed ?? newSeed(), settings });
+  }
+
+  /** A message that never reached the model returns to the box of its conversation, with the reason. */
   async _takeBack(message) {
     const { conversationId, parentId, end } = message;
     const all = await this.store.messages(conversationId);
@@ -253,26 +248,33 @@ export class Chat {
     const leafId = wasAnswered ? leafBelow(left, question.id) : newestBeside(left, question);
     await this.store.updateConversation(conversationId, (conversation) => (conversation.leafId = leafId));
     await this.store.removeMessages(conversationId, gone);
-    if (!left.length) await this.store.deleteConversation(conversationId);
     toast(end.error, { seconds: 12 });
-    if (conversationId !== this.id) return;
+    const isOpen = conversationId === this.id;
+    const draft = [!wasAnswered && question.text, isOpen && this.composer.text].filter(Boolean).join("\n\n");
+    if (!isOpen) {
+      await this.store.updateConversation(conversationId, (conversation) => (conversation.draft ||= draft));
+      return;
+    }
     this.composer.unqueue();
-    const draft = [!wasAnswered && question.text, this.composer.text].filter(Boolean).join("\n\n");
-    if (!left.length) return this.startNew(draft);
-    gone.forEach((id) => this.messages.delete(id));
-    this.conversation.leafId = leafId;
+    if (!left.length) {
+      await this.store.deleteConversation(conversationId);
+      this.startNew(draft);
+      return;
+    }
+    gone.forEach((id) => this.talk.messages.delete(id));
+    this.talk.conversation.leafId = leafId;
     this.composer.text = draft;
     this.render();
     this.composer.focus();
   }
 
   _put(message) {
-    if (message.conversationId === this.id) this.messages.set(message.id, message);
+    if (message.conversationId === this.id) this.talk.messages.set(message.id, message);
   }
 
   _show(message, waiting) {
     if (message.conversationId !== this.id) return;
-    this.messages.set(message.id, message);
+    this.talk.messages.set(message.id, message);
     this.transcript.update(message, waiting);
   }
 
@@ -315,17 +317,23 @@ export class Chat {
   async _changed({ conversationId, here }) {
     if (here || conversationId !== this.id) return;
     const conversation = await this.store.conversation(this.id);
-    if (!conversation || conversation.deletedAt) return this.startNew(this.composer.text);
-    for (const message of await this.store.messages(this.id)) {
-      if (!this.running.has(message.id)) this.messages.set(message.id, message);
-    }
+    if (conversationId !== this.id) return;
+    if (!conversation) return void this.startNew(this.composer.text);
+    const messages = await this.store.messages(conversationId);
+    if (conversationId !== this.id) return;
+    for (const message of messages) if (!this.running.has(message.id)) this.talk.messages.set(message.id, message);
     // Where this tab reads stays its own, until it has nothing of its own to show.
-    if (!this.messages.has(this.conversation.leafId)) this.conversation.leafId = conversation.leafId;
-    this.conversation.title = conversation.title;
-    this._resume([...this.messages.values()]);
+    if (!this.talk.messages.has(this.talk.conversation.leafId)) this.talk.conversation.leafId = conversation.leafId;
+    this.talk.conversation.title = conversation.title;
+    this._resume([...this.talk.messages.values()]);
     this.render();
   }
 }
+
+/** No conversation is kept before its first message. */
+const emptyTalk = () => ({ conversation: null, messages: new Map() });
+
+const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
 
 /** Where the conversation stood before this message was added: at another version of it, else at its parent. */
 function newestBeside(messages, { parentId }) {
