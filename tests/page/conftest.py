@@ -7,6 +7,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from tests.support.browser import ARGUMENTS, CHROMIUM, LIKELIEST, open_page, open_settings
+from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
 
 expect.set_options(timeout=20_000)  # a computer may be busy with other things
@@ -16,6 +17,32 @@ expect.set_options(timeout=20_000)  # a computer may be busy with other things
 def address(chat, settings):
     with serving(chat, replace(settings, sampling=LIKELIEST, allowed_hosts="chat.lan")) as address:
         yield address
+
+
+class Stage:
+    """A chat that is another one for every test."""
+
+    def __getattr__(self, name):
+        return getattr(self.chat, name)
+
+
+@pytest.fixture(scope="session")
+def stage(settings):
+    stage = Stage()
+    stage.chat = ScriptedChat()
+    with serving(stage, replace(settings, allowed_hosts="chat.lan")) as address:
+        yield stage, address
+
+
+@pytest.fixture
+def perform(stage):
+    """The address of a page on this chat; without a server of its own, which takes seconds to build."""
+
+    def perform(chat):
+        stage[0].chat = chat
+        return stage[1]
+
+    return perform
 
 
 @pytest.fixture(scope="module")

@@ -164,36 +164,34 @@ def test_a_message_typed_ahead_goes_out_when_the_answer_has_ended(short_answers)
     expect(box(short_answers)).to_have_value("")
 
 
-def test_retry_varies_and_same_again_repeats(visit, settings):
+def test_retry_varies_and_same_again_repeats(visit, perform):
     chat = ScriptedChat()
-    with serving(chat, settings) as address:
-        page = visit(address)
-        ask(page)
-        press(page, "Retry")
-        expect(page.get_by_text("2/2")).to_be_visible()
-        expect_unlocked(page)
-        press(page, "Same again")
-        expect(page.get_by_text("3/3")).to_be_visible()
-        expect_unlocked(page)
+    page = visit(perform(chat))
+    ask(page)
+    press(page, "Retry")
+    expect(page.get_by_text("2/2")).to_be_visible()
+    expect_unlocked(page)
+    press(page, "Same again")
+    expect(page.get_by_text("3/3")).to_be_visible()
+    expect_unlocked(page)
     (first, second, third) = [params.seed for _, params in chat.asked]
     assert first != second
     assert second == third
     assert len({str(messages) for messages, _ in chat.asked}) == 1
 
 
-def test_a_refused_edit_leaves_the_conversation_as_it_was(visit, settings):
+def test_a_refused_edit_leaves_the_conversation_as_it_was(visit, perform):
     chat = ScriptedChat()
-    with serving(chat, settings) as address:
-        page = visit(address)
-        ask(page)
-        ask(page, "And now goodbye.")
-        shown = page.get_by_role("region", name="Conversation").inner_text()
-        chat.stream_reply = raising(Busy("The line is full."))
-        edit(page, 0, "Say good night.")
-        expect(toast(page)).to_contain_text("The line is full.")
-        expect_unlocked(page)
-        expect(box(page)).to_have_value("Say good night.")
-        assert page.get_by_role("region", name="Conversation").inner_text() == shown
+    page = visit(perform(chat))
+    ask(page)
+    ask(page, "And now goodbye.")
+    shown = page.get_by_role("region", name="Conversation").inner_text()
+    chat.stream_reply = raising(Busy("The line is full."))
+    edit(page, 0, "Say good night.")
+    expect(toast(page)).to_contain_text("The line is full.")
+    expect_unlocked(page)
+    expect(box(page)).to_have_value("Say good night.")
+    assert page.get_by_role("region", name="Conversation").inner_text() == shown
 
 
 def test_the_box_has_its_hint_and_the_keyboard_back_after_an_answer(short_answers):
@@ -202,42 +200,39 @@ def test_the_box_has_its_hint_and_the_keyboard_back_after_an_answer(short_answer
     expect(box(short_answers)).to_have_attribute("placeholder", "Type a message")
 
 
-def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(visit, settings):
+def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(visit, perform):
     chat = ScriptedChat(Status(phase="download", done_bytes=120_000_000, total_bytes=269_000_000))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        expect(page.locator(".status")).to_have_text("Downloading the model: 120 of 269 MB")
-        send(page, SHORT)
-        expect(waiting(page)).to_have_attribute("data-waiting", "Downloading the model: 120 of 269 MB")
-        chat.status = READY
-        expect_unlocked(page)
-        expect(answers(page)).to_have_text(["Hello!"])
-        expect(page.locator(".model")).to_have_text("scripted · paper on desk")
-        expect(page.locator(".status")).to_be_hidden()
+    page = visit(perform(chat))
+    expect(page.locator(".status")).to_have_text("Downloading the model: 120 of 269 MB")
+    send(page, SHORT)
+    expect(waiting(page)).to_have_attribute("data-waiting", "Downloading the model: 120 of 269 MB")
+    chat.status = READY
+    expect_unlocked(page)
+    expect(answers(page)).to_have_text(["Hello!"])
+    expect(page.locator(".model")).to_have_text("scripted · paper on desk")
+    expect(page.locator(".status")).to_be_hidden()
 
 
-def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_question(visit, settings):
+def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_question(visit, perform):
     reason = "The licence of Llama 2 is not accepted yet."
     chat = ScriptedChat(Status(state="failed", error=reason))
     chat.stream_reply = raising(ModelUnavailable(reason))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        expect(page.locator(".status")).to_have_text(reason)
-        send(page, SHORT)
-        expect(remarks(page)).to_contain_text(reason)
-        expect_unlocked(page)
+    page = visit(perform(chat))
+    expect(page.locator(".status")).to_have_text(reason)
+    send(page, SHORT)
+    expect(remarks(page)).to_contain_text(reason)
+    expect_unlocked(page)
 
 
-def test_a_server_that_takes_its_time_to_accept_a_message_is_waited_for_in_words(visit, settings):
+def test_a_server_that_takes_its_time_to_accept_a_message_is_waited_for_in_words(visit, perform):
     accepted = threading.Event()
     chat = ScriptedChat(capabilities=replace(HERE, knows_queue=False), reply=Scripted("Hello!", accepted=accepted))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        send(page, SHORT)
-        expect(waiting(page)).to_have_attribute("data-waiting", "Reading …")
-        accepted.set()
-        expect_unlocked(page)
-        expect(answers(page)).to_have_text(["Hello!"])
+    page = visit(perform(chat))
+    send(page, SHORT)
+    expect(waiting(page)).to_have_attribute("data-waiting", "Reading …")
+    accepted.set()
+    expect_unlocked(page)
+    expect(answers(page)).to_have_text(["Hello!"])
 
 
 @pytest.mark.slow
@@ -266,21 +261,21 @@ def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(vis
         assert not remote.servers[0].running
 
 
-def test_send_retry_edit_and_programs_all_reach_the_one_generator(visit, settings, monkeypatch):
+def test_send_retry_edit_and_programs_all_reach_the_one_generator(visit, monkeypatch, perform):
     asked, answer = [], Answering.answer
     monkeypatch.setattr(
         Answering, "answer", lambda *given: asked.append(given[1]()[0][-1]["content"]) or answer(*given)
     )
-    with serving(ScriptedChat(), settings) as address:
-        page = visit(address)
-        ask(page, "Sent")
-        press(page, "Retry")
-        expect(page.get_by_text("2/2")).to_be_visible()
-        expect_unlocked(page)
-        edit(page, 0, "Edited")
-        expect(questions(page)).to_have_text("Edited")
-        expect_unlocked(page)
-        assert Client(address, verbose=False).predict("Predicted", api_name="/chat") == "Hello!"
+    address = perform(ScriptedChat())
+    page = visit(address)
+    ask(page, "Sent")
+    press(page, "Retry")
+    expect(page.get_by_text("2/2")).to_be_visible()
+    expect_unlocked(page)
+    edit(page, 0, "Edited")
+    expect(questions(page)).to_have_text("Edited")
+    expect_unlocked(page)
+    assert Client(address, verbose=False).predict("Predicted", api_name="/chat") == "Hello!"
     assert asked == ["Sent", "Sent", "Edited", "Predicted"]
 
 

@@ -60,9 +60,8 @@ def echo():
 
 
 @pytest.fixture
-def site(echo, settings):
-    with serving(echo, settings) as address:
-        yield address
+def site(echo, perform):
+    return perform(echo)
 
 
 @pytest.fixture

@@ -42,9 +42,8 @@ def scripted():
 
 
 @pytest.fixture
-def site(scripted, settings):
-    with serving(scripted, settings) as address:
-        yield address
+def site(scripted, perform):
+    return perform(scripted)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -67,36 +66,35 @@ def test_who_speaks_and_when_an_answer_begins_and_ends_is_said(visit, site):
     expect(page.locator("article").get_by_role("heading", level=2)).to_contain_text(["You", "Assistant"])
 
 
-def test_everything_can_be_done_with_the_keyboard(visit, settings):
+def test_everything_can_be_done_with_the_keyboard(visit, perform):
     gate = threading.Event()
     chat = ScriptedChat(say=lambda messages: Scripted("One ", "two", gate=gate.is_set))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        expect(box(page)).to_be_focused()
-        page.keyboard.type("first line")
-        page.keyboard.press("Shift+Enter")
-        page.keyboard.type("second line")
-        page.keyboard.press("Enter")
-        expect(questions(page)).to_have_text("first line\nsecond line")
-        page.keyboard.press("Escape")
-        expect(remarks(page)).to_contain_text("stopped")
-        gate.set()
-        page.keyboard.press("ArrowUp")
-        expect(page.get_by_role("textbox", name="Edit the message")).to_be_focused()
-        page.keyboard.type(" edited")
-        page.keyboard.press("Enter")
-        expect(questions(page)).to_have_text("first line\nsecond line edited")
-        expect(answers(page)).to_have_text("One two")
-        page.keyboard.press("Control+k")
-        expect(page.get_by_role("searchbox")).to_be_focused()
-        page.locator("#transcript").focus()
-        page.keyboard.press("?")
-        expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
-        page.keyboard.press("Escape")
-        expect(page.get_by_role("dialog")).to_have_count(0)
-        page.keyboard.press("Control+Shift+O")
-        expect(questions(page)).to_have_count(0)
-        expect(box(page)).to_be_focused()
+    page = visit(perform(chat))
+    expect(box(page)).to_be_focused()
+    page.keyboard.type("first line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second line")
+    page.keyboard.press("Enter")
+    expect(questions(page)).to_have_text("first line\nsecond line")
+    page.keyboard.press("Escape")
+    expect(remarks(page)).to_contain_text("stopped")
+    gate.set()
+    page.keyboard.press("ArrowUp")
+    expect(page.get_by_role("textbox", name="Edit the message")).to_be_focused()
+    page.keyboard.type(" edited")
+    page.keyboard.press("Enter")
+    expect(questions(page)).to_have_text("first line\nsecond line edited")
+    expect(answers(page)).to_have_text("One two")
+    page.keyboard.press("Control+k")
+    expect(page.get_by_role("searchbox")).to_be_focused()
+    page.locator("#transcript").focus()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.keyboard.press("Control+Shift+O")
+    expect(questions(page)).to_have_count(0)
+    expect(box(page)).to_be_focused()
 
 
 # Too small for a thumb, or beyond the right edge.
@@ -135,33 +133,32 @@ def test_the_theme_can_be_switched_and_stays(visit, site):
     expect(page.locator("body.dark")).to_have_count(1)
 
 
-def test_the_reader_stays_where_they_are_while_an_answer_streams_and_a_selection_survives(visit, settings):
+def test_the_reader_stays_where_they_are_while_an_answer_streams_and_a_selection_survives(visit, perform):
     gate = threading.Semaphore(0)
     paragraphs = [f"Paragraph {number}. " + "Some words that fill a line or two. " * 8 + "\n\n" for number in range(60)]
     chat = ScriptedChat(say=lambda messages: Scripted(*paragraphs, gate=lambda: gate.acquire(blocking=False)))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        send(page, SHORT)
-        gate.release(30)
-        expect(answers(page)).to_contain_text("Paragraph 29.")
-        page.locator("#transcript").hover()
-        page.mouse.wheel(0, -1500)
-        page.wait_for_timeout(200)
-        selected = page.evaluate(
-            """() => {
-              const text = document.querySelectorAll("article.assistant p")[20].firstChild;
-              getSelection().setBaseAndExtent(text, 0, text, text.length);
-              return [getSelection().toString().length, document.querySelector("#transcript").scrollTop];
-            }"""
-        )
-        gate.release(31)
-        expect_unlocked(page)
-        expect(answers(page)).to_contain_text("Paragraph 59.")
-        assert selected == page.evaluate(
-            '[getSelection().toString().length, document.querySelector("#transcript").scrollTop]'
-        )
-        page.get_by_role("button", name="To the newest message").click()
-        expect(remarks(page)).to_be_in_viewport()
+    page = visit(perform(chat))
+    send(page, SHORT)
+    gate.release(30)
+    expect(answers(page)).to_contain_text("Paragraph 29.")
+    page.locator("#transcript").hover()
+    page.mouse.wheel(0, -1500)
+    page.wait_for_timeout(200)
+    selected = page.evaluate(
+        """() => {
+          const text = document.querySelectorAll("article.assistant p")[20].firstChild;
+          getSelection().setBaseAndExtent(text, 0, text, text.length);
+          return [getSelection().toString().length, document.querySelector("#transcript").scrollTop];
+        }"""
+    )
+    gate.release(31)
+    expect_unlocked(page)
+    expect(answers(page)).to_contain_text("Paragraph 59.")
+    assert selected == page.evaluate(
+        '[getSelection().toString().length, document.querySelector("#transcript").scrollTop]'
+    )
+    page.get_by_role("button", name="To the newest message").click()
+    expect(remarks(page)).to_be_in_viewport()
 
 
 def test_what_a_visitor_typed_is_shown_as_typed(visit, site):
@@ -187,14 +184,13 @@ def test_the_status_line_follows_servers_that_come_and_go(browser, settings):
         expect(page.locator(".model")).to_contain_text("scripted")
 
 
-def test_the_longest_answer_starts_within_a_small_window(visit, settings):
+def test_the_longest_answer_starts_within_a_small_window(visit, perform):
     """It started at 1,024 tokens, and every message was refused."""
     chat = ScriptedChat()
     chat.context_length = 512
-    with serving(chat, settings) as address:
-        page = visit(address)
-        open_settings(page)
-        expect(page.get_by_role("spinbutton", name="Max new tokens")).to_have_value("256")
+    page = visit(perform(chat))
+    open_settings(page)
+    expect(page.get_by_role("spinbutton", name="Max new tokens")).to_have_value("256")
 
 
 def test_metas_system_prompt_is_one_click_away(visit, site):
@@ -222,7 +218,7 @@ def elsewhere():
         server.shutdown()
 
 
-def test_markup_in_an_answer_reaches_no_other_host_and_covers_nothing(visit, settings):
+def test_markup_in_an_answer_reaches_no_other_host_and_covers_nothing(visit, perform):
     with elsewhere() as (host, requested):
         hostile = (
             f"![]({host}/markdown.png) <img src='{host}/tag.png'> <form action='{host}/f'><button>Win</button></form>"
@@ -230,13 +226,12 @@ def test_markup_in_an_answer_reaches_no_other_host_and_covers_nothing(visit, set
             f"<p style=\"background: url('{host}/style.png')\">text</p><link rel=stylesheet href='{host}/css'>"
             '<div style="position:fixed;inset:0;background:red;z-index:99999">LOGIN</div> done'
         )
-        with serving(ScriptedChat(reply=Scripted(hostile)), settings) as address:
-            page = visit(address)
-            ask(page)
-            expect(answers(page)).to_contain_text("done")
-            expect(answers(page).get_by_role("button", name="Win")).to_have_count(0)
-            page.get_by_role("button", name="Settings").first.click(trial=True)  # fails if something lies over it
-            page.wait_for_timeout(500)
+        page = visit(perform(ScriptedChat(reply=Scripted(hostile))))
+        ask(page)
+        expect(answers(page)).to_contain_text("done")
+        expect(answers(page).get_by_role("button", name="Win")).to_have_count(0)
+        page.get_by_role("button", name="Settings").first.click(trial=True)  # fails if something lies over it
+        page.wait_for_timeout(500)
         assert requested == []
 
 
@@ -289,15 +284,14 @@ def test_whoever_has_logged_in_finds_the_way_out(browser, settings, tmp_path):
         expect(box(page)).to_have_count(0)
 
 
-def test_the_answers_of_a_running_conversation_can_be_stopped_after_looking_at_another(visit, settings):
+def test_the_answers_of_a_running_conversation_can_be_stopped_after_looking_at_another(visit, perform):
     gate = threading.Event()
     chat = ScriptedChat(say=lambda messages: Scripted("One ", "two", gate=gate.is_set))
-    with serving(chat, settings) as address:
-        page = visit(address)
-        send(page, "The first")
-        page.get_by_role("button", name="New chat").first.click()
-        expect(box(page)).to_be_focused()
-        expect_unlocked(page)
-        page.get_by_role("navigation").get_by_text("The first").click()
-        stop(page)
-        expect(remarks(page)).to_contain_text("stopped")
+    page = visit(perform(chat))
+    send(page, "The first")
+    page.get_by_role("button", name="New chat").first.click()
+    expect(box(page)).to_be_focused()
+    expect_unlocked(page)
+    page.get_by_role("navigation").get_by_text("The first").click()
+    stop(page)
+    expect(remarks(page)).to_contain_text("stopped")
