@@ -8,6 +8,7 @@ same examples every time, so that a green run stays green.
 """
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from tests.support.training import run_sft_trainer
 
 hypothesis_settings.register_profile("same-every-time", derandomize=True, deadline=None, print_blob=False)
 hypothesis_settings.load_profile("same-every-time")
+
+
+# Where the tests run in the background of a shell, Ctrl-C is ignored, and in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)  # once those of other markers are gone
