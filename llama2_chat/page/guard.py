@@ -34,6 +34,7 @@ FOR_PROGRAMS = (
 )
 # Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
 MOST_JOBS = 1_000
+MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio keeps of its components for each
 
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
 READ += r"|/(static|assets|svelte|pwa_icon)/.+"
@@ -63,7 +64,7 @@ class TextBlocks(gr.Blocks):
         try:
             return await super().process_api(block_fn, inputs, state, *args, **options)
         finally:
-            # Gradio would remember what each box held last, in each of 10,000 sessions: a refused megabyte for good.
+            # Gradio would remember what each box held last, in each session: a refused megabyte for good.
             for config in state.config_values.values() if state else ():
                 config.get("props", {}).pop("value", None)
 

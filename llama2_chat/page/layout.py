@@ -17,8 +17,8 @@ from starlette.staticfiles import StaticFiles
 
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
-from llama2_chat.page.guard import MOST_JOBS, Listeners, OnlyOurRoutes, TextBlocks
-from llama2_chat.page.programs import ReplyFunction, make_reply
+from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
+from llama2_chat.page.programs import ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -52,7 +52,7 @@ def add_page(
     """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users."""
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
     page = build_page(settings.sampling, make_reply(answering, listeners))
-    page.max_threads = MOST_JOBS
+    page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
     gr.mount_gradio_app(
         app,
@@ -94,7 +94,7 @@ def build_page(defaults: SamplingParams, reply: ReplyFunction) -> gr.Blocks:
         with gr.Column(elem_id="settings"):
             settings = _settings(defaults)
         with gr.Column(visible=False):
-            gr.ChatInterface(
+            ProgramChat(
                 reply,
                 chatbot=gr.Chatbot(visible=False),
                 textbox=gr.Textbox(visible=False),

@@ -63,6 +63,15 @@ def make_reply(answering: Answering, listeners: Container[str | None]) -> ReplyF
     return reply
 
 
+class ProgramChat(gr.ChatInterface):
+    """Gradio's /chat, in whose history a question stands only once it is being answered: a refused one is forgotten."""
+
+    async def _stream_fn(self, message: Any, history: list[Any], *settings: Any) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(super()._stream_fn(message, history, *settings)) as replies:
+            async for text, with_answer in replies:
+                yield text, with_answer if text else history
+
+
 def parsed_seed(text: str | None) -> Any:
     """The number in it; None for an empty text. SamplingParams refuses, in words, whatever else it holds."""
     text = (text or "").strip()

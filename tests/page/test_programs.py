@@ -27,6 +27,15 @@ def test_programs_get_the_answer_alone_and_the_server_remembers_their_conversati
     ]
 
 
+def test_a_refused_question_is_not_remembered(address, chat, monkeypatch):
+    client = Client(address, verbose=False)
+    with pytest.raises(AppError, match="maximum context length"):
+        client.predict("word " * 20_000, api_name="/chat", max_new_tokens=4, system_prompt="")
+    asked = spy(chat, monkeypatch)
+    client.predict("Say one word.", api_name="/chat", max_new_tokens=4, system_prompt="")
+    assert asked == [[{"role": "user", "content": "Say one word."}]]
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"temperature": 99}, {"top_p": 0}, {"top_k": "many"}, {"max_new_tokens": None}, {"seed": "-1"}],
