@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -106,11 +106,10 @@ def in_gb(size: int) -> str:
 def folder_bytes(folder: Path) -> int:
     """What lies in a folder that another process is writing to."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # moved or removed meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # unlike rglob() it goes on where a folder is removed meanwhile
+        for name in names:
+            with suppress(OSError):  # moved or removed meanwhile
+                total += os.path.getsize(os.path.join(place, name))
     return total
 
 

