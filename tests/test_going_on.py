@@ -29,8 +29,7 @@ def whole(chat):
     return read(chat, QUESTION, greedy(LENGTH))[0]
 
 
-@pytest.mark.parametrize("trim", [True, False])
-@pytest.mark.parametrize("cut", [1, 2, 5, 9, 13, 17])
+@pytest.mark.parametrize(("cut", "trim"), [(1, True), (2, False), (5, True), (9, False), (13, True), (17, False)])
 def test_a_text_that_is_cut_off_and_gone_on_with_is_the_whole_text(chat, whole, cut, trim):
     first, reply = read(chat, QUESTION, greedy(cut))
     assert (reply.finish_reason, reply.usage.completion_tokens) == ("length", cut)

@@ -55,6 +55,7 @@ def test_the_page_streams_an_answer_and_stops_when_asked(page):
     expect(answers(page)).to_have_count(2)
 
 
+@pytest.mark.slow
 def test_the_place_in_line_shows_and_stop_leaves_the_line(page, chat):
     question = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": LONG}]
     with busy(chat, question, replace(LIKELIEST, max_new_tokens=4096)):
@@ -84,6 +85,7 @@ def test_an_answer_that_hits_the_limit_says_so_and_goes_on_when_asked(short_answ
     assert answers(short_answers).inner_text().startswith(first)
 
 
+@pytest.mark.slow
 def test_an_error_while_answering_keeps_what_was_written_and_unlocks_the_page(page, chat, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(chat, "stream_reply", lambda *_: Scripted("Once upon", error=RuntimeError("CUDA secret")))
@@ -104,6 +106,7 @@ def test_a_message_that_finds_the_line_full_goes_back_into_the_box(page, chat, m
     expect(questions(page)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_megabyte_is_refused_with_its_size_and_comes_back_into_the_box(page):
     send(page, "word " * 200_000)
     expect(toast(page)).to_contain_text("tokens", timeout=30_000)
@@ -120,6 +123,7 @@ def test_a_blank_message_is_not_sent(page):
 @pytest.mark.parametrize(
     "typed", ["\\ud83d hello", "\\u0000\\u0007\\u001b[31m hello"], ids=["half an emoji", "control characters"]
 )
+@pytest.mark.slow
 def test_letters_that_are_none_are_answered_all_the_same(short_answers, typed):
     box(short_answers).evaluate(f"box => {{ box.value = '{typed}'; box.dispatchEvent(new Event('input')) }}")
     box(short_answers).press("Enter")
@@ -135,6 +139,7 @@ def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_lost(p
     expect(box(page)).to_have_value(SHORT)
 
 
+@pytest.mark.slow
 def test_pressing_enter_twice_asks_once(short_answers, chat, monkeypatch):
     asked = spy(chat, monkeypatch)
     box(short_answers).fill(SHORT)
@@ -154,6 +159,7 @@ def test_an_example_is_one_click(page, chat, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_message_typed_ahead_goes_out_when_the_answer_has_ended(short_answers):
     send(short_answers, LONG)
     box(short_answers).fill("And the next one?")
@@ -164,6 +170,7 @@ def test_a_message_typed_ahead_goes_out_when_the_answer_has_ended(short_answers)
     expect(box(short_answers)).to_have_value("")
 
 
+@pytest.mark.slow
 def test_retry_varies_and_same_again_repeats(visit, perform):
     chat = ScriptedChat()
     page = visit(perform(chat))
@@ -180,6 +187,7 @@ def test_retry_varies_and_same_again_repeats(visit, perform):
     assert len({str(messages) for messages, _ in chat.asked}) == 1
 
 
+@pytest.mark.slow
 def test_a_refused_edit_leaves_the_conversation_as_it_was(visit, perform):
     chat = ScriptedChat()
     page = visit(perform(chat))
@@ -194,6 +202,7 @@ def test_a_refused_edit_leaves_the_conversation_as_it_was(visit, perform):
     assert page.get_by_role("region", name="Conversation").inner_text() == shown
 
 
+@pytest.mark.slow
 def test_the_box_has_its_hint_and_the_keyboard_back_after_an_answer(short_answers):
     ask(short_answers)
     expect(box(short_answers)).to_be_focused()
@@ -213,6 +222,7 @@ def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(
     expect(page.locator(".status")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_question(visit, perform):
     reason = "The licence of Llama 2 is not accepted yet."
     chat = ScriptedChat(Status(state="failed", error=reason))
@@ -288,6 +298,7 @@ def test_local_answers_come_through_transformers_streamer(page, chat, monkeypatc
     assert isinstance(replies[0], TextIteratorStreamer)
 
 
+@pytest.mark.slow
 def test_two_visitors_never_see_each_others_words(short_answers, browser, address, chat, monkeypatch):
     asked = spy(chat, monkeypatch)
     with browser.new_page() as other:

@@ -82,6 +82,7 @@ def test_an_answer_under_way_survives_a_reload_still_streams_and_can_be_stopped(
     expect(remarks(page)).to_contain_text("stopped")
 
 
+@pytest.mark.slow
 def test_an_answer_is_whole_after_a_reload_in_the_middle_of_it(visit, site, echo):
     page = visit(site)
     send(page, "long")
@@ -93,6 +94,7 @@ def test_an_answer_is_whole_after_a_reload_in_the_middle_of_it(visit, site, echo
     assert len(echo.asked) == 1
 
 
+@pytest.mark.slow
 def test_an_answer_survives_a_dropped_line(visit, site, echo):
     page = visit(site)
     send(page, "long")
@@ -106,6 +108,7 @@ def test_an_answer_survives_a_dropped_line(visit, site, echo):
     assert len(echo.asked) == 1
 
 
+@pytest.mark.slow
 def test_a_message_sent_while_the_line_is_down_goes_out_when_it_is_back(visit, site, echo):
     page = visit(site)
     page.context.set_offline(True)
@@ -116,6 +119,7 @@ def test_a_message_sent_while_the_line_is_down_goes_out_when_it_is_back(visit, s
     assert len(echo.asked) == 1
 
 
+@pytest.mark.slow
 def test_a_restart_of_the_server_loses_no_word_and_the_answer_can_be_continued(visit, settings, echo, free_port):
     with serving(echo, settings, port=free_port) as address:
         page = visit(address)
@@ -132,6 +136,7 @@ def test_a_restart_of_the_server_loses_no_word_and_the_answer_can_be_continued(v
         expect(answers(page).last).to_contain_text("word2 You said word0")
 
 
+@pytest.mark.slow
 def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(visit, settings, echo, free_port):
     with serving(echo, settings, port=free_port) as address:
         anna, bert = visit(address), visit(address)
@@ -152,6 +157,7 @@ def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(
             expect(page.get_by_text(other)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_message_that_lost_its_place_in_line_while_nobody_read_is_asked_again(visit, site, echo, monkeypatch):
     monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
     echo.gate = Gate(first=0)
@@ -166,6 +172,7 @@ def test_a_message_that_lost_its_place_in_line_while_nobody_read_is_asked_again(
     assert len(echo.asked) == 2
 
 
+@pytest.mark.slow
 def test_a_message_refused_while_its_reader_looks_elsewhere_waits_in_the_box_of_its_conversation(visit, site, echo):
     echo.status = Status(phase="load")
     page = visit(site)
@@ -178,6 +185,7 @@ def test_a_message_refused_while_its_reader_looks_elsewhere_waits_in_the_box_of_
     expect(box(page)).to_have_value("Refuse me")
 
 
+@pytest.mark.slow
 def test_a_conversation_is_there_after_reload_and_back(visit, site):
     page = visit(site)
     ask(page, "The first one.")
@@ -219,6 +227,7 @@ def test_an_answer_can_be_edited_and_the_model_reads_it_so(visit, site, echo):
     assert [message["content"] for message in echo.asked[-1][0][-3:]] == ["One", "I never said that.", "Two"]
 
 
+@pytest.mark.slow
 def test_what_is_typed_and_not_sent_is_there_after_a_reload(visit, site):
     page = visit(site)
     box(page).fill("A question I have not sent")
@@ -232,6 +241,7 @@ def test_what_is_typed_and_not_sent_is_there_after_a_reload(visit, site):
     expect(box(page)).to_have_value("A second one")
 
 
+@pytest.mark.slow
 def test_settings_are_there_after_a_reload_and_go_back_to_the_defaults(visit, site, echo):
     page = visit(site)
     page.locator("#chat").get_by_role("button", name="Settings").click()
@@ -254,6 +264,7 @@ def settings_default(name):
     return getattr(SamplingParams(), name)
 
 
+@pytest.mark.slow
 def test_two_tabs_see_each_others_conversations_and_overwrite_nothing(context, site):
     one, two = (open_page(context.new_page(), site) for _ in range(2))
     ask(one, "Said in the first tab")
@@ -270,6 +281,7 @@ def test_two_tabs_see_each_others_conversations_and_overwrite_nothing(context, s
     }
 
 
+@pytest.mark.slow
 def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_marks_it(visit, site, echo):
     echo.context_length = 30
     page = visit(site)
@@ -286,6 +298,7 @@ def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_m
     expect(page.locator(".gauge")).to_contain_text("This message does not fit.")
 
 
+@pytest.mark.slow
 def test_a_private_chat_leaves_no_trace(visit, site):
     page = visit(site)
     ask(page, "Everybody may know.")
@@ -319,6 +332,7 @@ def open_streams(page):
     yield running
 
 
+@pytest.mark.slow
 def test_seven_tabs_load_and_stop_still_stops(context, site, echo):
     # Each held a stream open over HTTP/1.1: a sixth did not load, and Stop had no line left.
     tabs = [open_page(context.new_page(), site) for _ in range(7)]
@@ -328,6 +342,7 @@ def test_seven_tabs_load_and_stop_still_stops(context, site, echo):
     expect(remarks(tabs[-1])).to_contain_text("stopped")
 
 
+@pytest.mark.slow
 def test_an_idle_tab_holds_no_connection(browser, site):
     with browser.new_page() as page, open_streams(page) as running:
         open_page(page, site)

@@ -48,6 +48,7 @@ def site(scripted, perform):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.slow
 def test_nothing_stands_in_the_way_of_a_screen_reader(visit, site, size, scheme):
     page = visit(site, viewport=size, color_scheme=scheme)
     assert_accessible(page)
@@ -66,6 +67,7 @@ def test_who_speaks_and_when_an_answer_begins_and_ends_is_said(visit, site):
     expect(page.locator("article").get_by_role("heading", level=2)).to_contain_text(["You", "Assistant"])
 
 
+@pytest.mark.slow
 def test_everything_can_be_done_with_the_keyboard(visit, perform):
     gate = threading.Event()
     chat = ScriptedChat(say=lambda messages: Scripted("One ", "two", gate=gate.is_set))
@@ -104,6 +106,7 @@ AWKWARD_BUTTONS = """[...document.querySelectorAll(".middle button")].filter((bu
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_a_phone_needs_no_sideways_scrolling_and_has_room_for_thumbs(visit, site, scheme):
     page = visit(site, viewport=PHONE, color_scheme=scheme, has_touch=True, is_mobile=True)
     expect(box(page)).to_be_in_viewport()
@@ -125,6 +128,7 @@ def test_the_box_stays_above_a_phones_keyboard(visit, site):
     assert "resizes-content" in page.locator("meta[name=viewport]").get_attribute("content")
 
 
+@pytest.mark.slow
 def test_the_theme_can_be_switched_and_stays(visit, site):
     page = visit(site, color_scheme="light")
     page.get_by_role("button", name="Light or dark").click()
@@ -133,6 +137,7 @@ def test_the_theme_can_be_switched_and_stays(visit, site):
     expect(page.locator("body.dark")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_the_reader_stays_where_they_are_while_an_answer_streams_and_a_selection_survives(visit, perform):
     gate = threading.Semaphore(0)
     paragraphs = [f"Paragraph {number}. " + "Some words that fill a line or two. " * 8 + "\n\n" for number in range(60)]
@@ -170,6 +175,7 @@ def test_what_a_visitor_typed_is_shown_as_typed(visit, site):
     expect(questions(page)).to_have_text(typed + " more", use_inner_text=True)
 
 
+@pytest.mark.slow
 def test_the_status_line_follows_servers_that_come_and_go(browser, settings):
     chat = ScriptedChat(capabilities=replace(HERE, can_fail_over=True))
     with serving(chat, settings) as address, browser.new_page() as page:
@@ -184,6 +190,7 @@ def test_the_status_line_follows_servers_that_come_and_go(browser, settings):
         expect(page.locator(".model")).to_contain_text("scripted")
 
 
+@pytest.mark.slow
 def test_the_longest_answer_starts_within_a_small_window(visit, perform):
     """It started at 1,024 tokens, and every message was refused."""
     chat = ScriptedChat()
@@ -218,6 +225,7 @@ def elsewhere():
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_markup_in_an_answer_reaches_no_other_host_and_covers_nothing(visit, perform):
     with elsewhere() as (host, requested):
         hostile = (
@@ -249,6 +257,7 @@ def test_the_page_asks_nobody_but_its_own_server(browser, address):
 @pytest.mark.parametrize(
     ("host", "secure"), [("chat.lan", False), ("127.0.0.1", True)], ids=["on the network", "on this machine"]
 )
+@pytest.mark.slow
 def test_without_https_the_page_says_so_and_copies_all_the_same(visit, scripted, settings, host, secure):
     with serving(scripted, replace(settings, allowed_hosts="chat.lan")) as address:
         page = visit(address.replace("127.0.0.1", host))
@@ -266,6 +275,7 @@ def pasted(page: Page) -> str:
     return box(page).input_value()
 
 
+@pytest.mark.slow
 def test_whoever_has_logged_in_finds_the_way_out(browser, settings, tmp_path):
     (tmp_path / "users.txt").write_text(f"anna:{login.hash_password('sesame')}\n")
     users = login.read_users(tmp_path / "users.txt")
@@ -284,6 +294,7 @@ def test_whoever_has_logged_in_finds_the_way_out(browser, settings, tmp_path):
         expect(box(page)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_running_conversation_can_be_stopped_after_looking_at_another(visit, perform):
     gate = threading.Event()
     chat = ScriptedChat(say=lambda messages: Scripted("One ", "two", gate=gate.is_set))

@@ -219,6 +219,7 @@ FILL = """async () => {
 }"""
 
 
+@pytest.mark.slow
 def test_the_list_keeps_its_place_and_the_focus_when_chats_come_and_go(tab):
     tab.evaluate(FILL)
     line = chat(tab, "Chat number 60")
@@ -233,6 +234,7 @@ def test_the_list_keeps_its_place_and_the_focus_when_chats_come_and_go(tab):
     expect(chats(tab).first).to_be_focused()
 
 
+@pytest.mark.slow
 def test_nothing_moves_when_the_pointer_passes_and_two_hundred_chats_are_drawn_at_once(tab):
     tab.evaluate(FILL)
     shifts, drawn = tab.evaluate("""async () => {

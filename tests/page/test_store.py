@@ -659,6 +659,7 @@ def test_search_knows_what_another_tab_wrote(open_tab):
     assert [hit[0] for hit in found(two, "giraffe")] == ["zoo"]
 
 
+@pytest.mark.slow
 def test_search_and_list_over_twenty_thousand_messages_are_fast(tab):
     times = tab.evaluate("""async () => {
       const { store, conversation, message, newId } = await use();

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from llama2_chat.remote import RemoteModel, faults
 from tests.support.odd_server import HEAD, LAST, event, status, words
 from tests.support.remote import HELLO, OFTEN, behind, read, wait_until_healthy
@@ -54,6 +56,7 @@ def test_a_failed_server_is_back_when_it_answers_again(settings, odd, other):
         until(lambda: model.status.device == "2 servers")
 
 
+@pytest.mark.slow
 def test_an_idle_server_is_probed_now_and_then_and_a_busy_one_is_not(settings, odd):
     odd.answer = [HEAD, *[event("a"), 0.1] * 25, event(finish="stop"), LAST]
     with behind(settings, odd, timeouts=replace(OFTEN, idle_s=2)) as model:
