@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypedDict
 from llama2_chat.errors import BadGrammar, ChatError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
 Phase = Literal["choose", "download", "convert", "load", "connect"]  # of loading
 
 
@@ -39,6 +40,35 @@ OPEN_BELOW = {"top_p"}
 WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
 MAX_STOP_STRINGS = 8
 MAX_GRAMMAR_CHARACTERS = 2**15
+GRAMMAR_NAMES: dict[GrammarKind, str] = {  # as sentences begin with them
+    "json_schema": "A JSON schema",
+    "regex": "A regular expression",
+    "lark": "A grammar",
+}
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What an answer must follow: a JSON schema, a regular expression, or a grammar in llguidance's kind of Lark.
+
+    A JSON schema is text that holds a JSON object. Raises BadGrammar for what does not look like it; whether answers
+    can be held to it is for the model to say. A choice of texts is a regular expression, or a grammar.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        name = GRAMMAR_NAMES.get(self.kind)
+        if name is None:
+            raise BadGrammar(f"A grammar's kind must be one of {', '.join(GRAMMAR_NAMES)}; it was {self.kind!r:.40}.")
+        if not isinstance(self.text, str) or not self.text:
+            raise BadGrammar(f"{name} must be text, and not empty.")
+        if len(self.text) > MAX_GRAMMAR_CHARACTERS:
+            most, length = f"{MAX_GRAMMAR_CHARACTERS:,}", f"{len(self.text):,}"
+            raise BadGrammar(f"{name} may have {most} characters; this has {length}.")
+        if self.kind == "json_schema" and not _is_json_object(self.text):
+            raise BadGrammar(f"{name} must be text that holds a JSON object.")
 
 
 class Unasked(int):
@@ -61,7 +91,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
     seed: int | None = None  # the same seed and conversation give the same answer; on a GPU with DETERMINISTIC=1
     stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
-    grammar: str | None = None  # a JSON schema; the answer is JSON that follows it
+    grammar: GrammarSpec | None = None  # what the answer must follow
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
 
     def __post_init__(self) -> None:
@@ -75,8 +105,8 @@ class SamplingParams:
         if not valid or len(stop) > MAX_STOP_STRINGS:
             raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
         object.__setattr__(self, "stop", tuple(stop))
-        if self.grammar is not None:
-            _check_grammar(self.grammar)
+        if not (self.grammar is None or isinstance(self.grammar, GrammarSpec)):
+            raise BadGrammar("grammar must be a GrammarSpec.")
 
 
 def _checked(name: str, value: object) -> int | float:
@@ -94,16 +124,11 @@ def _checked(name: str, value: object) -> int | float:
     raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
 
 
-def _check_grammar(grammar: object) -> None:
-    """That it looks like a JSON schema; whether answers can be held to it is for the model to say."""
-    if isinstance(grammar, str) and len(grammar) > MAX_GRAMMAR_CHARACTERS:
-        raise BadGrammar(f"A JSON schema may have {MAX_GRAMMAR_CHARACTERS:,} characters; this has {len(grammar):,}.")
+def _is_json_object(text: str) -> bool:
     try:
-        is_schema = isinstance(grammar, str) and isinstance(json.loads(grammar), dict)
+        return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
-        is_schema = False
-    if not is_schema:
-        raise BadGrammar("grammar must be a JSON schema, as text that holds a JSON object.")
+        return False
 
 
 def _short(value: object) -> str:
@@ -264,7 +289,7 @@ class ChatBackend(Protocol):
             much room trimming makes.
 
         Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
-        BadGrammar for a JSON schema that answers cannot be held to; a backend that asks servers raises some of them
+        BadGrammar for a grammar that answers cannot be held to; a backend that asks servers raises some of them
         when the reply is entered.
         """
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llama2_chat.errors import BadGrammar, PromptTooLong
-from llama2_chat.types import SamplingParams
+from llama2_chat.types import GrammarSpec, SamplingParams
 
 QUESTION = [{"role": "user", "content": "Write two sentences about the 4 seasons, with an emoji."}]
 LENGTH = 18  # tokens, with which the answer is not at its end
@@ -64,7 +64,7 @@ def test_old_exchanges_make_room_for_the_rest_of_an_answer(chat, whole):
 
 
 def test_an_answer_that_has_begun_cannot_be_held_to_a_schema(chat):
-    params = SamplingParams(grammar=json.dumps({"type": "object"}))
+    params = SamplingParams(grammar=GrammarSpec("json_schema", json.dumps({"type": "object"})))
     with pytest.raises(BadGrammar, match="has begun"):
         chat.stream_reply(unfinished('{"a'), params)
     with chat.stream_reply(unfinished(""), params) as reply:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from llama2_chat.errors import BadGrammar, ChatError
-from llama2_chat.types import SamplingParams
+from llama2_chat.types import MAX_GRAMMAR_CHARACTERS, GrammarSpec, SamplingParams
 
 
 def test_the_defaults_are_the_ones_the_page_starts_with():
@@ -59,9 +59,24 @@ def test_stop_takes_one_string_or_up_to_eight():
 
 
 @pytest.mark.parametrize(
-    "grammar", ["root ::= [0-9]+", "[]", "3", "", {}, 3, "[" * 20_000, '{"a": "%s"}' % ("x" * 2**15)]
+    "text", ["root ::= [0-9]+", "[]", "3", "", {}, 3, "[" * 20_000, '{"a": "%s"}' % ("x" * MAX_GRAMMAR_CHARACTERS)]
 )
-def test_a_grammar_is_a_json_schema_of_some_size(grammar):
-    assert SamplingParams(grammar='{"type": "object"}').grammar == '{"type": "object"}'
-    with pytest.raises(BadGrammar, match="JSON"):
-        SamplingParams(grammar=grammar)
+def test_a_json_schema_is_a_json_object_of_some_size(text):
+    assert GrammarSpec("json_schema", '{"type": "object"}').text == '{"type": "object"}'
+    with pytest.raises(BadGrammar, match="A JSON schema"):
+        GrammarSpec("json_schema", text)
+
+
+@pytest.mark.parametrize("kind", ["regex", "lark"])
+def test_other_grammars_are_text_of_some_size(kind):
+    assert SamplingParams(grammar=GrammarSpec(kind, "[]")).grammar.text == "[]"
+    for text in ("", None, "x" * (MAX_GRAMMAR_CHARACTERS + 1)):
+        with pytest.raises(BadGrammar, match=r"must be text|may have"):
+            GrammarSpec(kind, text)
+
+
+def test_a_grammar_of_no_known_kind_is_refused():
+    with pytest.raises(BadGrammar, match="json_schema, regex, lark"):
+        GrammarSpec("json", "{}")
+    with pytest.raises(BadGrammar, match="GrammarSpec"):
+        SamplingParams(grammar='{"type": "object"}')

@@ -1,6 +1,6 @@
-"""Answers that follow a JSON schema: which ids may come next, as llguidance tells.
+"""Answers that follow a grammar: which ids may come next, as llguidance tells.
 
-Schemas come from strangers, and a small one can keep a compiler busy for hours or make it crash. So each is first
+Grammars come from strangers, and a small one can keep a compiler busy for hours or make it crash. So each is first
 compiled by a process of its own, which may take only so much time, memory and stack; here it then takes no more. While
 answers are made, llguidance's own limits hold.
 """
@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llama2_chat.errors import BadGrammar, Busy, ChatError
 from llama2_chat.process import python_command
+from llama2_chat.types import GrammarKind, GrammarSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what pas
 PATIENCE_S = 10  # a new schema waits no longer for others' to be compiled
 # As Python writes JSON. Where any whitespace is allowed, a small model can emit it until max_new_tokens.
 FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "whitespace_pattern": None}
-TOO_COMPLEX = "This JSON schema is too complex to be followed. Make it smaller."
+WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}  # of GrammarSpec.kind
 
 
 class Grammars:
@@ -55,21 +56,21 @@ class Grammars:
         self._hf_tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, stop_ids
         self._one_at_a_time = threading.Lock()  # compiling shall not take all cores from those who decode
 
-    def grammar(self, schema: str) -> Grammar:
-        """A grammar at its beginning. Raises BadGrammar if answers cannot be held to this JSON schema."""
+    def grammar(self, spec: GrammarSpec) -> Grammar:
+        """A grammar at its beginning. Raises BadGrammar if answers cannot be held to it."""
         if not self._one_at_a_time.acquire(timeout=PATIENCE_S):
             raise Busy("Too many JSON schemas are waiting to be compiled. Please try again in a minute.")
         try:
-            if error := _error(schema):
+            if error := _error(spec):
                 raise BadGrammar(error)
-            # Copies of a matcher would share their lexer's states, and a schema used often would run out of them.
-            matcher = LLMatcher(self._tokenizer, self._source(schema), log_level=0, limits=LIMITS)
+            # Copies of a matcher would share their lexer's states, and a grammar used often would run out of them.
+            matcher = LLMatcher(self._tokenizer, self._source(spec), log_level=0, limits=LIMITS)
             matcher.compute_bitmask()
         finally:
             self._one_at_a_time.release()
         if matcher.is_error():
-            raise BadGrammar(_sentence(matcher.get_error()))
-        return Grammar(matcher)
+            raise BadGrammar(_sentence(spec.kind, matcher.get_error()))
+        return Grammar(matcher, spec.kind)
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -79,10 +80,10 @@ class Grammars:
             tokenizer = cast("PreTrainedTokenizerFast", self._hf_tokenizer)  # every tokenizer is fast in transformers 5
             return from_tokenizer(tokenizer, self._vocab_size, sorted(self._stop_ids) or None)
         except ValueError as error:
-            raise BadGrammar("This model's tokenizer cannot be held to a JSON schema. Leave it out.") from error
+            raise BadGrammar("This model's tokenizer cannot be held to a grammar. Leave it out.") from error
 
-    def _source(self, schema: str) -> str:
-        grammar = json.loads(_source(schema))
+    def _source(self, spec: GrammarSpec) -> str:
+        grammar = json.loads(_source(spec))
         # Llama 2 begins its answers with a space, which decoding takes away.
         space = self._hf_tokenizer.get_vocab().get("▁")
         if space is not None and self._hf_tokenizer.decode([space]) == "":
@@ -92,13 +93,13 @@ class Grammars:
 
 
 class Grammar:
-    """What may come next in one answer: a request.TokenConstraint, made of a JSON schema.
+    """What may come next in one answer: a request.TokenConstraint, made of a GrammarSpec.
 
     Its methods raise ChatError when that exceeds the limits of llguidance.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, kind: GrammarKind) -> None:
+        self._matcher, self._kind = matcher, kind
 
     @property
     def complete(self) -> bool:
@@ -116,38 +117,49 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ChatError(TOO_COMPLEX)
+            raise ChatError(_too_complex(self._kind))
 
 
-def _source(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides=FORM)
+def _source(spec: GrammarSpec) -> str:
+    """As llguidance reads it: a list of grammars, of which the first is where an answer starts."""
+    match spec.kind:
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(spec.text, overrides=FORM)
+        case "regex":
+            return LLMatcher.grammar_from_regex(spec.text)
+    return json.dumps({"grammars": [{"lark_grammar": spec.text}]})
 
 
-def _sentence(error: str) -> str:
-    if error.startswith("regex parse error"):  # then it draws the pattern, and ends with what is wrong
+def _too_complex(kind: GrammarKind) -> str:
+    return f"This {WHAT[kind]} is too complex to be followed. Make it smaller."
+
+
+def _sentence(kind: GrammarKind, error: str) -> str:
+    if "regex parse error" in error:  # then it draws the pattern, and says below it what is wrong
         error = f"regex parse error: {error.rpartition('error: ')[2]}"
     reason = error.partition("\n")[0].strip().rstrip(".").replace(". ", "; ")
     reason = "no value satisfies it" if reason.startswith("NoExtension") else reason
-    return f"Answers cannot be held to this JSON schema: {reason:.300}."
+    return f"Answers cannot be held to this {WHAT[kind]}: {reason:.300}."
 
 
-# ---- Trying a schema out ----
+# ---- Trying a grammar out ----
 
 
 @functools.lru_cache(maxsize=256)
-def _error(schema: str) -> str:
-    """What is wrong with a schema, in a sentence."""
+def _error(spec: GrammarSpec) -> str:
+    """What is wrong with it, in a sentence."""
+    asked = json.dumps([spec.kind, spec.text]).encode()
     try:
         tried = subprocess.run(
-            python_command(f"{__name__}:try_schema"), input=schema.encode(), capture_output=True, timeout=COMPILE_WALL_S
+            python_command(f"{__name__}:try_grammar"), input=asked, capture_output=True, timeout=COMPILE_WALL_S
         )
     except subprocess.TimeoutExpired:
-        return TOO_COMPLEX
-    return TOO_COMPLEX if tried.returncode else tried.stdout.decode()
+        return _too_complex(spec.kind)
+    return _too_complex(spec.kind) if tried.returncode else tried.stdout.decode()
 
 
-def try_schema() -> None:
-    """What the process does: a schema comes in at stdin, and what is wrong with it goes out at stdout."""
+def try_grammar() -> None:
+    """What the process does: a grammar comes in at stdin, and what is wrong with it goes out at stdout."""
     with suppress(ImportError):  # on Windows, where only COMPILE_WALL_S holds
         import resource
 
@@ -155,21 +167,21 @@ def try_schema() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (COMPILE_CPU_S, COMPILE_CPU_S))
         resource.setrlimit(resource.RLIMIT_AS, (COMPILE_BYTES, COMPILE_BYTES))
     threading.stack_size(COMPILE_STACK_BYTES)
-    schema, found = sys.stdin.buffer.read().decode(), []
-    thread = threading.Thread(target=lambda: found.append(_compile(schema)))
+    spec, found = GrammarSpec(*json.loads(sys.stdin.buffer.read())), []
+    thread = threading.Thread(target=lambda: found.append(_compile(spec)))
     thread.start()
     thread.join()
     (error,) = found
     sys.stdout.buffer.write(error.encode())
 
 
-def _compile(schema: str) -> str:
+def _compile(spec: GrammarSpec) -> str:
     """What is wrong with it."""
     try:
-        source = _source(schema)
+        source = _source(spec)
     except ValueError as error:
-        return _sentence(str(error))
+        return _sentence(spec.kind, str(error))
     # With a tokenizer of 256 bytes it costs what it costs with any, and with none at all much less.
     matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=LIMITS)
     matcher.compute_bitmask()
-    return _sentence(matcher.get_error()) if matcher.is_error() else ""
+    return _sentence(spec.kind, matcher.get_error()) if matcher.is_error() else ""

@@ -71,9 +71,9 @@ def droppable(messages: list[Message]) -> int:
 
 
 def goes_on(turns: list[Turn], params: SamplingParams) -> bool:
-    """Whether an answer that has begun is asked for the rest. Raises BadGrammar if that is to follow a JSON schema."""
+    """Whether an answer that has begun is asked for the rest. Raises BadGrammar if that is to follow a grammar."""
     if turns[-1].role != "assistant":
         return False
     if params.grammar is not None:
-        raise BadGrammar("An answer that has begun cannot be held to a JSON schema. Ask for it from the beginning.")
+        raise BadGrammar("An answer that has begun cannot be held to a grammar. Ask for it from the beginning.")
     return True

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama2_chat.errors import PromptTooLong
+from llama2_chat.errors import BadGrammar, PromptTooLong
 from llama2_chat.prompt import Turn, check_messages, goes_on, newest_turns, subject_of
 from llama2_chat.remote.client import schema_format
-from llama2_chat.types import RANGES, Message, SamplingParams
+from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams
 
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
 NUMBERS = [name for name in RANGES if name != "max_new_tokens"]  # which is sent as max_tokens
@@ -30,7 +30,7 @@ class Question:
 
     @classmethod
     def of(cls, messages: list[Message], params: SamplingParams, to_the_end: bool = False) -> Question:
-        """Raises ChatError for malformed messages."""
+        """Raises ChatError for malformed messages, BadGrammar for a grammar that servers cannot be asked for."""
         system, turns = check_messages(messages)
         more = GO_ON if goes_on(turns, params) else {}
         return cls(system, turns, _fields(params, to_the_end) | more)
@@ -86,5 +86,11 @@ def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
     fields = {name: getattr(params, name) for name in NUMBERS}
     fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # servers take -1 for all
     if params.grammar is not None:
-        fields["response_format"] = schema_format(json.loads(params.grammar))
+        fields["response_format"] = _response_format(params.grammar)
     return fields if to_the_end else {**fields, "max_tokens": params.max_new_tokens}
+
+
+def _response_format(grammar: GrammarSpec) -> dict[str, Any]:
+    if grammar.kind != "json_schema":
+        raise BadGrammar("The server that answers takes JSON schemas only, no other grammars.")
+    return schema_format(json.loads(grammar.text))

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server.errors import ApiError
-from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, Message, SamplingParams
+from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, GrammarSpec, Message, SamplingParams
 
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls",
@@ -118,11 +118,12 @@ class ResponseFormat(BaseModel):
         return value
 
     @property
-    def grammar(self) -> str | None:
+    def grammar(self) -> GrammarSpec | None:
         """As SamplingParams takes it."""
         if self.type == "text":
             return None
-        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.definition)
+        schema = {"type": "object"} if self.json_schema is None else self.json_schema.definition
+        return GrammarSpec("json_schema", json.dumps(schema))
 
 
 class _Request(BaseModel):

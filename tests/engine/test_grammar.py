@@ -1,4 +1,4 @@
-"""What a JSON schema promises: the answer follows it, in any company, and a bad schema harms nobody."""
+"""What a grammar promises: the answer follows it, in any company, and a bad one harms nobody."""
 
 import json
 import random
@@ -12,7 +12,7 @@ import torch
 from llama2_chat.engine import grammar
 from llama2_chat.engine.grammar import Grammars
 from llama2_chat.errors import BadGrammar, ChatError
-from llama2_chat.types import MAX_GRAMMAR_CHARACTERS, SamplingParams
+from llama2_chat.types import GrammarSpec, SamplingParams
 from tests.support.serving import busy
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped
 
@@ -34,7 +34,13 @@ PERSON = {
         }
     },
 }
-LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=120, grammar=json.dumps(PERSON))
+
+
+def json_schema(schema):
+    return GrammarSpec("json_schema", json.dumps(schema))
+
+
+LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=120, grammar=json_schema(PERSON))
 ANNA = [{"role": "user", "content": "Describe Anna, who is 25, as JSON."}]
 
 
@@ -54,7 +60,7 @@ def allowed(grammar, vocab_size):
 def walk(tokenizer, schema, seed, most=400):
     """An answer at random, its text and whether it came to its end."""
     vocab_size, end = len(tokenizer) + 32, tokenizer.eos_token_id
-    following, rng, ids = Grammars(tokenizer, vocab_size, {end}).grammar(json.dumps(schema)), random.Random(seed), []
+    following, rng, ids = Grammars(tokenizer, vocab_size, {end}).grammar(json_schema(schema)), random.Random(seed), []
     while not following.complete and len(ids) < most:
         choice = allowed(following, vocab_size)
         assert max(choice) < len(tokenizer)
@@ -88,7 +94,7 @@ def test_whatever_is_drawn_follows_the_schema(tokenizer, schema):
 
 @pytest.mark.parametrize("text", ['{"a": "é 日本 😱\\n", "b": [1, -2.5e3, true, null]}', "{}"])
 def test_json_may_be_written_as_python_writes_it(tokenizer, text):
-    following = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}).grammar('{"type": "object"}')
+    following = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}).grammar(json_schema({"type": "object"}))
     for token in tokenizer.encode(text, add_special_tokens=False):
         assert token in allowed(following, len(tokenizer)), tokenizer.convert_ids_to_tokens(token)
         following.advance(token)
@@ -97,7 +103,7 @@ def test_json_may_be_written_as_python_writes_it(tokenizer, text):
 
 
 def test_an_answer_of_llama_2_may_begin_with_its_space(llama2_tokenizer):
-    following = Grammars(llama2_tokenizer, 32000, {2}).grammar('{"type": "object"}')
+    following = Grammars(llama2_tokenizer, 32000, {2}).grammar(json_schema({"type": "object"}))
     first = llama2_tokenizer.convert_ids_to_tokens(allowed(following, 32000))
     assert {"▁", "▁{", "{"} <= set(first)
     following.advance(29871)
@@ -108,12 +114,28 @@ def test_an_answer_of_llama_2_may_begin_with_its_space(llama2_tokenizer):
     "schema", [{"type": "object"}, {"type": "object", "x-guidance": {"whitespace_flexible": True}}]
 )
 def test_nobody_goes_on_with_whitespace_for_ever(chat, schema):
-    following = Grammars(chat.serving.tokenizer, len(chat.serving.tokenizer), {2}).grammar(json.dumps(schema))
+    following = Grammars(chat.serving.tokenizer, len(chat.serving.tokenizer), {2}).grammar(json_schema(schema))
     for token in chat.serving.tokenizer.encode('{"a":', add_special_tokens=False):
         following.advance(token)
     texts = [chat.serving.tokenizer.decode([token]) for token in allowed(following, len(chat.serving.tokenizer))]
     assert {text[:1] for text in texts} == {" "}
     assert not any(text[1:2].isspace() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (GrammarSpec("regex", "(yes|no)[.!]"), "no!"),
+        (GrammarSpec("lark", 'start: "a" n\nn: /[0-9]/ | %json {"enum": [10]}'), "a10"),
+    ],
+    ids=["regex", "lark"],
+)
+def test_a_text_may_follow_a_regular_expression_or_a_grammar(tokenizer, grammar, text):
+    following = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}).grammar(grammar)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert token in allowed(following, len(tokenizer)), tokenizer.convert_ids_to_tokens(token)
+        following.advance(token)
+    assert following.complete
 
 
 # ---- Answers ----
@@ -137,7 +159,7 @@ def test_what_is_cut_says_so(chat):
 def test_the_same_json_alone_and_among_others_who_want_json_and_who_do_not(chat):
     def begin(n):
         likeliest = replace(
-            LIKELIEST, max_new_tokens=20, grammar=(None, LIKELIEST.grammar, '{"type": "object"}')[n % 3]
+            LIKELIEST, max_new_tokens=20, grammar=(None, LIKELIEST.grammar, json_schema({"type": "object"}))[n % 3]
         )
         return chat.stream_reply([{"role": "user", "content": f"Describe person {n} as JSON."}], likeliest)
 
@@ -172,8 +194,23 @@ def links(count):
 )
 def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(chat, schema, why):
     with pytest.raises(BadGrammar, match=why) as refused:
-        chat.stream_reply(ANNA, replace(LIKELIEST, grammar=json.dumps(schema)))
+        chat.stream_reply(ANNA, replace(LIKELIEST, grammar=json_schema(schema)))
     assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        (GrammarSpec("regex", "("), "this regular expression: .*unclosed group"),
+        (GrammarSpec("regex", "(?=a)b"), "look-ahead"),
+        (GrammarSpec("lark", 'start: "a'), "this grammar: .*lexer error"),
+        (GrammarSpec("lark", "start: number"), "unknown name"),
+    ],
+)
+def test_another_grammar_that_cannot_be_followed_is_refused_with_the_reason(chat, grammar, why):
+    with pytest.raises(BadGrammar, match=why) as refused:
+        chat.stream_reply(ANNA, replace(LIKELIEST, grammar=grammar))
     assert "\n" not in str(refused.value)
 
 
@@ -189,8 +226,7 @@ HOSTILE = {
 @pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_schema_is_refused_in_time_while_others_are_answered(chat, schema):
     # Compiling the first took 100 s and 4 GB; the chain ended the process.
-    schema = json.dumps(schema)
-    assert len(schema) < MAX_GRAMMAR_CHARACTERS
+    schema = json_schema(schema)
     with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=1000)) as reply:
         next(reply)
         before, began = reply.usage.completion_tokens, time.monotonic()
@@ -203,7 +239,7 @@ def test_a_hostile_schema_is_refused_in_time_while_others_are_answered(chat, sch
 
 
 def test_a_pattern_that_grows_too_hard_in_the_middle_ends_its_own_answer_only(chat):
-    hard = json.dumps({"type": "string", "pattern": ".{0,4000}(foo|bar).{0,4000}"})
+    hard = json_schema({"type": "string", "pattern": ".{0,4000}(foo|bar).{0,4000}"})
     wild = replace(LIKELIEST, temperature=5, top_k=0, top_p=1, seed=1, grammar=hard)
     with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=None, max_new_tokens=30)) as neighbour:
         with pytest.raises(ChatError, match="too complex"), chat.stream_reply(ANNA, wild) as reply:
@@ -216,7 +252,7 @@ def test_a_schema_is_looked_at_once_and_never_wears_out(chat, monkeypatch):
     monkeypatch.setattr(
         grammar.subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1]
     )
-    schema = '{"type": "boolean", "description": "looked at once"}'
+    schema = json_schema({"type": "boolean", "description": "looked at once"})
     for _ in range(3):
         with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=schema)) as reply:
             assert "".join(reply) in ("true", "false")

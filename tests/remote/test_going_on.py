@@ -6,6 +6,7 @@ import pytest
 
 from llama2_chat.errors import BadGrammar, PromptTooLong
 from llama2_chat.remote.faults import CANNOT_GO_ON
+from llama2_chat.types import GrammarSpec
 from tests.remote.test_question import LONG, picky
 from tests.support.odd_server import status, words
 from tests.support.remote import HELLO, PARAMS, behind, read
@@ -74,4 +75,4 @@ def test_our_own_refusal_is_read_by_ourselves(settings, odd):
 
 def test_an_answer_that_has_begun_cannot_be_held_to_a_schema_there_either(settings, odd):
     with behind(settings, odd) as model, pytest.raises(BadGrammar, match="has begun"):
-        model.stream_reply(UNFINISHED, replace(PARAMS, grammar='{"type": "object"}'))
+        model.stream_reply(UNFINISHED, replace(PARAMS, grammar=GrammarSpec("json_schema", '{"type": "object"}')))

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from llama2_chat.errors import PromptTooLong
-from llama2_chat.types import RANGES, SamplingParams
+from llama2_chat.errors import BadGrammar, PromptTooLong
+from llama2_chat.types import RANGES, GrammarSpec, SamplingParams
 from tests.support.odd_server import HEAD, LAST, event, packet, status, words
 from tests.support.remote import HELLO, PARAMS, behind, read
 
@@ -27,10 +27,19 @@ def test_all_settings_are_in_the_request(settings, odd):
 
 def test_a_schema_reaches_the_server_as_openai_writes_it(settings, odd):
     with behind(settings, odd) as model:
-        read(model, params=replace(PARAMS, grammar='{"type": "object"}'))
+        read(model, params=replace(PARAMS, grammar=GrammarSpec("json_schema", '{"type": "object"}')))
     response_format = odd.requests[-1]["response_format"]
     assert response_format["type"] == "json_schema"
     assert response_format["json_schema"]["schema"] == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    "grammar", [GrammarSpec("regex", "[0-9]+"), GrammarSpec("lark", 'start: "a"')], ids=["regex", "lark"]
+)
+def test_a_grammar_that_no_server_is_known_to_take_is_refused_before_it_is_asked(settings, odd, grammar):
+    with behind(settings, odd) as model, pytest.raises(BadGrammar, match="JSON schemas only"):
+        model.stream_reply(HELLO, replace(PARAMS, grammar=grammar))
+    assert not odd.requests
 
 
 def test_a_stopped_answers_question_is_joined_to_the_next_one(settings, odd):
