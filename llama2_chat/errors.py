@@ -46,6 +46,14 @@ class ChatError(Exception):
         self.detail = detail or sentence
 
 
+class UnknownToken(ChatError):
+    """A setting that names a token which the model does not have. setting: its name in SamplingParams."""
+
+    def __init__(self, sentence: str, setting: str) -> None:
+        super().__init__(sentence)
+        self.setting = setting
+
+
 class PromptTooLong(ChatError):
     """A prompt that does not fit in the context window with room to answer. "Too long" is worded here and nowhere else.
 

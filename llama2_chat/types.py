@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 from llama2_chat.errors import BadGrammar, ChatError
 
@@ -31,14 +31,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 5),
     "top_p": (0, 1),
     "top_k": (0, 1000),
+    "min_p": (0, 1),
     "repetition_penalty": (0.5, 2),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
+    "min_tokens": (0, 1_000_000),
     "seed": (0, 2**63 - 1),
 }
 OPEN_BELOW = {"top_p"}
-WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
+WHOLE_NUMBERS = {"max_new_tokens", "top_k", "min_tokens", "seed"}
 MAX_STOP_STRINGS = 8
+MAX_NAMED_TOKENS = 1024  # in stop_token_ids, and in logit_bias
+MAX_BIAS = 100  # added to a token's score, which is then chosen always or never
 MAX_GRAMMAR_CHARACTERS = 2**15
 GRAMMAR_NAMES: dict[GrammarKind, str] = {  # as sentences begin with them
     "json_schema": "A JSON schema",
@@ -86,11 +90,16 @@ class SamplingParams:
     temperature: float = 0.6  # 0 takes the likeliest token every time
     top_p: float = 0.9  # keep the likeliest tokens that together reach this probability
     top_k: int = 50  # keep this many of the likeliest tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens that are at least this times as likely as the likeliest
     repetition_penalty: float = 1.1  # divides the score of tokens already in prompt or answer; 1 is off
     presence_penalty: float = 0.0  # subtracted once from tokens already in the answer
     frequency_penalty: float = 0.0  # subtracted as often as a token stands in the answer
     seed: int | None = None  # the same seed and conversation give the same answer; on a GPU with DETERMINISTIC=1
     stop: tuple[str, ...] = ()  # the answer ends before any of these; they are not shown
+    stop_token_ids: tuple[int, ...] = ()  # it ends before these tokens, too
+    ignore_eos: bool = False  # go on where the model would end the answer
+    min_tokens: int = 0  # before so many nothing ends the answer but its grammar
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its score; a mapping is taken as well
     grammar: GrammarSpec | None = None  # what the answer must follow
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
 
@@ -105,6 +114,8 @@ class SamplingParams:
         if not valid or len(stop) > MAX_STOP_STRINGS:
             raise ChatError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty.")
         object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if not (self.grammar is None or isinstance(self.grammar, GrammarSpec)):
             raise BadGrammar("grammar must be a GrammarSpec.")
 
@@ -122,6 +133,27 @@ def _checked(name: str, value: object) -> int | float:
     lower = f"above {low:g}" if name in OPEN_BELOW else f"from {low:g}"
     upper = "2^63 - 1" if name == "seed" else f"{high:,}"
     raise ChatError(f"{name} must be {kind} {lower} to {upper}; it was {_short(value)}.")
+
+
+def _checked_ids(ids: Any) -> tuple[int, ...]:
+    valid = isinstance(ids, (list, tuple)) and all(type(id) is int and 0 <= id < 2**31 for id in ids)
+    if not valid or len(ids) > MAX_NAMED_TOKENS:
+        raise ChatError(f"stop_token_ids takes up to {MAX_NAMED_TOKENS:,} token ids.")
+    return tuple(ids)
+
+
+def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    try:
+        found = {id: float(value) for id, value in pairs}
+        _checked_ids([*found])
+        valid = all(-MAX_BIAS <= value <= MAX_BIAS for value in found.values())  # False for NaN
+    except (ChatError, TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        wanted = f"up to {MAX_NAMED_TOKENS:,} token ids, each with a number from -{MAX_BIAS} to {MAX_BIAS}"
+        raise ChatError(f"logit_bias takes {wanted}.")
+    return tuple(sorted(found.items()))
 
 
 def _is_json_object(text: str) -> bool:

@@ -22,6 +22,8 @@ def test_the_defaults_are_the_ones_the_page_starts_with():
         ("temperature", 0, 5),
         ("top_p", 1e-6, 1),
         ("top_k", 0, 1000),
+        ("min_p", 0, 1),
+        ("min_tokens", 0, 1_000_000),
         ("repetition_penalty", 0.5, 2),
         ("presence_penalty", -2, 2),
         ("frequency_penalty", -2, 2),
@@ -47,6 +49,22 @@ def test_only_the_seed_may_be_missing():
     assert SamplingParams(seed=None).seed is None
     with pytest.raises(ChatError, match="temperature"):
         SamplingParams(temperature=None)
+
+
+def test_biases_are_a_mapping_or_pairs_in_the_order_of_their_ids():
+    assert SamplingParams(logit_bias={7: 1, 3: -100}).logit_bias == ((3, -100.0), (7, 1.0))
+    assert SamplingParams(logit_bias=((7, 1), (3, -100))) == SamplingParams(logit_bias={3: -100, 7: 1})
+    many = dict.fromkeys(range(1025), 1)
+    for bias in ({1: 101}, {1: math.nan}, {-1: 1}, {"1": 1}, {1: "x"}, {True: 1}, [1], 5, None, {1: 10**5000}, many):
+        with pytest.raises(ChatError, match="logit_bias"):
+            SamplingParams(logit_bias=bias)
+
+
+def test_stop_token_ids_are_ids():
+    assert SamplingParams(stop_token_ids=[3, 5]).stop_token_ids == (3, 5)
+    for ids in (3, [-1], ["3"], [True], [1.0], None, [2**31], [0] * 1025):
+        with pytest.raises(ChatError, match="stop_token_ids"):
+            SamplingParams(stop_token_ids=ids)
 
 
 def test_stop_takes_one_string_or_up_to_eight():

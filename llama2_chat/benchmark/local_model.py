@@ -57,7 +57,7 @@ class TimedReply(StreamedReply):
 def time_full_answers(chat: ChatModel) -> None:
     """From now on every reply is a TimedReply, and every answer has its full length: stop ids do not end it."""
     chat.reply_type = TimedReply
-    chat.serving.engine.delivery.stop_ids = set()
+    chat.serving.engine.stop_ids = set()
 
 
 @contextlib.contextmanager

@@ -36,14 +36,11 @@ class _InFlight:
 class Delivery:
     """Steps whose tokens are on their way, and the end of requests.
 
-    stop_ids: ids that end an answer; they are not emitted.
     lock: held while a request leaves the scheduler.
     """
 
-    def __init__(
-        self, runner: Runner[Any], scheduler: Scheduler, stop_ids: set[int], lock: AbstractContextManager[Any]
-    ) -> None:
-        self._runner, self._scheduler, self.stop_ids, self._lock = runner, scheduler, stop_ids, lock
+    def __init__(self, runner: Runner[Any], scheduler: Scheduler, lock: AbstractContextManager[Any]) -> None:
+        self._runner, self._scheduler, self._lock = runner, scheduler, lock
         self._in_flight: deque[_InFlight] = deque()
 
     def launch(self, step: Step) -> None:
@@ -91,7 +88,7 @@ class Delivery:
                 self.fail(request, ANSWERING_FAILED)
             elif request.cancelled:
                 self.finish(request, "cancelled")
-            elif token in self.stop_ids:
+            elif token in request.stop_ids:
                 self.finish(request, "stop")
             else:
                 self._emit(request, token)

@@ -23,7 +23,7 @@ from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
 from llama2_chat.engine.self_check import check_request
-from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
 from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import Occupancy, SamplingParams
 
@@ -65,7 +65,8 @@ class Engine:
         )
         self._closed = False
         self._changed = threading.Condition()  # its lock protects the waiting queue and self._closed
-        self.delivery = Delivery(runner, self._scheduler, stop_ids, self._changed)
+        self.stop_ids = stop_ids
+        self.delivery = Delivery(runner, self._scheduler, self._changed)
         self._self_check()
         runner.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -109,20 +110,30 @@ class Engine:
         Raises Busy when the waiting queue is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
         ChatError for ids that the model does not know.
         """
-        vocab_size = self.runner.vocab_size
-        if not input_ids or not all(type(token) is int and 0 <= token < vocab_size for token in input_ids):
-            raise ChatError(f"input_ids must be one or more whole numbers from 0 to {vocab_size - 1}.")
+        self._check_ids(input_ids, params)
         room = self.context_length - len(input_ids)
         if room < 1:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
-        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), constraint)
+        stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.stop_ids)
+        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), constraint, stop_ids)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
             self._scheduler.add(request)
             self._changed.notify()
         return request
+
+    def _check_ids(self, input_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ChatError for ids that the model does not know."""
+        vocab_size = self.runner.vocab_size
+        if not input_ids or not all(type(token) is int and 0 <= token < vocab_size for token in input_ids):
+            raise ChatError(f"input_ids must be one or more whole numbers from 0 to {vocab_size - 1}.")
+        named = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
+        for name, ids in named.items():
+            if max(ids, default=0) >= vocab_size:
+                sentence = f"{name} may name tokens from 0 to {vocab_size - 1}; {max(ids)} is none of them."
+                raise UnknownToken(sentence, name)
 
     def position(self, request: Request) -> int:
         """Its place in the waiting queue, 1 for the next; 0 once it runs. Safe from any thread."""

@@ -7,7 +7,7 @@ ready, else transformers' own forward (step_ways.py). The engine knows none of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
-from llama2_chat.engine.sampler import NARROW, SamplerState, is_narrow, restrict
+from llama2_chat.engine.sampler import NARROW, SamplerState, biased, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
@@ -134,6 +134,8 @@ class ModelRunner:
         """The next token of each request. Who shares a step changes nobody's way of being sorted."""
         if masks is not None:
             restrict(step.logits[:, : self.vocab_size], masks.indices, masks.bits)
+        if biases := {index: bias for index, request in enumerate(step.requests) if (bias := request.bias)}:
+            step = replace(step, logits=biased(step.logits, biases), sample=None)  # not what was recorded
         narrow = [index for index, request in enumerate(step.requests) if is_narrow(request.params)]
         wide = [index for index, request in enumerate(step.requests) if not is_narrow(request.params)]
         if not wide and step.sample is not None:

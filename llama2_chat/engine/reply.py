@@ -56,6 +56,7 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         self._text = ""  # decoded so far, special tokens that a stop string names included, as their stand-ins
         self._decoded = 0  # characters of it that are not stand-ins
         self._shown = 0  # characters of it handed out; the rest may be the beginning of a stop string
+        self._uncut = 0  # characters of it that no stop string may cut: those of the first min_tokens
         self._stopwatch = Stopwatch()
         self._put_tokens = 0
 
@@ -110,7 +111,10 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
                 self._text += self._stand_ins[token]
             else:
                 self._append(self._decode(token))
-        return self._certain(held_back=max((_overlap(self._text[self._shown :], s) for s in self._stop), default=0))
+        if len(self.token_cache) <= self.request.params.min_tokens:
+            self._uncut = len(self._text)
+        unsure = self._text[max(self._shown, self._uncut) :]
+        return self._certain(held_back=max((_overlap(unsure, s) for s in self._stop), default=0))
 
     def _append(self, text: str) -> None:
         self._text += text
@@ -151,7 +155,8 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
 
     def _certain(self, held_back: int) -> str:
         """The text not shown yet, up to a stop string or to the characters that may become one."""
-        found = [at for at in (self._text.find(stop, self._shown) for stop in self._stop) if at >= 0]
+        start = max(self._shown, self._uncut)
+        found = [at for at in (self._text.find(stop, start) for stop in self._stop) if at >= 0]
         until = min(found, default=len(self._text) - held_back)
         piece, self._shown = self._text[self._shown : until], until
         if found:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the scheduler reads requests and knows no torch
     from torch import Tensor
 
 NO_SLOT = -1
+NEVER = -1e9  # as a bias; finite, so that a grammar that allows nothing but the end is followed
 
 
 class Streamer(Protocol):
@@ -43,6 +44,7 @@ class Request:
     limit: int  # tokens of its answer, at most
     draws: Tensor  # float32 [limit]: the random numbers of its answer
     constraint: TokenConstraint | None = None  # as far as ids have been emitted
+    stop_ids: frozenset[int] = frozenset()  # ids that end the answer; they are not emitted
 
     prompt_tokens: int = field(init=False)
     cached_tokens: int = 0  # of the prompt, found in the KV cache
@@ -65,3 +67,9 @@ class Request:
     @property
     def answer_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def bias(self) -> list[tuple[int, float]]:
+        """What is added to the scores of which ids for its next token, which `sampled` others come before."""
+        ends = self.stop_ids if self.sampled < self.params.min_tokens else ()
+        return [*self.params.logit_bias, *((id, NEVER) for id in ends)]

@@ -1,4 +1,4 @@
-"""The next token of every running request at once: penalties, temperature, top-k, top-p, in the order `generate` has.
+"""The next token of every running request at once: penalties, temperature, top-k, top-p, min-p, in `generate`'s order.
 
 `SamplerState` holds what the decode step reads and writes, a row for each slot, on the model's device, so that a step
 needs nothing from the host. Random numbers are drawn on the CPU when a request joins, from a generator of its
@@ -20,6 +20,7 @@ NEUTRAL = {
     "temperature": 0.0,
     "top_k": 1.0,
     "top_p": 1.0,
+    "min_p": 0.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -50,6 +51,16 @@ def restrict(logits: Tensor, indices: list[int], masks: Tensor) -> None:
     allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
     at = torch.tensor(indices, device=logits.device)
     logits[at] = torch.where(allowed, logits[at], -torch.inf)
+
+
+def biased(logits: Tensor, biases: Mapping[int, Sequence[tuple[int, float]]]) -> Tensor:
+    """Logits, float32 [N, V], with what is added to some of them; those of other rows stay bit for bit.
+
+    logits: [N, V], left as they are. biases: of some of the N, pairs of an id and what is added to its logit.
+    """
+    entries = [(row, id, value) for row, bias in biases.items() for id, value in bias]
+    rows, ids, values = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
+    return logits.to(torch.float32, copy=True).index_put_((rows, ids), values.float(), accumulate=True)
 
 
 class SamplerState:
@@ -100,7 +111,7 @@ class SamplerState:
         probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6), dim=-1)
         cumulative = probs.cumsum(dim=-1)
         # Exclude zero-probability tokens: rounding in cumsum could select one.
-        candidates = (cumulative - probs < params["top_p"]) & (probs > 0)
+        candidates = (cumulative - probs < params["top_p"]) & (probs > 0) & (probs >= params["min_p"] * probs[:, :1])
         last = candidates.sum(dim=-1, keepdim=True).clamp(min=1) - 1
         threshold = self._draws[slots, self._answer_tokens[slots]][:, None] * cumulative.gather(1, last)
         chosen = torch.minimum((cumulative <= threshold).sum(dim=-1, keepdim=True), last)

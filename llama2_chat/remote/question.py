@@ -12,7 +12,9 @@ from llama2_chat.remote.client import schema_format
 from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams
 
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
-NUMBERS = [name for name in RANGES if name != "max_new_tokens"]  # which is sent as max_tokens
+# Sent only if they ask for something, so that a server which does not know them rejects who asks and nobody else.
+IF_ASKED = ("min_p", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias")
+NUMBERS = [name for name in RANGES if name not in ("max_new_tokens", *IF_ASKED)]  # the first is sent as max_tokens
 OPENAIS = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"}
 EXTRAS = [name for name in NUMBERS if name not in OPENAIS]  # not in OpenAI's API, so some servers reject them
 # As vLLM and SGLang have it. llama.cpp goes on by itself with an answer that stands last.
@@ -85,6 +87,9 @@ def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
     """Each of them in every request: for a missing one, servers use the model's generation_config.json."""
     fields = {name: getattr(params, name) for name in NUMBERS}
     fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # servers take -1 for all
+    fields |= {name: value for name in IF_ASKED if (value := getattr(params, name))}
+    if params.logit_bias:
+        fields["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
     if params.grammar is not None:
         fields["response_format"] = _response_format(params.grammar)
     return fields if to_the_end else {**fields, "max_tokens": params.max_new_tokens}

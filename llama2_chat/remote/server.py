@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from llama2_chat.errors import ChatError
 from llama2_chat.remote.client import Client, Timeouts
 from llama2_chat.remote.faults import CANNOT_GO_ON, NO_REASON, RequestRejected, ServerFault
-from llama2_chat.remote.question import EXTRAS, GO_ON, Question
+from llama2_chat.remote.question import EXTRAS, GO_ON, IF_ASKED, Question
 from llama2_chat.remote.reply import RemoteReply
 from llama2_chat.types import ServerStatus
 
@@ -41,9 +41,10 @@ class Server:
 
     async def answer(self, model: str, question: Question, reply: RemoteReply) -> None:
         """Read the answer into the reply, which then has a server_reason. Raises ChatError."""
-        names = [*GO_ON, *(EXTRAS if self.takes_extras else ())]
+        asked = (*GO_ON, *IF_ASKED)
+        names = [*asked, *(EXTRAS if self.takes_extras else ())]
         extras = {name: question.fields[name] for name in names if name in question.fields}
-        fields = {name: value for name, value in question.fields.items() if name not in (*GO_ON, *EXTRAS)}
+        fields = {name: value for name, value in question.fields.items() if name not in (*asked, *EXTRAS)}
         asking = self.client.stream_chat(model, question.messages, fields, extras)
         try:
             async with asyncio.timeout(None) as limit, asking as chunks:

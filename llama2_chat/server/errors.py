@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
 
 log = logging.getLogger("llama2_chat")
 
@@ -55,6 +55,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(429, "rate_limit_exceeded", str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
         case BadGrammar():
             return ApiError(400, "invalid_value", str(error), "response_format")
+        case UnknownToken():
+            return ApiError(400, "invalid_value", str(error), error.setting)
         case ModelUnavailable():
             return ApiError(503, "model_unavailable", str(error))
         case ChatError():

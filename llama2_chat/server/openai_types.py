@@ -14,7 +14,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server.errors import ApiError
-from llama2_chat.types import MAX_STOP_STRINGS, OPEN_BELOW, RANGES, GrammarSpec, Message, SamplingParams
+from llama2_chat.types import (
+    MAX_BIAS,
+    MAX_NAMED_TOKENS,
+    MAX_STOP_STRINGS,
+    OPEN_BELOW,
+    RANGES,
+    GrammarSpec,
+    Message,
+    SamplingParams,
+)
 
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls",
@@ -23,7 +32,6 @@ IGNORED = {
 WITHOUT_EFFECT: dict[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
-    "min_p": (0,),
     "top_logprobs": (0,),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
@@ -63,6 +71,14 @@ def _list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop or []
 
 
+def _by_id(bias: Any) -> Any:
+    """OpenAI's JSON names ids by text; llama.cpp also takes pairs."""
+    try:
+        return {int(id): value for id, value in (bias.items() if isinstance(bias, dict) else bias)}
+    except (TypeError, ValueError):
+        raise ValueError('it must be an object such as {"1234": -100}') from None
+
+
 def _in_range(name: str) -> Any:
     low, high = RANGES[name]
     return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
@@ -76,6 +92,12 @@ Stop = Annotated[
     BeforeValidator(_list, json_schema_input_type=str | list[StopString] | None),
 ]
 Prompt = Annotated[str | list[int], BeforeValidator(_one, json_schema_input_type=str | list[str] | list[int])]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_NAMED_TOKENS)]
+Bias = Annotated[
+    dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+    Field(max_length=MAX_NAMED_TOKENS),
+    BeforeValidator(_by_id, json_schema_input_type=dict[str, float]),
+]
 MaxTokens = Annotated[int, _in_range("max_new_tokens")] | None
 # vLLM says -1 for all.
 TopK = Annotated[int, Field(ge=-1, le=RANGES["top_k"][1]), AfterValidator(lambda top_k: max(top_k, 0))]
@@ -135,11 +157,16 @@ class _Request(BaseModel):
     temperature: Annotated[float, _in_range("temperature")] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
     top_k: TopK | None = None
+    min_p: Annotated[float, _in_range("min_p")] | None = None
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
     seed: Annotated[int, _in_range("seed")] | None = None
+    logit_bias: Bias | None = None
     stop: Stop = []
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
     response_format: ResponseFormat | None = None
     cache_prompt: bool | None = None
     stream: bool | None = None
@@ -156,7 +183,7 @@ class _Request(BaseModel):
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """What the request sets, and the server's defaults for the rest."""
-        names = RANGES.keys() - {"max_new_tokens"} | {"cache_prompt"}
+        names = RANGES.keys() - {"max_new_tokens"} | {"cache_prompt", "ignore_eos", "logit_bias", "stop_token_ids"}
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens

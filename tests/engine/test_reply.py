@@ -7,16 +7,16 @@ import torch
 from tokenizers import AddedToken
 
 from llama2_chat.engine.reply import StreamedReply
-from llama2_chat.types import Usage
+from llama2_chat.types import SamplingParams, Usage
 from tests.support.small_tokenizer import chatml, llama_shaped
 
 ENGINE = SimpleNamespace(cancel=lambda request: None)
 
 
-def pieces(tokenizer, ids, stop=(), before=()):
+def pieces(tokenizer, ids, stop=(), before=(), params=SamplingParams()):
     """What a reader gets of these ids, one by one, and why it ends."""
     reply = StreamedReply(tokenizer, ENGINE, stop, Usage(), before)
-    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0)
+    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0, params=params)
     for id in ids:
         reply.put(torch.tensor([id]))
     reply.end()
@@ -90,6 +90,14 @@ def test_a_stop_string_may_be_a_special_token(stop, shown, reason):
     ids = tokenizer("hello<|im_end|>\n<|im_start|>userhello", add_special_tokens=False)["input_ids"]
     read, ended = pieces(tokenizer, ids, stop)
     assert ("".join(read), ended) == (shown, reason)
+
+
+def test_no_stop_string_cuts_the_text_of_the_first_min_tokens():
+    tokenizer = llama_shaped()
+    ids = tokenizer("hello the hello the llama")["input_ids"]
+    until = {n: "".join(pieces(tokenizer, ids, ["the"], params=SamplingParams(min_tokens=n))[0]) for n in (1, 2, 3, 4)}
+    first, second = "hello ", "hello the hello "
+    assert until == {1: first, 2: second, 3: second, 4: "hello the hello the llama"}
 
 
 def test_a_special_token_that_the_model_spells_out_is_found_too():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -43,6 +44,7 @@ def sampled(logits, params, prompt=(), times=4000):
         {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
         {"temperature": 2, "top_k": 0, "top_p": 0.7, "repetition_penalty": 0.7},
         {"temperature": 0.8, "top_k": 1000, "top_p": 0.95, "repetition_penalty": 2},
+        {"temperature": 1.2, "top_k": 0, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1},
     ],
     ids=str,
 )
@@ -54,6 +56,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
     if params["top_k"]:
         warpers.append(TopKLogitsWarper(params["top_k"]))
     warpers.append(TopPLogitsWarper(params["top_p"]))
+    warpers.append(MinPLogitsWarper(params.get("min_p", 0)))
     expected = warpers(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
     found = sampled(logits, params, prompt)
     assert not found[expected == 0].any()
@@ -69,6 +72,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
         {"top_k": 1},
         {"top_p": 1e-9},
         {"top_p": 5e-324},
+        {"min_p": 1},
     ],
     ids=str,
 )
@@ -78,7 +82,7 @@ def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
 
 
 def test_no_setting_is_forgotten():
-    assert NEUTRAL.keys() | {"max_new_tokens", "seed"} == RANGES.keys()
+    assert NEUTRAL.keys() | {"max_new_tokens", "min_tokens", "seed"} == RANGES.keys()
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only():

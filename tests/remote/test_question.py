@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 
 from llama2_chat.errors import BadGrammar, PromptTooLong
+from llama2_chat.remote.question import IF_ASKED
 from llama2_chat.types import RANGES, GrammarSpec, SamplingParams
 from tests.support.odd_server import HEAD, LAST, event, packet, status, words
 from tests.support.remote import HELLO, PARAMS, behind, read
 
 
 def test_all_settings_are_in_the_request(settings, odd):
-    numbers = {name: high for name, (_, high) in RANGES.items() if name != "max_new_tokens"}
+    numbers = {name: high for name, (_, high) in RANGES.items() if name not in ("max_new_tokens", *IF_ASKED)}
     params = SamplingParams(**numbers, max_new_tokens=9, stop=("x",))
     sent = {**numbers, "stop": ["x"], "max_tokens": 9, "stream": True}
     talk = [{"role": "system", "content": "Be  brief."}, *HELLO, {"role": "assistant", "content": " [/INST] "}, *HELLO]
@@ -23,6 +24,14 @@ def test_all_settings_are_in_the_request(settings, odd):
     assert first == {**sent, "messages": talk, "model": "odd", "stream_options": {"include_usage": True}}
     assert second["top_k"] == -1
     assert not {"stop", "seed", "max_tokens"} & second.keys()
+
+
+def test_what_few_servers_know_is_sent_to_them_if_it_is_asked_for(settings, odd):
+    asked = {"min_p": 0.1, "min_tokens": 3, "ignore_eos": True, "stop_token_ids": (5, 6), "logit_bias": {7: -100}}
+    with behind(settings, odd) as model:
+        read(model, params=replace(PARAMS, **asked))
+    sent = asked | {"stop_token_ids": [5, 6], "logit_bias": {"7": -100}}
+    assert {name: odd.requests[-1].get(name) for name in IF_ASKED} == sent
 
 
 def test_a_schema_reaches_the_server_as_openai_writes_it(settings, odd):

@@ -177,9 +177,12 @@ def test_a_text_can_be_gone_on_with_in_json(client, chat):
 
 def test_every_sampling_setting_arrives_and_the_others_are_the_servers():
     given = {name: int(high) for name, (_, high) in RANGES.items() if name != "max_new_tokens"} | {"seed": 7}
+    given |= {"ignore_eos": True, "stop_token_ids": [2, 5], "logit_bias": {"7": -100, "5": 1.5}}
     defaults = SamplingParams(temperature=0.9, seed=1)
     request = ChatRequest(messages=HELLO, stop="x", max_tokens=5, **given)
-    assert request.params(defaults) == SamplingParams(**given, max_new_tokens=5, stop=("x",))
+    bias = {"logit_bias": {7: -100, 5: 1.5}}
+    assert request.params(defaults) == SamplingParams(**given | bias, max_new_tokens=5, stop=("x",))
+    assert ChatRequest(messages=HELLO, logit_bias=[[5, 1], ["7", 2]]).logit_bias == {5: 1, 7: 2}
     assert ChatRequest(messages=HELLO).params(defaults) == defaults
     assert ChatRequest(messages=HELLO, top_k=-1).params(defaults).top_k == 0
 
@@ -225,7 +228,13 @@ def test_what_changes_nothing_is_let_pass(http):
         ("n", 2, "unsupported_parameter"),
         ("n", 0, "unsupported_parameter"),
         ("logprobs", True, "unsupported_parameter"),
-        ("logit_bias", {"5": 1}, "unsupported_parameter"),
+        ("logit_bias", {"5": 101}, "invalid_value"),
+        ("logit_bias", {"llama": 1}, "invalid_value"),
+        ("logit_bias", {"999999": 1}, "invalid_value"),
+        ("stop_token_ids", [999999], "invalid_value"),
+        ("stop_token_ids", [-1], "invalid_value"),
+        ("min_p", 2, "invalid_value"),
+        ("min_tokens", -1, "invalid_value"),
         ("tools", [{"type": "function"}], "unsupported_parameter"),
         ("response_format", {"type": "xml"}, "invalid_value"),
         ("response_format", {"type": "json_schema"}, "invalid_value"),
