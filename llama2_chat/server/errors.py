@@ -44,7 +44,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            return _invalid_request(error.errors()[0])
+            # What is missing comes first: without it there is no question that something else could be wrong with.
+            return _invalid_request(min(error.errors(), key=lambda each: each["type"] != "missing"))
         case HTTPException(status_code=413):
             return ApiError(413, "request_too_large", "This request is larger than the server accepts.")
         case HTTPException():

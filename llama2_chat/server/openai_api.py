@@ -57,7 +57,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
-            return chat.stream_reply(body.conversation(), params, trim=body.trim, to_the_end=to_the_end)
+            return chat.stream_reply(body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end)
 
         return await answer(body, request, [message.plain() for message in body.messages], start)
 
@@ -107,7 +107,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
                 raise as_api_error(error, body.question_field) from error
             written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest))
             if body.stream:
-                return EventStream(events(written, reply, record, body.include_usage), record, cleanup.pop_all())
+                return EventStream(events(written, reply, record, body.usage_in), record, cleanup.pop_all())
             record.answer = await whole_text(reply, request)
             return JSONResponse(written.whole(record.answer, reply))
 

@@ -1,7 +1,7 @@
 """What programs send, in OpenAI's words, checked at the door.
 
-Ranges are those of types.py. A field that is not here is let pass if the answer would be the same without it, and
-refused otherwise: a program that asks for something must not be given something else.
+Ranges are those of types.py. A field that is not here is let pass if the answer would be the same without it
+(neutral_fields.py), and refused otherwise: a program that asks for something must not be given something else.
 """
 
 from __future__ import annotations
@@ -10,10 +10,21 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server.errors import ApiError
+from llama2_chat.server.neutral_fields import PENALTY_WINDOWS, asks_for_nothing, by_weight, in_our_names, why_refused
+from llama2_chat.server.responses import UsageIn
 from llama2_chat.types import (
     MAX_BIAS,
     MAX_NAMED_TOKENS,
@@ -25,33 +36,15 @@ from llama2_chat.types import (
     SamplingParams,
 )
 
-IGNORED = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls",
-    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-}  # fmt: skip
-WITHOUT_EFFECT: dict[str, tuple] = {
-    "n": (1,),
-    "best_of": (1,),
-    "top_logprobs": (0,),
-    "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-}
-WHY_UNSUPPORTED = {
-    "n": "n must be 1. Send the request once for each answer instead.",
-    "best_of": "best_of must be 1.",
-    "logprobs": "logprobs are not available. Leave them out.",
-    "tools": "Tools are not available. Leave them out.",
-}
-
 
 def _text(content: Any) -> Any:
     """The text of a message's content. The parts of a list are joined as the page joins them."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        readable = [text for text in texts if isinstance(text, str)]
-        if len(readable) == len(content):
-            return "\n".join(readable)
+    if isinstance(content, list):
+        # A part of type refusal, which only assistants have, holds its text under that name.
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "refusal")]
+        texts = [text for part in parts if isinstance(text := part.get(part["type"]), str)]
+        if len(texts) == len(content):
+            return "\n".join(texts)
     if isinstance(content, str):
         return content
     raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")
@@ -68,7 +61,9 @@ def _one(prompt: Any) -> Any:
 
 
 def _list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop or []
+    """The strings of it. An empty one, as forms send it, ends nothing."""
+    stop = [stop] if isinstance(stop, str) else stop or []
+    return [text for text in stop if text != ""] if isinstance(stop, list) else stop
 
 
 def _by_id(bias: Any) -> Any:
@@ -84,12 +79,17 @@ def _in_range(name: str) -> Any:
     return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
 
 
-Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, Any]])]
-StopString = Annotated[str, Field(min_length=1)]
+def _or_minus_one(name: str) -> BeforeValidator:
+    """-1 is one of the ways to send no number."""
+    accepted: Any = Annotated[int, _in_range(name)] | Literal[-1] | None
+    return BeforeValidator(lambda number: None if number == -1 else number, json_schema_input_type=accepted)
+
+
+Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, Any]] | None)]
 Stop = Annotated[
-    list[StopString],
+    list[str],
     Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_list, json_schema_input_type=str | list[StopString] | None),
+    BeforeValidator(_list, json_schema_input_type=str | list[str] | None),
 ]
 Prompt = Annotated[str | list[int], BeforeValidator(_one, json_schema_input_type=str | list[str] | list[int])]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_NAMED_TOKENS)]
@@ -98,7 +98,9 @@ Bias = Annotated[
     Field(max_length=MAX_NAMED_TOKENS),
     BeforeValidator(_by_id, json_schema_input_type=dict[str, float]),
 ]
-MaxTokens = Annotated[int, _in_range("max_new_tokens")] | None
+# llama.cpp says -1 for as many as fit, and for any seed.
+MaxTokens = Annotated[Annotated[int, _in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
+Seed = Annotated[Annotated[int, _in_range("seed")] | None, _or_minus_one("seed")]
 # vLLM says -1 for all.
 TopK = Annotated[int, Field(ge=-1, le=RANGES["top_k"][1]), AfterValidator(lambda top_k: max(top_k, 0))]
 
@@ -107,8 +109,14 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]  # developer is what OpenAI calls system today
-    content: Text
+    refusal: str | None = None  # what OpenAI's models say instead of a content
+    content: Annotated[Text, Field(default=None, validate_default=True)]
     tool_calls: Annotated[list, Field(max_length=0)] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_an_assistant_says_nothing(cls, content: Any, info: ValidationInfo) -> Any:
+        return info.data.get("refusal") or "" if content is None and info.data.get("role") == "assistant" else content
 
     def plain(self) -> Message:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
@@ -116,6 +124,7 @@ class ChatMessage(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: the usage so far in every chunk
 
 
 class JsonSchema(BaseModel):
@@ -129,6 +138,11 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
     @field_validator("json_schema")
     @classmethod
@@ -151,6 +165,7 @@ class ResponseFormat(BaseModel):
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     question_field: ClassVar[str]  # that a ChatError is about
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]  # values that ask for nothing on this route alone
 
     model: str | None = None
     max_tokens: MaxTokens = None
@@ -161,7 +176,7 @@ class _Request(BaseModel):
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
-    seed: Annotated[int, _in_range("seed")] | None = None
+    seed: Seed = None
     logit_bias: Bias | None = None
     stop: Stop = []
     stop_token_ids: TokenIds | None = None
@@ -172,14 +187,23 @@ class _Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_our_names(cls, body: Any) -> Any:
+        return in_our_names(body, cls.model_fields) if isinstance(body, dict) else body
+
     @property
     def requested_tokens(self) -> int | None:
         """The longest answer; None for as long as the context window leaves."""
         return self.max_tokens
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_in(self) -> UsageIn:
+        """Which chunks of a stream carry the usage."""
+        options = self.stream_options or StreamOptions()
+        if not (options.include_usage or (options.include_usage is None and options.continuous_usage_stats)):
+            return "none"
+        return "every" if options.continuous_usage_stats else "last"
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """What the request sets, and the server's defaults for the rest."""
@@ -192,12 +216,15 @@ class _Request(BaseModel):
         return replace(defaults, stop=tuple(self.stop), **given)
 
     def reject_unsupported(self) -> None:
-        """Raises ApiError for the first unknown field that asks for another answer."""
-        for name, value in (self.model_extra or {}).items():
-            is_set = value not in ([], {}, "") and value is not None and value is not False
-            if is_set and name not in IGNORED and value not in WITHOUT_EFFECT.get(name, ()):
-                sentence = WHY_UNSUPPORTED.get(name, f"{name!r:.60} is not known here. Leave it out.")
-                raise ApiError(400, "unsupported_parameter", sentence, name[:60])
+        """Raises ApiError for the field that changes the answer most, of those that cannot be done."""
+        unused = PENALTY_WINDOWS if self.repetition_penalty == 1 else ()
+        refused = [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if name not in unused and not asks_for_nothing(name, value, self.neutral.get(name, ()))
+        ]
+        for name in by_weight(refused):
+            raise ApiError(400, "unsupported_parameter", why_refused(name), name[:60])
 
 
 class _Conversation(BaseModel):
@@ -212,7 +239,8 @@ class _Conversation(BaseModel):
     def _has_an_answer(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("add_generation_prompt"):
             raise ValueError("it goes with add_generation_prompt false only")
-        if value and not _ends_with_an_answer(info.data.get("messages")):
+        last = _last_turn(info.data.get("messages"))
+        if value and (last is None or last.role != "assistant"):
             raise ValueError("it goes with messages that end with one of the assistant only")
         if not value and info.data.get("add_generation_prompt") is False:
             raise ValueError("it must be true where add_generation_prompt is false")
@@ -220,7 +248,8 @@ class _Conversation(BaseModel):
 
     def conversation(self) -> list[Message]:
         """As a model takes it. Raises ChatError if it ends with an answer that nobody asked to go on with."""
-        if _ends_with_an_answer(self.messages) and not self.continue_final_message:
+        last = _last_turn(self.messages)
+        if last is not None and last.role == "assistant" and last.content and not self.continue_final_message:
             raise ChatError(
                 "A conversation starts with a message from the user and ends with one. "
                 "To go on with an answer, set continue_final_message to true."
@@ -228,17 +257,17 @@ class _Conversation(BaseModel):
         return [message.plain() for message in self.messages or ()]
 
 
-def _ends_with_an_answer(messages: list[ChatMessage] | None) -> bool:
-    roles = [message.role for message in messages or () if message.role in ("user", "assistant")]
-    return roles[-1:] == ["assistant"]
+def _last_turn(messages: list[ChatMessage] | None) -> ChatMessage | None:
+    return next((message for message in reversed(messages or ()) if message.role in ("user", "assistant")), None)
 
 
 class ChatRequest(_Request, _Conversation):
     question_field: ClassVar = "messages"
+    neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens = None
-    trim: bool = False  # leave out the oldest exchanges of a conversation that is too long, as the page does
+    trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
 
     @property
     def requested_tokens(self) -> int | None:
@@ -247,6 +276,7 @@ class ChatRequest(_Request, _Conversation):
 
 class CompletionRequest(_Request):
     question_field: ClassVar = "prompt"
+    neutral: ClassVar = {"add_special_tokens": (True,)}
 
     prompt: Prompt
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -25,6 +25,7 @@ from llama2_chat.server.errors import ApiError, generation_error
 from llama2_chat.server.metrics import Record
 from llama2_chat.types import Reply
 
+UsageIn = Literal["none", "last", "every"]  # chunk of a stream
 HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some sooner
 
 
@@ -137,10 +138,13 @@ def _server_is_stopping() -> ApiError:
     return ApiError(503, "model_unavailable", "The server is being stopped, and this answer with it.")
 
 
-async def events(answer: AnswerFormat, reply: Reply, record: Record, include_usage: bool) -> AsyncIterator[str]:
+async def events(answer: AnswerFormat, reply: Reply, record: Record, usage_in: UsageIn) -> AsyncIterator[str]:
     """Server-sent events. The first is written at once, however many requests wait."""
-    usage_field = {"usage": None} if include_usage else {}
-    yield _event(answer.chunk({"role": "assistant", "content": ""}) | usage_field)
+
+    def usage() -> dict[str, Any]:
+        return {} if usage_in == "none" else {"usage": usage_object(reply) if usage_in == "every" else None}
+
+    yield _event(answer.chunk({"role": "assistant", "content": ""}) | usage())
     try:
         while True:
             try:
@@ -152,7 +156,7 @@ async def events(answer: AnswerFormat, reply: Reply, record: Record, include_usa
             except StopAsyncIteration:
                 break
             record.add(piece)
-            yield _event(answer.chunk({"content": piece}) | usage_field)
+            yield _event(answer.chunk({"content": piece}) | usage())
         if reply.finish_reason == "cancelled":
             raise _server_is_stopping()
     except Exception as error:
@@ -160,8 +164,8 @@ async def events(answer: AnswerFormat, reply: Reply, record: Record, include_usa
         record.error = problem.code
         yield _event(problem.body)
         return
-    yield _event(answer.chunk({}, reply.finish_reason) | usage_field)
-    if include_usage:
+    yield _event(answer.chunk({}, reply.finish_reason) | usage())
+    if usage_in != "none":
         yield _event(answer.chunk({}) | {"choices": [], "usage": usage_object(reply)})
     yield "data: [DONE]\n\n"
 

@@ -58,6 +58,19 @@ def test_a_prompt_is_computed_again_if_cache_prompt_is_false_and_says_the_same(c
     assert computed.choices[0].message.content == cached.choices[0].message.content
 
 
+def test_every_chunk_carries_the_usage_so_far_if_asked(http):
+    def usages(**options):
+        lines = ask(http, stream=True, max_tokens=3, stream_options=options).text.splitlines()
+        return [json.loads(line[6:]).get("usage") for line in lines if line.startswith("data: {")]
+
+    every = usages(include_usage=True, continuous_usage_stats=True)
+    assert {usage["prompt_tokens"] for usage in every} == {every[-1]["prompt_tokens"]}
+    counts = [usage["completion_tokens"] for usage in every]
+    assert (counts[0], counts[-1], counts) == (0, 3, sorted(counts))
+    assert all(usages(continuous_usage_stats=True))
+    assert not any(usages(include_usage=False, continuous_usage_stats=True))
+
+
 def test_without_include_usage_a_stream_carries_none(client, chat):
     chunks = client.chat.completions.create(model=chat.status.model, messages=HELLO, max_tokens=2, stream=True)
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
@@ -222,7 +235,7 @@ def test_what_changes_nothing_is_let_pass(http):
         ("max_completion_tokens", 1_000_001, "invalid_value"),
         ("seed", 2**63, "invalid_value"),
         ("stop", ["a"] * 9, "invalid_value"),
-        ("stop", [""], "invalid_value"),
+        ("stop", [5], "invalid_value"),
         ("messages", [], "invalid_value"),
         ("messages", [{"role": "assistant", "content": "Hi"}], "invalid_value"),
         ("n", 2, "unsupported_parameter"),
