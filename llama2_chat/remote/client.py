@@ -75,6 +75,19 @@ class Client:
         except Exception as error:
             raise translate(error) from error
 
+    async def count(self, model: str, messages: list[Message], fields: dict[str, Any]) -> tuple[int, int]:
+        """The tokens of a prompt, and those of the server's context window, as vLLM's /tokenize has them."""
+        timeout = httpx2.Timeout(self.timeouts.connect_s)
+        asked = {"model": model, "messages": messages, **fields}
+        try:
+            async with get_async_session() as client:
+                url = f"{self.url.removesuffix('/v1')}/tokenize"
+                answer = await client.post(url, json=asked, headers=self._authorization, timeout=timeout)
+                counted = answer.json()
+                return int(counted["count"]), int(counted["max_model_len"])
+        except Exception as error:
+            raise translate(error) from error
+
     @property
     def _authorization(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
@@ -112,7 +125,7 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 async def _check(response: httpx2.Response) -> None:
-    """Let only a stream of events go on to huggingface_hub, or for the list of models a 200."""
+    """Let only a stream of events go on to huggingface_hub, and only a 200 to anybody else."""
     if response.status_code != 200:
         body = b""
         async for data in response.aiter_bytes():
@@ -120,7 +133,7 @@ async def _check(response: httpx2.Response) -> None:
             if len(body) > MAX_LINE_BYTES:
                 break
         raise from_status(response.status_code, body)
-    if response.request.method == "POST":
+    if response.request.url.path.endswith("/chat/completions"):
         kind = response.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
             raise ServerFault(NO_API, f"It sent {kind or 'something without a type'}.")

@@ -74,6 +74,7 @@ class Health:
             async with asyncio.timeout(self._timeouts.silence_s):
                 await self._discover_model(server)
                 await self._complete(server)
+                server.counts_tokens = await self._counts_tokens(server)
             server.fault = ""
         except Exception as error:
             fault = translate(error)
@@ -111,6 +112,12 @@ class Health:
                 raise
             server.takes_extras = False
             await server.answer(self.status.model, self._greeting, RemoteReply())
+
+    async def _counts_tokens(self, server: Server) -> bool:
+        try:
+            return min(await server.count(self.status.model, self._greeting)) > 0
+        except ChatError:
+            return False
 
     def _update_status(self) -> None:
         healthy = [server for server in self._servers if server.healthy]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 from collections.abc import Sequence
@@ -41,7 +42,6 @@ class RemoteModel:
     timeouts: how long they are waited for and left alone.
     """
 
-    capabilities = Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True, counts_tokens=False)
     mode = ""
     occupancy: Occupancy | None = None  # servers do not say who waits there
 
@@ -58,6 +58,12 @@ class RemoteModel:
     @property
     def status(self) -> Status:
         return self._health.status
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """They may change with the servers that are healthy."""
+        counts = any(server.counts_tokens for server in self._servers if server.healthy)
+        return Capabilities(supports_token_ids=False, knows_queue=False, can_fail_over=True, counts_tokens=counts)
 
     @property
     def state(self) -> Literal["loading", "ready", "failed"]:
@@ -134,7 +140,19 @@ class RemoteModel:
         raise ChatError(NO_TOKENS)
 
     def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
-        raise ChatError(NO_TOKENS)
+        """As a server counts it that has /tokenize, in as many steps as stream_reply would take to leave out what goes.
+
+        Raises ChatError if there is none, or it does not answer.
+        """
+        question = Question.of(messages, params)
+        with self._lock:
+            if self._loop is None or self._stopped:
+                raise ModelUnavailable(STOPPED)
+            counting = asyncio.run_coroutine_threadsafe(self._fit(question, params.max_new_tokens), self._loop)
+        try:
+            return counting.result()
+        except concurrent.futures.CancelledError as error:
+            raise ModelUnavailable(STOPPED) from error
 
     def encode(self, messages: list[Message]) -> list[int]:
         raise ChatError(NO_TOKENS)
@@ -165,7 +183,9 @@ class RemoteModel:
                 try:
                     return await self._ask(server, question, reply)
                 except PromptTooLong as error:
-                    shorter = question.shortened(error) if trim and not reply.has_text else None
+                    shorter = None
+                    if trim and not reply.has_text:
+                        shorter = question.shortened(await self._counted(server, question, error))
                     if shorter is None:
                         raise question.too_long(error) from error
                     question = shorter
@@ -191,6 +211,26 @@ class RemoteModel:
         """
         untried = (server for server in self._servers if server.healthy and server not in tried)
         return min(untried, key=lambda server: (server.suspect.is_set(), server.running), default=None)
+
+    async def _counted(self, server: Server, question: Question, error: PromptTooLong) -> PromptTooLong:
+        """The error with the numbers that fit() goes by: what a server says in a refusal may be less exact."""
+        if server.counts_tokens:
+            with suppress(ChatError):
+                return PromptTooLong(*await server.count(self.status.model, question))
+        return error
+
+    async def _fit(self, question: Question, max_new_tokens: int) -> Fit:
+        counting = [server for server in self._servers if server.healthy and server.counts_tokens]
+        if not counting:
+            raise ChatError(NO_TOKENS)
+        while True:
+            tokens, context_length = await counting[0].count(self.status.model, question)
+            left = context_length - tokens
+            shorter = question.shortened(PromptTooLong(tokens, context_length)) if left < max_new_tokens else None
+            if shorter is None:
+                fits = left >= max_new_tokens
+                return Fit(tokens, question.dropped_messages, max(left, 0), context_length, fits)
+            question = shorter
 
     async def _ask(self, server: Server, question: Question, reply: RemoteReply) -> None:
         reply.count_dropped(question.dropped_messages)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from urllib.parse import urlsplit
 
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import ChatError, PromptTooLong
 from llama2_chat.remote.client import Client, Timeouts
 from llama2_chat.remote.faults import CANNOT_GO_ON, NO_REASON, RequestRejected, ServerFault
 from llama2_chat.remote.question import EXTRAS, GO_ON, IF_ASKED, Question
@@ -29,6 +29,7 @@ class Server:
         self.last_seen = 0.0  # time.monotonic() of the latest sign of life
         self.suspect = asyncio.Event()  # an answer failed, and no probe has ended since
         self.takes_extras = True
+        self.counts_tokens = False
         self.has_listed = False  # its models
 
     @property
@@ -38,6 +39,16 @@ class Server:
     @property
     def status(self) -> ServerStatus:
         return ServerStatus(self.name, self.healthy, self.running)
+
+    async def count(self, model: str, question: Question) -> tuple[int, int]:
+        """The tokens of its prompt, and of the server's context window. Raises ChatError."""
+        going_on = {name: question.fields[name] for name in GO_ON if name in question.fields}
+        try:
+            return await self.client.count(model, question.messages, going_on)
+        except PromptTooLong as error:  # so much so that the server has not read it
+            if not error.context_length:
+                raise
+            return error.prompt_tokens or error.context_length + 1, error.context_length
 
     async def answer(self, model: str, question: Question, reply: RemoteReply) -> None:
         """Read the answer into the reply, which then has a server_reason. Raises ChatError."""

@@ -48,6 +48,13 @@ def test_our_own_server_behind_our_own_gives_the_same_answer(own_address, chat):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 
+def test_the_page_in_front_counts_as_the_server_behind_does(own, chat):
+    old = [{"role": "user", "content": "word " * 9000}, {"role": "assistant", "content": "Yes."}]
+    params = SamplingParams(max_new_tokens=2)
+    assert own.fit(HELLO, params) == chat.fit(HELLO, params)
+    assert own.fit([*old, *HELLO], params) == chat.fit([*old, *HELLO], params)
+
+
 def test_a_reader_who_leaves_our_page_frees_the_model_behind_it(own, chat):
     with own.stream_reply(HELLO, SamplingParams(max_new_tokens=3000)) as reply:
         next(reply)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from llama2_chat.errors import BadGrammar, PromptTooLong
+from llama2_chat.errors import BadGrammar, ChatError, PromptTooLong
 from llama2_chat.remote.question import IF_ASKED
-from llama2_chat.types import RANGES, GrammarSpec, SamplingParams
+from llama2_chat.types import RANGES, Fit, GrammarSpec, SamplingParams
 from tests.support.odd_server import HEAD, LAST, event, packet, status, words
 from tests.support.remote import HELLO, PARAMS, behind, read
 
@@ -118,6 +118,27 @@ def test_the_oldest_exchanges_are_left_out_when_a_server_says_that_it_is_too_lon
     if server != "one without numbers":
         assert len(kept) == 6  # two exchanges of 2,000 tokens fit, three do not
         assert len(odd.requests) == 2
+
+
+@pytest.mark.parametrize("counts_up_to", [10**6, 4089])
+def test_what_is_counted_beforehand_is_what_an_answer_leaves_out(settings, odd, counts_up_to):
+    odd.answer = picky("vLLM", counts_up_to=counts_up_to)
+    odd.count = lambda messages: sum(len(message["content"]) for message in messages) // 4
+    with behind(settings, odd) as model:
+        assert model.capabilities.counts_tokens
+        assert model.fit(HELLO, PARAMS) == Fit(2, 0, 4094, 4096)
+        fit = model.fit([*LONG, *HELLO], PARAMS)
+        assert (fit.prompt_tokens, fit.fits) == (4002, True)
+        assert read(model, [*LONG, *HELLO])[1].usage.dropped_messages == fit.dropped_messages == 16
+        assert not model.fit([{"role": "user", "content": "x" * 20_000}], PARAMS).fits
+
+
+def test_a_server_without_a_count_answers_all_the_same(settings, odd):
+    with behind(settings, odd) as model:
+        assert not model.capabilities.counts_tokens
+        with pytest.raises(ChatError, match="Only the server that has the model knows its tokens"):
+            model.fit(HELLO, PARAMS)
+        assert read(model)[0] == "Hello!"
 
 
 @pytest.mark.parametrize("characters", [4, 1], ids=["English", "Chinese"])

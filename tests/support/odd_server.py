@@ -57,6 +57,7 @@ class OddServer:
         self.models = [{"id": "odd", "max_model_len": 4096}]
         self.probe = words("Hi", finish="length")
         self.answer = words("Hel", "lo", "!")
+        self.count = None  # the tokens of a list of messages, where it has /tokenize
         self.requests = []  # the JSON of each question; probes are only counted
         self.probed = 0  # how often
         self.headers = {}  # of the latest request
@@ -101,6 +102,10 @@ class OddServer:
         if line.startswith("GET /v1/models "):
             return self.models if isinstance(self.models[0], bytes) else status(200, {"data": self.models})
         question = json.loads(body)
+        if line.startswith("POST /tokenize "):
+            if self.count is None:
+                return status(404, {"detail": "Not Found"})
+            return status(200, {"count": self.count(question["messages"]), "max_model_len": 4096, "tokens": []})
         if question["messages"] == GREETING:
             self.probed += 1
             return self.probe
