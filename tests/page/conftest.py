@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from tests.support.answers import answer_tab, empty
 from tests.support.browser import ARGUMENTS, CHROMIUM, LIKELIEST, open_page, open_settings
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
@@ -83,6 +84,23 @@ def short_answers(page):
     page.get_by_role("spinbutton", name="Max new tokens").fill("8")
     page.get_by_role("spinbutton", name="Max new tokens").blur()
     return page
+
+
+@pytest.fixture(scope="module")
+def answer_page_and_errors(browser):
+    with answer_tab(browser) as page_and_errors:
+        yield page_and_errors
+
+
+@pytest.fixture
+def answer_page(answer_page_and_errors):
+    """A tab with an empty answer. In the end nothing was said on its console, and no other host was asked."""
+    page, errors = answer_page_and_errors
+    errors.clear()
+    page.set_viewport_size({"width": 1280, "height": 844})
+    empty(page)
+    yield page
+    assert not errors
 
 
 @pytest.fixture
