@@ -220,6 +220,12 @@ class ChatModel:
         prompt.check_length(self.serving.tokenizer, [text], self.context_length)
         return prompt.encode_text(self.serving.tokenizer, text)
 
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens by their names; see types.ChatBackend."""
+        if input_ids:
+            self.serving.engine.check_ids(input_ids)
+        return prompt.decode(self.serving.tokenizer, input_ids)
+
     def close(self, timeout_s: float = 5) -> None:
         """Stop loading or answering, within timeout_s seconds. Readers see their replies end as cancelled."""
         self._closing.set()

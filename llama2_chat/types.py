@@ -267,7 +267,7 @@ class ServerStatus:
 class Capabilities:
     """What a backend can do beyond streaming a reply."""
 
-    supports_token_ids: bool  # encode(), encode_text() and stream_completion(); else they raise ChatError
+    supports_token_ids: bool  # encode(), encode_text(), decode() and stream_completion(); else they raise ChatError
     knows_queue: bool  # reply.queue_position and occupancy report the queue
     can_fail_over: bool  # its servers come and go, so that `status` may change at any time
     counts_tokens: bool  # fit(); else it raises ChatError
@@ -337,6 +337,9 @@ class ChatBackend(Protocol):
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt that stream_reply makes of a conversation, however long it is."""
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens by their names. Raises ChatError for ids that the model lacks."""
 
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""

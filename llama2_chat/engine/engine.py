@@ -110,7 +110,8 @@ class Engine:
         Raises Busy when the waiting queue is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
         ChatError for ids that the model does not know.
         """
-        self._check_ids(input_ids, params)
+        self.check_ids(input_ids)
+        self._check_named(params)
         room = self.context_length - len(input_ids)
         if room < 1:
             raise PromptTooLong(len(input_ids), self.context_length)
@@ -124,11 +125,14 @@ class Engine:
             self._changed.notify()
         return request
 
-    def _check_ids(self, input_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise ChatError for ids that the model does not know."""
+    def check_ids(self, input_ids: Sequence[int]) -> None:
+        """Raise ChatError for ids that the model does not know, and if there are none."""
         vocab_size = self.runner.vocab_size
         if not input_ids or not all(type(token) is int and 0 <= token < vocab_size for token in input_ids):
             raise ChatError(f"input_ids must be one or more whole numbers from 0 to {vocab_size - 1}.")
+
+    def _check_named(self, params: SamplingParams) -> None:
+        vocab_size = self.runner.vocab_size
         named = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
         for name, ids in named.items():
             if max(ids, default=0) >= vocab_size:

@@ -113,12 +113,16 @@ class Scheduler:
             self._memory_full = False
         copies: list[BlockCopy] = []
         while self.waiting and not self._memory_full and len(self.running) < self._batch_limit:
-            if not self._find_blocks(self.waiting[0], copies):
+            if self._is_being_read(self.waiting[0]) or not self._find_blocks(self.waiting[0], copies):
                 break
             request = self.waiting.popleft()
             request.slot = self._free_slots.pop()
             self.running.append(request)
         return copies
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Whether just this prompt is being computed for somebody else, and will be in the cache within a few steps."""
+        return request.params.cache_prompt and any(other.ids == request.ids for other in self.prefilling)
 
     def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
         """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""

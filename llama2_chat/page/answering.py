@@ -16,7 +16,7 @@ from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.page import wording
 from llama2_chat.server.errors import as_api_error
 from llama2_chat.server.limits import ConcurrencyLimiter
-from llama2_chat.server.metrics import Metrics, Record
+from llama2_chat.server.metrics import Answered, Metrics, Record
 from llama2_chat.server.responses import submit
 from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams, Status, Timing, Usage
 
@@ -123,7 +123,7 @@ async def _pieces(reply: Reply) -> AsyncIterator[str]:
                 await asyncio.sleep(SHOW_EVERY_S)
 
 
-def _with_costs(end: End | None, reply: Reply | None) -> End:
+def _with_costs(end: End | None, reply: Answered | None) -> End:
     if reply is None:
         return end or End("cancelled")
     return replace(end or End(reply.finish_reason or "cancelled"), usage=reply.usage, timing=reply.timing)

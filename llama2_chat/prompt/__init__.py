@@ -9,7 +9,7 @@ fitting    what fits in the context window
 examples   conversations to train on
 """
 
-from llama2_chat.prompt.codec import check_length, encode_text
+from llama2_chat.prompt.codec import check_length, decode, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit, subject_of
@@ -26,6 +26,7 @@ __all__ = [
     "Turn",
     "check_length",
     "check_messages",
+    "decode",
     "droppable",
     "encode",
     "encode_example",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property, partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -35,6 +35,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that is no conversation, after BOS if the model is used to one; control tokens stay text."""
     bos = tokenizer.backend_tokenizer.encode("").ids
     return bos + codec_of(tokenizer).encode_segments([[Piece(valid_unicode(text), True)]], ())[0]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids, control tokens by their names."""
+    return cast(str, tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context_length: int) -> None:

@@ -157,6 +157,9 @@ class RemoteModel:
     def encode(self, messages: list[Message]) -> list[int]:
         raise ChatError(NO_TOKENS)
 
+    def decode(self, input_ids: Sequence[int]) -> str:
+        raise ChatError(NO_TOKENS)
+
     def encode_text(self, text: str) -> list[int]:
         raise ChatError(NO_TOKENS)
 

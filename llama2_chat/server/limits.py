@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from fastapi import Request
 
-from llama2_chat.errors import Busy
+from llama2_chat.errors import Busy, ChatError
 from llama2_chat.server.errors import ApiError
 from llama2_chat.settings import Settings
 
@@ -35,22 +35,27 @@ class ConcurrencyLimiter:
         return self._long_texts if size > LONG_TEXT else None
 
     @contextlib.contextmanager
-    def slot(self, client: str) -> Iterator[None]:
-        """Room for one more answer of this client. Raises Busy if there is none."""
-        if self._limit and self._running[client] >= self._limit:
-            raise Busy(f"You have {self._limit} answers on their way, and no more are allowed. Wait for one to end.")
-        with counted(self._running, client):
+    def slot(self, client: str, answers: int = 1) -> Iterator[None]:
+        """Room for so many more answers of this client. Raises Busy if there is none now, ChatError if never."""
+        if self._limit and answers > self._limit:
+            raise ChatError(f"This asks for {answers} answers at once, and {self._limit} are allowed. Ask for fewer.")
+        if self._limit and self._running[client] + answers > self._limit:
+            raise Busy(
+                f"You have {self._running[client]} answers on their way, and no more than {self._limit} are allowed. "
+                "Wait for one to end."
+            )
+        with counted(self._running, client, answers):
             yield
 
 
 @contextlib.contextmanager
-def counted(counts: Counter[str], name: str) -> Iterator[None]:
-    """One more of this name while it lasts; nothing is kept of names of which there are none."""
-    counts[name] += 1
+def counted(counts: Counter[str], name: str, more: int = 1) -> Iterator[None]:
+    """So many more of this name while it lasts; nothing is kept of names of which there are none."""
+    counts[name] += more
     try:
         yield
     finally:
-        counts[name] -= 1
+        counts[name] -= more
         if not counts[name]:
             del counts[name]
 

@@ -10,17 +10,17 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama2_chat.types import ChatBackend, Message, Occupancy, Reply
+from llama2_chat.types import ChatBackend, FinishReason, Message, Occupancy, Timing, Usage
 
 log = logging.getLogger("llama2_chat")
 
-Question = list[Message] | str | list[int]
+Question = list[Message] | list[str | list[int]]
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 TOKENS_PER_S = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)
@@ -59,20 +59,33 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class Answered(Protocol):
+    """A reply, or all choices of a request."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def timing(self) -> Timing: ...
+
+
 class Record:
     """One request, from its arrival to its end."""
 
     def __init__(self, metrics: Metrics, route: str) -> None:
-        self.reply: Reply | None = None
+        self.reply: Answered | None = None
         self.question: Question | None = None
-        self.answer = ""
+        self.answers: dict[int, str] = {}  # by the index of the choice
         self.error = ""  # its code, for a stream that fails when its status has been sent
         self._metrics, self._route, self._started = metrics, route, time.perf_counter()
         self._ended = False
 
-    def add(self, piece: str) -> None:
+    def add(self, piece: str, index: int = 0) -> None:
         if self._metrics.log_messages:
-            self.answer += piece
+            self.answers[index] = self.answers.get(index, "") + piece
 
     def end(self, error: str = "") -> None:
         """Count it and log it; the reply has been closed. Only the first call does anything."""
@@ -94,7 +107,8 @@ class Record:
         if self.reply is not None:
             line |= self._count(self.reply)
         if metrics.log_messages:
-            line |= {"question": self.question, "answer": self.answer}
+            answers = [answer for _, answer in sorted(self.answers.items())]
+            line |= {"question": self.question, "answer": answers if len(answers) > 1 else "".join(answers)}
         log.info("%s", json.dumps(line))  # JSON escapes line breaks: one line, whatever was said
 
     def _error_code(self, error: str) -> str:
@@ -107,7 +121,7 @@ class Record:
             return "ok"
         return self.reply.finish_reason or "cancelled"
 
-    def _count(self, reply: Reply) -> dict[str, int | float | None]:
+    def _count(self, reply: Answered) -> dict[str, int | float | None]:
         metrics, usage, timing = self._metrics, reply.usage, reply.timing
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.cached_tokens)

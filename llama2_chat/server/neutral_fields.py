@@ -74,9 +74,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "regex": UNSET,
     "ebnf": UNSET,
     "format": UNSET,
-    "n": ONE,
-    "n_cmpl": ONE,
-    "best_of": ONE,
     "num_beams": ONE,
     "use_beam_search": UNSET,
     "system": UNSET,
@@ -151,8 +148,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 WHY_REFUSED = {
     "messages": "messages are for /v1/chat/completions; /v1/completions takes a prompt.",
     "prompt": "A prompt is for /v1/completions; /v1/chat/completions takes messages.",
-    "n": "n must be 1. Send the request once for each answer instead.",
-    "best_of": "best_of must be 1.",
     "logprobs": "logprobs are not available. Leave them out.",
     "tools": "Tools are not available. Leave them out.",
     "modalities": "The answer can only be text: leave modalities out.",
@@ -175,6 +170,7 @@ OTHER_NAMES = {
     "stopping_strings": "stop",
     "min_length": "min_tokens",
     "ban_eos_token": "ignore_eos",
+    "n_cmpl": "n",
 }
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes for programs, /tokenize and /metrics.
+"""OpenAI's routes for programs, /tokenize, /detokenize and /metrics.
 
 What a request may say stands in openai_types.py, how an answer is written in responses.py, how one is refused in
 errors.py. Lengths, prompts and whose turn it is are the model's affair: here a request becomes one call of ChatBackend.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, Protocol
 
 import anyio
@@ -20,15 +21,24 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
 from llama2_chat.server.metrics import Metrics, Question, Record
-from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
-from llama2_chat.server.responses import AnswerFormat, EventStream, closed_on_disconnect, events, submit_for, whole_text
+from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llama2_chat.server.responses import (
+    AnswerFormat,
+    EventStream,
+    closed_on_disconnect,
+    events,
+    submit_for,
+    whole_texts,
+)
 from llama2_chat.settings import Settings
 from llama2_chat.types import ChatBackend, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
+SEEDS = 2**63
 STARTED = int(time.time())
 
 
@@ -59,14 +69,14 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
         def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
             return chat.stream_reply(body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end)
 
-        return await answer(body, request, [message.plain() for message in body.messages], start)
+        return await answer(body, request, [message.plain() for message in body.messages], [start])
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
-            return chat.stream_completion(_prompt_ids(chat, body.prompt), params, to_the_end=to_the_end)
+        def complete(prompt: str | list[int], params: SamplingParams, *, to_the_end: bool) -> Reply:
+            return chat.stream_completion(_prompt_ids(chat, prompt), params, to_the_end=to_the_end)
 
-        return await answer(body, request, body.prompt, start)
+        return await answer(body, request, body.prompt, [functools.partial(complete, each) for each in body.prompt])
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
@@ -74,6 +84,12 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
         encode = functools.partial(_encode, chat, body)
         ids = await anyio.to_thread.run_sync(encode, limiter=await threads_for(request))
         return {"tokens": ids, "count": len(ids), "max_model_len": chat.context_length}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+        _check_model(chat, body.model)
+        decode = functools.partial(chat.decode, body.tokens)
+        return {"prompt": await anyio.to_thread.run_sync(decode, limiter=await threads_for(request))}
 
     @router.get("/metrics")
     def prometheus_metrics() -> Response:
@@ -89,27 +105,29 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
         return limiter.threads(len(await request.body()))
 
     async def answer(
-        body: ChatRequest | CompletionRequest, request: Request, question: Question, start: StartReply
+        body: ChatRequest | CompletionRequest, request: Request, question: Question, starts: Sequence[StartReply]
     ) -> Response:
         _check_model(chat, body.model)
         body.reject_unsupported()
         record: Record = request.state.record
         record.question = question
-        params, to_the_end = body.params(settings.sampling), body.requested_tokens is None
+        start = functools.partial(_start, chat, body, starts, body.params(settings.sampling))
         async with AsyncExitStack() as cleanup:
-            cleanup.enter_context(limiter.slot(client_id(request, settings)))
+            cleanup.enter_context(limiter.slot(client_id(request, settings), len(starts) * body.choices_each))
             try:
                 threads = await threads_for(request) or (schema_threads if body.response_format else None)
-                reply = await submit_for(request, lambda: start(params, to_the_end=to_the_end), threads)
-                async with closed_on_disconnect(reply, request):  # a remote server may take a while to accept it
-                    record.reply = await cleanup.enter_async_context(reply)
+                choices = await submit_for(request, start, threads)
+                async with closed_on_disconnect(choices, request):  # a remote server may take a while to accept it
+                    record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
                 raise as_api_error(error, body.question_field) from error
             written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest))
             if body.stream:
-                return EventStream(events(written, reply, record, body.usage_in), record, cleanup.pop_all())
-            record.answer = await whole_text(reply, request)
-            return JSONResponse(written.whole(record.answer, reply))
+                return EventStream(events(written, choices, record, body.usage_in), record, cleanup.pop_all())
+            texts = await whole_texts(choices, request)
+            for index, text in enumerate(texts):
+                record.add(text, index)
+            return JSONResponse(written.whole(texts, choices))
 
     return router
 
@@ -162,6 +180,29 @@ def _model_object(chat: ChatBackend) -> dict[str, Any]:
         "owned_by": "llama-2-chat",
         "max_model_len": chat.context_length or None,  # what a remote server does not say
     }
+
+
+def _start(
+    chat: ChatBackend, body: ChatRequest | CompletionRequest, starts: Sequence[StartReply], params: SamplingParams
+) -> Choices:
+    """All answers to a request. Of several with a seed, each has its own: the next number after the one before."""
+    each = body.choices_each
+    seeds = [None if params.seed is None else (params.seed + n) % SEEDS for n in range(each)]
+    to_the_end = body.requested_tokens is None
+    openings = [text for prompt in body.echoed for text in [_prompt_text(chat, prompt)] * each]
+    return Choices.started(
+        [
+            functools.partial(start, replace(params, seed=seed), to_the_end=to_the_end)
+            for start in starts
+            for seed in seeds
+        ],
+        each,
+        openings,
+    )
+
+
+def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else chat.decode(prompt)
 
 
 def _prompt_ids(chat: ChatBackend, prompt: str | list[int]) -> list[int]:

@@ -36,6 +36,9 @@ from llama2_chat.types import (
     SamplingParams,
 )
 
+MAX_CHOICES = 8  # answers to one prompt
+MAX_ANSWERS = 64  # of one request, to all its prompts together; QUEUE_LIMIT's default
+
 
 def _text(content: Any) -> Any:
     """The text of a message's content. The parts of a list are joined as the page joins them."""
@@ -50,14 +53,16 @@ def _text(content: Any) -> Any:
     raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")
 
 
-def _one(prompt: Any) -> Any:
-    """A text, or token ids. Some programs send a list of texts, even of one."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
-    is_ids = isinstance(prompt, list) and all(type(id) is int for id in prompt)
-    if not prompt or not (isinstance(prompt, str) or is_ids):
-        raise ValueError("it must be one text or one list of token ids, and not empty")
-    return prompt
+def _prompts(prompt: Any) -> Any:
+    """A list of texts and lists of ids, also of what is one by itself."""
+    prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
+    if not prompts or not all(each and (isinstance(each, str) or _is_ids(each)) for each in prompts):
+        raise ValueError("it must be a text, a list of token ids, or a list of these, and nothing empty")
+    return prompts
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(id) is int for id in prompt)
 
 
 def _list(stop: Any) -> Any:
@@ -91,7 +96,11 @@ Stop = Annotated[
     Field(max_length=MAX_STOP_STRINGS),
     BeforeValidator(_list, json_schema_input_type=str | list[str] | None),
 ]
-Prompt = Annotated[str | list[int], BeforeValidator(_one, json_schema_input_type=str | list[str] | list[int])]
+Prompts = Annotated[
+    list[str | list[int]],
+    Field(max_length=MAX_ANSWERS),
+    BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_NAMED_TOKENS)]
 Bias = Annotated[
     dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
@@ -184,6 +193,8 @@ class _Request(BaseModel):
     min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
     response_format: ResponseFormat | None = None
     cache_prompt: bool | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int | None, Field(validate_default=True)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -196,6 +207,18 @@ class _Request(BaseModel):
     def requested_tokens(self) -> int | None:
         """The longest answer; None for as long as the context window leaves."""
         return self.max_tokens
+
+    @field_validator("best_of")
+    @classmethod
+    def _is_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, info.data.get("n") or 1):
+            raise ValueError("it must be equal to n: all answers are returned")
+        return value
+
+    @property
+    def choices_each(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
 
     @property
     def usage_in(self) -> UsageIn:
@@ -265,6 +288,8 @@ class ChatRequest(_Request, _Conversation):
     question_field: ClassVar = "messages"
     neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
+    echoed: ClassVar[list[str | list[int]]] = []  # only a text's prompt can be
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens = None
     trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
@@ -278,7 +303,27 @@ class CompletionRequest(_Request):
     question_field: ClassVar = "prompt"
     neutral: ClassVar = {"add_special_tokens": (True,)}
 
-    prompt: Prompt
+    prompt: Prompts
+    echo: bool | None = None
+
+    @property
+    def echoed(self) -> list[str | list[int]]:
+        """The prompts that stand before their answers."""
+        return self.prompt if self.echo else []
+
+    @field_validator("prompt")
+    @classmethod
+    def _are_few(cls, value: list[str | list[int]], info: ValidationInfo) -> list[str | list[int]]:
+        if len(value) * (info.data.get("n") or 1) > MAX_ANSWERS:
+            raise ValueError(f"it may have {MAX_ANSWERS} answers, those of all prompts together")
+        return value
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    tokens: list[int]
 
 
 class TokenizeRequest(_Conversation):

@@ -11,9 +11,9 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,19 +21,29 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import ApiError, generation_error
 from llama2_chat.server.metrics import Record
-from llama2_chat.types import Reply
+from llama2_chat.types import Usage
 
 UsageIn = Literal["none", "last", "every"]  # chunk of a stream
 HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some sooner
 
 
-async def submit(start: Callable[[], Reply], threads: anyio.CapacityLimiter | None = None) -> Reply:
+class Closable(Protocol):
+    """A reply, or all choices of a request."""
+
+    def close(self) -> None: ...
+
+
+ReplyT = TypeVar("ReplyT", bound=Closable)
+
+
+async def submit(start: Callable[[], ReplyT], threads: anyio.CapacityLimiter | None = None) -> ReplyT:
     """start() in a thread: a long text takes a while to encode. Cancelled, it leaves nothing running."""
     gone = threading.Event()
 
-    def start_if_awaited() -> Reply | None:
+    def start_if_awaited() -> ReplyT | None:
         return None if gone.is_set() else start()  # after waiting for a thread, perhaps behind longer texts
 
     submitting = asyncio.ensure_future(anyio.to_thread.run_sync(start_if_awaited, limiter=threads))
@@ -47,12 +57,12 @@ async def submit(start: Callable[[], Reply], threads: anyio.CapacityLimiter | No
     return reply
 
 
-def _close_unread(submitting: asyncio.Future[Reply | None]) -> None:
+def _close_unread(submitting: asyncio.Future[ReplyT | None]) -> None:
     if submitting.exception() is None and (reply := submitting.result()):
         reply.close()
 
 
-async def submit_for(request: Request, start: Callable[[], Reply], threads: anyio.CapacityLimiter | None) -> Reply:
+async def submit_for(request: Request, start: Callable[[], ReplyT], threads: anyio.CapacityLimiter | None) -> ReplyT:
     """submit(), given up when the reader leaves: that alone cancels no route. Raises ApiError then."""
     submitting = asyncio.ensure_future(submit(start, threads))
     disconnected = asyncio.ensure_future(_disconnect(request))
@@ -67,31 +77,40 @@ async def submit_for(request: Request, start: Callable[[], Reply], threads: anyi
 
 
 class AnswerFormat:
-    """How one answer is written: as a chat's or as a text's, whole or in chunks."""
+    """How the answers to one request are written: as a chat's or as a text's, whole or in chunks."""
 
     def __init__(self, model: str, is_chat: bool) -> None:
         self._is_chat = is_chat
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), model
 
-    def whole(self, text: str, reply: Reply) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+    def whole(self, texts: Sequence[str], choices: Choices) -> dict[str, Any]:
+        written = []
+        for index, (text, reply) in enumerate(zip(texts, choices.replies, strict=True)):
+            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            written.append(self._choice(index, content, reply.finish_reason))
         name = "chat.completion" if self._is_chat else "text_completion"
-        return self._write(name, content, reply.finish_reason) | {"usage": usage_object(reply)}
+        return self._head(name) | {"choices": written, "usage": usage_object(choices.usage)}
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def chunk(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         content = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        name = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return self._write(name, content, finish_reason)
+        return self._chunk_head | {"choices": [self._choice(index, content, finish_reason)]}
 
-    def _write(self, name: str, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        head = {"id": self._id, "created": self._created, "model": self._model}
-        return {**head, "object": name, "choices": [choice]}
+    def last_chunk(self, usage: Usage) -> dict[str, Any]:
+        return self._chunk_head | {"choices": [], "usage": usage_object(usage)}
+
+    def _choice(self, index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    @property
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self._is_chat else "text_completion")
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"id": self._id, "created": self._created, "model": self._model, "object": name}
 
 
-def usage_object(reply: Reply) -> dict[str, Any]:
-    usage = reply.usage
+def usage_object(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -101,20 +120,22 @@ def usage_object(reply: Reply) -> dict[str, Any]:
     }
 
 
-async def whole_text(reply: Reply, request: Request) -> str:
-    """The text of the whole answer. It is cancelled when the reader leaves. Raises ApiError if it fails."""
+async def whole_texts(choices: Choices, request: Request) -> list[str]:
+    """The text of each whole answer. They are cancelled when the reader leaves. Raises ApiError if one fails."""
     try:
-        async with closed_on_disconnect(reply, request) as disconnected:
-            text = "".join([piece async for piece in reply])
-            if reply.finish_reason == "cancelled" and not disconnected.done():
+        async with closed_on_disconnect(choices, request) as disconnected:
+            pieces = [[opening] for opening in choices.openings]
+            async for index, piece in choices:
+                pieces[index].append(piece or "")
+            if choices.finish_reason == "cancelled" and not disconnected.done():
                 raise _server_is_stopping()
-            return text
+            return ["".join(each) for each in pieces]
     except Exception as error:
         raise generation_error(error) from error
 
 
 @contextlib.asynccontextmanager
-async def closed_on_disconnect(reply: Reply, request: Request) -> AsyncIterator[asyncio.Future[None]]:
+async def closed_on_disconnect(reply: Closable, request: Request) -> AsyncIterator[asyncio.Future[None]]:
     """The reply is closed, and the future done, when the reader leaves."""
 
     def close(disconnected: asyncio.Future[None]) -> None:
@@ -138,35 +159,39 @@ def _server_is_stopping() -> ApiError:
     return ApiError(503, "model_unavailable", "The server is being stopped, and this answer with it.")
 
 
-async def events(answer: AnswerFormat, reply: Reply, record: Record, usage_in: UsageIn) -> AsyncIterator[str]:
-    """Server-sent events. The first is written at once, however many requests wait."""
+async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_in: UsageIn) -> AsyncIterator[str]:
+    """Server-sent events. The first of each choice is written at once, however many requests wait."""
 
     def usage() -> dict[str, Any]:
-        return {} if usage_in == "none" else {"usage": usage_object(reply) if usage_in == "every" else None}
+        return {} if usage_in == "none" else {"usage": usage_object(choices.usage) if usage_in == "every" else None}
 
-    yield _event(answer.chunk({"role": "assistant", "content": ""}) | usage())
+    for index, opening in enumerate(choices.openings):
+        yield _event(answer.chunk(index, {"role": "assistant", "content": opening}) | usage())
     try:
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
-                    piece = await anext(reply)
+                    index, piece = await anext(choices)
             except TimeoutError:
                 yield ": waiting\n\n"
                 continue
             except StopAsyncIteration:
                 break
-            record.add(piece)
-            yield _event(answer.chunk({"content": piece}) | usage())
-        if reply.finish_reason == "cancelled":
-            raise _server_is_stopping()
+            if piece is not None:
+                record.add(piece, index)
+                yield _event(answer.chunk(index, {"content": piece}) | usage())
+                continue
+            reason = choices.replies[index].finish_reason
+            if reason == "cancelled":
+                raise _server_is_stopping()
+            yield _event(answer.chunk(index, {}, reason) | usage())
     except Exception as error:
         problem = generation_error(error)
         record.error = problem.code
         yield _event(problem.body)
         return
-    yield _event(answer.chunk({}, reply.finish_reason) | usage())
     if usage_in != "none":
-        yield _event(answer.chunk({}) | {"choices": [], "usage": usage_object(reply)})
+        yield _event(answer.last_chunk(choices.usage))
     yield "data: [DONE]\n\n"
 
 

@@ -115,6 +115,18 @@ def test_a_prompt_that_asks_for_it_is_computed_whole_whatever_the_cache_holds():
     assert s.cache.available == available
 
 
+def test_a_prompt_that_is_being_read_is_not_read_for_another_at_the_same_time():
+    s = scheduler()
+    first, same, other = admitted(s, [1] * 20, [1] * 20, [2] * 3)
+    prefill(s, [first])
+    assert s.admit() == []
+    assert s.running == [first]
+    prefill(s, [first])
+    s.admit()
+    assert s.running == [first, same, other]
+    assert same.cached_tokens == 19
+
+
 def test_long_prompts_are_read_in_chunks_and_short_ones_beside_them():
     s = scheduler()
     long, short = admitted(s, [1] * 20, [2] * 3)
