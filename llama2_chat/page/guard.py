@@ -21,7 +21,7 @@ from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
-from llama2_chat.server.errors import ApiError, error_response
+from llama2_chat.server.errors import ApiError, error_response, no_such_route
 from llama2_chat.server.limits import counted
 from llama2_chat.server.security import content_security_policy
 
@@ -109,8 +109,8 @@ class OnlyOurRoutes:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         allowed = ROUTES.get(scope.get("method", ""))
         if not (allowed and allowed.fullmatch(path)):
-            sentence = f"There is no {scope.get('method', 'WebSocket')} {path:.60} here."
-            return await error_response(ApiError(404, "not_found", sentence))(scope, receive, send)
+            problem = no_such_route(scope.get("method", "WebSocket"), path)
+            return await error_response(problem)(scope, receive, send)
         if path == "/":
             return await self.app(scope, receive, _Document(send, self.head, self.on_space))
         with contextlib.ExitStack() as stack:

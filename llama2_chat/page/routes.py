@@ -22,6 +22,7 @@ from llama2_chat.page.answering import Answering
 from llama2_chat.page.answers import Answer, Answers
 from llama2_chat.page.programs import parsed_seed
 from llama2_chat.page.visitors import Visitors
+from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.errors import as_api_error, error_response
 from llama2_chat.server.limits import ConcurrencyLimiter, client_address
 from llama2_chat.text import valid_unicode
@@ -134,7 +135,10 @@ class _Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_errors(request: Request) -> Response:
+            request = JsonRequest(request.scope, request.receive)
             try:
+                if self.body_field is not None:
+                    await request.json()
                 return await handle(request)
             except Exception as error:
                 return error_response(as_api_error(error))

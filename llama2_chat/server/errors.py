@@ -34,6 +34,11 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def no_such_route(method: str, path: str) -> ApiError:
+    sentence = f"There is no {method} {path:.60} here. Programs ask POST /v1/chat/completions or POST /v1/completions."
+    return ApiError(404, "unknown_url", sentence)
+
+
 def error_response(problem: ApiError) -> JSONResponse:
     return JSONResponse(problem.body, problem.status, problem.headers)
 
@@ -73,11 +78,9 @@ def generation_error(error: Exception) -> ApiError:
 
 def _invalid_request(error: dict[str, Any]) -> ApiError:
     """What pydantic found, as a sentence that names the field."""
-    if error["type"] == "json_invalid":
-        return ApiError(400, "invalid_json", f"The body is not JSON: {error['ctx']['error']}.")
     path = [str(part) for part in error["loc"][1:]]
     if not path:
-        return ApiError(400, "invalid_request", "The body must be a JSON object, sent as application/json.")
+        return ApiError(400, "invalid_request", "The body must be a JSON object.")
     if error["type"] == "missing":
         return ApiError(400, "missing_parameter", f"{'.'.join(path)} is missing.", path[0])
     what = error["msg"].removeprefix("Value error, ").removeprefix("Input ")

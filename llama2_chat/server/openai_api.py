@@ -21,8 +21,9 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
-from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response
+from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
 from llama2_chat.server.metrics import Metrics, Question, Record
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -99,7 +100,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
 
     @router.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:
-        raise ApiError(404, "unknown_url", f"There is no {request.method} /v1/{path:.60} here.")
+        raise no_such_route(request.method, f"/v1/{path}")
 
     async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
         return limiter.threads(len(await request.body()))
@@ -143,6 +144,9 @@ def _route_class(settings: Settings, metrics: Metrics) -> type[APIRoute]:
                 record = request.state.record = Record(metrics, self.path)
                 try:
                     check_key(request, settings)  # before the body is read
+                    request = JsonRequest(request.scope, request.receive)
+                    if self.body_field is not None:
+                        await request.json()
                     response = await handle(request)
                 except Exception as error:
                     problem = as_api_error(error)

@@ -73,7 +73,7 @@ def test_a_text_about_files_is_a_text(http):
 def test_of_gradios_routes_there_are_only_those_that_the_page_needs(http, method, path):
     answer = http.request(method, path)
     assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "not_found"
+    assert answer.json()["error"]["code"] == "unknown_url"
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,6 @@ def test_two_names_of_a_field_may_not_differ():
     assert "another name for max_tokens" in refused(max_tokens=5, n_predict=6)["message"]
 
 
-def test_what_is_missing_is_named_before_what_is_wrong(http):
-    error = http.post("/v1/chat/completions", json={"temperature": 9}).json()["error"]
-    assert (error["code"], error["param"]) == ("missing_parameter", "messages")
-
-
 def test_no_field_that_is_looked_at_is_also_said_to_have_no_effect():
     declared = ChatRequest.model_fields.keys() & CompletionRequest.model_fields.keys()
     assert not declared & {*NEUTRAL, *IGNORED}
@@ -196,17 +191,3 @@ def test_only_an_assistant_may_say_nothing(message):
 def test_an_empty_answer_at_the_end_is_no_answer_to_go_on_with():
     request = ChatRequest(messages=[*HELLO, {"role": "assistant", "content": ""}])
     assert check_messages(request.conversation()) == check_messages(HELLO)
-
-
-def test_all_system_and_developer_messages_are_joined_at_the_beginning(http):
-    late = [
-        {"role": "system", "content": "a"},
-        {"role": "developer", "content": "b"},
-        *TALK[:2],
-        {"role": "system", "content": ""},
-        {"role": "developer", "content": "c"},
-        TALK[2],
-    ]
-    once = [{"role": "system", "content": "a\n\nb\n\nc"}, *TALK]
-    tokens = [http.post("/tokenize", json={"messages": messages}).json()["tokens"] for messages in (late, once)]
-    assert tokens[0] == tokens[1]

@@ -1,5 +1,6 @@
 """What programs get: OpenAI's routes over HTTP, asked by the official client and by httpx."""
 
+import gzip
 import json
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -106,6 +107,20 @@ def test_text_parts_and_developer_messages_are_what_they_were_called_before(http
     new = [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, *HELLO]
     counts = [http.post("/tokenize", json={"messages": messages}).json()["tokens"] for messages in (old, new)]
     assert counts[0] == counts[1]
+
+
+def test_all_system_and_developer_messages_are_joined_at_the_beginning(http):
+    late = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        *TALK[:2],
+        {"role": "system", "content": ""},
+        {"role": "developer", "content": "c"},
+        TALK[2],
+    ]
+    once = [{"role": "system", "content": "a\n\nb\n\nc"}, *TALK]
+    tokens = [http.post("/tokenize", json={"messages": messages}).json()["tokens"] for messages in (late, once)]
+    assert tokens[0] == tokens[1]
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(http):
@@ -284,16 +299,36 @@ def test_a_message_that_cannot_be_read_is_named_by_its_place(http, message, para
     assert error(ask(http, messages=[message]))["param"] == param
 
 
+def test_what_is_missing_is_named_before_what_is_wrong(http):
+    error = http.post("/v1/chat/completions", json={"temperature": 9}).json()["error"]
+    assert (error["code"], error["param"]) == ("missing_parameter", "messages")
+
+
 def test_an_unknown_model_is_404(http):
     answer = ask(http, model="gpt-5")
     assert (answer.status_code, error(answer)["code"]) == (404, "model_not_found")
     assert "small" in error(answer)["message"]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_an_unknown_route_is_404_in_json(http, method):
-    answer = http.request(method, "/v1/embeddings")
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/embeddings"),
+        ("PROPFIND", "/v1/models"),
+        ("GET", "/v1/chat/completions"),
+        ("POST", "/infill"),
+        ("POST", "/completion"),
+        ("POST", "/chat/completions"),
+        ("POST", "/api/chat"),
+        ("GET", "/api/tags"),
+        ("PUT", "/tokenize"),
+    ],
+)
+def test_an_unknown_route_is_404_in_openais_form_and_says_where_programs_ask(http, method, path):
+    answer = http.request(method, path)
     assert (answer.status_code, error(answer)["code"]) == (404, "unknown_url")
+    assert f"{method} {path}" in error(answer)["message"]
+    assert "POST /v1/chat/completions" in error(answer)["message"]
 
 
 DEEP = b"[" * 100_000
@@ -306,10 +341,34 @@ def test_a_body_that_makes_no_sense_is_400(http, body):
     assert set(error(answer)) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/page/fit"])
+def test_every_route_says_what_is_wrong_with_a_body(http, path):
+    answer = http.post(path, content=b'{"a": "\xff"}', headers={"Content-Type": "application/json"})
+    assert error(answer)["message"] == "The body is not UTF-8: invalid start byte at byte 7."
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(http, encoding):
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    answer = http.post("/v1/chat/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert (answer.status_code, error(answer)["code"]) == (400, "unsupported_content_encoding")
+    assert f"compressed ('{encoding}')" in error(answer)["message"]
+
+
+def test_an_encoding_that_changes_nothing_is_let_pass(http):
+    body = json.dumps({"messages": HELLO, "max_tokens": 1})
+    headers = {"Content-Type": "application/json; charset=utf-8", "Content-Encoding": "identity"}
+    assert http.post("/v1/chat/completions", content=body, headers=headers).status_code == 200
+
+
 def test_half_a_character_is_no_reason_to_fail(http):
     body = r'{"messages": [{"role": "user", "content": "\ud83d"}], "max_tokens": 1, "%s": 0}'
     post = {"url": "/v1/chat/completions", "headers": {"Content-Type": "application/json"}}
     assert http.post(content=body % "user", **post).status_code == 200
+    for field in ("prompt", "stop"):
+        text = {"prompt": "Hi", field: "a\ud83d"} | {"max_tokens": 1}
+        completion = post | {"url": "/v1/completions"}
+        assert http.post(content=json.dumps(text), **completion).status_code == 200
     assert http.post(content=body % r"\ud83d", **post).status_code == 400
 
 
@@ -317,7 +376,9 @@ def test_the_page_of_another_site_cannot_make_the_model_work(http):
     """A form or a fetch without preflight may send text/plain, or no type at all."""
     body = json.dumps({"messages": HELLO, "max_tokens": 1})
     for headers in ({"Content-Type": "text/plain"}, {}):
-        assert http.post("/v1/chat/completions", content=body, headers=headers).status_code == 400
+        answer = http.post("/v1/chat/completions", content=body, headers=headers)
+        assert (answer.status_code, error(answer)["code"]) == (400, "unsupported_content_type")
+        assert "application/json" in error(answer)["message"]
 
 
 @pytest.mark.parametrize("max_tokens", [None, 2000])
