@@ -12,14 +12,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
 from llama2_chat.errors import GPU_LOST, ModelUnavailable, PromptTooLong, quoted
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
+from llama2_chat.tools import PLAIN, answer_grammar, plain
 from llama2_chat.types import (
+    CallStyle,
     Capabilities,
     ChatBackend,
     Fit,
@@ -29,6 +31,7 @@ from llama2_chat.types import (
     SamplingParams,
     ServerStatus,
     Status,
+    ToolOffer,
     Unasked,
     Usage,
 )
@@ -59,6 +62,15 @@ class Serving:
     ends: tuple[str, ...]  # texts with which the chat template ends an answer, if it does so in no token
     engine: Engine
     grammars: Grammars
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a prompt is made of."""
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...] = ()  # for the chat template
+    examples: int = 0  # as prompt.fit takes it
 
 
 class ChatModel:
@@ -180,16 +192,30 @@ class ChatModel:
         log.info("%s is ready in %s on %s. %s", self.status.model, loaded.precision, loaded.device, why)
         return self
 
+    @property
+    def call_style(self) -> CallStyle:
+        """See types.ChatBackend."""
+        return prompt.call_style(self.serving.tokenizer) or PLAIN
+
     def stream_reply(
-        self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
+        self,
+        messages: list[Message],
+        params: SamplingParams,
+        *,
+        trim: bool = True,
+        to_the_end: bool = False,
+        tools: ToolOffer | None = None,
     ) -> StreamedReply:
         """The answer to a conversation, on its way; see types.ChatBackend."""
         serving, dropped_messages = self.serving, 0
+        if tools is not None:
+            most_tokens = None if to_the_end else params.max_new_tokens
+            params = replace(params, grammar=answer_grammar(tools, self.call_style, params.grammar, most_tokens))
         goes_on = prompt.goes_on(prompt.check_messages(messages)[1], params)
         if trim:
-            input_ids, dropped_messages = self._trimmed(messages, params)
+            input_ids, dropped_messages = self._trimmed(messages, params, tools)
         else:
-            input_ids = self._fitting(self.encode(messages), params, to_the_end)
+            input_ids = self._fitting(self.encode(messages, tools), params, to_the_end)
         before = input_ids if goes_on else ()
         return self._submit(input_ids, params, to_the_end, dropped_messages, before, serving.ends)
 
@@ -209,11 +235,12 @@ class ChatModel:
         """What follows input_ids, on its way; see types.ChatBackend."""
         return self._submit(self._fitting(input_ids, params, to_the_end), params, to_the_end, before=input_ids)
 
-    def encode(self, messages: list[Message]) -> list[int]:
+    def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         """The prompt that stream_reply makes of a conversation. Raises PromptTooLong for what is absurdly long."""
         tokenizer = self.serving.tokenizer
-        prompt.check_length(tokenizer, (message["content"] for message in messages), self.context_length)
-        return prompt.encode(tokenizer, messages, self.serving.chat_format)
+        told = self._told_of(messages, tools)
+        prompt.check_length(tokenizer, (message["content"] for message in told.messages), self.context_length)
+        return prompt.encode(tokenizer, told.messages, self.serving.chat_format, told.tools)
 
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
@@ -232,9 +259,21 @@ class ChatModel:
         if self._serving is not None:
             self._serving.engine.close(timeout_s)
 
-    def _trimmed(self, messages: list[Message], params: SamplingParams) -> prompt.Fitted:
-        serving, room = self.serving, self._room(params, trim=True)
-        return prompt.fit(serving.tokenizer, messages, self.context_length, room, serving.chat_format)
+    def _trimmed(
+        self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None
+    ) -> prompt.Fitted:
+        serving, room, told = self.serving, self._room(params, trim=True), self._told_of(messages, tools)
+        chat_format = serving.chat_format
+        return prompt.fit(
+            serving.tokenizer, told.messages, self.context_length, room, chat_format, told.tools, told.examples
+        )
+
+    def _told_of(self, messages: list[Message], tools: ToolOffer | None) -> _Told:
+        """The conversation as the model is used to calls and results, or else as plain turns."""
+        if prompt.call_style(self.serving.tokenizer) is not None:
+            return _Told(messages, tuple(map(prompt.tool_object, tools.tools)) if tools else ())
+        written = plain(messages, tools)
+        return _Told(written.messages, examples=written.examples)
 
     def _room(self, params: SamplingParams, trim: bool = False) -> int:
         """Tokens to leave for the answer: all that are requested. Of a default that nobody requested, and where a

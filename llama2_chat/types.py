@@ -6,10 +6,11 @@ Only the standard library is used here, so anything may import it. No behaviour 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from llama2_chat.errors import BadGrammar, ChatError
 
@@ -18,11 +19,22 @@ GrammarKind = Literal["json_schema", "regex", "lark"]
 Phase = Literal["choose", "download", "convert", "load", "connect"]  # of loading
 
 
-class Message(TypedDict):
-    """One turn of a conversation, in the shape that chat templates take."""
+class ToolCall(TypedDict):
+    """A tool that the assistant wants to be run."""
 
-    role: Literal["system", "user", "assistant"]
+    id: str  # by which its result is found; "" where nobody gave one
+    name: str
+    arguments: str  # JSON, as the model wrote it
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the shape that chat templates take. A tool's turn is the result of a call."""
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: NotRequired[list[ToolCall]]  # of the assistant
+    tool_call_id: NotRequired[str]  # of a tool: the call's
+    name: NotRequired[str]  # of a tool, where no call says so
 
 
 # Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.
@@ -168,6 +180,64 @@ def _short(value: object) -> str:
     return "far too large" if isinstance(value, int) and abs(value) > 10**40 else repr(value)[:40]
 
 
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
+MAX_TOOLS = 128
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What the model may ask to be run. Raises ChatError for a name that does not match TOOL_NAME."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] | None = None  # a JSON schema of an object; None for a tool that takes nothing
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not TOOL_NAME.fullmatch(self.name):
+            raise ChatError(f"A tool's name has 1 to 128 letters, digits and _ . : / -; it was {self.name!r:.60}.")
+
+
+@dataclass(frozen=True)
+class ToolOffer:
+    """Which tools a reply may call. Raises ChatError for no tool, more than MAX_TOOLS, and two of the same name."""
+
+    tools: tuple[Tool, ...]
+    must_call: bool = False  # the reply is a call, and no text
+    names: tuple[str, ...] = ()  # of the tools that may be called, out of those that the model is told of; () for all
+    parallel: bool | None = None  # whether several may be called at once; None where the model is used to it
+
+    def __post_init__(self) -> None:
+        known = [tool.name for tool in self.tools]
+        if not 0 < len(known) <= MAX_TOOLS:
+            raise ChatError(f"A question may come with 1 to {MAX_TOOLS} tools; it came with {len(known)}.")
+        if twice := next((name for name in known if known.count(name) > 1), None):
+            raise ChatError(f"There are two tools called {twice!r}.")
+        if missing := next((name for name in self.names if name not in known), None):
+            raise ChatError(f"There is no tool called {missing!r:.60} among those that came with the question.")
+
+    @property
+    def callable(self) -> list[Tool]:
+        return [tool for tool in self.tools if tool.name in (self.names or [tool.name])]
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """How calls are written in a model's text: opening, name, middle, arguments, closing."""
+
+    opening: str
+    middle: str
+    closing: str
+    separator: str | None = None  # between two calls; None where there is one at most
+
+    @property
+    def marker(self) -> str:
+        """The text that only a call has, wherever it stands; "" where a call is told by the beginning of the text."""
+        return self.opening.partition("{")[0].rstrip()
+
+    def write(self, call: ToolCall) -> str:
+        return self.opening + call["name"] + self.middle + (call["arguments"].strip() or "{}") + self.closing
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one reply cost, in tokens and messages."""
@@ -295,6 +365,9 @@ class ChatBackend(Protocol):
     def context_length(self) -> int: ...  # tokens, prompt and answer together; 0 while unknown
 
     @property
+    def call_style(self) -> CallStyle: ...  # of the calls in the text of a reply that was offered tools
+
+    @property
     def occupancy(self) -> Occupancy | None: ...  # None where nobody knows
 
     @property
@@ -310,7 +383,13 @@ class ChatBackend(Protocol):
         """Stop within timeout_s seconds. Readers see their replies end as cancelled."""
 
     def stream_reply(
-        self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
+        self,
+        messages: list[Message],
+        params: SamplingParams,
+        *,
+        trim: bool = True,
+        to_the_end: bool = False,
+        tools: ToolOffer | None = None,
     ) -> Reply:
         """The answer to a conversation, on its way. Entering the reply may wait until somebody has accepted it.
 
@@ -319,6 +398,8 @@ class ChatBackend(Protocol):
         trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
         to_the_end: the answer may be as long as the context window leaves; params.max_new_tokens then only says how
             much room trimming makes.
+        tools: what the reply may call. Its text is then an answer, which follows params.grammar, or calls in
+            `call_style`, which tools.CallReader tells apart.
 
         Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
         BadGrammar for a grammar that answers cannot be held to; a backend that asks servers raises some of them
@@ -335,7 +416,7 @@ class ChatBackend(Protocol):
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
         """What follows input_ids, on its way. Raises as stream_reply does; nothing is ever left out."""
 
-    def encode(self, messages: list[Message]) -> list[int]:
+    def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         """The prompt that stream_reply makes of a conversation, however long it is."""
 
     def decode(self, input_ids: Sequence[int]) -> str:

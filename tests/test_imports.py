@@ -19,7 +19,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"types"},
     {"text", "context", "settings", "channel", "process"},
-    {"kernels", "prompt"},
+    {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
     {"model"},
     {"agent", "documents", "training"},
@@ -35,10 +35,11 @@ GROUND_FLOOR = set().union(*LAYERS[:3])
 ONLY = {
     "kernels": set(),
     "engine": GROUND_FLOOR | {"kernels"},  # token ids, no text and no roles
+    "tools": GROUND_FLOOR,  # plain turns and text
     # From here on: ChatBackend, and never who keeps it.
     "agent": GROUND_FLOOR,
     "documents": GROUND_FLOOR,
-    "server": GROUND_FLOOR | {"agent", "documents"},
+    "server": GROUND_FLOOR | {"agent", "documents", "tools"},
     "page": GROUND_FLOOR | {"agent", "documents", "server"},
 }
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -23,7 +23,7 @@ from llama2_chat.types import GrammarKind, GrammarSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 # What one answer may take, in llguidance's units: some 10 ms of a core for a token and 30 MB. Its speed does not need
 # what it could compute beforehand.
@@ -74,11 +74,10 @@ class Grammars:
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
-        from llguidance.hf import from_tokenizer
+        from llama2_chat.engine.grammar_tokens import llguidance_tokenizer  # which imports transformers
 
         try:
-            tokenizer = cast("PreTrainedTokenizerFast", self._hf_tokenizer)  # every tokenizer is fast in transformers 5
-            return from_tokenizer(tokenizer, self._vocab_size, sorted(self._stop_ids) or None)
+            return llguidance_tokenizer(self._hf_tokenizer, self._vocab_size, self._stop_ids)
         except ValueError as error:
             raise BadGrammar("This model's tokenizer cannot be held to a grammar. Leave it out.") from error
 

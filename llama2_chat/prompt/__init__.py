@@ -3,18 +3,20 @@
 messages   what may enter, checked
 formats    Llama 2's format to the letter, and which format a model has
 template   any other model's own chat template, safe from what was typed
+calls      whether a template takes tools, and how it writes calls
 ending     how a format ends an answer
 codec      text to ids; typed words never become control tokens or tags of the template
 fitting    what fits in the context window
 examples   conversations to train on
 """
 
+from llama2_chat.prompt.calls import call_style, tool_object
 from llama2_chat.prompt.codec import check_length, decode, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit, subject_of
-from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise
-from llama2_chat.prompt.messages import Turn, check_messages, droppable, goes_on, newest_turns
+from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise, without_results
+from llama2_chat.prompt.messages import Turn, check_messages, droppable, goes_on, newest_turns, question_indices
 
 __all__ = [
     "GOLDEN",
@@ -24,6 +26,7 @@ __all__ = [
     "Fitted",
     "TokenizedExample",
     "Turn",
+    "call_style",
     "check_length",
     "check_messages",
     "decode",
@@ -35,6 +38,9 @@ __all__ = [
     "fit",
     "goes_on",
     "newest_turns",
+    "question_indices",
     "recognise",
     "subject_of",
+    "tool_object",
+    "without_results",
 ]

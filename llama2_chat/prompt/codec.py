@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from llama2_chat.errors import ModelUnavailable, PromptTooLong
 from llama2_chat.text import valid_unicode
+from llama2_chat.types import CallStyle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ class Codec:
         self.unk_id = unk_id
         self.formats: dict[str | None, str | None] = {}  # what recognise() found: template -> format
         self.writes_system: dict[str, bool] = {}  # template -> whether it writes a system message
+        self.call_styles: dict[str, CallStyle | None] = {}  # template -> how it writes calls
         self.spaces: dict[str, str] = {}  # template -> white space that it writes before an answer
 
         nonce = secrets.token_hex(16)
@@ -100,6 +102,8 @@ class Codec:
             self.true_ids[self._ids_of([name])[0]] = id
         longest_first = sorted(self.names, key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        special = [token.content for token in original.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")  # which decoding leaves out
         # Quotes and backslashes stay as they are, for `tojson` escapes them; so does white space, which is stripped.
         disguised = {*map(ord, "".join(self.names)), *range(0x21, 0x7F)} - set(map(ord, "\"'\\"))
         shift = {char: char + DISGUISE for char in disguised if char < 0x10000 and not chr(char).isspace()}

@@ -6,12 +6,14 @@ What there is of an answer to go on with belongs to the newest message.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import PromptTooLong, Subject
 from llama2_chat.prompt.codec import check_length, codec_of
 from llama2_chat.prompt.formats import Writer, writer
-from llama2_chat.prompt.messages import Turn, check_messages, newest_turns
+from llama2_chat.prompt.messages import Turn, check_messages, newest_turns, question_indices
+from llama2_chat.prompt.template import ToolObject
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -35,17 +37,24 @@ def fit(
     context_length: int,
     max_new_tokens: int,
     chat_format: str | None = None,
+    tools: Sequence[ToolObject] = (),
+    examples: int = 0,
 ) -> Fitted:
     """The longest recent part of a conversation that leaves room for max_new_tokens in the context window.
 
-    Whole exchanges go, oldest first, and a greeting before them; the system message and the newest message stay.
+    Whole exchanges go, oldest first, and a greeting before them; the system message, the first turns if they are
+    `examples`, and the newest message with the calls and results after it stay. tools: as encode() takes them.
     Raises PromptTooLong if those two alone do not fit, else as encode() does.
     """
     system, turns = check_messages(messages)
+    shown, turns = turns[:examples], turns[examples:]
     newest = newest_turns(turns)
     check_length(tokenizer, [system or "", *(turn.content for turn in newest)], context_length)
-    write, codec = writer(tokenizer, chat_format), codec_of(tokenizer)
+    write_all, codec = writer(tokenizer, chat_format, tools), codec_of(tokenizer)
     room = context_length - max_new_tokens
+
+    def write(system: str | None, turns: list[Turn]) -> list[int]:
+        return write_all(system, [*shown, *turns])
 
     # The usual case in one go. Hardly any text has more than 16 characters to a token; one that has takes the long way.
     if sum(len(turn.content) for turn in turns) <= 16 * room:
@@ -53,22 +62,24 @@ def fit(
         if len(input_ids) <= room:
             return Fitted(input_ids, 0)
 
-    least, last = len(write(system, newest)), len(turns) - len(newest)
+    least = len(write(system, newest))
     if least > room:
         raise _too_long(least, newest, write, system, context_length, max_new_tokens)
 
     # Back from the newest, each exchange by itself: where they no longer fit, the prompt does not either. So an old
     # megabyte is encoded once, and not at every step of the search.
-    start, left = last, room - least
-    while start > 1:
-        exchange = turns[start - 2 : start]
+    *questions, last = question_indices(turns)
+    starts, left = [last], room - least
+    for start in reversed(questions):
+        exchange = turns[start : starts[0]]
         if any(len(turn.content) > MEGABYTE and codec.at_least(turn.content) > context_length for turn in exchange):
             break  # unread
         left -= _at_least(exchange, write)
         if left < 0:
             break
-        start -= 2
-    starts = [*([0] if start == 1 else []), *range(start, last + 1, 2)]  # before the first question is a greeting
+        starts.insert(0, start)
+    if starts[0] == 1:  # before the first question is a greeting
+        starts.insert(0, 0)
     first = starts[bisect_left(starts[:-1], True, key=lambda start: len(write(system, turns[start:])) <= room)]
     return Fitted(write(system, turns[first:]), sum(turn.messages for turn in turns[:first]))
 

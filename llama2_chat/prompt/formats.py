@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.prompt.calls import call_style
 from llama2_chat.prompt.codec import Piece, codec_of
-from llama2_chat.prompt.messages import Turn, check_messages
-from llama2_chat.prompt.template import check_template, template_ids, template_of
+from llama2_chat.prompt.messages import Turn, check_messages, joined
+from llama2_chat.prompt.template import ToolObject, check_template, template_ids, template_of
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -51,13 +52,20 @@ GOLDEN: tuple[tuple[list[Message], list[int]], ...] = (
 Writer = Callable[[str | None, list[Turn]], list[int]]  # from a system text and turns to ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_format: str | None = None) -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    chat_format: str | None = None,
+    tools: Sequence[ToolObject] = (),
+) -> list[int]:
     """Token ids of a conversation, ending where the assistant should answer, or go on with an answer that has begun.
 
     messages: an optional system message, then user and assistant in turn. If they end with an assistant message, that
     is an answer to go on with; an empty one is left out. Two turns of the same role in a row are joined by a blank
     line, and so are several system messages.
     chat_format: "llama-2", or None to recognise it from the tokenizer.
+    tools: for a chat template that takes them, which calls.call_style() tells; without one, what a tool returned is
+    written as the user's.
 
     In the Llama 2 format each finished exchange is encoded alone, between BOS and EOS, as the model saw it in training.
     In another one the ids are those of apply_chat_template. What a visitor typed can never become a control token or a
@@ -67,7 +75,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], chat_for
 
     Source of the format: chat_completion() in Meta's Llama 2 reference code.
     """
-    return writer(tokenizer, chat_format)(*check_messages(messages))
+    return writer(tokenizer, chat_format, tools)(*check_messages(messages))
 
 
 def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -100,14 +108,29 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str 
     return None
 
 
-def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> Writer:
+def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None, tools: Sequence[ToolObject] = ()) -> Writer:
     """The function that turns a system text and turns into ids, in the format given or recognised."""
     if chat_format not in (None, LLAMA_2_FORMAT):
         raise ChatError(
             f"chat_format is {LLAMA_2_FORMAT!r}, or None for the model's own; it was {str(chat_format)[:40]!r}."
         )
-    ids = _llama_2_ids if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT else template_ids
-    return partial(ids, tokenizer)
+    if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT:
+        return lambda system, turns: _llama_2_ids(tokenizer, system, without_results(turns))
+    if call_style(tokenizer) is None:
+        return lambda system, turns: template_ids(tokenizer, system, without_results(turns))
+    return partial(template_ids, tokenizer, tools=tools)
+
+
+def without_results(turns: list[Turn]) -> list[Turn]:
+    """What tools returned, as the user's words."""
+    written: list[Turn] = []
+    for turn in turns:
+        spoken = turn._replace(role="user") if turn.role == "tool" else turn
+        if written and written[-1].role == spoken.role:
+            written[-1] = joined(written[-1], spoken)
+        else:
+            written.append(spoken)
+    return written
 
 
 def _llama_2_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:

@@ -6,21 +6,25 @@ from typing import Literal, NamedTuple
 
 from llama2_chat.errors import BadGrammar, ChatError
 from llama2_chat.text import valid_unicode
-from llama2_chat.types import Message, SamplingParams
+from llama2_chat.types import Message, SamplingParams, ToolCall
 
 
 class Turn(NamedTuple):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     messages: int  # of the caller, joined in this turn
+    calls: tuple[ToolCall, ...] = ()  # of the assistant
+    call_id: str = ""  # of a tool's result
+    name: str = ""  # of that tool
 
 
 def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
     """The system text, if there is one, and turns: user and assistant alternate.
 
     System messages are joined by blank lines, wherever they stand: templates take one, at the beginning. The first turn
-    may be a greeting by the assistant; whether a format can write it is for the format to say. The last turn is the
-    user's, or an answer to go on with, which is not empty.
+    may be a greeting by the assistant; whether a format can write it is for the format to say. After an assistant's
+    turn with calls come results, each a turn of its own. The last turn is the user's, a result, or an answer to go on
+    with, which is not empty.
     """
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
         raise ChatError("A conversation is a list of messages, each with a role and a content.")
@@ -29,8 +33,8 @@ def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
     question: str | None = None  # the newest
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ChatError(f"A message's role is system, user or assistant; it was {str(role)[:40]!r}.")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ChatError(f"A message's role is system, user, assistant or tool; it was {str(role)[:40]!r}.")
         if not isinstance(content, str):
             raise ChatError(f"A message's content is plain text; message {i + 1} holds something else.")
         # The tokenizer raises on a lone surrogate, such as half an emoji that a caller cut in two.
@@ -40,11 +44,15 @@ def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
             continue
         if role == "user":
             question = content
-        if turns and turns[-1].role == role:  # an answer stopped before its first word leaves two questions in a row
-            joined = "\n\n".join(filter(None, [turns[-1].content, content]))
-            turns[-1] = Turn(role, joined, turns[-1].messages + 1)
+        calls = tuple(message.get("tool_calls") or ())
+        turn = Turn(role, content, 1, calls, message.get("tool_call_id", ""), message.get("name", ""))
+        # An answer stopped before its first word leaves two questions in a row.
+        if role != "tool" and not calls and turns and turns[-1].role == role and not turns[-1].calls:
+            turns[-1] = joined(turns[-1], turn)
         else:
-            turns.append(Turn(role, content, 1))
+            turns.append(turn)
+    if turns and turns[-1].calls:
+        raise ChatError("A conversation cannot end with calls of tools. Add what the tools returned.")
     if turns and turns[-1].role == "assistant":
         # An answer that was cut off within a character ends in U+FFFD: the model writes all of the character anew.
         unfinished = turns.pop()
@@ -59,9 +67,21 @@ def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
     return ("\n\n".join(filter(None, systems)) if systems else None), turns
 
 
+def joined(first: Turn, second: Turn) -> Turn:
+    """Two turns of the same role as one."""
+    content = "\n\n".join(filter(None, [first.content, second.content]))
+    return first._replace(content=content, messages=first.messages + second.messages)
+
+
 def newest_turns(turns: list[Turn]) -> list[Turn]:
-    """The newest question, and what there is of its answer: without these there is nothing to ask."""
-    return turns[-2:] if turns[-1].role == "assistant" else turns[-1:]
+    """The newest question, and what there is of its answer, calls and results among it: without these there is nothing
+    to ask."""
+    return turns[question_indices(turns)[-1] :]
+
+
+def question_indices(turns: list[Turn]) -> list[int]:
+    """Where the user's turns stand: a conversation may begin with any of them."""
+    return [i for i, turn in enumerate(turns) if turn.role == "user"]
 
 
 def droppable(messages: list[Message]) -> int:

@@ -8,23 +8,27 @@ codec's affair.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, TemplateError
 
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.prompt.codec import MARK, Codec, codec_of
 from llama2_chat.prompt.messages import Turn
+from llama2_chat.types import ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What a template raises, by itself or because a conversation is not as it expects.
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+ToolObject = dict[str, Any]  # a tool as OpenAI's API has it, and templates take it
 
 MOST_CHARACTERS = 2**18  # characters; of longer conversations a template reads nothing, for each look takes 0.1 s
 MOST_STRINGS = 16  # that a template may look for in one conversation
@@ -60,7 +64,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         ) from error
 
 
-def template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn]) -> list[int]:
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, turns: list[Turn], tools: Sequence[ToolObject] = ()
+) -> list[int]:
     """As apply_chat_template gives them, except that control tokens and tags come from the template alone.
 
     A template that refuses or ignores the system role gets the system text at the head of the first user message. An
@@ -74,8 +80,8 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
         turns = [Turn("system", system, 1), *turns]
     try:
         if turns[-1].role == "assistant":
-            return _unfinished_ids(tokenizer, turns[:-1], turns[-1].content)
-        return codec_of(tokenizer).encode_rendered(_in_disguise(tokenizer, turns))
+            return _unfinished_ids(tokenizer, turns[:-1], turns[-1].content, tools)
+        return codec_of(tokenizer).encode_rendered(_in_disguise(tokenizer, turns, tools))
     except RENDERING_ERRORS as error:
         raise ChatError(
             f"This model's chat template refuses this conversation ({str(error)[:200]}). Begin with a message from the "
@@ -88,18 +94,54 @@ def nonce() -> str:
     return f"{secrets.randbits(128):039d}"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn], add_generation_prompt: bool = True) -> str:
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Iterable[Turn],
+    add_generation_prompt: bool = True,
+    tools: Sequence[ToolObject] = (),
+) -> str:
+    messages = [_message(turn) for turn in turns]
+    offered: Any = list(tools) or None
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )
 
 
-def _unfinished_ids(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: str) -> list[int]:
+def _message(turn: Turn) -> dict[str, Any]:
+    """As templates take it: arguments as an object, which they write as JSON."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {"name": call["name"], "arguments": _read(call["arguments"])},
+            }
+            for call in turn.calls
+        ]
+    if turn.role == "tool":
+        message |= {"tool_call_id": turn.call_id, "name": turn.name}
+    return message
+
+
+def _read(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):  # a program's own words
+        return arguments
+
+
+def _unfinished_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], answer: str, tools: Sequence[ToolObject]
+) -> list[int]:
     """The prompt, and after it the answer so far.
 
     They are written as one text, in which a word is what it would be in a finished answer; unless that changed the end
     of the prompt, where a model cannot have written otherwise: "\\n" and "\\n" are often one token.
     """
-    codec, prompt = codec_of(tokenizer), _in_disguise(tokenizer, turns)
+    codec, prompt = codec_of(tokenizer), _in_disguise(tokenizer, turns, tools)
     space = _space_before_answers(tokenizer)
     written = ("" if answer.startswith(space) else space) + answer.translate(codec.disguise)
     prompt_ids, ids = codec.encode_rendered(prompt), codec.encode_rendered(prompt + written)
@@ -143,23 +185,29 @@ def _with_system(system: str, turns: list[Turn]) -> list[Turn]:
 # ---- Disguise ----
 
 
-def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
+def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], tools: Sequence[ToolObject] = ()) -> str:
     """What the template writes, all that was typed in disguise.
 
     Some templates look into the contents: they cut the thoughts before "</think>" off earlier answers, write them anew
     between tokens of their own, or obey "/no_think". What they look for they must be able to read, where it changes
     what they write. If a typed token or tag got through that way, the disguise is worth more than the template's wish.
     """
-    codec, safest = codec_of(tokenizer), _disguised(tokenizer, turns, frozenset())
+    codec = codec_of(tokenizer)
+    offered = [_disguised_json(tool, codec) for tool in tools]
+
+    def disguised(readable: frozenset[Readable], twice: frozenset[Readable] = frozenset()) -> str:
+        return _disguised(tokenizer, turns, readable, twice, offered)
+
+    safest = disguised(frozenset())
     if len(safest) > MOST_CHARACTERS:
         return safest
-    expected = render(tokenizer, turns)
+    expected = render(tokenizer, turns, tools=tools)
 
     def is_as_expected(readable: frozenset[Readable]) -> bool:
-        return _disguised(tokenizer, turns, readable).translate(codec.reveal) == expected
+        return disguised(readable).translate(codec.reveal) == expected
 
     def markup(readable: frozenset[Readable], twice: frozenset[Readable] = frozenset()) -> Counter[str]:
-        return _markup(codec, _disguised(tokenizer, turns, readable, twice))
+        return _markup(codec, disguised(readable, twice))
 
     if safest.translate(codec.reveal) == expected and _markup(codec, safest) == _markup(codec, expected):
         return safest
@@ -172,18 +220,46 @@ def _in_disguise(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> str:
         if is_as_expected(fewer) and (comes_through or markup(fewer) == markup(readable)):
             readable = fewer
     # What was typed and comes through comes twice if it is typed twice; what the template writes does not.
-    return safest if markup(readable, readable) != markup(readable) else _disguised(tokenizer, turns, readable)
+    return safest if markup(readable, readable) != markup(readable) else disguised(readable)
 
 
 def _disguised(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[Turn],
     readable: frozenset[Readable],
-    twice: frozenset[Readable] = frozenset(),
+    twice: frozenset[Readable],
+    tools: Sequence[ToolObject],
 ) -> str:
     """twice: those of the texts that the template can read which stand there doubled."""
-    table = codec_of(tokenizer).disguise
-    return render(tokenizer, [turn._replace(content=_disguise(turn, table, readable, twice)) for turn in turns])
+    codec = codec_of(tokenizer)
+    hidden = [
+        turn._replace(
+            content=_disguise(turn, codec.disguise, readable, twice),
+            calls=tuple(_disguised_call(call, codec) for call in turn.calls),
+        )
+        for turn in turns
+    ]
+    return render(tokenizer, hidden, tools=tools)
+
+
+def _disguised_call(call: ToolCall, codec: Codec) -> ToolCall:
+    arguments = _read(call["arguments"])
+    if isinstance(arguments, str):
+        return {**call, "arguments": arguments.translate(codec.disguise)}
+    return {**call, "arguments": json.dumps(_disguised_json(arguments, codec))}
+
+
+def _disguised_json(value: Any, codec: Codec) -> Any:
+    """With its texts in disguise, but for single words: "type" and "string" are what templates look for."""
+    match value:
+        case str():
+            is_word = value.replace("-", "_").isidentifier() and not codec.added.search(value)
+            return value if is_word else value.translate(codec.disguise)
+        case list():
+            return [_disguised_json(each, codec) for each in value]
+        case dict():
+            return {_disguised_json(key, codec): _disguised_json(each, codec) for key, each in value.items()}
+    return value
 
 
 def _disguise(turn: Turn, table: dict[int, int], readable: frozenset[Readable], twice: frozenset[Readable]) -> str:

@@ -18,7 +18,6 @@ from huggingface_hub import (
 )
 
 from llama2_chat.remote.faults import NO_API, ServerFault, from_status, translate
-from llama2_chat.types import Message
 
 MAX_LINE_BYTES = 2**20  # of an event, and of an error's text
 
@@ -44,7 +43,7 @@ class Client:
 
     @asynccontextmanager
     async def stream_chat(
-        self, model: str, messages: list[Message], fields: dict[str, Any], extras: dict[str, Any]
+        self, model: str, messages: list[dict[str, Any]], fields: dict[str, Any], extras: dict[str, Any]
     ) -> AsyncIterator[AsyncIterator[ChatCompletionStreamOutput]]:
         """The chunks of an answer. Leaving closes the connection, by which the server knows that nobody reads.
 
@@ -54,7 +53,7 @@ class Client:
         headers: Any = {"authorization": None, **self._authorization}
         # A client for each answer: it keeps every stream that it has opened until it is closed itself.
         client = AsyncInferenceClient(base_url=self.url, headers=headers, timeout=self._timeout)
-        sent: list[Any] = list(messages)  # plain dicts, as TypedDicts are
+        sent: list[Any] = list(messages)
         options: Any = {"include_usage": True}
         try:
             async with client:
@@ -75,7 +74,7 @@ class Client:
         except Exception as error:
             raise translate(error) from error
 
-    async def count(self, model: str, messages: list[Message], fields: dict[str, Any]) -> tuple[int, int]:
+    async def count(self, model: str, messages: list[dict[str, Any]], fields: dict[str, Any]) -> tuple[int, int]:
         """The tokens of a prompt, and those of the server's context window, as vLLM's /tokenize has them."""
         timeout = httpx2.Timeout(self.timeouts.connect_s)
         asked = {"model": model, "messages": messages, **fields}

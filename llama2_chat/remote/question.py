@@ -6,10 +6,20 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama2_chat.errors import BadGrammar, PromptTooLong
-from llama2_chat.prompt import Turn, check_messages, goes_on, newest_turns, subject_of
+from llama2_chat.errors import BadGrammar, ChatError, PromptTooLong
+from llama2_chat.prompt import (
+    Turn,
+    check_messages,
+    goes_on,
+    newest_turns,
+    question_indices,
+    subject_of,
+    tool_object,
+    without_results,
+)
 from llama2_chat.remote.client import schema_format
-from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams
+from llama2_chat.tools import json_only_grammar, plain
+from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams, ToolOffer
 
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
 # Sent only if they ask for something, so that a server which does not know them rejects who asks and nobody else.
@@ -19,6 +29,7 @@ OPENAIS = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "see
 EXTRAS = [name for name in NUMBERS if name not in OPENAIS]  # not in OpenAI's API, so some servers reject them
 # As vLLM and SGLang have it. llama.cpp goes on by itself with an answer that stands last.
 GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 @dataclass(frozen=True)
@@ -29,24 +40,71 @@ class Question:
     turns: list[Turn]
     fields: dict[str, Any]  # of the request's JSON, except the model and the messages
     dropped_messages: int = 0  # oldest ones that were left out
+    tools: ToolOffer | None = None
+    json_only: GrammarSpec | None = None  # calls or an answer, for a server that takes no tools
 
     @classmethod
-    def of(cls, messages: list[Message], params: SamplingParams, to_the_end: bool = False) -> Question:
+    def of(
+        cls,
+        messages: list[Message],
+        params: SamplingParams,
+        to_the_end: bool = False,
+        tools: ToolOffer | None = None,
+    ) -> Question:
         """Raises ChatError for malformed messages, BadGrammar for a grammar that servers cannot be asked for."""
         system, turns = check_messages(messages)
         more = GO_ON if goes_on(turns, params) else {}
-        return cls(system, turns, _fields(params, to_the_end) | more)
+        fields = _fields(params, to_the_end) | more
+        if tools is None:
+            return cls(system, turns, fields)
+        if more:
+            raise ChatError(
+                "An answer that has begun cannot call tools. Ask for it from the beginning, or without them."
+            )
+        most_tokens = None if to_the_end else params.max_new_tokens
+        json_only = json_only_grammar(tools, params.grammar, most_tokens)
+        return cls(system, turns, fields | _tool_fields(tools), tools=tools, json_only=json_only)
 
     @property
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[dict[str, Any]]:
+        """As OpenAI's API has them."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, *map(_message, self.turns)]
+
+    @property
+    def has_tools(self) -> bool:
+        return self.tools is not None or any(turn.role == "tool" for turn in self.turns)
+
+    @property
+    def answer_is_text(self) -> bool:
+        """Rather than JSON."""
+        return "response_format" not in self.fields
+
+    def without_tools(self) -> Question:
+        """The same for a server that takes no tools: plain turns, and calls as JSON that follows a schema."""
         system = [Message(role="system", content=self.system)] if self.system is not None else []
-        return [*system, *(Message(role=turn.role, content=turn.content) for turn in self.turns)]
+        spoken = [
+            Message(
+                role=turn.role,
+                content=turn.content,
+                tool_calls=list(turn.calls),
+                tool_call_id=turn.call_id,
+                name=turn.name,
+            )
+            for turn in self.turns
+        ]
+        told, turns = check_messages(plain([*system, *spoken], self.tools).messages)
+        fields = {name: value for name, value in self.fields.items() if name not in TOOL_FIELDS}
+        if self.json_only is not None:
+            fields["response_format"] = _response_format(self.json_only)
+        return replace(self, system=told, turns=without_results(turns), fields=fields, tools=None)
 
     def shortened(self, error: PromptTooLong) -> Question | None:
         """Without as many of the oldest exchanges as the server's numbers say, at least one; None if there is none."""
         if len(self.turns) == len(newest_turns(self.turns)):
             return None
-        first = self._first_kept(error)
+        least = self._first_kept(error)
+        first = next(i for i in question_indices(self.turns) if i >= least)
         dropped = sum(turn.messages for turn in self.turns[:first])
         return replace(self, turns=self.turns[first:], dropped_messages=self.dropped_messages + dropped)
 
@@ -93,6 +151,29 @@ def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
     if params.grammar is not None:
         fields["response_format"] = _response_format(params.grammar)
     return fields if to_the_end else {**fields, "max_tokens": params.max_new_tokens}
+
+
+def _tool_fields(offer: ToolOffer) -> dict[str, Any]:
+    objects = [tool_object(tool) for tool in offer.callable]
+    fields: dict[str, Any] = {"tools": objects, "tool_choice": "required" if offer.must_call else "auto"}
+    if offer.must_call and len(objects) == 1:
+        fields["tool_choice"] = {"type": "function", "function": {"name": offer.callable[0].name}}
+    return fields if offer.parallel is None else {**fields, "parallel_tool_calls": offer.parallel}
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["content"] = turn.content or None
+        message["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+            }
+            for call in turn.calls
+        ]
+    return message | ({"tool_call_id": turn.call_id} if turn.role == "tool" else {})
 
 
 def _response_format(grammar: GrammarSpec) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from llama2_chat.remote.client import Timeouts, use_our_http
 from llama2_chat.remote.faults import INCOMPLETE, ServerFault
 from llama2_chat.remote.health import Health
 from llama2_chat.remote.question import Question
-from llama2_chat.remote.reply import RemoteReply
+from llama2_chat.remote.reply import CALLS, RemoteReply
 from llama2_chat.remote.server import Server
 from llama2_chat.settings import Settings
 from llama2_chat.types import (
@@ -28,6 +28,7 @@ from llama2_chat.types import (
     SamplingParams,
     ServerStatus,
     Status,
+    ToolOffer,
 )
 
 log = logging.getLogger("llama2_chat")
@@ -42,6 +43,7 @@ class RemoteModel:
     timeouts: how long they are waited for and left alone.
     """
 
+    call_style = CALLS
     mode = ""
     occupancy: Occupancy | None = None  # servers do not say who waits there
 
@@ -116,19 +118,26 @@ class RemoteModel:
             self._thread.join(timeout_s)
 
     def stream_reply(
-        self, messages: list[Message], params: SamplingParams, *, trim: bool = True, to_the_end: bool = False
+        self,
+        messages: list[Message],
+        params: SamplingParams,
+        *,
+        trim: bool = True,
+        to_the_end: bool = False,
+        tools: ToolOffer | None = None,
     ) -> RemoteReply:
         """The answer to a conversation, on its way. Entering the reply waits until a server has accepted it.
 
         trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
         to_the_end: the answer may be as long as the server lets it, instead of params.max_new_tokens.
+        tools: passed on, or written as plain turns and a JSON schema for a server that does not take them.
 
         Raises ModelUnavailable if no server is healthy, ChatError for malformed messages. Entering or reading raises
         PromptTooLong, Busy, ModelUnavailable, and ChatError for what the server rejects.
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
-        question, reply = Question.of(messages, params, to_the_end), RemoteReply()
+        question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply()
         with self._lock:
             if self._loop is None or self._stopped:
                 raise ModelUnavailable(STOPPED)
@@ -154,7 +163,7 @@ class RemoteModel:
         except concurrent.futures.CancelledError as error:
             raise ModelUnavailable(STOPPED) from error
 
-    def encode(self, messages: list[Message]) -> list[int]:
+    def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         raise ChatError(NO_TOKENS)
 
     def decode(self, input_ids: Sequence[int]) -> str:

@@ -11,13 +11,16 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
 
-from huggingface_hub import ChatCompletionStreamOutput
+from huggingface_hub import ChatCompletionStreamOutput, ChatCompletionStreamOutputDeltaToolCall
 
 from llama2_chat.channel import Channel, ChannelReply, Stopwatch
 from llama2_chat.remote.faults import ABORTED, ServerFault
 from llama2_chat.text import valid_unicode
-from llama2_chat.types import FinishReason, Timing, Usage
+from llama2_chat.tools import PLAIN, JsonOnly
+from llama2_chat.types import CallStyle, FinishReason, Timing, Usage
 
+MARKER = "\x02"  # start of text: a control character that no answer holds
+CALLS = CallStyle(MARKER + PLAIN.opening, PLAIN.middle, PLAIN.closing, "")  # as calls stand in the text here
 ACCEPTED = ""  # the first item of an answer that a server has accepted; text follows
 END = None  # the last item
 
@@ -32,6 +35,9 @@ class RemoteReply(ChannelReply[str | None]):
         self.has_text = False  # whether any came
         self._channel: Channel[str | None] = Channel()
         self._accepted = False  # as far as the reader knows
+        self._json_only: JsonOnly | None = None  # what reads an answer of a server that takes no tools
+        self._calling: int | None = None  # the index of the call that the server is writing
+        self._argued = False  # whether that call has arguments yet
         self._half = ""  # half a character, that is a surrogate, whose other half the next piece may begin with
         self._stopwatch = Stopwatch()
         self._ending: tuple[FinishReason, Exception | None] | None = None
@@ -45,14 +51,22 @@ class RemoteReply(ChannelReply[str | None]):
     def accept(self) -> None:
         self._channel.put(ACCEPTED)
 
+    def expect_json_only(self, answer_is_text: bool | None) -> None:
+        """answer_is_text: as JsonOnly takes it; None where the answer is no such JSON."""
+        self._json_only = None if answer_is_text is None else JsonOnly(MARKER, answer_is_text)
+
     def put(self, chunk: ChatCompletionStreamOutput) -> None:
         for choice in chunk.choices or ():
             if choice.delta and choice.delta.content:
-                self._put_text(choice.delta.content)
+                content = choice.delta.content.replace(MARKER, "")
+                self._put_text(self._json_only.read(content) if self._json_only else content)
+            for call in (choice.delta and choice.delta.tool_calls) or ():
+                self._put_call(call)
             if choice.finish_reason in ("abort", "error"):
                 raise ServerFault(ABORTED)
             if choice.finish_reason:
                 self.server_reason = "length" if choice.finish_reason == "length" else "stop"
+                self._put_end()
         if chunk.usage:
             details = getattr(chunk.usage, "prompt_tokens_details", None) or {}
             self.usage = replace(
@@ -62,7 +76,30 @@ class RemoteReply(ChannelReply[str | None]):
                 cached_tokens=count(details.get("cached_tokens")),
             )
 
+    def _put_call(self, call: ChatCompletionStreamOutputDeltaToolCall) -> None:
+        """A piece of a call, as text: its index and name are in the first."""
+        if call.index != self._calling:
+            self._put_end_of_call()
+            self._calling, self._argued = call.index, False
+            self._put_text(f"{CALLS.opening}{call.function.name}{CALLS.middle}")
+        if call.function.arguments:
+            self._argued = True
+            self._put_text(call.function.arguments.replace(MARKER, ""))
+
+    def _put_end_of_call(self) -> None:
+        if self._calling is not None:
+            self._put_text(("" if self._argued else "{}") + CALLS.closing)
+        self._calling = None
+
+    def _put_end(self) -> None:
+        if self._json_only:
+            self._put_text(self._json_only.finish())
+        if self.server_reason != "length":
+            self._put_end_of_call()
+
     def _put_text(self, text: str) -> None:
+        if not text:
+            return
         self._stopwatch.lap()
         self._channel.put(text)
         self.has_text = True

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from llama2_chat.errors import ChatError, PromptTooLong
 from llama2_chat.remote.client import Client, Timeouts
 from llama2_chat.remote.faults import CANNOT_GO_ON, NO_REASON, RequestRejected, ServerFault
-from llama2_chat.remote.question import EXTRAS, GO_ON, IF_ASKED, Question
+from llama2_chat.remote.question import EXTRAS, GO_ON, IF_ASKED, TOOL_FIELDS, Question
 from llama2_chat.remote.reply import RemoteReply
 from llama2_chat.types import ServerStatus
 
@@ -51,8 +51,22 @@ class Server:
             return error.prompt_tokens or error.context_length + 1, error.context_length
 
     async def answer(self, model: str, question: Question, reply: RemoteReply) -> None:
-        """Read the answer into the reply, which then has a server_reason. Raises ChatError."""
-        asked = (*GO_ON, *IF_ASKED)
+        """Read the answer into the reply, which then has a server_reason. Raises ChatError.
+
+        Tools are passed on. A server that does not take them is asked to follow a JSON schema instead; it is not
+        remembered as one, for it may have refused this question's tools alone.
+        """
+        reply.expect_json_only(None)
+        try:
+            await self._answer(model, question, reply)
+        except ChatError as error:
+            if reply.has_text or not question.has_tools or "tool" not in error.detail.lower():
+                raise
+            reply.expect_json_only(question.answer_is_text if question.json_only else None)
+            await self._answer(model, question.without_tools(), reply)
+
+    async def _answer(self, model: str, question: Question, reply: RemoteReply) -> None:
+        asked = (*GO_ON, *IF_ASKED, *TOOL_FIELDS)
         names = [*asked, *(EXTRAS if self.takes_extras else ())]
         extras = {name: question.fields[name] for name in names if name in question.fields}
         fields = {name: value for name, value in question.fields.items() if name not in (*asked, *EXTRAS)}

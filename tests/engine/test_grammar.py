@@ -8,6 +8,7 @@ from dataclasses import replace
 import jsonschema_rs
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from llama2_chat.engine import grammar
 from llama2_chat.engine.grammar import Grammars
@@ -136,6 +137,18 @@ def test_a_text_may_follow_a_regular_expression_or_a_grammar(tokenizer, grammar,
         assert token in allowed(following, len(tokenizer)), tokenizer.convert_ids_to_tokens(token)
         following.advance(token)
     assert following.complete
+
+
+def test_a_word_in_angle_brackets_that_is_a_token_is_text_all_the_same():
+    # Tokens that a model writes around its calls: llguidance took them for control tokens, and the answer ended with an
+    # error where a grammar demanded one.
+    tokenizer = gpt_2_shaped("<|end|>", more_tokens=(AddedToken("<call>"),))
+    end, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<call>"))
+    following = Grammars(tokenizer, len(tokenizer), {end}).grammar(GrammarSpec("lark", 'start: "<call>" /[<>a-z]+/'))
+    assert call in allowed(following, len(tokenizer))
+    following.advance(call)
+    assert call in allowed(following, len(tokenizer))
+    assert end not in allowed(following, len(tokenizer))
 
 
 # ---- Answers ----

@@ -12,7 +12,7 @@ MALFORMED = {
     "only a system message": (turns(system="x"), "starts with"),
     "no list": ("hello", "list of messages"),
     "no message": (["hello"], "list of messages"),
-    "unknown role": ([{"role": "tool", "content": "x"}], "'tool'"),
+    "unknown role": ([{"role": "critic", "content": "x"}], "'critic'"),
     "no role": ([{"content": "x"}], "'None'"),
     "no content": ([{"role": "user"}], "plain text"),
     "content parts": ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "plain text"),

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from llama2_chat.tools import PLAIN
 from llama2_chat.types import Capabilities, Fit, Status, Timing, Usage
 
 HERE = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False, counts_tokens=True)
@@ -65,7 +66,9 @@ class ScriptedChat:
     def state(self):
         return self.status.state
 
-    def stream_reply(self, messages, params, *, trim=True, to_the_end=False):
+    call_style = PLAIN
+
+    def stream_reply(self, messages, params, *, trim=True, to_the_end=False, tools=None):
         self.asked.append((messages, params))
         return self.say(messages)
 

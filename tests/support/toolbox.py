@@ -1,0 +1,44 @@
+"""Tools to offer in a test, and what a reader makes of a text."""
+
+from llama2_chat.tools import Arguments, CallReader, Started, Text
+from llama2_chat.types import CallStyle, Tool
+
+WEATHER = Tool(
+    "get_weather",
+    "The weather in a city.",
+    {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "its name"},
+            "unit": {"type": "string", "enum": ["c", "f"]},
+        },
+        "required": ["city"],
+    },
+)
+CALCULATOR = Tool(
+    "calculator",
+    "Computes.",
+    {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+)
+CLOCK = Tool("clock")
+QWEN_STYLE = CallStyle('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
+LLAMA_3_STYLE = CallStyle('{"name": "', '", "parameters": ', "}")
+
+
+def call(name, arguments, id=""):
+    return {"id": id, "name": name, "arguments": arguments}
+
+
+def read(pieces, style, names=("get_weather", "clock"), hold=False):
+    """The text and the calls that were told of piece by piece, and the reader."""
+    reader, text, calls = CallReader(style, names, hold), "", []
+    for delta in [delta for piece in pieces for delta in reader.read(piece)] + reader.finish():
+        match delta:
+            case Text(more):
+                text += more
+            case Started(index, name):
+                assert index == len(calls)
+                calls.append(call(name, ""))
+            case Arguments(index, more):
+                calls[index]["arguments"] += more
+    return text, calls, reader

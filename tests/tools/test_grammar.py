@@ -1,0 +1,129 @@
+"""What a grammar with tools lets through: calls that follow their schemas, or text, decided by the first step."""
+
+import json
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from llama2_chat.errors import BadGrammar, ChatError
+from llama2_chat.tools import PLAIN, answer_grammar
+from llama2_chat.tools.schemas import parameters
+from llama2_chat.types import GrammarSpec, Tool, ToolOffer
+from tests.support.toolbox import CALCULATOR, CLOCK, LLAMA_3_STYLE, QWEN_STYLE, WEATHER, call
+
+TOKENIZER = LLTokenizer("byte")
+PARIS = call("get_weather", '{"city": "Paris", "unit": "c"}')
+SUM = call("calculator", '{"expression": "1 + 1"}')
+AUTO, MUST = ToolOffer((WEATHER, CALCULATOR, CLOCK)), ToolOffer((WEATHER, CALCULATOR, CLOCK), must_call=True)
+
+
+def lets_through(grammar, text):
+    form = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    source = grammar.text
+    if grammar.kind == "json_schema":
+        source = LLMatcher.grammar_from_json_schema(source, overrides=form)
+    matcher = LLMatcher(TOKENIZER, source, log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    return all(matcher.try_consume_tokens([byte]) for byte in text.encode()) and matcher.is_accepting()
+
+
+STYLES = pytest.mark.parametrize("style", [PLAIN, QWEN_STYLE, LLAMA_3_STYLE], ids=["plain", "Qwen", "Llama 3"])
+
+
+@STYLES
+@pytest.mark.parametrize("offer", [AUTO, MUST], ids=["auto", "required"])
+@pytest.mark.parametrize("written", [PARIS, SUM, call("clock", "{}")], ids=lambda call: call["name"])
+def test_a_call_of_each_tool_gets_through(style, offer, written):
+    assert lets_through(answer_grammar(offer, style), style.write(written))
+
+
+@STYLES
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        call("get_time", "{}"),
+        call("clock", '{"a": 1}'),
+        call("get_weather", "{}"),
+        call("get_weather", '{"city": 1}'),
+        call("get_weather", '{"city": "Paris", "unit": "k"}'),
+        call("get_weather", '{"city": "Paris", "day": "today"}'),
+        call("calculator", '{"expression":  "1"}'),
+    ],
+    ids=lambda call: call["arguments"],
+)
+def test_nothing_gets_through_that_only_looks_like_a_call(style, wrong):
+    assert not lets_through(answer_grammar(AUTO, style), style.write(wrong))
+    assert not lets_through(answer_grammar(AUTO, style), style.write(PARIS)[:-3])
+
+
+@STYLES
+def test_text_gets_through_unless_a_call_is_required(style):
+    for text in ("Hello!", "日本 < 3\n\n* a", 'The "city" is {"a": 1}.'):
+        assert lets_through(answer_grammar(AUTO, style), text)
+        assert not lets_through(answer_grammar(MUST, style), text)
+
+
+def test_only_the_named_tool_can_be_called():
+    grammar = answer_grammar(ToolOffer((WEATHER, CLOCK), must_call=True, names=("clock",)), PLAIN)
+    assert lets_through(grammar, PLAIN.write(call("clock", "{}")))
+    assert not lets_through(grammar, PLAIN.write(PARIS))
+
+
+@pytest.mark.parametrize(
+    ("style", "parallel", "several"),
+    [(PLAIN, None, False), (PLAIN, True, True), (QWEN_STYLE, None, True), (QWEN_STYLE, False, False)],
+)
+def test_several_calls_at_once_where_a_template_writes_them_or_they_are_asked_for(style, parallel, several):
+    grammar = answer_grammar(ToolOffer((WEATHER, CALCULATOR), parallel=parallel), style)
+    assert lets_through(grammar, style.separator.join(map(style.write, [PARIS, SUM]))) is several
+    assert not lets_through(grammar, style.separator.join(map(style.write, [PARIS] * 40)))
+
+
+def test_a_call_may_follow_a_text_where_it_has_a_marker_and_nowhere_else():
+    assert lets_through(answer_grammar(AUTO, QWEN_STYLE), f"I look.\n{QWEN_STYLE.write(PARIS)}")
+    assert not lets_through(answer_grammar(AUTO, QWEN_STYLE), f"I look.\n{QWEN_STYLE.write(PARIS)[:-4]}")
+    assert not lets_through(answer_grammar(AUTO, QWEN_STYLE), f"{QWEN_STYLE.write(PARIS)}\nI looked.")
+
+
+@STYLES
+def test_beside_tools_an_answer_can_follow_a_schema_of_its_own(style):
+    schema = {"properties": {"name": {"$ref": "#/$defs/n"}}, "required": ["name"], "$defs": {"n": {"type": "string"}}}
+    grammar = answer_grammar(AUTO, style, GrammarSpec("json_schema", json.dumps({"type": "object"} | schema)))
+    assert lets_through(grammar, '{"name": "Bob"}')
+    assert not lets_through(grammar, '{"name": 1}')
+    assert lets_through(grammar, style.write(PARIS))
+    assert not lets_through(grammar, "Hello!")
+    with pytest.raises(BadGrammar, match="JSON schema only"):
+        answer_grammar(AUTO, style, GrammarSpec("regex", "a+"))
+
+
+def test_references_within_a_schema_hold_and_a_caller_cannot_loosen_the_form():
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    tool = Tool("draw", "", {"properties": {"at": {"$ref": "#/$defs/point"}}, "$defs": {"point": point}})
+    tool.parameters["x-guidance"] = {"whitespace_flexible": True}
+    grammar = answer_grammar(ToolOffer((tool,)), PLAIN)
+    assert lets_through(grammar, PLAIN.write(call("draw", '{"at": {"x": 1}}')))
+    assert not lets_through(grammar, PLAIN.write(call("draw", '{"at": {"x": 1, "y": 2}}')))
+    assert not lets_through(grammar, PLAIN.write(call("draw", '{"at":   {"x": 1}}')))
+
+
+def test_strings_end_where_max_tokens_would_cut_the_call():
+    limited = parameters(CALCULATOR, 60)["properties"]["expression"]["maxLength"]
+    assert 8 <= limited <= 60
+    assert "maxLength" not in json.dumps(parameters(CALCULATOR))
+    assert parameters(CALCULATOR, 1)["properties"]["expression"]["maxLength"] == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Tool("a b"), "letters, digits"),
+        (lambda: Tool(""), "letters, digits"),
+        (lambda: ToolOffer(()), "1 to 128 tools"),
+        (lambda: ToolOffer((CLOCK, CLOCK)), "two tools called 'clock'"),
+        (lambda: ToolOffer((CLOCK,), names=("watch",)), "no tool called 'watch'"),
+    ],
+)
+def test_an_offer_that_makes_no_sense_is_refused(make, why):
+    with pytest.raises(ChatError, match=why):
+        make()
