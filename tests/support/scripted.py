@@ -1,6 +1,7 @@
 """A backend that keeps ChatBackend's promise without a model, and replies and refusals that a test writes."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from llama2_chat.tools import PLAIN
@@ -26,16 +27,35 @@ class Scripted:
         self.pieces, self.error, self.accepted = list(pieces), error, accepted
         self.gate, self.reason = gate, reason
 
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while not (self.gate() or self.finish_reason):
+            time.sleep(0.01)
+        if self.finish_reason:
+            raise StopIteration
+        return self._piece(StopIteration)
+
     async def __anext__(self):
         while not self.gate():  # noqa: ASYNC110 - it is opened in another thread
             await asyncio.sleep(0.01)
+        return self._piece(StopAsyncIteration)
+
+    def _piece(self, end):
         if self.pieces:
             self.usage = Usage(20, self.usage.completion_tokens + 1)
             return self.pieces.pop(0)
         if self.error:
             raise self.error
         self.finish_reason = self.reason
-        raise StopAsyncIteration
+        raise end
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
 
     async def __aenter__(self):
         if self.accepted is not None:

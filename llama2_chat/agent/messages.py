@@ -1,0 +1,80 @@
+"""What the model reads: what it may do, examples as turns of a conversation, what was said before, and the question.
+
+A small model follows turns that it seems to have written itself better than any description, and it forgets the form
+unless reminded at the end. The reminder stands in the turns of the question alone, and no memory holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from llama2_chat.agent.steps import ANSWER, write
+from llama2_chat.agent.tool import Step, Tool
+from llama2_chat.types import Message
+
+REMINDER = "\n\n(Use a tool if one helps.)"
+LAST_REMINDER = "\n\n(Now give the answer, as JSON.)"
+SMALL_TALK = (
+    ("Good morning!", "Good morning! How can I help you?"),
+    ("Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."),
+    ("Tell me something about cats.", "Cats sleep for most of the day, and they hunt at night."),
+    ("Who are you?", "I am an assistant with a few tools."),
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question that has been answered, as an agent remembers it."""
+
+    question: str
+    steps: Sequence[Step]
+    answer: str
+
+
+def opening(tools: Sequence[Tool]) -> list[Message]:
+    """How every conversation begins: the system text and the examples, so that the KV cache holds them for all."""
+    calls = [
+        Exchange(example.question, [Step(tool.name, example.input, example.result, 0)], example.answer)
+        for tool in tools
+        for example in tool.examples
+    ]
+    talk = [Exchange(question, [], answer) for question, answer in SMALL_TALK]
+    mixed = [exchange for pair in zip_longest(talk, calls) for exchange in pair if exchange]
+    return [_system(tools), *chain.from_iterable(map(turns, mixed))]
+
+
+def _system(tools: Sequence[Tool]) -> Message:
+    actions = [f"- {tool.name}: {tool.description}" for tool in tools]
+    lines = [
+        'You reply in steps of JSON: {"action": ..., "action_input": ...}. The actions are:',
+        *actions,
+        f"- {ANSWER}: tells the user the answer",
+    ]
+    return Message(role="system", content="\n".join(lines))
+
+
+def turns(exchange: Exchange) -> list[Message]:
+    messages = [asked(exchange.question)]
+    for step in exchange.steps:
+        messages += [called(step), came_of(step)]
+    return [*messages, Message(role="assistant", content=write(ANSWER, exchange.answer))]
+
+
+def asked(question: str) -> Message:
+    return Message(role="user", content=question)
+
+
+def called(step: Step) -> Message:
+    return Message(role="assistant", content=write(step.name, step.input))
+
+
+def came_of(step: Step) -> Message:
+    return Message(role="user", content=f"{'Failed' if step.failed else 'Result'}: {step.result}")
+
+
+def reminded(messages: Sequence[Message], last: bool) -> list[Message]:
+    """The messages with a reminder at their end; last: of the answer, which must come now."""
+    *before, newest = messages
+    return [*before, Message(role="user", content=newest["content"] + (LAST_REMINDER if last else REMINDER))]
