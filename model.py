@@ -308,6 +308,7 @@ class ChatModel:
         stop = params.stop if params.ignore_eos else (*params.stop, *ends)
         usage = Usage(len(input_ids), dropped_messages=dropped_messages)
         reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)
+        reply.relaxed = () if grammar is None else grammar.relaxed
         reply.request = serving.engine.submit(input_ids, params, reply, grammar)
         return reply
 

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, Self, TypeVar
 
 from llama2_chat.types import FinishReason, Timing
@@ -60,6 +61,7 @@ class ChannelReply(ABC, Generic[T]):
     """The reader's half of types.Reply, over a channel."""
 
     finish_reason: FinishReason | None = None  # None until the reader has read the end, or close()
+    relaxed: Sequence[str] = ()
     _finishing = threading.Lock()  # one for all replies: it is only held for a comparison
 
     @property

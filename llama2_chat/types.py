@@ -55,7 +55,7 @@ WHOLE_NUMBERS = {"max_new_tokens", "top_k", "min_tokens", "seed"}
 MAX_STOP_STRINGS = 8
 MAX_NAMED_TOKENS = 1024  # in stop_token_ids, and in logit_bias
 MAX_BIAS = 100  # added to a token's score, which is then chosen always or never
-MAX_GRAMMAR_CHARACTERS = 2**15
+MAX_GRAMMAR_CHARACTERS = 2**20
 GRAMMAR_NAMES: dict[GrammarKind, str] = {  # as sentences begin with them
     "json_schema": "A JSON schema",
     "regex": "A regular expression",
@@ -73,6 +73,7 @@ class GrammarSpec:
 
     kind: GrammarKind
     text: str
+    strict: bool = False  # refuse a JSON schema of which anything cannot be followed; else reply.relaxed names it
 
     def __post_init__(self) -> None:
         name = GRAMMAR_NAMES.get(self.kind)
@@ -286,6 +287,9 @@ class Reply(Protocol):
 
     @property
     def timing(self) -> Timing: ...
+
+    @property
+    def relaxed(self) -> Sequence[str]: ...  # words of its JSON schema that it may violate; none where nobody knows
 
     def __iter__(self) -> Iterator[str]: ...
     def __next__(self) -> str: ...

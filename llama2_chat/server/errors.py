@@ -60,7 +60,7 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         case Busy():
             return ApiError(429, "rate_limit_exceeded", str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
         case BadGrammar():
-            return ApiError(400, "invalid_value", str(error), "response_format")
+            return ApiError(400, "invalid_value", str(error), param or "response_format")
         case UnknownToken():
             return ApiError(400, "invalid_value", str(error), error.setting)
         case ModelUnavailable():

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
@@ -32,6 +32,7 @@ from llama2_chat.server.responses import (
     EventStream,
     closed_on_disconnect,
     events,
+    reply_headers,
     submit_for,
     whole_texts,
 )
@@ -112,23 +113,26 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
         body.reject_unsupported()
         record: Record = request.state.record
         record.question = question
-        start = functools.partial(_start, chat, body, starts, body.params(settings.sampling))
         async with AsyncExitStack() as cleanup:
             cleanup.enter_context(limiter.slot(client_id(request, settings), len(starts) * body.choices_each))
             try:
-                threads = await threads_for(request) or (schema_threads if body.response_format else None)
+                params = body.params(settings.sampling)
+                start = functools.partial(_start, chat, body, starts, params)
+                threads = await threads_for(request) or (schema_threads if params.grammar else None)
                 choices = await submit_for(request, start, threads)
                 async with closed_on_disconnect(choices, request):  # a remote server may take a while to accept it
                     record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
-                raise as_api_error(error, body.question_field) from error
+                about = body.grammar_field if isinstance(error, BadGrammar) else body.question_field
+                raise as_api_error(error, about) from error
             written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest))
             if body.stream:
-                return EventStream(events(written, choices, record, body.usage_in), record, cleanup.pop_all())
+                pieces = events(written, choices, record, body.usage_in)
+                return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))
             texts = await whole_texts(choices, request)
             for index, text in enumerate(texts):
                 record.add(text, index)
-            return JSONResponse(written.whole(texts, choices))
+            return JSONResponse(written.whole(texts, choices), headers=reply_headers(choices))
 
     return router
 

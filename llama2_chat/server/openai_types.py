@@ -6,7 +6,6 @@ Ranges are those of types.py. A field that is not here is let pass if the answer
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +22,7 @@ from pydantic import (
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server.errors import ApiError
+from llama2_chat.server.grammar_types import GrammarFields
 from llama2_chat.server.neutral_fields import PENALTY_WINDOWS, asks_for_nothing, by_weight, in_our_names, why_refused
 from llama2_chat.server.responses import UsageIn
 from llama2_chat.types import (
@@ -31,7 +31,6 @@ from llama2_chat.types import (
     MAX_STOP_STRINGS,
     OPEN_BELOW,
     RANGES,
-    GrammarSpec,
     Message,
     SamplingParams,
 )
@@ -136,42 +135,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None  # vLLM's: the usage so far in every chunk
 
 
-class JsonSchema(BaseModel):
-    """Its name and description are for the model, which sees neither here; strict or not, answers follow it."""
-
-    definition: Annotated[dict[str, Any], Field(alias="schema")]
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
-
-    @field_validator("json_schema")
-    @classmethod
-    def _is_there(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
-        if value is None and info.data.get("type") == "json_schema":
-            raise ValueError("it is missing")
-        if value is not None and info.data.get("type") != "json_schema":
-            raise ValueError("it goes with type json_schema only")
-        return value
-
-    @property
-    def grammar(self) -> GrammarSpec | None:
-        """As SamplingParams takes it."""
-        if self.type == "text":
-            return None
-        schema = {"type": "object"} if self.json_schema is None else self.json_schema.definition
-        return GrammarSpec("json_schema", json.dumps(schema))
-
-
-class _Request(BaseModel):
+class _Request(GrammarFields):
     model_config = ConfigDict(strict=True, extra="allow")
     question_field: ClassVar[str]  # that a ChatError is about
     neutral: ClassVar[dict[str, tuple[Any, ...]]]  # values that ask for nothing on this route alone
@@ -187,11 +151,10 @@ class _Request(BaseModel):
     frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
     seed: Seed = None
     logit_bias: Bias | None = None
-    stop: Stop = []
+    stop: Stop = Field(default_factory=list)
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
-    response_format: ResponseFormat | None = None
     cache_prompt: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int | None, Field(validate_default=True)] = None
@@ -234,9 +197,7 @@ class _Request(BaseModel):
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens
-        if self.response_format is not None:
-            given["grammar"] = self.response_format.grammar
-        return replace(defaults, stop=tuple(self.stop), **given)
+        return replace(defaults, stop=tuple(self.stop), grammar=self.grammar_spec(), **given)
 
     def reject_unsupported(self) -> None:
         """Raises ApiError for the field that changes the answer most, of those that cannot be done."""

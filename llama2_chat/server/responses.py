@@ -110,6 +110,12 @@ class AnswerFormat:
         return {"id": self._id, "created": self._created, "model": self._model, "object": name}
 
 
+def reply_headers(choices: Choices) -> dict[str, str]:
+    """What of their JSON schema, which is the same for all, the answers may violate."""
+    relaxed = choices.replies[0].relaxed
+    return {"X-Schema-Relaxed": ", ".join(relaxed)} if relaxed else {}
+
+
 def usage_object(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -202,8 +208,10 @@ def _event(body: dict[str, Any]) -> str:
 class EventStream(StreamingResponse):
     """Frees the model when the stream ends, also when its reader left before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], record: Record, cleanup: AsyncExitStack) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold events back
+    def __init__(
+        self, events: AsyncIterator[str], record: Record, cleanup: AsyncExitStack, headers: dict[str, str]
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}  # nginx would hold events back
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._record, self._cleanup = record, cleanup
 

@@ -16,7 +16,7 @@ from tests.support.programs import HELLO, ask, error
 class Echo:
     """A reply that repeats what was asked."""
 
-    queue_position, finish_reason, timing = 0, None, Timing(0.1, 20.0)
+    queue_position, finish_reason, timing, relaxed = 0, None, Timing(0.1, 20.0), ()
 
     def __init__(self, words):
         self.words, self.usage = iter(words), Usage(len(words), len(words))

@@ -127,7 +127,6 @@ def refused(**fields):
         ("do_sample", False),
         ("add_special_tokens", True),
         ("web_search_options", {}),
-        ("json_schema", {}),
         ("reasoning_effort", "high"),
         ("verbosity", "low"),
         ("chat_template_kwargs", {"enable_thinking": False}),

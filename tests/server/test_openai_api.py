@@ -268,14 +268,12 @@ def test_what_changes_nothing_is_let_pass(http):
         ("response_format", {"type": "json_schema"}, "invalid_value"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}, "missing_parameter"),
         ("response_format", {"type": "json_object", "json_schema": {"schema": {"type": "integer"}}}, "invalid_value"),
-        ("response_format", {"type": "json_object", "schema": {"type": "integer"}}, "invalid_value"),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "invalid_value"),
         (
             "response_format",
-            {"type": "json_schema", "json_schema": {"schema": {"const": "x" * 40_000}}},
+            {"type": "json_schema", "json_schema": {"schema": {"const": "x" * 2**20}}},
             "invalid_value",
         ),
-        ("guided_choice", ["a"], "unsupported_parameter"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(http, field, value, code):
