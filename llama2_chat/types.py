@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama2_chat.errors import BadGrammar, ChatError
 
@@ -49,9 +49,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-2, 2),
     "min_tokens": (0, 1_000_000),
     "seed": (0, 2**63 - 1),
+    "logprobs": (0, 20),
 }
+OPTIONAL = {"seed", "logprobs"}  # may be None
 OPEN_BELOW = {"top_p"}
-WHOLE_NUMBERS = {"max_new_tokens", "top_k", "min_tokens", "seed"}
+WHOLE_NUMBERS = {"max_new_tokens", "top_k", "min_tokens", "seed", "logprobs"}
 MAX_STOP_STRINGS = 8
 MAX_NAMED_TOKENS = 1024  # in stop_token_ids, and in logit_bias
 MAX_BIAS = 100  # added to a token's score, which is then chosen always or never
@@ -114,13 +116,14 @@ class SamplingParams:
     min_tokens: int = 0  # before so many nothing ends the answer but its grammar
     logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its score; a mapping is taken as well
     grammar: GrammarSpec | None = None  # what the answer must follow
+    logprobs: int | None = None  # have the reply's `logprobs`, with so many of the likeliest tokens in each place
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
 
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name in RANGES:
                 value = getattr(self, field.name)
-                if not (value is None and field.name == "seed"):
+                if not (value is None and field.name in OPTIONAL):
                     object.__setattr__(self, field.name, _checked(field.name, value))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         valid = isinstance(stop, (list, tuple)) and all(isinstance(text, str) and text for text in stop)
@@ -179,6 +182,23 @@ def _is_json_object(text: str) -> bool:
 def _short(value: object) -> str:
     # Python refuses to print a whole number of more than 4,300 digits.
     return "far too large" if isinstance(value, int) and abs(value) > 10**40 else repr(value)[:40]
+
+
+class Candidate(NamedTuple):
+    """A token, and how likely the model found it before penalties, temperature, biases, grammar and the like."""
+
+    token: str  # its text; what is no whole character as OpenAI writes it, such as "bytes:\xf0\x9f"
+    bytes: bytes
+    logprob: float  # natural logarithm of its probability
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer, and what else could have stood in its place."""
+
+    chosen: Candidate
+    top: tuple[Candidate, ...]  # as many as params.logprobs says, the likeliest first
+    offset: int  # characters of the answer before it
 
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
@@ -290,6 +310,9 @@ class Reply(Protocol):
 
     @property
     def relaxed(self) -> Sequence[str]: ...  # words of its JSON schema that it may violate; none where nobody knows
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]: ...  # of the tokens whose text has been read; none if not asked for
 
     def __iter__(self) -> Iterator[str]: ...
     def __next__(self) -> str: ...

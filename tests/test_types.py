@@ -24,6 +24,7 @@ def test_the_defaults_are_the_ones_the_page_starts_with():
         ("top_k", 0, 1000),
         ("min_p", 0, 1),
         ("min_tokens", 0, 1_000_000),
+        ("logprobs", 0, 20),
         ("repetition_penalty", 0.5, 2),
         ("presence_penalty", -2, 2),
         ("frequency_penalty", -2, 2),
@@ -45,8 +46,9 @@ def test_whole_numbers_may_arrive_as_floats_but_not_with_a_fraction():
         SamplingParams(max_new_tokens=5.5)
 
 
-def test_only_the_seed_may_be_missing():
+def test_only_the_seed_and_logprobs_may_be_missing():
     assert SamplingParams(seed=None).seed is None
+    assert SamplingParams(logprobs=None).logprobs is None
     with pytest.raises(ChatError, match="temperature"):
         SamplingParams(temperature=None)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llama2_chat.engine.request import NO_SLOT, Request
+from llama2_chat.engine.request import NO_SLOT, Likelihood, Request
 from llama2_chat.engine.runner import Masks, Runner, Step, Tokens
 from llama2_chat.engine.scheduler import Scheduler
 from llama2_chat.errors import ChatError
@@ -80,7 +80,7 @@ class Delivery:
         self._in_flight.clear()
 
     def _deliver(self, step: _InFlight) -> None:
-        for request, token in zip(step.requests, step.tokens.result(), strict=True):
+        for index, (request, token) in enumerate(zip(step.requests, step.tokens.result(), strict=True)):
             if not request.runs:
                 continue  # ended while this step was in flight
             if token < 0:
@@ -91,6 +91,9 @@ class Delivery:
             elif token in request.stop_ids:
                 self.finish(request, "stop")
             else:
+                if (count := request.params.logprobs) is not None:
+                    logprob, top = step.tokens.likelihood(index)
+                    request.logprobs.append(Likelihood(logprob, top[:count]))
                 self._emit(request, token)
 
     def _emit(self, request: Request, token: int) -> None:

@@ -17,9 +17,9 @@ from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kerne
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
-from llama2_chat.engine.request import Request
+from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.runner import Masks
-from llama2_chat.engine.sampler import NARROW, SamplerState, biased, is_narrow, restrict
+from llama2_chat.engine.sampler import NARROW, Likeliest, SamplerState, biased, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
@@ -37,13 +37,21 @@ NOT_DETERMINISTIC = (
 
 @dataclass
 class TokensInFlight:
-    tokens: Tensor  # int64 [N] on the CPU, valid after `arrived`
+    """On the CPU, valid after `arrived`."""
+
+    tokens: Tensor  # int64 [N]
+    rows: Sequence[int] = ()  # those that ask for logprobs
+    logprobs: Sequence[Tensor] = ()  # of the tokens in these rows, [n]; of the likeliest, [n, k]; their ids, [n, k]
     arrived: torch.cuda.Event | None = None
 
     def result(self) -> list[int]:
         if self.arrived is not None:
             self.arrived.synchronize()  # the only wait for the GPU in a step
         return self.tokens.tolist()
+
+    def likelihood(self, index: int) -> Likelihood:
+        chosen, top, ids = (values[self.rows.index(index)] for values in self.logprobs)
+        return Likelihood(chosen.item(), [*zip(ids.tolist(), top.tolist(), strict=True)])
 
 
 class ModelRunner:
@@ -132,6 +140,7 @@ class ModelRunner:
 
     def sample(self, step: ModelStep, masks: Masks | None) -> TokensInFlight:
         """The next token of each request. Who shares a step changes nobody's way of being sorted."""
+        likeliest = self._likeliest(step)
         if masks is not None:
             restrict(step.logits[:, : self.vocab_size], masks.indices, masks.bits)
         if biases := {index: bias for index, request in enumerate(step.requests) if (bias := request.bias)}:
@@ -148,7 +157,15 @@ class ModelRunner:
                 if indices:
                     which = torch.tensor(indices, device=self._device)
                     tokens[which] = self._sample_some(step, which, candidates)
-        return self._send(tokens)
+        return self._send(tokens, likeliest)
+
+    def _likeliest(self, step: ModelStep) -> Likeliest | None:
+        """In the rows of those who ask for logprobs, before masks and biases; None if nobody does."""
+        asked = [(row, n) for row, request in enumerate(step.requests) if (n := request.params.logprobs) is not None]
+        if not asked:
+            return None
+        rows, counts = zip(*asked, strict=True)
+        return Likeliest.of(step.logits[:, : self.vocab_size], [*rows], max(counts))
 
     def _sample_some(self, step: ModelStep, which: Tensor, candidates: int) -> Tensor:
         """The next token of these requests of a step, int64 [n]."""
@@ -159,14 +176,16 @@ class ModelRunner:
         slots[which] = step.slots[which]
         return self.sampler.sample(step.logits, slots, candidates)[which]
 
-    def _send(self, tokens: Tensor) -> TokensInFlight:
+    def _send(self, tokens: Tensor, likeliest: Likeliest | None) -> TokensInFlight:
         """On their way to the CPU."""
+        rows = likeliest.rows if likeliest else ()
+        values = [tokens, *([likeliest.chosen(tokens), likeliest.top, likeliest.ids] if likeliest else [])]
         if not self.pipelined:
-            return TokensInFlight(tokens)
-        tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            return TokensInFlight(values[0], rows, values[1:])
+        values = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True).copy_(v, non_blocking=True) for v in values]
         arrived = torch.cuda.Event()
         arrived.record()
-        return TokensInFlight(tokens, arrived)
+        return TokensInFlight(values[0], rows, values[1:], arrived)
 
     def _slots(self, requests: Sequence[Request]) -> Tensor:
         return torch.tensor([request.slot for request in requests], dtype=torch.long, device=self._device)

@@ -5,6 +5,8 @@ Whoever reads does the decoding, so that the engine's thread only hands ids over
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -14,7 +16,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import TextIteratorStreamer
 
 from llama2_chat.channel import Channel, ChannelReply, Stopwatch
-from llama2_chat.types import FinishReason, Timing, Usage
+from llama2_chat.engine.token_names import TokenNames
+from llama2_chat.types import Candidate, FinishReason, Timing, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +60,9 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         self._decoded = 0  # characters of it that are not stand-ins
         self._shown = 0  # characters of it handed out; the rest may be the beginning of a stop string
         self._uncut = 0  # characters of it that no stop string may cut: those of the first min_tokens
+        self.logprobs: list[TokenLogprob] = []
+        self._ends: list[int] = []  # of each token, in self._text
+        self._offsets: list[int] = []  # of each token, in what readers see
         self._stopwatch = Stopwatch()
         self._put_tokens = 0
 
@@ -103,14 +109,18 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             # Bytes of a character that never became whole are still in the decoder; they show as U+FFFD.
             self._append(self._decode_rest())
             piece = self._certain(held_back=0)
+            if self.finish_reason is None:
+                self._show_logprobs(len(self._ends))
             self._finish(cast(FinishReason, self.request.finish_reason))
             return piece
         for token in value.tolist():
             self.token_cache.append(token)
+            self._offsets.append(self._decoded)
             if token in self._stand_ins:
                 self._text += self._stand_ins[token]
             else:
                 self._append(self._decode(token))
+            self._ends.append(len(self._text))
         if len(self.token_cache) <= self.request.params.min_tokens:
             self._uncut = len(self._text)
         unsure = self._text[max(self._shown, self._uncut) :]
@@ -162,7 +172,30 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         if found:
             self._finish("stop")
             self._engine.cancel(self.request)
+        if self._shown:
+            # With the token that ends just here, or that a stop string cuts; those after it have shown no text as yet.
+            last = bisect_left(self._ends, self._shown)
+            self._show_logprobs(last + bool(found or self._ends[last : last + 1] == [self._shown]))
         return piece.translate(self._hidden) if self._hidden else piece
+
+    def _show_logprobs(self, tokens: int) -> None:
+        """Those of the first so many tokens of the answer."""
+        if self.request.params.logprobs is None:
+            return
+        for index in range(len(self.logprobs), min(tokens, len(self._ends))):
+            logprob, top = self.request.logprobs[index]
+            chosen = self._candidate(self.token_cache[index], logprob)
+            self.logprobs.append(
+                TokenLogprob(chosen, tuple(self._candidate(*each) for each in top), self._offsets[index])
+            )
+
+    @functools.cached_property
+    def _names(self) -> TokenNames:
+        return TokenNames(self.tokenizer)
+
+    def _candidate(self, token: int, logprob: float) -> Candidate:
+        data = self._names.bytes_of(token)
+        return Candidate(self._names.name(data), data, logprob)
 
     def _raise_error(self) -> None:
         if self.finish_reason == "error" and self.request.error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.errors import ChatError
@@ -33,6 +33,13 @@ class TokenConstraint(Protocol):
     def advance(self, token: int) -> None: ...
 
 
+class Likelihood(NamedTuple):
+    """How likely the model found a token, as natural logarithms of probabilities."""
+
+    logprob: float
+    top: list[tuple[int, float]]  # the likeliest ids, in this order
+
+
 @dataclass(eq=False)
 class Request:
     """Everything that belongs to one prompt; it is born and dies with it. Only the engine's thread changes it, except
@@ -55,6 +62,7 @@ class Request:
     slot: int = NO_SLOT  # where it runs; NO_SLOT while it waits and after the end
     blocks: BlockTable = field(default_factory=BlockTable)
     computed: int = 0  # ids whose keys and values are in its blocks
+    logprobs: list[Likelihood] = field(default_factory=list)  # of each token of its answer, if params.logprobs asks
     sampled: int = 0  # tokens of its answer chosen so far, some perhaps still in flight; 0 before and in prefill
 
     def __post_init__(self) -> None:

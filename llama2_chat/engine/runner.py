@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from llama2_chat.engine.request import Request
+from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.scheduler import Chunk
 
 
@@ -25,6 +25,7 @@ class Tokens(Protocol):
     """The next token of each request of a step, perhaps still on its way."""
 
     def result(self) -> list[int]: ...  # waits; -1 where the logits were not finite
+    def likelihood(self, index: int) -> Likelihood: ...  # of one whose request asks for logprobs; after result()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ own: a seed gives the same answer on any device and in any company.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama2_chat.types import SamplingParams
 
+LEAST_LOGPROB = -9999.0  # which OpenAI writes; JSON has no infinity
 NARROW = 64  # requests that keep no more candidates than this are sorted by topk(), the others whole
 # Every setting that sample() reads, with the value that padding has: greedy, nothing penalised.
 NEUTRAL = {
@@ -51,6 +53,26 @@ def restrict(logits: Tensor, indices: list[int], masks: Tensor) -> None:
     allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
     at = torch.tensor(indices, device=logits.device)
     logits[at] = torch.where(allowed, logits[at], -torch.inf)
+
+
+class Likeliest(NamedTuple):
+    """What the model found likely in some rows of a step's logits, before anything changes them."""
+
+    rows: list[int]
+    logprobs: Tensor  # float32 [n, V]
+    top: Tensor  # [n, k], the likeliest first
+    ids: Tensor  # int64 [n, k], of `top`
+
+    @classmethod
+    def of(cls, logits: Tensor, rows: list[int], most: int) -> Likeliest:
+        """logits: [N, V]. most: k."""
+        logprobs = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(-1).clamp(min=LEAST_LOGPROB)
+        return cls(rows, logprobs, *logprobs.topk(min(most, logits.shape[1])))
+
+    def chosen(self, tokens: Tensor) -> Tensor:
+        """Of what was chosen in each row, [n]. tokens: int64 [N]; -1 is nothing."""
+        tokens = tokens[torch.tensor(self.rows, device=tokens.device)].clamp(min=0)
+        return self.logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def biased(logits: Tensor, biases: Mapping[int, Sequence[tuple[int, float]]]) -> Tensor:

@@ -32,6 +32,7 @@ FULL = "The model's server has too many requests at once. Please try again in a 
 ABORTED = "The model's server aborted this answer."
 NO_REASON = "The model's server ended this answer without giving a reason."
 CANNOT_GO_ON = "The model's server cannot go on with an answer that has ended. Ask again instead."
+NO_LOGPROBS = "The model's server gives no logprobs. Leave them out."
 INCOMPLETE = "The answer above is incomplete."
 
 

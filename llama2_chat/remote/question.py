@@ -24,7 +24,7 @@ from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams, Tool
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
 # Sent only if they ask for something, so that a server which does not know them rejects who asks and nobody else.
 IF_ASKED = ("min_p", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias")
-NUMBERS = [name for name in RANGES if name not in ("max_new_tokens", *IF_ASKED)]  # the first is sent as max_tokens
+NUMBERS = [name for name in RANGES if name not in ("max_new_tokens", "logprobs", *IF_ASKED)]  # under other names
 OPENAIS = {"temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"}
 EXTRAS = [name for name in NUMBERS if name not in OPENAIS]  # not in OpenAI's API, so some servers reject them
 # As vLLM and SGLang have it. llama.cpp goes on by itself with an answer that stands last.
@@ -146,6 +146,8 @@ def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
     fields = {name: getattr(params, name) for name in NUMBERS}
     fields |= {"top_k": params.top_k or -1, "stop": list(params.stop) or None}  # servers take -1 for all
     fields |= {name: value for name in IF_ASKED if (value := getattr(params, name))}
+    if params.logprobs is not None:
+        fields |= {"logprobs": True, "top_logprobs": params.logprobs}
     if params.logit_bias:
         fields["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
     if params.grammar is not None:

@@ -137,7 +137,7 @@ class RemoteModel:
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
-        question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply()
+        question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply(params.logprobs)
         with self._lock:
             if self._loop is None or self._stopped:
                 raise ModelUnavailable(STOPPED)

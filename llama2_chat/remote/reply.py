@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
-from huggingface_hub import ChatCompletionStreamOutput, ChatCompletionStreamOutputDeltaToolCall
+from huggingface_hub import (
+    ChatCompletionStreamOutput,
+    ChatCompletionStreamOutputChoice,
+    ChatCompletionStreamOutputDeltaToolCall,
+)
 
 from llama2_chat.channel import Channel, ChannelReply, Stopwatch
-from llama2_chat.remote.faults import ABORTED, ServerFault
+from llama2_chat.remote.faults import ABORTED, NO_LOGPROBS, RequestRejected, ServerFault
 from llama2_chat.text import valid_unicode
 from llama2_chat.tools import PLAIN, JsonOnly
-from llama2_chat.types import CallStyle, FinishReason, Timing, Usage
+from llama2_chat.types import CallStyle, Candidate, FinishReason, Timing, TokenLogprob, Usage
 
 MARKER = "\x02"  # start of text: a control character that no answer holds
 CALLS = CallStyle(MARKER + PLAIN.opening, PLAIN.middle, PLAIN.closing, "")  # as calls stand in the text here
@@ -28,13 +33,19 @@ END = None  # the last item
 class RemoteReply(ChannelReply[str | None]):
     queue_position = 0  # servers do not say
 
-    def __init__(self) -> None:
+    def __init__(self, asked_logprobs: int | None = None) -> None:
+        """asked_logprobs: as SamplingParams has it."""
+        self.logprobs: list[TokenLogprob] = []
+        self._asked_logprobs = asked_logprobs
+        self._new_logprobs: deque[TokenLogprob] = deque()  # whose text has not been read
+        self._offset = 0  # characters of all text that came
         self.task: Future[None] | None = None  # what reads the server's answer; nobody cancels a probe's
         self.usage = Usage()
         self.server_reason: FinishReason | None = None  # why the answer ended, by the server; its usage may still come
         self.has_text = False  # whether any came
         self._channel: Channel[str | None] = Channel()
         self._accepted = False  # as far as the reader knows
+        self._characters = 0  # of the text that was read
         self._json_only: JsonOnly | None = None  # what reads an answer of a server that takes no tools
         self._calling: int | None = None  # the index of the call that the server is writing
         self._argued = False  # whether that call has arguments yet
@@ -57,6 +68,8 @@ class RemoteReply(ChannelReply[str | None]):
 
     def put(self, chunk: ChatCompletionStreamOutput) -> None:
         for choice in chunk.choices or ():
+            if self._asked_logprobs is not None:
+                self._put_logprobs(choice)
             if choice.delta and choice.delta.content:
                 content = choice.delta.content.replace(MARKER, "")
                 self._put_text(self._json_only.read(content) if self._json_only else content)
@@ -75,6 +88,16 @@ class RemoteReply(ChannelReply[str | None]):
                 completion_tokens=count(chunk.usage.completion_tokens) or self.usage.completion_tokens,
                 cached_tokens=count(details.get("cached_tokens")),
             )
+
+    def _put_logprobs(self, choice: ChatCompletionStreamOutputChoice) -> None:
+        """Before the text of the same chunk."""
+        entries = (choice.logprobs and choice.logprobs.content) or []
+        if choice.delta and choice.delta.content and not (entries or self._new_logprobs or self.logprobs):
+            raise RequestRejected(NO_LOGPROBS)
+        for entry in entries:
+            top = tuple(map(_candidate, (entry.top_logprobs or [])[: self._asked_logprobs]))
+            self._new_logprobs.append(TokenLogprob(_candidate(entry), top, self._offset))
+            self._offset += len(entry.token)
 
     def _put_call(self, call: ChatCompletionStreamOutputDeltaToolCall) -> None:
         """A piece of a call, as text: its index and name are in the first."""
@@ -153,17 +176,31 @@ class RemoteReply(ChannelReply[str | None]):
     def _read(self, item: str | None) -> str:
         if item is END:
             text, self._half = self._half, ""
+            self._show_logprobs(all=True)
             if self._ending:
                 self._finish(self._ending[0])
             return valid_unicode(text)
         self._accepted = True
+        self._characters += len(item)
+        self._show_logprobs()
         text = self._half + item
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return valid_unicode(text.removesuffix(self._half))
 
+    def _show_logprobs(self, all: bool = False) -> None:
+        """Those of the tokens that begin in the text read so far."""
+        while self._new_logprobs and (all or self._new_logprobs[0].offset < self._characters):
+            self.logprobs.append(self._new_logprobs.popleft())
+
     def _raise_error(self) -> None:
         if self.finish_reason == "error" and self._ending and self._ending[1]:
             raise self._ending[1]
+
+
+def _candidate(entry: Any) -> Candidate:
+    """entry: one of OpenAI's tokens with a logprob; not every server sends its bytes."""
+    data = entry.get("bytes")
+    return Candidate(entry.token, entry.token.encode() if data is None else bytes(data), float(entry.logprob))
 
 
 def count(value: object) -> int:

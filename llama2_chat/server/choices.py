@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Self
 
-from llama2_chat.types import FinishReason, Reply, Timing, Usage
+from llama2_chat.types import FinishReason, Reply, Timing, TokenLogprob, Usage
 
 
 class Choices:
@@ -21,6 +21,7 @@ class Choices:
         self.replies = replies
         self.openings = openings or [""] * len(replies)
         self._per_prompt = per_prompt
+        self._shown_logprobs = [0] * len(replies)
         self._unread = list(range(len(replies)))  # those whose end has not been read, the next to read first
         self._reading: dict[int, asyncio.Future[str]] = {}  # their next pieces
         self._entered = AsyncExitStack()
@@ -77,6 +78,12 @@ class Choices:
             piece.cancel()
         await asyncio.gather(*self._reading.values(), return_exceptions=True)
         await self._entered.aclose()
+
+    def new_logprobs(self, index: int) -> Sequence[TokenLogprob]:
+        """Of the tokens of one answer that have been read since this was last asked."""
+        tokens = self.replies[index].logprobs[self._shown_logprobs[index] :]
+        self._shown_logprobs[index] += len(tokens)
+        return tokens
 
     # Their pieces.
 

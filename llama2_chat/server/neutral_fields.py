@@ -131,7 +131,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_indent": OFF,
     **dict.fromkeys(sorted(PENALTY_WINDOWS), (-1,)),
     "echo": UNSET,
-    "logprobs": UNSET,
     "top_logprobs": OFF,
     "prompt_logprobs": UNSET,
     "n_probs": OFF,
@@ -141,7 +140,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 WHY_REFUSED = {
     "messages": "messages are for /v1/chat/completions; /v1/completions takes a prompt.",
     "prompt": "A prompt is for /v1/completions; /v1/chat/completions takes messages.",
-    "logprobs": "logprobs are not available. Leave them out.",
     "tools": "Tools are not available. Leave them out.",
     "modalities": "The answer can only be text: leave modalities out.",
     "audio": "The answer can only be text: leave audio out.",

@@ -125,7 +125,8 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
             except ChatError as error:
                 about = body.grammar_field if isinstance(error, BadGrammar) else body.question_field
                 raise as_api_error(error, about) from error
-            written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest))
+            with_logprobs = params.logprobs is not None
+            written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest), with_logprobs)
             if body.stream:
                 pieces = events(written, choices, record, body.usage_in)
                 return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))

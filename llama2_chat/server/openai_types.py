@@ -109,6 +109,11 @@ Bias = Annotated[
 # llama.cpp says -1 for as many as fit, and for any seed.
 MaxTokens = Annotated[Annotated[int, _in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
 Seed = Annotated[Annotated[int, _in_range("seed")] | None, _or_minus_one("seed")]
+# A chat's false is sent for a text as well.
+TextLogprobs = Annotated[
+    Annotated[int, _in_range("logprobs")] | None,
+    BeforeValidator(lambda number: None if number is False else number, json_schema_input_type=int | bool | None),
+]
 # vLLM says -1 for all.
 TopK = Annotated[int, Field(ge=-1, le=RANGES["top_k"][1]), AfterValidator(lambda top_k: max(top_k, 0))]
 
@@ -179,6 +184,11 @@ class _Request(GrammarFields):
         return value
 
     @property
+    def requested_logprobs(self) -> int | None:
+        """How many likeliest tokens are shown in each place; None for no logprobs at all."""
+        return None
+
+    @property
     def choices_each(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
@@ -193,10 +203,16 @@ class _Request(GrammarFields):
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """What the request sets, and the server's defaults for the rest."""
-        names = RANGES.keys() - {"max_new_tokens"} | {"cache_prompt", "ignore_eos", "logit_bias", "stop_token_ids"}
+        names = RANGES.keys() - {"max_new_tokens", "logprobs"} | {
+            "cache_prompt",
+            "ignore_eos",
+            "logit_bias",
+            "stop_token_ids",
+        }
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens
+        given["logprobs"] = self.requested_logprobs
         return replace(defaults, stop=tuple(self.stop), grammar=self.grammar_spec(), **given)
 
     def reject_unsupported(self) -> None:
@@ -255,6 +271,20 @@ class ChatRequest(_Request, _Conversation):
     max_completion_tokens: MaxTokens = None
     trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
 
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, _in_range("logprobs"), Field(validate_default=True)] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _goes_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("it goes with logprobs true only")
+        return value
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @property
     def requested_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -266,6 +296,11 @@ class CompletionRequest(_Request):
 
     prompt: Prompts
     echo: bool | None = None
+    logprobs: TextLogprobs = None
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def echoed(self) -> list[str | list[int]]:

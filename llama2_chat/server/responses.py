@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import ApiError, generation_error
+from llama2_chat.server.logprobs import chat_logprobs, text_logprobs
 from llama2_chat.server.metrics import Record
 from llama2_chat.types import Usage
 
@@ -79,8 +80,8 @@ async def submit_for(request: Request, start: Callable[[], ReplyT], threads: any
 class AnswerFormat:
     """How the answers to one request are written: as a chat's or as a text's, whole or in chunks."""
 
-    def __init__(self, model: str, is_chat: bool) -> None:
-        self._is_chat = is_chat
+    def __init__(self, model: str, is_chat: bool, with_logprobs: bool = False) -> None:
+        self._is_chat, self._with_logprobs = is_chat, with_logprobs
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), model
 
@@ -88,19 +89,31 @@ class AnswerFormat:
         written = []
         for index, (text, reply) in enumerate(zip(texts, choices.replies, strict=True)):
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            written.append(self._choice(index, content, reply.finish_reason))
+            written.append(self._choice(index, content, reply.finish_reason, choices, whole=True))
         name = "chat.completion" if self._is_chat else "text_completion"
         return self._head(name) | {"choices": written, "usage": usage_object(choices.usage)}
 
-    def chunk(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def chunk(
+        self, index: int, delta: dict[str, str], choices: Choices, finish_reason: str | None = None
+    ) -> dict[str, Any]:
         content = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        return self._chunk_head | {"choices": [self._choice(index, content, finish_reason)]}
+        return self._chunk_head | {"choices": [self._choice(index, content, finish_reason, choices)]}
 
     def last_chunk(self, usage: Usage) -> dict[str, Any]:
         return self._chunk_head | {"choices": [], "usage": usage_object(usage)}
 
-    def _choice(self, index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        index: int,
+        content: dict[str, Any],
+        finish_reason: str | None,
+        choices: Choices,
+        whole: bool = False,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._with_logprobs and ((tokens := choices.new_logprobs(index)) or whole):
+            logprobs = chat_logprobs(tokens) if self._is_chat else text_logprobs(tokens, len(choices.openings[index]))
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     @property
     def _chunk_head(self) -> dict[str, Any]:
@@ -172,7 +185,7 @@ async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_i
         return {} if usage_in == "none" else {"usage": usage_object(choices.usage) if usage_in == "every" else None}
 
     for index, opening in enumerate(choices.openings):
-        yield _event(answer.chunk(index, {"role": "assistant", "content": opening}) | usage())
+        yield _event(answer.chunk(index, {"role": "assistant", "content": opening}, choices) | usage())
     try:
         while True:
             try:
@@ -185,12 +198,12 @@ async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_i
                 break
             if piece is not None:
                 record.add(piece, index)
-                yield _event(answer.chunk(index, {"content": piece}) | usage())
+                yield _event(answer.chunk(index, {"content": piece}, choices) | usage())
                 continue
             reason = choices.replies[index].finish_reason
             if reason == "cancelled":
                 raise _server_is_stopping()
-            yield _event(answer.chunk(index, {}, reason) | usage())
+            yield _event(answer.chunk(index, {}, choices, reason) | usage())
     except Exception as error:
         problem = generation_error(error)
         record.error = problem.code

@@ -7,6 +7,7 @@ import torch
 from tokenizers import AddedToken
 
 from llama2_chat.engine.reply import StreamedReply
+from llama2_chat.engine.request import Likelihood
 from llama2_chat.types import SamplingParams, Usage
 from tests.support.small_tokenizer import chatml, llama_shaped
 
@@ -98,6 +99,58 @@ def test_no_stop_string_cuts_the_text_of_the_first_min_tokens():
     until = {n: "".join(pieces(tokenizer, ids, ["the"], params=SamplingParams(min_tokens=n))[0]) for n in (1, 2, 3, 4)}
     first, second = "hello ", "hello the hello "
     assert until == {1: first, 2: second, 3: second, 4: "hello the hello the llama"}
+
+
+def told(tokenizer, ids, stop=(), before=()):
+    """The text piece by piece, each with the tokens that came with it, and where they begin in the text."""
+    reply = StreamedReply(tokenizer, ENGINE, stop, Usage(), before)
+    logprobs = [Likelihood(-float(n), [(5, -0.5)]) for n in range(len(ids))]
+    params = SamplingParams(logprobs=1)
+    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0, params=params, logprobs=logprobs)
+    for id in ids:
+        reply.put(torch.tensor([id]))
+    reply.end()
+    found, seen = [], 0
+    for piece in reply:
+        found.append((piece, [each.chosen.token for each in reply.logprobs[seen:]]))
+        seen = len(reply.logprobs)
+    found += [("", [each.chosen.token for each in reply.logprobs[seen:]])] if reply.logprobs[seen:] else []
+    assert [each.chosen.logprob for each in reply.logprobs] == [-float(n) for n in range(len(reply.logprobs))]
+    return found, [each.offset for each in reply.logprobs]
+
+
+def test_each_piece_of_text_brings_its_tokens_and_their_logprobs():
+    tokenizer = llama_shaped()
+    before, rest = split(tokenizer, "hello what is the llama", len("hello what"))
+    pieces = [(" is", [" is"]), (" the", [" the"]), (" ", [" "]), ("llama", ["llama"])]
+    assert told(tokenizer, rest, before=before) == (pieces, [0, 3, 7, 8])
+
+
+def test_a_stop_string_takes_the_tokens_of_its_text_along_and_leaves_the_one_that_it_cuts():
+    tokenizer = llama_shaped()
+    before, rest = split(tokenizer, "hello what is the llama", len("hello what"))
+    assert told(tokenizer, rest, ["the llama"], before)[0] == [(" is", [" is"]), (" ", []), ("", [" the"])]
+    assert told(tokenizer, rest, [" the llama"], before)[0] == [(" is", [" is"])]
+    held_back = [(" is", [" is"]), (" the llama", [" the", " ", "llama"])]
+    assert told(tokenizer, rest, [" the llama is"], before)[0] == held_back
+
+
+def test_the_tokens_of_one_letter_come_with_it():
+    tokenizer = llama_shaped()
+    ids = tokenizer("hello 😱")["input_ids"]
+    (_, hello), (letter, tokens) = told(tokenizer, ids[-5:], before=ids[:-5])[0][-2:]
+    assert (letter, tokens) == ("😱", [r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\xb1"])
+    assert told(tokenizer, ids[-4:], ["😱"], ids[:-4]) == ([], [])
+    assert told(tokenizer, ids[-4:-1], (), ids[:-4])[0] == [("\ufffd" * 3, tokens[:3])]
+    assert hello
+
+
+def test_special_tokens_that_a_stop_string_names_are_no_characters():
+    tokenizer = chatml()
+    ids = tokenizer("hello<|im_end|>hello", add_special_tokens=False)["input_ids"]
+    pieces, offsets = told(tokenizer, ids, ["<|im_end|>\n"])
+    assert pieces[-1] == ("hello", ["<|im_end|>", "hello"])
+    assert offsets[-2:] == [5, 5]
 
 
 def test_a_special_token_that_the_model_spells_out_is_found_too():

@@ -82,7 +82,7 @@ def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
 
 
 def test_no_setting_is_forgotten():
-    assert NEUTRAL.keys() | {"max_new_tokens", "min_tokens", "seed"} == RANGES.keys()
+    assert NEUTRAL.keys() | {"max_new_tokens", "min_tokens", "seed", "logprobs"} == RANGES.keys()
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only():

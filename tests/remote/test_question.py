@@ -13,7 +13,9 @@ from tests.support.remote import HELLO, PARAMS, behind, read
 
 
 def test_all_settings_are_in_the_request(settings, odd):
-    numbers = {name: high for name, (_, high) in RANGES.items() if name not in ("max_new_tokens", *IF_ASKED)}
+    numbers = {
+        name: high for name, (_, high) in RANGES.items() if name not in ("max_new_tokens", "logprobs", *IF_ASKED)
+    }
     params = SamplingParams(**numbers, max_new_tokens=9, stop=("x",))
     sent = {**numbers, "stop": ["x"], "max_tokens": 9, "stream": True}
     talk = [{"role": "system", "content": "Be  brief."}, *HELLO, {"role": "assistant", "content": " [/INST] "}, *HELLO]
