@@ -233,7 +233,9 @@ class ChatModel:
         self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False
     ) -> StreamedReply:
         """What follows input_ids, on its way; see types.ChatBackend."""
-        return self._submit(self._fitting(input_ids, params, to_the_end), params, to_the_end, before=input_ids)
+        fitting = self._fitting(input_ids, params, to_the_end)
+        self.serving.engine.check_ids(fitting)  # before the reply decodes them, at which the tokenizer may overflow
+        return self._submit(fitting, params, to_the_end, before=input_ids)
 
     def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         """The prompt that stream_reply makes of a conversation. Raises PromptTooLong for what is absurdly long."""

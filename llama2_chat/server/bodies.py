@@ -47,7 +47,7 @@ def parse(body: bytes) -> Any:
             body.decode("utf-8-sig"),
             object_pairs_hook=_object,
             parse_constant=_not_a_number,
-            parse_float=_finite,
+            parse_float=_number,
             parse_int=_whole_number if LONG_NUMBER.search(body) else None,
         )
     except UnicodeDecodeError as error:
@@ -92,10 +92,11 @@ def _not_a_number(name: str) -> NoReturn:
     _refuse(f"The body is not JSON: it holds {name}, and JSON has no such number.")
 
 
-def _finite(digits: str) -> float:
+def _number(digits: str) -> float | int:
+    """To JSON, 256.0 is a whole number, and so some programs write it."""
     if not math.isfinite(number := float(digits)):
         _refuse_number()
-    return number
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _whole_number(digits: str) -> int:

@@ -88,7 +88,15 @@ class GrammarFields(BaseModel):
     grammar: str | None = None  # llama.cpp's, as the one below
     json_schema: dict[str, Any] | None = None
 
-    @field_validator("structured_outputs", "guided_regex", "guided_choice", "guided_grammar", "grammar", mode="before")
+    @field_validator(
+        "response_format",
+        "structured_outputs",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "grammar",
+        mode="before",
+    )
     @classmethod
     def _is_set(cls, value: Any) -> Any:
         return None if value in (False, "", [], {}) else value

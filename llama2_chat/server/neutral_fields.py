@@ -67,6 +67,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "regex": UNSET,
     "ebnf": UNSET,
     "format": UNSET,
+    "n_predict": (-1,),
+    "num_predict": (-1,),
+    "sampler_seed": (-1,),
     "num_beams": ONE,
     "use_beam_search": UNSET,
     "system": UNSET,
@@ -194,7 +197,7 @@ def in_our_names(body: Mapping[str, Any], fields: Iterable[str]) -> dict[str, An
     for theirs, name in OTHER_NAMES.items():
         if theirs in fields or ours.get(theirs) is None:
             continue
-        if ours.get(name) is None or _equal(ours[name], ours[theirs]):
+        if ours.get(name) in (None, -1) or _equal(ours[name], ours[theirs]):
             ours[name] = ours.pop(theirs)
     return ours
 

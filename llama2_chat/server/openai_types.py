@@ -35,21 +35,22 @@ from llama2_chat.types import (
     SamplingParams,
 )
 
+# Type of a part of a message -> the name of its text. Some programs send the types of /v1/responses.
+TEXT_OF_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 MAX_CHOICES = 8  # answers to one prompt
 MAX_ANSWERS = 64  # of one request, to all its prompts together; QUEUE_LIMIT's default
 
 
 def _text(content: Any) -> Any:
     """The text of a message's content. The parts of a list are joined as the page joins them."""
-    if isinstance(content, list):
-        # A part of type refusal, which only assistants have, holds its text under that name.
-        parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "refusal")]
-        texts = [text for part in parts if isinstance(text := part.get(part["type"]), str)]
-        if len(texts) == len(content):
-            return "\n".join(texts)
-    if isinstance(content, str):
-        return content
-    raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")
+    texts = [_part_text(part) for part in content] if isinstance(content, list) else [content]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("it must be text, or a list of parts of type text; nothing else can be read here")
+    return "\n".join(filter(None, texts))
+
+
+def _part_text(part: Any) -> Any:
+    return part.get(TEXT_OF_PARTS.get(str(part.get("type")))) if isinstance(part, dict) else part
 
 
 def _prompts(prompt: Any) -> Any:
@@ -78,6 +79,10 @@ def _by_id(bias: Any) -> Any:
         raise ValueError('it must be an object such as {"1234": -100}') from None
 
 
+def _none_if_empty(value: Any) -> Any:
+    return None if value in ("", {}) else value
+
+
 def _in_range(name: str) -> Any:
     low, high = RANGES[name]
     return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
@@ -89,6 +94,7 @@ def _or_minus_one(name: str) -> BeforeValidator:
     return BeforeValidator(lambda number: None if number == -1 else number, json_schema_input_type=accepted)
 
 
+ModelName = Annotated[str | None, BeforeValidator(_none_if_empty)]
 Text = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, Any]] | None)]
 Stop = Annotated[
     list[str],
@@ -145,7 +151,7 @@ class _Request(GrammarFields):
     question_field: ClassVar[str]  # that a ChatError is about
     neutral: ClassVar[dict[str, tuple[Any, ...]]]  # values that ask for nothing on this route alone
 
-    model: str | None = None
+    model: ModelName = None
     max_tokens: MaxTokens = None
     temperature: Annotated[float, _in_range("temperature")] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
@@ -318,7 +324,7 @@ class CompletionRequest(_Request):
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    model: str | None = None
+    model: ModelName = None
     tokens: list[int]
 
 
@@ -327,5 +333,5 @@ class TokenizeRequest(_Conversation):
 
     model_config = ConfigDict(strict=True)
 
-    model: str | None = None
+    model: ModelName = None
     prompt: str | None = None

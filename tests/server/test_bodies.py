@@ -66,3 +66,7 @@ def test_a_byte_order_mark_is_passed_over():
 def test_half_a_character_becomes_the_one_that_stands_for_it():
     body = rb'{"\ude00": ["\ud83d", "\ud83d\ude00", "\\ud83d"]}'
     assert parse(body) == {"\ufffd": ["\ufffd", "😀", r"\ud83d"]}
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    assert [type(number) for number in parse(b"[256.0, 1e3, -0.0, 0.5, 1e300]")] == [int, int, int, float, float]

@@ -103,11 +103,23 @@ def test_minus_one_is_no_seed_and_no_limit():
     assert (request.params(SamplingParams()), request.requested_tokens) == (SamplingParams(), None)
 
 
+def test_what_is_empty_names_no_model_and_no_format():
+    request = ChatRequest(messages=HELLO, model="", response_format={})
+    assert (request.model, request.response_format) == (None, None)
+
+
 def test_a_field_may_have_the_name_that_another_server_gives_it():
     request = ChatRequest(messages=HELLO, n_predict=7, repeat_penalty=1.3, stopping_strings=["x"])
     params = request.params(SamplingParams())
     assert (params.max_new_tokens, params.repetition_penalty, params.stop) == (7, 1.3, ("x",))
     request.reject_unsupported()
+
+
+def test_of_two_names_one_may_ask_for_nothing():
+    for tokens, same in ((5, -1), (-1, 5), (None, 5), (5, 5)):
+        request = ChatRequest(messages=HELLO, max_tokens=tokens, n_predict=same)
+        request.reject_unsupported()
+        assert request.requested_tokens == 5
 
 
 # ---- What is refused ----
@@ -169,11 +181,11 @@ def test_no_field_that_is_looked_at_is_also_said_to_have_no_effect():
         ({"content": None, "refusal": "I would rather not.", "tool_calls": None}, "I would rather not."),
         ({"content": [REFUSAL]}, "I would rather not."),
         ({"content": [{"type": "text", "text": "Well."}, REFUSAL]}, "Well.\nI would rather not."),
-        ({"content": [{"type": "text", "text": ""}]}, ""),
+        ({"content": [{"type": "text", "text": ""}, {"type": "output_text", "text": "Well."}, "Yes."]}, "Well.\nYes."),
         ({"content": []}, ""),
         ({"content": ""}, ""),
     ],
-    ids=["null", "nothing", "refusal", "refusal part", "both", "empty part", "no part", "empty"],
+    ids=["null", "nothing", "refusal", "refusal part", "both", "other parts", "no part", "empty"],
 )
 def test_an_assistants_message_may_say_nothing_or_refuse(message, text):
     answered = {"role": "assistant", **message}

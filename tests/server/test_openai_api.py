@@ -359,6 +359,12 @@ def test_an_encoding_that_changes_nothing_is_let_pass(http):
     assert http.post("/v1/chat/completions", content=body, headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("id", [-1, 2**31, 2**63, 10**300])
+def test_ids_that_no_token_has_are_refused(http, id):
+    answer = http.post("/v1/completions", json={"prompt": [1, id], "max_tokens": 1})
+    assert (answer.status_code, error(answer)["param"]) == (400, "prompt")
+
+
 def test_half_a_character_is_no_reason_to_fail(http):
     body = r'{"messages": [{"role": "user", "content": "\ud83d"}], "max_tokens": 1, "%s": 0}'
     post = {"url": "/v1/chat/completions", "headers": {"Content-Type": "application/json"}}
@@ -416,7 +422,7 @@ def test_without_a_model_programs_are_told_why(settings):
 
 
 def test_what_goes_wrong_inside_stays_inside(http, small, monkeypatch, caplog):
-    def fail(messages):
+    def fail(*_):
         raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(small, "encode", fail)
