@@ -143,7 +143,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 WHY_REFUSED = {
     "messages": "messages are for /v1/chat/completions; /v1/completions takes a prompt.",
     "prompt": "A prompt is for /v1/completions; /v1/chat/completions takes messages.",
-    "tools": "Tools are not available. Leave them out.",
+    "tools": "Tools are for /v1/chat/completions. Leave them out.",
+    "functions": "Functions are for /v1/chat/completions. Leave them out.",
     "modalities": "The answer can only be text: leave modalities out.",
     "audio": "The answer can only be text: leave audio out.",
     "suffix": "Text cannot be filled in before a suffix. Leave it out.",

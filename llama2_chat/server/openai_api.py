@@ -7,6 +7,7 @@ errors.py. Lengths, prompts and whose turn it is are the model's affair: here a 
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -36,8 +37,10 @@ from llama2_chat.server.responses import (
     submit_for,
     whole_texts,
 )
+from llama2_chat.server.speech import Speech, SpeechWithCalls
 from llama2_chat.settings import Settings
-from llama2_chat.types import ChatBackend, Reply, SamplingParams
+from llama2_chat.tools import CallReader
+from llama2_chat.types import ChatBackend, Reply, SamplingParams, ToolOffer
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
 SEEDS = 2**63
@@ -69,7 +72,9 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
-            return chat.stream_reply(body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end)
+            return chat.stream_reply(
+                body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end, tools=body.offer
+            )
 
         return await answer(body, request, [message.plain() for message in body.messages], [start])
 
@@ -118,15 +123,16 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
             try:
                 params = body.params(settings.sampling)
                 start = functools.partial(_start, chat, body, starts, params)
-                threads = await threads_for(request) or (schema_threads if params.grammar else None)
+                has_grammar = params.grammar is not None or _offer(body) is not None
+                threads = await threads_for(request) or (schema_threads if has_grammar else None)
                 choices = await submit_for(request, start, threads)
                 async with closed_on_disconnect(choices, request):  # a remote server may take a while to accept it
                     record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
-                about = body.grammar_field if isinstance(error, BadGrammar) else body.question_field
-                raise as_api_error(error, about) from error
+                raise as_api_error(error, _field_of(error, body)) from error
             with_logprobs = params.logprobs is not None
-            written = AnswerFormat(chat.status.model, isinstance(body, ChatRequest), with_logprobs)
+            is_chat, speech = isinstance(body, ChatRequest), _speech(chat, body)
+            written = AnswerFormat(chat.status.model, is_chat, with_logprobs, speech)
             if body.stream:
                 pieces = events(written, choices, record, body.usage_in)
                 return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))
@@ -210,6 +216,28 @@ def _start(
     )
 
 
+def _field_of(error: ChatError, body: ChatRequest | CompletionRequest) -> str:
+    """What in the request an error is about."""
+    if isinstance(error, BadGrammar):
+        return body.grammar_field if _offer(body) is None else "tools"
+    return body.question_field
+
+
+def _offer(body: ChatRequest | CompletionRequest) -> ToolOffer | None:
+    return body.offer if isinstance(body, ChatRequest) else None
+
+
+def _speech(chat: ChatBackend, body: ChatRequest | CompletionRequest) -> Speech:
+    if not isinstance(body, ChatRequest) or (offer := body.offer) is None:
+        return Speech()
+    names = [tool.name for tool in offer.callable]
+    # Of a call that max_tokens may cut, nothing is told before it is whole.
+    hold = body.requested_tokens is not None
+    readers = [CallReader(chat.call_style, names, hold) for _ in range(body.choices_each)]
+    asked = json.dumps([message.plain() for message in body.messages])
+    return SpeechWithCalls(readers, body.has_functions, None if body.seed is None else f"{body.seed} {asked}")
+
+
 def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else chat.decode(prompt)
 
@@ -224,5 +252,5 @@ def _encode(chat: ChatBackend, body: TokenizeRequest) -> list[int]:
         case str(prompt), None:
             return chat.encode_text(prompt)
         case None, list():
-            return chat.encode(body.conversation())
+            return chat.encode(body.conversation(), body.offer)
     raise ApiError(400, "invalid_value", "Send either a prompt or messages.", "prompt")

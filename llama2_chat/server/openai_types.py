@@ -25,6 +25,7 @@ from llama2_chat.server.errors import ApiError
 from llama2_chat.server.grammar_types import GrammarFields
 from llama2_chat.server.neutral_fields import PENALTY_WINDOWS, asks_for_nothing, by_weight, in_our_names, why_refused
 from llama2_chat.server.responses import UsageIn
+from llama2_chat.server.tool_types import Call, CalledFunction, ToolFields
 from llama2_chat.types import (
     MAX_BIAS,
     MAX_NAMED_TOKENS,
@@ -33,6 +34,7 @@ from llama2_chat.types import (
     RANGES,
     Message,
     SamplingParams,
+    ToolCall,
 )
 
 # Type of a part of a message -> the name of its text. Some programs send the types of /v1/responses.
@@ -127,10 +129,14 @@ TopK = Annotated[int, Field(ge=-1, le=RANGES["top_k"][1]), AfterValidator(lambda
 class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    role: Literal["system", "developer", "user", "assistant"]  # developer is what OpenAI calls system today
+    # developer is what OpenAI calls system today, and tool what it called function.
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     refusal: str | None = None  # what OpenAI's models say instead of a content
     content: Annotated[Text, Field(default=None, validate_default=True)]
-    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+    tool_calls: list[Call] | None = None
+    function_call: CalledFunction | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -138,7 +144,27 @@ class ChatMessage(BaseModel):
         return info.data.get("refusal") or "" if content is None and info.data.get("role") == "assistant" else content
 
     def plain(self) -> Message:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        """As a model takes it."""
+        match self.role:
+            case "tool" | "function":
+                return {
+                    "role": "tool",
+                    "content": self.content,
+                    "tool_call_id": self.tool_call_id or self.name or "",
+                    "name": self.name or "",
+                }
+            case "assistant" if calls := self._calls:
+                return {"role": "assistant", "content": self.content, "tool_calls": calls}
+            case "developer":
+                return {"role": "system", "content": self.content}
+        return {"role": self.role, "content": self.content}
+
+    @property
+    def _calls(self) -> list[ToolCall]:
+        called = [call.tool_call for call in self.tool_calls or ()]
+        if self.function_call is not None:  # the result of which goes by the function's name
+            called.append(Call(id=self.function_call.name, function=self.function_call).tool_call)
+        return called
 
 
 class StreamOptions(BaseModel):
@@ -264,10 +290,11 @@ class _Conversation(BaseModel):
 
 
 def _last_turn(messages: list[ChatMessage] | None) -> ChatMessage | None:
-    return next((message for message in reversed(messages or ()) if message.role in ("user", "assistant")), None)
+    spoken = (message for message in reversed(messages or ()) if message.role not in ("system", "developer"))
+    return next(spoken, None)
 
 
-class ChatRequest(_Request, _Conversation):
+class ChatRequest(_Request, _Conversation, ToolFields):
     question_field: ClassVar = "messages"
     neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
@@ -328,7 +355,7 @@ class DetokenizeRequest(BaseModel):
     tokens: list[int]
 
 
-class TokenizeRequest(_Conversation):
+class TokenizeRequest(_Conversation, ToolFields):
     """One of the two."""
 
     model_config = ConfigDict(strict=True)

@@ -25,6 +25,7 @@ from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import ApiError, generation_error
 from llama2_chat.server.logprobs import chat_logprobs, text_logprobs
 from llama2_chat.server.metrics import Record
+from llama2_chat.server.speech import Speech
 from llama2_chat.types import Usage
 
 UsageIn = Literal["none", "last", "every"]  # chunk of a stream
@@ -80,21 +81,22 @@ async def submit_for(request: Request, start: Callable[[], ReplyT], threads: any
 class AnswerFormat:
     """How the answers to one request are written: as a chat's or as a text's, whole or in chunks."""
 
-    def __init__(self, model: str, is_chat: bool, with_logprobs: bool = False) -> None:
-        self._is_chat, self._with_logprobs = is_chat, with_logprobs
+    def __init__(self, model: str, is_chat: bool, with_logprobs: bool = False, speech: Speech | None = None) -> None:
+        self._is_chat, self._with_logprobs, self.speech = is_chat, with_logprobs, speech or Speech()
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), model
 
     def whole(self, texts: Sequence[str], choices: Choices) -> dict[str, Any]:
         written = []
         for index, (text, reply) in enumerate(zip(texts, choices.replies, strict=True)):
-            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            written.append(self._choice(index, content, reply.finish_reason, choices, whole=True))
+            content = {"message": self.speech.message(index, text)} if self._is_chat else {"text": text}
+            reason = self.speech.finish_reason(index, reply.finish_reason)
+            written.append(self._choice(index, content, reason, choices, whole=True))
         name = "chat.completion" if self._is_chat else "text_completion"
         return self._head(name) | {"choices": written, "usage": usage_object(choices.usage)}
 
     def chunk(
-        self, index: int, delta: dict[str, str], choices: Choices, finish_reason: str | None = None
+        self, index: int, delta: dict[str, Any], choices: Choices, finish_reason: str | None = None
     ) -> dict[str, Any]:
         content = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         return self._chunk_head | {"choices": [self._choice(index, content, finish_reason, choices)]}
@@ -198,12 +200,16 @@ async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_i
                 break
             if piece is not None:
                 record.add(piece, index)
-                yield _event(answer.chunk(index, {"content": piece}, choices) | usage())
+                for delta in answer.speech.deltas(index, piece):
+                    yield _event(answer.chunk(index, delta, choices) | usage())
                 continue
             reason = choices.replies[index].finish_reason
             if reason == "cancelled":
                 raise _server_is_stopping()
-            yield _event(answer.chunk(index, {}, choices, reason) | usage())
+            for delta in answer.speech.rest(index):
+                yield _event(answer.chunk(index, delta, choices) | usage())
+            told = answer.speech.finish_reason(index, reason)
+            yield _event(answer.chunk(index, {}, choices, told) | usage())
     except Exception as error:
         problem = generation_error(error)
         record.error = problem.code

@@ -12,8 +12,6 @@ from llama2_chat.tools.schemas import call_schemas, one_of, parameters, schema_o
 from llama2_chat.types import CallStyle, GrammarSpec, ToolOffer
 
 MOST_CALLS = 16  # at once: a small model may not find an end
-# As Python writes JSON; a schema cannot ask for another form, in which a small model might write blanks for ever.
-FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def answer_grammar(
@@ -77,7 +75,8 @@ def _free_text(style: CallStyle) -> list[str]:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": FORM})
+    # "::=" would make it a grammar of llama.cpp's kind.
+    return json.dumps(schema).replace("::=", "\\u003a:=")
 
 
 def _quoted(text: str) -> str:

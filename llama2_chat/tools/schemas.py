@@ -13,6 +13,7 @@ from llama2_chat.types import GrammarSpec, Tool, ToolOffer
 
 ANYTHING: dict[str, Any] = {"type": "object"}
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+ANNOTATIONS = {"title", "description", "default", "examples"}
 # Beside these, what an object may hold cannot be told from its own properties.
 OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "not"}
 # Where they stand, a string has an end, or more than one kind of it.
@@ -77,9 +78,10 @@ def _moved(schema: Any, path: str) -> Any:
 
 
 def _closed(schema: Any) -> Any:
-    """A small model that may add properties of its own goes on adding them."""
+    """Without annotations, and without room for more properties: a small model goes on adding some of its own."""
 
     def close(schema: dict[str, Any]) -> dict[str, Any]:
+        schema = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
         is_object = "properties" in schema and not OPEN & schema.keys()
         return {**schema, "additionalProperties": False} if is_object else schema
 

@@ -263,7 +263,7 @@ def test_what_changes_nothing_is_let_pass(http):
         ("stop_token_ids", [-1], "invalid_value"),
         ("min_p", 2, "invalid_value"),
         ("min_tokens", -1, "invalid_value"),
-        ("tools", [{"type": "function"}], "unsupported_parameter"),
+        ("tools", [{"type": "function"}], "missing_parameter"),
         ("response_format", {"type": "xml"}, "invalid_value"),
         ("response_format", {"type": "json_schema"}, "invalid_value"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}, "missing_parameter"),
@@ -286,12 +286,12 @@ def test_what_cannot_be_done_is_refused_by_name(http, field, value, code):
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "critic", "content": "x"}, "messages.0.role"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content"),
         ({"role": "user", "content": None}, "messages.0.content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [5]}, "messages.0.tool_calls.0"),
     ],
-    ids=["tool", "picture", "null", "tool call"],
+    ids=["critic", "picture", "null", "tool call"],
 )
 def test_a_message_that_cannot_be_read_is_named_by_its_place(http, message, param):
     assert error(ask(http, messages=[message]))["param"] == param

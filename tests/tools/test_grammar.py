@@ -5,6 +5,7 @@ import json
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from llama2_chat.engine.try_grammar import compile_here
 from llama2_chat.errors import BadGrammar, ChatError
 from llama2_chat.tools import PLAIN, answer_grammar
 from llama2_chat.tools.schemas import parameters
@@ -18,12 +19,9 @@ AUTO, MUST = ToolOffer((WEATHER, CALCULATOR, CLOCK)), ToolOffer((WEATHER, CALCUL
 
 
 def lets_through(grammar, text):
-    form = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    source = grammar.text
-    if grammar.kind == "json_schema":
-        source = LLMatcher.grammar_from_json_schema(source, overrides=form)
-    matcher = LLMatcher(TOKENIZER, source, log_level=0)
-    assert not matcher.is_error(), matcher.get_error()
+    tried = compile_here(grammar.kind, grammar.text)
+    assert not tried.error
+    matcher = LLMatcher(TOKENIZER, tried.source, log_level=0)
     return all(matcher.try_consume_tokens([byte]) for byte in text.encode()) and matcher.is_accepting()
 
 
@@ -105,6 +103,11 @@ def test_references_within_a_schema_hold_and_a_caller_cannot_loosen_the_form():
     assert lets_through(grammar, PLAIN.write(call("draw", '{"at": {"x": 1}}')))
     assert not lets_through(grammar, PLAIN.write(call("draw", '{"at": {"x": 1, "y": 2}}')))
     assert not lets_through(grammar, PLAIN.write(call("draw", '{"at":   {"x": 1}}')))
+
+
+def test_a_schema_may_hold_what_other_grammars_are_told_by():
+    tool = Tool("set", "", {"properties": {"a": {"enum": ["root ::= x", "b"]}}, "required": ["a"]})
+    assert lets_through(answer_grammar(ToolOffer((tool,)), PLAIN), PLAIN.write(call("set", '{"a": "root ::= x"}')))
 
 
 def test_strings_end_where_max_tokens_would_cut_the_call():
