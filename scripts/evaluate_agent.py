@@ -43,20 +43,23 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the sums (0)")
     add("--questions", type=Path, metavar="JSON", help="a file of more questions")
     add("--calculator", type=int, default=0, metavar="N", help="ask no model; try the attacks and N strings")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.calculator < 0 or args.sums < 0 or not (args.sums or args.questions or args.calculator):
+        parser.error("there must be something to measure: --sums above 0, --questions or --calculator")
+    return args
 
 
 def measure_agent(args: argparse.Namespace) -> dict[str, object]:
-    questions = agent_rates.made_up(args.sums, args.seed)
-    if args.questions:
-        questions += agent_rates.read_questions(args.questions)
+    kinds = {"questions": agent_rates.read_questions(args.questions)} if args.questions else {}
+    if args.sums:
+        kinds["made_up"] = agent_rates.made_up(args.sums, args.seed)
     settings = Settings.read(["--model-id", args.model_id] if args.model_id else [])
     chat = ChatModel(settings).load()
     if chat.state != "ready":
         raise ChatError(chat.status.error)
-    outcomes = agent_rates.ask(chat, questions, show)
+    figures = {kind: agent_rates.rates(agent_rates.ask(chat, asked, show)) for kind, asked in kinds.items()}
     chat.close()
-    return {"model": chat.status.model, "precision": chat.status.precision, **agent_rates.rates(outcomes)}
+    return {"model": chat.status.model, "precision": chat.status.precision, **figures}
 
 
 def show(outcome: Outcome) -> None:

@@ -29,8 +29,9 @@ from llama2_chat.types import ChatBackend, FinishReason, SamplingParams
 MEMORY = 5  # exchanges
 MAX_STEPS = 5
 MAX_SECONDS = 60.0
-# The likeliest token every time, and no penalty: digits are to be copied as they are.
-PARAMS = SamplingParams(max_new_tokens=512, temperature=0, repetition_penalty=1)
+# The likeliest token every time, and no penalty on what the prompt holds: digits are to be copied as they are. A small
+# model that repeats its answer for ever is led out of it by the penalty on what the answer itself holds.
+PARAMS = SamplingParams(max_new_tokens=256, temperature=0, repetition_penalty=1, frequency_penalty=0.3)
 TOOL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 

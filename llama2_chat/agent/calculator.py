@@ -54,6 +54,7 @@ class Calculator:
         Example("I have 7 bags with 6 sweets each. How many sweets do I have?", "7 * 6", "42", "You have 42 sweets."),
         Example("There are 30 birds in a tree and 12 fly away. How many stay?", "30 - 12", "18", "18 birds stay."),
         Example("How much is 20% of 50?", "20% * 50", "10", "20% of 50 is 10."),
+        Example("Calculate (2 + 3) * 4", "(2 + 3) * 4", "20", "(2 + 3) * 4 is 20."),
         Example("What is the square root of 81?", "√81", "9", "The square root of 81 is 9."),
         Example("What is 3 to the power of 4?", "3 ^ 4", "81", "3 to the power of 4 is 81."),
     )

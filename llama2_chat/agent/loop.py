@@ -97,7 +97,7 @@ class Loop:
         """What the model says next; where it may call tools, until time is up."""
         reader = StepReader()
         params = replace(self._plan.params, grammar=grammar(tools))
-        reply = self._plan.chat.stream_reply(reminded(messages, last=not tools), params)
+        reply = self._plan.chat.stream_reply([*messages] if tools else reminded(messages), params)
         with self._cancelled_by(reply.close), reply:
             for piece in reply:
                 self._say(reader.feed(piece))

@@ -1,11 +1,12 @@
 """What the model reads: what it may do, examples as turns of a conversation, what was said before, and the question.
 
-A small model follows turns that it seems to have written itself better than any description, and it forgets the form
-unless reminded at the end. The reminder stands in the turns of the question alone, and no memory holds it.
+A small model follows turns that it seems to have written itself better than any description. A grammar holds the form
+of its steps, so no turn has to repeat it; that it is time for the answer stands at the end of the turn before it alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -14,13 +15,13 @@ from llama2_chat.agent.steps import ANSWER, write
 from llama2_chat.agent.tool import Step, Tool
 from llama2_chat.types import Message
 
-REMINDER = "\n\n(Use a tool if one helps.)"
-LAST_REMINDER = "\n\n(Now give the answer, as JSON.)"
+REMINDER = "\n\n(Now give the answer, as JSON.)"
 SMALL_TALK = (
     ("Good morning!", "Good morning! How can I help you?"),
     ("Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."),
     ("Tell me something about cats.", "Cats sleep for most of the day, and they hunt at night."),
     ("Who are you?", "I am an assistant with a few tools."),
+    ("Thanks, that helped.", "You are welcome!"),
 )
 
 
@@ -71,10 +72,12 @@ def called(step: Step) -> Message:
 
 
 def came_of(step: Step) -> Message:
-    return Message(role="user", content=f"{'Failed' if step.failed else 'Result'}: {step.result}")
+    """With the input: an answer then tells what was computed, where a bare result is told as "42 is 42"."""
+    input = step.input if isinstance(step.input, str) else json.dumps(step.input, ensure_ascii=False)
+    return Message(role="user", content=f"{'Failure' if step.failed else 'Result'} of {input}: {step.result}")
 
 
-def reminded(messages: Sequence[Message], last: bool) -> list[Message]:
-    """The messages with a reminder at their end; last: of the answer, which must come now."""
+def reminded(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a reminder at their end, which nothing remembers: the answer must come now."""
     *before, newest = messages
-    return [*before, Message(role="user", content=newest["content"] + (LAST_REMINDER if last else REMINDER))]
+    return [*before, Message(role="user", content=newest["content"] + REMINDER)]

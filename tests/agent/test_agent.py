@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from llama2_chat.agent import Agent, Calculator, Step
-from llama2_chat.agent.messages import LAST_REMINDER, REMINDER, SMALL_TALK
+from llama2_chat.agent.messages import REMINDER, SMALL_TALK
 from llama2_chat.agent.steps import write
 from llama2_chat.errors import Busy, ChatError
 from tests.support.scripted import Scripted, ScriptedChat
@@ -89,7 +89,7 @@ def test_after_its_steps_the_model_can_only_answer():
     steps, answer = read(Agent(chat))
     assert (len(steps), answer) == (5, "It is 6.")
     assert [actions(params) for _, params in chat.asked] == [["clock", "calculator", "answer"]] * 5 + [["answer"]]
-    assert chat.asked[-1][0][-1]["content"].endswith(LAST_REMINDER)
+    assert chat.asked[-1][0][-1]["content"].endswith(REMINDER)
 
 
 def test_when_time_is_up_the_model_can_only_answer():
@@ -173,7 +173,7 @@ def test_what_the_model_raises_reaches_the_reader():
     assert reply.finish_reason == "error"
 
 
-def test_a_question_comes_with_the_latest_exchanges_their_steps_included_and_no_reminder():
+def test_a_question_comes_with_the_latest_exchanges_their_steps_included():
     chat = saying(*[SUM, ANSWER] * 4)
     agent = Agent(chat, memory=2)
     for number in range(4):
@@ -182,16 +182,25 @@ def test_a_question_comes_with_the_latest_exchanges_their_steps_included_and_no_
     contents = [message["content"] for message in messages]
     assert [f"Question {number}" in contents for number in range(3)] == [False, True, True]
     assert contents.count(SUM) == contents.count(ANSWER) == 2
-    assert messages[-1]["content"] == "Question 3" + REMINDER
-    assert not any(REMINDER.strip() in content for content in contents[1:-1])
+    assert contents[-1] == "Question 3"
+
+
+def test_no_memory_holds_the_reminder_that_the_answer_must_come():
+    chat = saying(ANSWER, ANSWER)
+    agent = Agent(chat, max_steps=0)
+    read(agent, "Question 0")
+    read(agent, "Question 1")
+    contents = [message["content"] for message in chat.asked[-1][0]]
+    assert contents[-1] == "Question 1" + REMINDER
+    assert "Question 0" in contents
 
 
 def test_each_step_of_a_question_begins_with_the_messages_of_the_one_before():
     chat = saying(SUM, write("clock", "now"), ANSWER)
     read(Agent(chat))
     first, second, third = (messages for messages, _ in chat.asked)
-    assert second[: len(first) - 1] == first[:-1]
-    assert third[: len(second) - 1] == second[:-1]
+    assert second[: len(first)] == first
+    assert third[: len(second)] == second
 
 
 def test_where_the_window_is_small_old_exchanges_are_left_out_before_any_example():
