@@ -117,6 +117,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its score; a mapping is taken as well
     grammar: GrammarSpec | None = None  # what the answer must follow
     logprobs: int | None = None  # have the reply's `logprobs`, with so many of the likeliest tokens in each place
+    prompt_logprobs: bool = False  # where logprobs are asked, those of the prompt, which is then computed whole
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
 
     def __post_init__(self) -> None:
@@ -189,16 +190,16 @@ class Candidate(NamedTuple):
 
     token: str  # its text; what is no whole character as OpenAI writes it, such as "bytes:\xf0\x9f"
     bytes: bytes
-    logprob: float  # natural logarithm of its probability
+    logprob: float | None  # natural logarithm of its probability; None for the first of a prompt
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, and what else could have stood in its place."""
+    """A token of an answer or a prompt, and what else could have stood in its place."""
 
     chosen: Candidate
     top: tuple[Candidate, ...]  # as many as params.logprobs says, the likeliest first
-    offset: int  # characters of the answer before it
+    offset: int  # characters of the answer before it; of a prompt, negative, those from here to the answer
 
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
@@ -310,6 +311,9 @@ class Reply(Protocol):
 
     @property
     def relaxed(self) -> Sequence[str]: ...  # words of its JSON schema that it may violate; none where nobody knows
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]: ...  # none before the first piece, or if not asked for
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]: ...  # of the tokens whose text has been read; none if not asked for

@@ -112,6 +112,8 @@ class Engine:
         """
         self.check_ids(input_ids)
         self._check_named(params)
+        if params.prompt_logprobs and self.runner.piece_size:
+            raise ChatError("How likely the prompt is cannot be told with DETERMINISTIC=1. Leave echo or logprobs out.")
         room = self.context_length - len(input_ids)
         if room < 1:
             raise PromptTooLong(len(input_ids), self.context_length)

@@ -29,6 +29,7 @@ from llama2_chat.kernels.fixed_rows import fix_rows
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
+TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16 or NF4, whole on one GPU of compute capability 8.0 or "
     "higher: only there are steps recorded. Choose such a model, set QUANTIZATION=nf4, or unset DETERMINISTIC."
@@ -126,11 +127,37 @@ class ModelRunner:
     # ---- A step ----
 
     def prefill(self, chunks: Sequence[Chunk]) -> ModelStep:
-        logits = next(logits for way in self._ways if (logits := way.prefill(chunks)) is not None)
+        telling = any(chunk.request.params.prompt_logprobs for chunk in chunks)
+        logits = self._prefill_and_tell(chunks) if telling else self._prefill(chunks)
         ready = [chunk.request for chunk in chunks if chunk.is_last]
         for request in ready:
             self.sampler.join(request.slot, request.ids, request.answer_tokens, request.params, request.draws)
         return ModelStep(ready, logits, self._slots(ready))
+
+    def _prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        return next(logits for way in self._ways if (logits := way.prefill(chunks)) is not None)
+
+    def _prefill_and_tell(self, chunks: Sequence[Chunk]) -> Tensor:
+        """As a way does it; on the way, who asks is told how likely the prompt is."""
+        everywhere = self._eager.prefill(chunks, everywhere=True)
+        of_chunks = everywhere.split([chunk.end - chunk.start for chunk in chunks])
+        for chunk, logits in zip(chunks, of_chunks, strict=True):
+            if chunk.request.params.prompt_logprobs:
+                self._tell(chunk, logits)
+        last = [logits[-1:] for chunk, logits in zip(chunks, of_chunks, strict=True) if chunk.is_last]
+        return torch.cat(last) if last else everywhere[:0]
+
+    def _tell(self, chunk: Chunk, logits: Tensor) -> None:
+        """How likely each id of a prompt is after those before it. logits: [T, V] after the chunk's tokens."""
+        request, count = chunk.request, chunk.request.params.logprobs or 0
+        del request.prompt_logprobs[chunk.start :]  # if the chunk is computed again
+        following = request.ids[chunk.start + 1 : min(chunk.end + 1, request.prompt_tokens)]
+        for start in range(0, len(following), TOLD_AT_ONCE):
+            ids = torch.tensor(following[start : start + TOLD_AT_ONCE], device=self._device)
+            rows = [*range(start, start + len(ids))]
+            likeliest = Likeliest.of(logits[:, : self.vocab_size], rows, count)
+            told = TokensInFlight(ids, rows, [likeliest.logprobs.gather(1, ids[:, None])[:, 0], *likeliest[2:]])
+            request.prompt_logprobs += map(told.likelihood, rows)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         return next(step for way in self._ways if (step := way.decode(requests)) is not None)

@@ -5,6 +5,7 @@ Whoever reads does the decoding, so that the engine's thread only hands ids over
 
 from __future__ import annotations
 
+import codecs
 import functools
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -188,6 +189,24 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
             self.logprobs.append(
                 TokenLogprob(chosen, tuple(self._candidate(*each) for each in top), self._offsets[index])
             )
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
+        is_known = self.request.params.prompt_logprobs and (self.token_cache or self.finish_reason is not None)
+        return self._told_prompt if is_known else ()
+
+    @functools.cached_property
+    def _told_prompt(self) -> list[TokenLogprob]:
+        likelihoods = [(None, []), *self.request.prompt_logprobs]
+        names = [self._names.bytes_of(id) for id in self.request.ids[: len(likelihoods)]]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        lengths = [len(decoder.decode(data)) for data in names]
+        offset, told = -sum(lengths), []
+        for data, length, (logprob, top) in zip(names, lengths, likelihoods, strict=True):
+            chosen = Candidate(self._names.name(data), data, logprob)
+            told.append(TokenLogprob(chosen, tuple(self._candidate(*each) for each in top), offset))
+            offset += length
+        return told
 
     @functools.cached_property
     def _names(self) -> TokenNames:

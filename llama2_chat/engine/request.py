@@ -62,6 +62,7 @@ class Request:
     slot: int = NO_SLOT  # where it runs; NO_SLOT while it waits and after the end
     blocks: BlockTable = field(default_factory=BlockTable)
     computed: int = 0  # ids whose keys and values are in its blocks
+    prompt_logprobs: list[Likelihood] = field(default_factory=list)  # of its ids from the second on, if params ask
     logprobs: list[Likelihood] = field(default_factory=list)  # of each token of its answer, if params.logprobs asks
     sampled: int = 0  # tokens of its answer chosen so far, some perhaps still in flight; 0 before and in prefill
 
@@ -75,6 +76,11 @@ class Request:
     @property
     def answer_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may begin with keys and values that were computed for another."""
+        return self.params.cache_prompt and not self.params.prompt_logprobs
 
     @property
     def bias(self) -> list[tuple[int, float]]:

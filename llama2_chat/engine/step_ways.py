@@ -71,10 +71,11 @@ class EagerWay:
         self._on_cpu = self._device.type == "cpu"
         self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
 
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill(self, chunks: Sequence[Chunk], everywhere: bool = False) -> Tensor:
+        """everywhere: logits [T, V] after each token of all chunks, instead."""
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        last = ends[[chunk.is_last for chunk in chunks]] - 1
+        last = torch.arange(len(ids)) if everywhere else ends[[chunk.is_last for chunk in chunks]] - 1
         step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
         return self._forward(ids, step, last.to(self._device))
 

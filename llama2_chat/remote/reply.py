@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Self
@@ -32,6 +33,7 @@ END = None  # the last item
 
 class RemoteReply(ChannelReply[str | None]):
     queue_position = 0  # servers do not say
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # nor these
 
     def __init__(self, asked_logprobs: int | None = None) -> None:
         """asked_logprobs: as SamplingParams has it."""

@@ -80,8 +80,9 @@ class Choices:
         await self._entered.aclose()
 
     def new_logprobs(self, index: int) -> Sequence[TokenLogprob]:
-        """Of the tokens of one answer that have been read since this was last asked."""
-        tokens = self.replies[index].logprobs[self._shown_logprobs[index] :]
+        """Of the tokens of one answer that have been read since this was last asked; before them, of its prompt."""
+        reply = self.replies[index]
+        tokens = [*reply.prompt_logprobs, *reply.logprobs][self._shown_logprobs[index] :]
         self._shown_logprobs[index] += len(tokens)
         return tokens
 

@@ -221,6 +221,11 @@ class _Request(GrammarFields):
         return None
 
     @property
+    def echoed(self) -> list[str | list[int]]:
+        """The prompts that stand before their answers."""
+        return []
+
+    @property
     def choices_each(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
@@ -245,6 +250,7 @@ class _Request(GrammarFields):
         if self.requested_tokens is not None:
             given["max_new_tokens"] = self.requested_tokens
         given["logprobs"] = self.requested_logprobs
+        given["prompt_logprobs"] = self.requested_logprobs is not None and bool(self.echoed)
         return replace(defaults, stop=tuple(self.stop), grammar=self.grammar_spec(), **given)
 
     def reject_unsupported(self) -> None:
@@ -298,8 +304,6 @@ class ChatRequest(_Request, _Conversation, ToolFields):
     question_field: ClassVar = "messages"
     neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
-    echoed: ClassVar[list[str | list[int]]] = []  # only a text's prompt can be
-
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens = None
     trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
@@ -337,7 +341,6 @@ class CompletionRequest(_Request):
 
     @property
     def echoed(self) -> list[str | list[int]]:
-        """The prompts that stand before their answers."""
         return self.prompt if self.echo else []
 
     @field_validator("prompt")

@@ -171,13 +171,13 @@ def test_a_reader_who_leaves_frees_all_answers(address, chat, stream):
 
 
 def test_the_first_of_several_answers_is_the_one_alone_and_a_seed_gives_all_again(client, chat):
-    fields = {"model": chat.status.model, "messages": HELLO, "max_tokens": 4, "seed": 4, "temperature": 1}
+    fields = {"model": chat.status.model, "messages": HELLO, "max_tokens": 3, "seed": 4, "temperature": 1}
     alone = client.chat.completions.create(**fields).choices[0].message.content
     several = client.chat.completions.create(**fields, n=3)
     texts = [choice.message.content for choice in several.choices]
     assert texts[0] == alone
     assert len(set(texts)) > 1
-    assert several.usage.completion_tokens == 12
+    assert several.usage.completion_tokens == 9
     stream = client.chat.completions.create(**fields, n=3, stream=True)
     pieces = [(chunk.choices[0].index, chunk.choices[0].delta.content or "") for chunk in stream]
     assert ["".join(text for at, text in pieces if at == index) for index in range(3)] == texts

@@ -40,15 +40,19 @@ def test_a_stream_tells_the_same_and_each_piece_its_own(client, fields):
     assert found == {choice.index: choice.logprobs.content for choice in whole.choices}
 
 
-@pytest.mark.parametrize("echo", [False, True], ids=["answer", "after its prompt"])
+@pytest.mark.parametrize("echo", [False, True], ids=["answer", "with its prompt"])
 def test_a_text_tells_where_each_token_begins(client, fields, echo):
-    fields = {**fields, "prompt": "The capital of France is", "echo": echo, "stop": "of"}
+    fields = {**fields, "prompt": "The capital of France is 😱", "echo": echo}
     choice = client.completions.create(**fields, logprobs=0).choices[0]
     logprobs = choice.logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) > 1
     for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
-        assert choice.text[offset:].startswith(token)
-    assert [list(top) for top in logprobs.top_logprobs] == [[token] for token in logprobs.tokens]
+        assert choice.text[offset:].startswith(token) or token.startswith("bytes:")
+    told = slice(1 if echo else 0, None)  # the first token of a prompt has nothing before it
+    assert [list(top) for top in logprobs.top_logprobs[told]] == [[token] for token in logprobs.tokens[told]]
+    if echo:
+        assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
+        assert logprobs.tokens[:3] == ["The", " capital", " of"]
     chunks = client.completions.create(**fields, logprobs=0, stream=True)
     pieces = [chunk.choices[0].logprobs for chunk in chunks]
     assert [token for piece in pieces if piece for token in piece.tokens] == logprobs.tokens
@@ -64,6 +68,12 @@ def test_the_token_that_was_chosen_is_told_though_it_is_none_of_the_likeliest():
         "top_logprobs": [{"a": -0.5, "b": -1.5, "c": -9.0}, {"a": -0.5, "b": -1.5}],
         "text_offset": [13, 14],
     }
+
+
+def test_the_tokens_of_a_prompt_that_its_text_does_not_show_begin_where_it_begins():
+    tokens = [TokenLogprob(Candidate(name, name.encode(), None), (), at) for name, at in (("<s>", -9), (" Hello", -6))]
+    tokens.append(TokenLogprob(Candidate("!", b"!", -1.0), (), 0))
+    assert text_logprobs(tokens, offset=5)["text_offset"] == [0, 0, 5]
 
 
 def test_who_asks_for_none_gets_none(http):

@@ -22,7 +22,7 @@ class Scripted:
     finish_reason = None
     usage = Usage()
     timing = Timing()
-    relaxed, logprobs = (), ()
+    relaxed = logprobs = prompt_logprobs = ()
 
     def __init__(self, *pieces, error=None, accepted=None, gate=lambda: True, reason="stop"):
         self.pieces, self.error, self.accepted = list(pieces), error, accepted
