@@ -6,6 +6,7 @@ more. While answers are made, llguidance's own limits hold.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLTokenizer
 
 from llama2_chat.engine.json_state import JsonState
-from llama2_chat.engine.try_grammar import LIMITS, Tried, sentence, too_complex, tried
+from llama2_chat.engine.try_grammar import LIMITS, sentence, too_complex, tried
 from llama2_chat.engine.vocabulary import Vocabulary
 from llama2_chat.errors import BadGrammar, Busy, ChatError
 from llama2_chat.types import GrammarSpec
@@ -46,7 +47,9 @@ class Grammars:
         if spec.strict and found.relaxed:
             words = " and ".join(found.relaxed)
             raise BadGrammar(f"Answers cannot be held to {words} in this JSON schema, and strict is true.")
-        (tokenizer, vocabulary), source = self._tokenizer(), self._source(found)
+        (tokenizer, vocabulary), source = self._tokenizer(), found.source
+        if self._begins_with_space:
+            source = _after_space(source)
         if not self._one_at_a_time.acquire(timeout=PATIENCE_S):
             raise Busy("Too many grammars are waiting to be compiled. Please try again in a minute.")
         try:
@@ -72,14 +75,18 @@ class Grammars:
                 self._made = made, Vocabulary(made)
             return self._made
 
-    def _source(self, found: Tried) -> str:
-        grammar = json.loads(found.source)
-        # Llama 2 begins its answers with a space, which decoding takes away.
+    @functools.cached_property
+    def _begins_with_space(self) -> bool:
+        """Llama 2 begins its answers with a space, which decoding takes away."""
         space = self._hf_tokenizer.get_vocab().get("▁")
-        if space is not None and self._hf_tokenizer.decode([space]) == "":
-            grammar["grammars"][0]["name"] = "answer"
-            grammar["grammars"].insert(0, {"lark_grammar": "start: / ?/ @answer"})
-        return json.dumps(grammar)
+        return space is not None and self._hf_tokenizer.decode([space]) == ""
+
+
+def _after_space(source: str) -> str:
+    grammar = json.loads(source)
+    grammar["grammars"][0]["name"] = "answer"
+    grammar["grammars"].insert(0, {"lark_grammar": "start: / ?/ @answer"})
+    return json.dumps(grammar)
 
 
 class Grammar:

@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import re
@@ -125,17 +126,35 @@ def tried(spec: GrammarSpec, patience_s: float) -> Tried:
 
 
 def _try_apart(spec: GrammarSpec) -> Tried:
-    given = json.dumps([spec.kind, spec.text]).encode()
+    process = _spare.pop() if _spare else _start()
     try:
-        process = subprocess.run(
-            python_command(f"{__name__}:try_grammar"), input=given, capture_output=True, timeout=COMPILE_WALL_S
-        )
+        written, _ = process.communicate(json.dumps([spec.kind, spec.text]).encode(), COMPILE_WALL_S)
     except subprocess.TimeoutExpired:
-        return Tried(error=too_complex(spec.kind))
+        process.kill()
+        process.communicate()
+    with contextlib.suppress(OSError):  # too many processes, say
+        _spare.append(_start())
     if process.returncode:
         return Tried(error=too_complex(spec.kind))
-    result = json.loads(process.stdout)
+    result = json.loads(written)
     return Tried(result["source"], result["error"], tuple(result["relaxed"]))
+
+
+_spare: list[subprocess.Popen[bytes]] = []  # one that waits for a grammar: Python takes a tenth of a second to start
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """It ends by itself when this process does, for then it gets no grammar."""
+    command, pipe = python_command(f"{__name__}:try_grammar"), subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+
+
+@atexit.register
+def _end_spare() -> None:
+    while _spare:
+        process = _spare.pop()
+        process.kill()
+        process.communicate()
 
 
 # ---- In the process ----

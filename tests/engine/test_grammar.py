@@ -303,10 +303,8 @@ def test_a_pattern_that_grows_too_hard_in_the_middle_ends_its_own_answer_only(ch
 
 
 def test_a_schema_is_looked_at_once_and_never_wears_out(chat, monkeypatch):
-    calls, run = [], try_grammar.subprocess.run
-    monkeypatch.setattr(
-        try_grammar.subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1]
-    )
+    calls, try_apart = [], try_grammar._try_apart
+    monkeypatch.setattr(try_grammar, "_try_apart", lambda spec: (calls.append(spec), try_apart(spec))[1])
     schema = json_schema({"type": "boolean", "description": "looked at once"})
     for _ in range(3):
         with chat.stream_reply(ANNA, replace(LIKELIEST, grammar=schema)) as reply:
@@ -330,6 +328,16 @@ def test_many_who_come_together_to_a_cold_start_are_all_answered(chat):
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: grammars.grammar(schema), range(8)))
     assert [allowed(each, len(chat.serving.tokenizer)) for each in made] == [allowed(made[0], 49152)] * 8
+
+
+def test_the_process_for_the_next_grammar_is_started_beforehand():
+    specs = [GrammarSpec("regex", f"started beforehand {n}") for n in range(2)]
+    try_grammar.tried(specs[0], 40)
+    (waiting,) = try_grammar._spare
+    assert waiting.poll() is None
+    assert try_grammar.tried(specs[1], 40).error == ""
+    assert waiting.returncode == 0
+    assert try_grammar._spare != [waiting]
 
 
 def test_what_was_found_out_is_forgotten_when_it_fills_the_memory(monkeypatch):
