@@ -54,6 +54,7 @@ def add_page(
     page = build_page(settings.sampling, make_reply(answering, listeners))
     page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
+    page._queue.sleep_when_free = 0.05  # seconds; Gradio would look for work a thousand times a second
     gr.mount_gradio_app(
         app,
         page,

@@ -69,6 +69,12 @@ def choose(page, title, item):
     page.get_by_role("menuitem", name=item, exact=True).click()
 
 
+def delete_all(page):
+    manage(page, "Delete all chats")
+    question = page.get_by_role("dialog", name="Delete all chats of this browser?")
+    question.get_by_role("button", name="Delete all").click()
+
+
 def manage(page, item):
     page.get_by_role("button", name="Manage chats").click()
     page.get_by_role("menuitem", name=item).click()
@@ -182,9 +188,8 @@ def test_deleting_the_open_chat_begins_a_new_one_and_undo_opens_it_again(tab):
 
 
 def test_all_chats_are_deleted_after_a_question_and_come_back_with_undo(tab):
-    manage(tab, "Delete all chats")
+    delete_all(tab)
     expect(chats(tab)).to_have_count(0)
-    assert tab.evaluate("() => asked") == ["Delete all chats of this browser?", "Delete all"]
     tab.get_by_role("button", name="Undo").click()
     expect(chats(tab)).to_have_count(3)
 
@@ -352,13 +357,13 @@ def test_all_chats_are_exported_and_a_file_is_imported_with_what_came_of_it(tab)
     with tab.expect_download() as exported:
         manage(tab, "Export all chats")
     assert re.fullmatch(r"llama2-chat \d{4}-\d\d-\d\d\.json", exported.value.suggested_filename)
-    manage(tab, "Delete all chats")
+    delete_all(tab)
     expect(chats(tab)).to_have_count(0)
     for said in ("Imported 3 chats with 5 messages.", "Everything in this file is here already."):
         with tab.expect_file_chooser() as chooser:
             manage(tab, "Import…")
         chooser.value.set_files(exported.value.path())
-        expect(tab.get_by_role("alert")).to_have_text(said)
+        expect(tab.get_by_role("alert")).to_contain_text(said)
         expect(chats(tab)).to_have_text(["Cats", "Bread", "Old radios"])
 
 
@@ -372,7 +377,7 @@ def test_a_file_that_is_none_of_ours_is_refused_with_a_sentence(tab):
 def test_an_error_inside_is_one_calm_sentence(tab):
     tab.evaluate("() => { store.updateConversation = async () => { throw new TypeError('x is undefined') } }")
     choose(tab, "Cats", "Pin")
-    expect(tab.get_by_role("alert")).to_have_text("That did not work. Reload the page and try again.")
+    expect(tab.get_by_role("alert")).to_contain_text("That did not work. Reload the page and try again.")
 
 
 def test_a_browser_that_keeps_nothing_says_so_beside_the_list(context, open_tab):
@@ -471,9 +476,9 @@ def test_on_touch_every_target_is_44_pixels_and_menus_need_no_hovering(browser, 
     assert font == "16px"  # less makes iOS zoom in
 
 
-@pytest.mark.parametrize("theme", ["", "dark"], ids=["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_grave_in_list_menu_rename_and_search(tab, theme):
-    tab.evaluate("(theme) => { document.body.className = theme }", theme)
+    tab.evaluate("(dark) => document.body.classList.toggle('dark', dark)", theme == "dark")
     assert_accessible(tab)
     chat(tab, "Cats").hover()
     tab.get_by_role("button", name="Options for “Cats”").click()
