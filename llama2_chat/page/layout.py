@@ -28,7 +28,7 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 
 STATIC = Path(__file__).parent / "static"
-STYLES = ("page.css", "sidebar.css", "markdown.css")
+STYLES = ("page.css", "sidebar.css", "markdown.css", "settings.css", "login.css", "forced_colors.css")
 # Loaded at once and beside each other, and not one after the other as their imports are found.
 MODULES = sorted(path.relative_to(STATIC).as_posix() for path in [*STATIC.glob("*.js"), *STATIC.glob("markdown/*.js")])
 HEAD = "\n".join(
@@ -65,8 +65,7 @@ def add_page(
             primary_hue="indigo",
             neutral_hue="slate",
             radius_size=gr.themes.sizes.radius_lg,
-            # Bundled with Gradio, whose other weights of this font hold only a few letters.
-            font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+            font=[gr.themes.Font("IBM Plex Sans"), "system-ui", "sans-serif"],  # declared in static/page.css
         ),
         footer_links=[],
         show_error=False,  # what goes wrong inside is for the log

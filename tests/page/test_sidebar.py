@@ -131,6 +131,21 @@ def test_an_empty_list_says_where_chats_stay(open_tab):
     expect(open_tab("?private").get_by_text("A private chat: nothing of it is kept.")).to_be_visible()
 
 
+def test_a_menu_stays_on_a_screen_that_is_low(tab):
+    """It opened above the button, and above the screen, where there was no room below."""
+    tab.set_viewport_size({"width": 800, "height": 300})
+    choose_from = tab.get_by_role("menu")
+    for title in ("Cats", "Old radios"):
+        chat(tab, title).hover()
+        tab.get_by_role("button", name=f"Options for “{title}”").click()
+        for item in choose_from.get_by_role("menuitem").all():
+            expect(item).to_be_in_viewport(ratio=1)
+        tab.keyboard.press("Escape")
+    tab.set_viewport_size({"width": 800, "height": 160})
+    tab.get_by_role("button", name="Manage chats").click()
+    expect(choose_from).to_be_in_viewport(ratio=1)
+
+
 def test_a_rename_in_place_is_kept_with_enter_and_on_leaving_and_not_with_escape(tab):
     field = tab.get_by_role("textbox", name="Title")
     for typed, key, title in (

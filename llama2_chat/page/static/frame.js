@@ -42,7 +42,8 @@ export function buildFrame(element, state) {
     state.logOutToken && button("logOut", () => logOut(state.logOutToken)),
   );
   const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
-  const insecure = isSecureContext ? null : h("p", { class: "insecure" }, T.header.insecure);
+  const [before, command, after] = T.header.insecure;
+  const insecure = isSecureContext ? null : h("p", { class: "insecure" }, before, h("code", {}, command), after);
   const notice = h("p", { class: "notice" }, parts.model, parts.notice);
   const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
   const shade = h("div", { class: "shade", onclick: closeSheets });
@@ -52,6 +53,7 @@ export function buildFrame(element, state) {
   addSettingsHead();
   useTheme(kept(THEME));
   fitKeyboard();
+  new ResizeObserver(() => setLength("--foot", parts.composer.offsetHeight + notice.offsetHeight)).observe(parts.composer);
   return parts;
 }
 
@@ -87,8 +89,13 @@ function switchTheme() {
 function fitKeyboard() {
   const viewport = document.querySelector("meta[name=viewport]");
   viewport.content = "width=device-width, initial-scale=1, interactive-widget=resizes-content";
-  const fit = () => document.documentElement.style.setProperty("--height", `${visualViewport.height}px`);
-  visualViewport?.addEventListener("resize", fit);
+  // Two fingers that zoom in leave the page as it is.
+  visualViewport?.addEventListener("resize", () => setLength("--height", visualViewport.height * visualViewport.scale));
+}
+
+/** For the style sheets, in px. */
+function setLength(name, length) {
+  document.documentElement.style.setProperty(name, `${Math.round(length)}px`);
 }
 
 async function logOut(token) {

@@ -1,15 +1,50 @@
-// What Gradio's login lacks: the product's name, and words by which password managers know the fields.
+// What Gradio's login lacks: the product's name, words by which password managers and screen readers know its parts, and
+// one calm sentence for what went wrong, after which only the password is typed again.
 
+import { h } from "./dialog.js";
 import { T } from "./texts.js";
 
 /** Whether the login is what stands on the page; it is complete then. */
 export function completeLogin() {
   const password = document.querySelector("gradio-app input[type=password], .gradio-container input[type=password]");
   if (!password) return false;
-  password.autocomplete = "current-password";
   const panel = password.closest(".column");
-  Object.assign(panel.querySelector("input[type=text]"), { autocomplete: "username", autocapitalize: "none" });
-  panel.querySelector("h2").textContent = document.title = T.title;
-  panel.querySelector("input[type=text]").focus();
+  const name = panel.querySelector("input[type=text]");
+  password.autocomplete = "current-password";
+  Object.assign(name, { autocomplete: "username", autocapitalize: "none", spellcheck: false });
+  document.title = T.title;
+  panel.closest(".main").role = "main";
+  document.body.classList.add("login");
+  name.focus();
+  const problem = h("p", { class: "problem", role: "alert" });
+  panel.querySelector("h2").replaceWith(h("h1", {}, T.title), problem);
+  takeOver(panel, () => logIn(name, password, problem));
   return true;
+}
+
+/** Gradio would empty both fields after a wrong password, and say nothing of any other problem. */
+function takeOver(panel, act) {
+  const instead = (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    act();
+  };
+  panel.addEventListener("click", (event) => event.target.closest("button") && instead(event), { capture: true });
+  panel.addEventListener("keydown", (event) => event.key === "Enter" && instead(event), { capture: true });
+}
+
+async function logIn(name, password, problem) {
+  problem.textContent = "";
+  const body = new FormData();
+  body.append("username", name.value);
+  body.append("password", password.value);
+  try {
+    const response = await fetch("login", { method: "POST", body });
+    if (response.ok) return location.reload();
+    const { error } = await response.json();
+    problem.textContent = response.status === 400 ? T.login.wrong : (error?.message ?? T.login.wrong);
+  } catch {
+    problem.textContent = T.login.unreachable;
+  }
+  password.select();
 }

@@ -40,12 +40,14 @@ export class Menu {
     if (this.element.matches(":popover-open")) this.element.hidePopover();
   }
 
-  /** Below the button, or above it where there is no room. */
+  /** Below the button, or above it where there is no room, or as low as can be where there is none either. */
   #place({ top, bottom, left, right, width }) {
     const { style, childElementCount: items } = this.element;
-    const fits = bottom + items * HIGHEST_ITEM + 4 * GAP < innerHeight;
-    style.top = fits ? `${bottom + GAP}px` : "auto";
-    style.bottom = fits ? "auto" : `${innerHeight - top + GAP}px`;
+    const height = items * HIGHEST_ITEM + 4 * GAP;
+    const fitsBelow = bottom + height < visibleHeight();
+    style.top = fitsBelow ? `${bottom + GAP}px` : "auto";
+    const above = height < top ? `${innerHeight - top + GAP}px` : `calc(var(--covered) + ${2 * GAP}px)`;
+    style.bottom = fitsBelow ? "auto" : above;
     const start = width > WIDTH ? left : right - WIDTH; // a small button stands at the end of its line
     style.left = `${Math.max(2 * GAP, Math.min(innerWidth - 2 * GAP - WIDTH, start))}px`;
   }
@@ -60,6 +62,11 @@ export class Menu {
     event.preventDefault();
     items.at(next % items.length).focus();
   }
+}
+
+/** In px, less what a phone's keyboard covers. */
+function visibleHeight() {
+  return visualViewport ? visualViewport.height * visualViewport.scale : innerHeight;
 }
 
 function itemElement({ label, icon: path, act, isDanger }) {

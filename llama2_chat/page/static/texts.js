@@ -25,8 +25,12 @@ export const T = {
     help: "Keyboard shortcuts",
     logOut: "Log out",
     private: "Private chat: nothing is kept",
-    insecure: "Not encrypted: others on this network can read this chat. `python app.py --https` fixes that.",
+    insecure: ["Not encrypted: others on this network can read this chat. ", "python app.py --https", " fixes that."],
     memoryOnly: "This browser lets the page keep nothing: conversations are lost when it closes.",
+  },
+  login: {
+    wrong: "That name and password do not go together. Please try again.",
+    unreachable: "The server cannot be reached. Please try again in a moment.",
   },
   box: {
     label: "Message",

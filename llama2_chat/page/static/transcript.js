@@ -104,14 +104,15 @@ export class Transcript {
     note?.focus();
   }
 
+  /** To the newest message; where there is none, to the top of what stands instead. */
   _toEnd() {
-    this.element.scrollTop = this.element.scrollHeight;
+    this.element.scrollTop = this.articles.size ? this.element.scrollHeight : 0;
   }
 
   _scrolled() {
     const { scrollHeight, scrollTop, clientHeight } = this.element;
     this.following = scrollHeight - scrollTop - clientHeight < NEAR;
-    this.toEnd.hidden = this.following;
+    this.toEnd.hidden = this.following || !this.articles.size;
   }
 
   _add(message) {

@@ -1,0 +1,227 @@
+"""The page on every screen: phones upright and on their side, touch, zoom, the keyboard's room, forced colours."""
+
+import io
+import re
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+
+from llama2_chat.server import login
+from llama2_chat.types import Status
+from tests.support.axe import assert_accessible
+from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, open_settings, press, send
+from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.serving import serving
+
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+ON_ITS_SIDE, SMALL = {"width": 844, "height": 390}, {"width": 320, "height": 568}
+TOUCH = {"is_mobile": True, "has_touch": True}
+MARKDOWN = "<think>Hm.</think>\n\nSome `code`:\n\n```python\nprint(1)\n```\n\n- [x] done\n- [ ] not done"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def site(perform):
+    return perform(ScriptedChat(say=lambda messages: Scripted(MARKDOWN, reason="length")))
+
+
+@pytest.fixture(scope="module")
+def guarded(settings, tmp_path_factory):
+    """The address of a page with a login, of anna's."""
+    users = tmp_path_factory.mktemp("login") / "users.txt"
+    users.write_text(f"anna:{login.hash_password('sesame')}\n")
+    with serving(ScriptedChat(), settings, login.read_users(users)) as address:
+        yield address
+
+
+# What a finger cannot hit, or an iPhone would zoom in on.
+TOO_SMALL = """[...document.querySelectorAll("button, input:not(:disabled), textarea, summary")]
+  .filter((each) => each.checkVisibility())
+  .filter((each) => each.offsetWidth < 44 || each.offsetHeight < 44
+    || (/^(number|search|text|password|textarea)$/.test(each.type) && parseFloat(getComputedStyle(each).fontSize) < 16))
+  .map((each) => each.outerHTML)"""
+# A label that touches the edge of its button, or words without one.
+BARE = """[...document.querySelectorAll(".middle button, .toast button, dialog button, #settings > header button")]
+  .filter((each) => each.checkVisibility())
+  .filter((each) => { const { paddingLeft, paddingTop, borderTopColor, borderTopWidth } = getComputedStyle(each);
+    const isBordered = borderTopWidth !== "0px" && borderTopColor !== "rgba(0, 0, 0, 0)";
+    const hasWords = each.matches(".examples button, .words, .editor button:not(.primary), .toast button:not(.quiet)");
+    return parseFloat(paddingLeft) < 5 || parseFloat(paddingTop) < 3 || (hasWords && !isBordered);
+  }).map((each) => each.outerHTML)"""
+
+
+def test_a_finger_hits_every_control_and_no_field_makes_a_phone_zoom(visit, site):
+    page = visit(site, viewport=PHONE, **TOUCH)
+    assert page.evaluate(TOO_SMALL) == []
+    say(page)
+    press(page, "Edit")
+    assert page.evaluate(TOO_SMALL) == []
+    page.get_by_role("button", name="Cancel").click()
+    open_settings(page)
+    assert page.evaluate(TOO_SMALL) == []
+    page.get_by_role("button", name="Close").click()
+    open_menu(page)
+    assert page.evaluate(TOO_SMALL) == []
+    page.get_by_role("menuitem", name="Delete").click()
+    expect(page.locator(".toast")).to_be_visible()
+    assert page.evaluate(TOO_SMALL) == []
+
+
+def test_every_button_looks_like_one(visit, site):
+    page = visit(site, viewport=DESKTOP)
+    assert page.evaluate(BARE) == []  # examples
+    ask(page)
+    press(page, "Edit")
+    open_settings(page)
+    assert page.evaluate(BARE) == []
+    press(page, "Copy")
+    page.locator("#transcript").focus()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert page.evaluate(BARE) == []
+    assert page.evaluate("getComputedStyle(document.querySelector('dialog')).fontFamily").startswith('"IBM Plex Sans"')
+    assert page.evaluate("getComputedStyle(document.querySelector('.toast')).fontFamily").startswith('"IBM Plex Sans"')
+
+
+@pytest.mark.parametrize("size", [PHONE, ON_ITS_SIDE, SMALL], ids=["phone", "on its side", "small"])
+def test_everything_that_opens_stays_on_the_screen(visit, site, size):
+    page = visit(site, viewport=size, **TOUCH)
+    expect(page.get_by_role("heading", name="What would you like to talk about?")).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("button", name="To the newest message")).to_be_hidden()
+    say(page)
+    open_settings(page)
+    page.get_by_role("button", name="Back to the defaults").scroll_into_view_if_needed()
+    page.get_by_role("region", name="Settings").get_by_role("button", name="Close").click()
+    open_menu(page)
+    for item in page.get_by_role("menuitem").all():
+        expect(item).to_be_in_viewport(ratio=1)
+    page.get_by_role("menuitem", name="Delete").click()
+    toast = page.locator(".toast").bounding_box()
+    assert toast["x"] >= 0
+    assert toast["x"] + toast["width"] <= size["width"]
+    assert toast["y"] + toast["height"] <= page.locator(".box").bounding_box()["y"]
+    for button in page.locator(".toast button").all():
+        assert button.evaluate("button => button.scrollWidth <= button.clientWidth")
+    page.locator(".toast button").last.click()
+    page.get_by_role("button", name="Conversations").click()
+    page.get_by_role("button", name="Manage chats").click()
+    page.get_by_role("menuitem", name="Delete all").click()
+    expect(page.get_by_role("dialog")).to_be_in_viewport(ratio=1)
+
+
+def test_two_fingers_zoom_in_and_a_keyboard_covers_nothing_that_is_open(visit, site):
+    page = visit(site, viewport=PHONE, **TOUCH)
+    devtools = page.context.new_cdp_session(page)
+    with page.expect_event("console"):
+        page.evaluate("visualViewport.addEventListener('resize', () => console.log('zoomed'), { once: true })")
+        devtools.send("Emulation.setPageScaleFactor", {"pageScaleFactor": 2})
+    assert page.evaluate("document.querySelector('.middle').clientHeight") == 844
+    devtools.send("Emulation.setPageScaleFactor", {"pageScaleFactor": 1})
+    say(page)
+    press(page, "Copy")
+    open_settings(page)
+    page.evaluate("""() => {  // as an iPhone's keyboard does, which leaves the window as large as it was
+      Object.defineProperty(visualViewport, "height", { value: 480, configurable: true });
+      visualViewport.dispatchEvent(new Event("resize"));
+    }""")
+    for opened in (page.locator("#settings"), page.locator(".toast")):
+        assert bottom(opened) <= 480
+    page.get_by_role("button", name="Close").first.click()
+    page.locator("#transcript").focus()
+    page.keyboard.press("?")
+    assert bottom(page.get_by_role("dialog")) <= 480
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, {"forced_colors": "active"}], ids=str)
+def test_done_and_not_done_look_different_in_a_task_list(visit, site, options):
+    page = visit(site, viewport=DESKTOP, **options)
+    ask(page)
+    done, not_done = answers(page).get_by_role("checkbox").all()
+    assert pixels(done) != pixels(not_done)
+
+
+def test_what_a_colour_tells_is_told_without_our_colours_too(visit, site):
+    page = visit(site, viewport=DESKTOP, forced_colors="active")
+    ask(page, "First")
+    page.get_by_role("button", name="New chat").first.click()
+    ask(page, "First")
+    open_settings(page)
+    chosen = pixels(page.locator("#sidebar .open[aria-current]"))
+    assert chosen != pixels(page.locator("#sidebar .open:not([aria-current])"))
+    for shown in ("#setting-temperature input[type=range]", ".gauge meter"):
+        assert colours(page.locator(shown)) > 1, shown
+    assert page.locator("article.user .body").evaluate("bubble => getComputedStyle(bubble).borderTopWidth") == "1px"
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}], ids=["light", "dark"])
+def test_a_login_that_failed_keeps_the_name_and_says_so_calmly(browser, guarded, options):
+    with browser.new_page(viewport=PHONE, **TOUCH, **options) as page:
+        page.goto(guarded)
+        expect(page.get_by_role("main").get_by_role("heading", name="Llama 2 Chat", level=1)).to_be_visible()
+        assert_accessible(page)
+        assert page.evaluate(TOO_SMALL) == []
+        page.get_by_label("username").fill("anna")
+        page.get_by_label("password").fill("wrong")
+        for _ in range(2):
+            page.get_by_role("button", name="Login").click()
+            expect(page.get_by_role("alert")).to_have_text(re.compile("do not go together"))
+            expect(page.get_by_label("password")).to_be_focused()
+        expect(page.get_by_label("username")).to_have_value("anna")
+        assert_accessible(page)
+        page.keyboard.type("sesame")  # in place of the other, which is selected
+        page.keyboard.press("Enter")
+        expect(box(page)).to_be_editable()
+
+
+def test_what_an_answer_waits_for_is_said_once(visit, perform):
+    chat = ScriptedChat(Status("loading", phase="download", done_bytes=1, total_bytes=93_000_000))
+    page = visit(perform(chat), viewport=PHONE)
+    progress = page.locator(".status", has_text="of 93 MB")
+    expect(progress).to_be_visible()
+    send(page, SHORT)
+    expect(page.locator("article.waiting")).to_have_attribute("data-waiting", re.compile("of 93 MB"))
+    expect(progress).to_be_hidden()
+
+
+def test_words_stand_in_the_middle_of_their_line(visit, site):
+    """As Gradio ships its font, capitals stand an eighth of a line too high."""
+    page = visit(site)
+    above, below, capital = page.evaluate("""async () => {
+      await document.fonts.load('100px "IBM Plex Sans"');
+      const context = document.createElement("canvas").getContext("2d");
+      context.font = '100px "IBM Plex Sans"';
+      const measured = context.measureText("H");
+      return [measured.fontBoundingBoxAscent, measured.fontBoundingBoxDescent, measured.actualBoundingBoxAscent];
+    }""")
+    assert above - capital == pytest.approx(below, abs=6)
+
+
+def say(page: Page) -> None:
+    """A whole exchange, by touch."""
+    box(page).fill(SHORT)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(answers(page)).to_have_count(1)
+    expect_unlocked(page)
+
+
+def open_menu(page: Page) -> None:
+    page.get_by_role("button", name="Conversations").click()
+    page.locator("#sidebar .more").first.click()
+
+
+def bottom(element: Locator) -> float:
+    place = element.bounding_box()
+    assert place
+    return place["y"] + place["height"]
+
+
+def pixels(element: Locator) -> bytes:
+    with Image.open(io.BytesIO(element.screenshot())) as picture:
+        return picture.convert("RGB").tobytes()
+
+
+def colours(element: Locator) -> int:
+    with Image.open(io.BytesIO(element.screenshot())) as picture:
+        return len(picture.convert("RGB").getcolors(1_000_000))
