@@ -23,7 +23,7 @@ from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams, Statu
 SHOW_EVERY_S = 0.05  # between two pieces: shown token by token, a long answer keeps the browser busier than the model
 REFRESH_EVERY_S = 0.4  # while nothing new comes
 # After which whoever asked and does not listen loses the place in line, or the answer.
-UNREAD_WAITING_S = 10.0
+UNREAD_WAITING_S = 20.0  # a tab in the background reads every five
 UNREAD_S = 120.0  # long enough for a phone that was locked, or a line that was down
 
 
@@ -91,13 +91,13 @@ class Answering:
         self, messages: list[Message], params: SamplingParams, client: str, record: Record
     ) -> AsyncGenerator[Step, None]:
         """A message that arrives while the model loads waits for it."""
-        while self.chat.state == "loading":
-            yield Step(loading=self.chat.status)
-            await asyncio.sleep(REFRESH_EVERY_S)
-        record.question = messages
-        yield Step()
-        threads = self._limiter.threads(sum(len(message["content"].encode()) for message in messages))
         with self._limiter.slot(client):
+            while self.chat.state == "loading":
+                yield Step(loading=self.chat.status)
+                await asyncio.sleep(REFRESH_EVERY_S)
+            record.question = messages
+            yield Step()
+            threads = self._limiter.threads(sum(len(message["content"].encode()) for message in messages))
             submitting = asyncio.ensure_future(submit(lambda: self.chat.stream_reply(messages, params), threads))
             try:
                 while not (await asyncio.wait([submitting], timeout=REFRESH_EVERY_S))[0]:

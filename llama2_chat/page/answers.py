@@ -19,6 +19,7 @@ from llama2_chat.server.errors import ApiError
 
 KEPT_S = 600.0  # after its end, for a reader who was cut off
 MOST_ANSWERS = 1_000  # running and kept
+MOST_OF_ONE = 250  # running, of one address: one alone shall not keep everybody else out
 ALIVE_EVERY_S = 5.0  # a line in a silent stream: proxies cut connections on which nothing moves
 
 Steps = AsyncGenerator[Step | End, None]
@@ -27,9 +28,9 @@ Steps = AsyncGenerator[Step | End, None]
 class Answer:
     """One answer on its way or at its end, for any number of readers."""
 
-    def __init__(self, owner: str, start: Callable[[Callable[[], bool]], Steps]) -> None:
+    def __init__(self, owner: str, client: str, start: Callable[[Callable[[], bool]], Steps]) -> None:
         """start: given a function that says whether somebody listens, makes the steps."""
-        self.owner, self.end = owner, None
+        self.owner, self.client, self.end = owner, client, None
         self._text: list[str] = []
         self._waiting: dict[str, Any] = {}
         self._readers = 0
@@ -120,14 +121,16 @@ class Answers:
     def __init__(self) -> None:
         self._answers: dict[str, Answer] = {}
 
-    def start(self, id: str, owner: str, start: Callable[[Callable[[], bool]], Steps]) -> Answer:
+    def start(self, id: str, owner: str, client: str, start: Callable[[Callable[[], bool]], Steps]) -> Answer:
         """The answer with this id, made now if there is none. Raises Busy if there are too many, ApiError if it is
         somebody else's."""
         if id in self._answers:
             return self.get(id, owner)
+        if self._running_of(client) >= MOST_OF_ONE:
+            raise Busy("Too many questions from your address are being answered. Please try again in a minute.")
         if len(self._answers) >= MOST_ANSWERS and not self._drop_oldest_ended():
             raise Busy("This server is answering as many questions as it can. Please try again in a minute.")
-        answer = self._answers[id] = Answer(owner, start)
+        answer = self._answers[id] = Answer(owner, client, start)
         answer.task.add_done_callback(lambda task: self._ended(id, task))
         return answer
 
@@ -137,6 +140,9 @@ class Answers:
         if answer is None or answer.owner != owner:
             raise ApiError(404, "not_found", "There is no such answer here, or no longer.")
         return answer
+
+    def _running_of(self, client: str) -> int:
+        return sum(answer.client == client and answer.end is None for answer in self._answers.values())
 
     def _ended(self, id: str, task: asyncio.Task[None]) -> None:
         task.get_loop().call_later(KEPT_S, self._answers.pop, id, None)

@@ -21,8 +21,9 @@ from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
-from llama2_chat.server.errors import ApiError, error_response, no_such_route
-from llama2_chat.server.limits import counted
+from llama2_chat.errors import Busy
+from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
+from llama2_chat.server.limits import Turns, counted
 from llama2_chat.server.security import content_security_policy
 
 log = logging.getLogger("llama2_chat")
@@ -34,6 +35,7 @@ FOR_PROGRAMS = (
 )
 # Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
 MOST_JOBS = 1_000
+MOST_LOGINS = 20  # that one address may attempt at once
 MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio keeps of its components for each
 
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
@@ -102,6 +104,7 @@ class OnlyOurRoutes:
     def __init__(self, app: App, listeners: Listeners, head: bytes, on_space: bool) -> None:
         """head: HTML for the head of the page's document, of the login too, from which Gradio leaves its own out."""
         self.app, self.listeners, self.head, self.on_space = app, listeners, head, on_space
+        self._logins = Turns(MOST_LOGINS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -113,10 +116,15 @@ class OnlyOurRoutes:
             return await error_response(problem)(scope, receive, send)
         if path == "/":
             return await self.app(scope, receive, _Document(send, self.head, self.on_space))
-        with contextlib.ExitStack() as stack:
-            if session := self._session_read(scope, path):
-                stack.enter_context(self.listeners.listening(session))
-            return await _with_a_sentence(self.app, scope, receive, send)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                if session := self._session_read(scope, path):
+                    stack.enter_context(self.listeners.listening(session))
+                if path.startswith("/login") and scope["method"] == "POST":  # each takes some tenths of a second
+                    await stack.enter_async_context(self._logins.turn((scope.get("client") or [""])[0]))
+                await _with_a_sentence(self.app, scope, receive, send)
+        except Busy as error:
+            await error_response(as_api_error(error))(scope, receive, send)
 
     def _session_read(self, scope: Scope, path: str) -> str | None:
         """The session whose messages this request reads, if it reads any."""

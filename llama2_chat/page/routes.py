@@ -85,15 +85,17 @@ def page_router(
 
     @router.get("/state")
     async def state(request: Request) -> Response:
-        response = JSONResponse({**_state(chat, defaults), "logOutToken": visitors.log_out_token(request)})
+        login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
+        response = JSONResponse({**_state(chat, defaults), **login})
         visitors.remember(request, response)
         return response
 
     @router.put("/answers/{id}")
     async def start(id: AnswerId, question: Question, request: Request) -> Response:
         """Begin this answer, or read the one that has begun; as a stream."""
-        steps = functools.partial(answering.answer, question.parsed, client_address(request))
-        return _stream(answers.start(id, visitors.owner(request), steps))
+        client = client_address(request)
+        steps = functools.partial(answering.answer, question.parsed, client)
+        return _stream(answers.start(id, visitors.owner(request), client, steps))
 
     @router.get("/answers/{id}")
     async def read(id: AnswerId, request: Request) -> Response:

@@ -31,6 +31,10 @@ class Visitors:
             return f"login {self._login(request)[1]}"
         return f"cookie {request.cookies.get(COOKIE, '')}"
 
+    def profile(self, request: Request) -> str:
+        """Under which name a browser keeps this visitor's conversations: that of the login; "" where there is none."""
+        return self._login(request)[1] if self._has_login else ""
+
     def remember(self, request: Request, response: Response) -> None:
         """Give a browser that has none its cookie."""
         if not self._has_login and not request.cookies.get(COOKIE):

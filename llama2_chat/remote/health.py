@@ -125,9 +125,11 @@ class Health:
         if healthy:
             device = "a server" if len(healthy) == 1 else f"{len(healthy)} servers"  # visitors are not told their names
             self.status = replace(self.status, state="ready", device=device, why=self._notes(healthy), error="")
+        elif STARTING in faults:  # it waits for a model of its own, and questions wait for it
+            self.status = replace(self.status, state="loading", error="")
         elif len(faults) == len(self._servers):
             self.status = replace(self.status, state="failed", error=faults[0])
-        if self.status.state != "loading":
+        if all(server.fault is not None for server in self._servers) or healthy:
             self.known.set()
 
     def _notes(self, healthy: list[Server]) -> str:

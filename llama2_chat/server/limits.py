@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
@@ -46,6 +47,29 @@ class ConcurrencyLimiter:
             )
         with counted(self._running, client, answers):
             yield
+
+
+class Turns:
+    """One after another for each client, so that many of one keep nobody else waiting. From the event loop alone."""
+
+    def __init__(self, most: int) -> None:
+        """most: that one client may have here, with those that wait."""
+        self._most = most
+        self._here: Counter[str] = Counter()
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Raises Busy if this client has too many here."""
+        if self._here[client] >= self._most:
+            raise Busy("Too many attempts at once. Please wait a minute and try again.")
+        try:
+            with counted(self._here, client):
+                async with self._locks.setdefault(client, asyncio.Lock()):
+                    yield
+        finally:
+            if client not in self._here:
+                self._locks.pop(client, None)
 
 
 @contextlib.contextmanager

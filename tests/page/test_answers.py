@@ -182,6 +182,28 @@ def test_when_there_are_too_many_the_oldest_that_has_ended_makes_room(anna, gate
     assert anna.get(f"answers/{ID}").status_code == 404
 
 
+def test_one_address_cannot_keep_everybody_else_out(anna, gate, monkeypatch):
+    monkeypatch.setattr(page_answers, "MOST_OF_ONE", 1)
+    with anna.stream("PUT", f"answers/{ID}", json=QUESTION):
+        refused = anna.put(f"answers/{OTHER}", json=QUESTION)
+        assert (refused.status_code, "your address" in refused.json()["error"]["message"]) == (429, True)
+        gate.set()
+        assert whole(anna.get(f"answers/{ID}"))[0] == "Once upon a time."
+    assert anna.put(f"answers/{OTHER}", json=QUESTION).status_code == 200
+
+
+def test_what_waits_for_the_model_to_load_counts_in_its_owners_share_too(chat):
+    chat.status = Status(phase="load")
+    with (
+        site(chat, ConcurrencyLimiter(1)) as address,
+        visitor(address) as http,
+        http.stream("PUT", f"answers/{ID}", json=QUESTION) as response,
+    ):
+        next(response.iter_lines())
+        refused = whole(http.put(f"answers/{OTHER}", json=QUESTION))[1]
+    assert refused["error"].startswith("You have 1 answers on their way")
+
+
 def test_a_running_answer_counts_in_its_owners_share(chat, gate):
     with (
         site(chat, ConcurrencyLimiter(1)) as address,

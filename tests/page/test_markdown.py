@@ -119,6 +119,12 @@ def test_what_a_model_thinks_is_folded_and_stays_open_once_opened(answer_page):
     expect(answer_page.get_by_text("So.")).to_be_visible()
 
 
+def test_thoughts_that_were_never_closed_are_over_with_the_answer_and_open_where_there_is_nothing_else(answer_page):
+    shown = show(answer_page, "<think>\nFirst, then")
+    expect(shown.locator("summary")).to_have_text("Thoughts")
+    expect(answer_page.get_by_text("First, then")).to_be_visible()
+
+
 def test_footnotes_are_numbered_and_linked_both_ways(answer_page):
     shown = show(
         answer_page, "One[^b], two[^a], one again[^b], none[^c].\n\n[^a]: Second.\n[^b]: First,\n    in two lines."

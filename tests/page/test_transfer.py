@@ -205,7 +205,12 @@ BROKEN_FIELDS = [
     ("createdAt", -1),
 ]
 BROKEN_FIELDS += [("edited", "yes"), ("answerId", 1), ("end", "stop"), ("end", {"reason": "constructor"}), ("end", {})]
-BROKEN_FIELDS += [("end", {**END, "tokensPerS": "<b>"}), ("settings", []), ("settings", {"topP": ["1"]})]
+BROKEN_FIELDS += [
+    ("end", {**END, "tokensPerS": "<b>"}),
+    ("end", {**END, "completionTokens": -5}),
+    ("settings", []),
+    ("settings", {"topP": ["1"]}),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BROKEN_FIELDS, ids=str)

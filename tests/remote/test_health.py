@@ -56,6 +56,15 @@ def test_a_failed_server_is_back_when_it_answers_again(settings, odd, other):
         until(lambda: model.status.device == "2 servers")
 
 
+def test_a_server_that_loads_its_model_is_waited_for_as_one_here(settings, odd):
+    odd.probe = status(503, {"error": {"message": "Loading model"}})
+    with behind(settings, odd) as model:
+        assert (model.state, model.status.phase) == ("loading", "connect")
+        odd.probe = words("Hi")
+        until(lambda: model.state == "ready")
+        assert read(model)[0] == "Hello!"
+
+
 @pytest.mark.slow
 def test_an_idle_server_is_probed_now_and_then_and_a_busy_one_is_not(settings, odd):
     odd.answer = [HEAD, *[event("a"), 0.1] * 25, event(finish="stop"), LAST]

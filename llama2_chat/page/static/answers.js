@@ -1,8 +1,12 @@
 // One answer over the network: asked for, read as it grows, found again after a lost line or a reload, stopped.
 // Nothing here knows what is shown or kept. The server's side is ../routes.py and ../answers.py.
+//
+// A browser has six connections for all tabs: one in the background lets go of its own, and asks now and then.
 
 const RETRY_MS = [300, 1000, 2000, 4000, 8000];
 const GIVE_UP_MS = 10 * 60 * 1000; // as long as the server keeps an answer that has ended
+const HIDDEN_MS = 500; // that a tab in the background reads
+const AWAY_MS = 5000; // and then leaves the line to others; the server takes longer to think that nobody reads
 
 /** What the server refused, in its own sentence. */
 export class Refused extends Error {
@@ -25,8 +29,10 @@ export async function* follow(id, question, signal) {
   let failures = 0;
   let downSince = 0;
   while (!signal.aborted) {
+    const connection = untilHidden(signal);
     try {
-      const response = await fetch(`page/answers/${id}`, known ? { signal } : { ...put(question), signal });
+      const asked = { ...(known ? {} : put(question)), signal: connection.signal };
+      const response = await fetch(`page/answers/${id}`, asked);
       if (response.status === 404 && known) return void (yield { lost: true });
       if (!response.ok) {
         if (response.status >= 502) throw new TypeError("the proxy has no server");
@@ -41,17 +47,35 @@ export async function* follow(id, question, signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refused) throw error;
+    } finally {
+      connection.release();
+    }
+    if (connection.signal.aborted) {
+      if (document.hidden) await pause(AWAY_MS, signal);
+      continue;
     }
     downSince ||= Date.now();
     if (Date.now() - downSince > GIVE_UP_MS) return void (yield { lost: true });
     yield { offline: true };
-    await pause(RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)], signal);
+    await pause(retryMs(failures++), signal);
   }
 }
 
-/** End the answer on the server; its readers see it end. */
-export function stop(id) {
-  return fetch(`page/answers/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+/**
+ * End the answer on the server; its readers see it end.
+ * @returns {Promise<Refused | null>} why it did not, where whoever asks is not who asked for the answer
+ */
+export async function stop(id) {
+  const giveUpAt = Date.now() + GIVE_UP_MS;
+  for (let failures = 0; Date.now() < giveUpAt; failures += 1) {
+    try {
+      const response = await fetch(`page/answers/${id}`, { method: "DELETE", keepalive: true });
+      return response.status === 401 ? new Refused(response.status, await sentence(response)) : null;
+    } catch {
+      await pause(retryMs(failures)); // the line is down
+    }
+  }
+  return null;
 }
 
 /** How the conversation would stand in the model's window; null where that cannot be told now. */
@@ -88,16 +112,41 @@ async function* lines(body) {
   }
 }
 
-function pause(ms, signal) {
+const retryMs = (failures) => RETRY_MS[Math.min(failures, RETRY_MS.length - 1)];
+
+/** A signal that also ends what a tab in the background reads, and release(), after which it ends nothing. */
+function untilHidden(signal) {
+  const ending = new AbortController();
+  const end = () => ending.abort();
+  let timer = null;
+  const look = () => {
+    clearTimeout(timer);
+    if (document.hidden) timer = setTimeout(end, HIDDEN_MS);
+  };
+  look();
+  document.addEventListener("visibilitychange", look);
+  signal.addEventListener("abort", end);
+  const release = () => {
+    clearTimeout(timer);
+    document.removeEventListener("visibilitychange", look);
+    signal.removeEventListener("abort", end);
+  };
+  return { signal: ending.signal, release };
+}
+
+/** Resolves after a while, and sooner where there is a reason to try at once. */
+function pause(ms, signal = new AbortController().signal) {
   return new Promise((resolve) => {
     const timer = setTimeout(done, ms);
     function done() {
       clearTimeout(timer);
       removeEventListener("online", done);
+      document.removeEventListener("visibilitychange", done);
       signal.removeEventListener("abort", done);
       resolve();
     }
     addEventListener("online", done);
+    document.addEventListener("visibilitychange", done);
     signal.addEventListener("abort", done);
   });
 }

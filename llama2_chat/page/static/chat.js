@@ -16,13 +16,24 @@ function newSeed() {
 }
 
 export class Chat {
-  /** @param hooks onOpened(conversation), onSaid(text) for screen readers, state() what the server says of its model */
+  /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) of a
+   *   conversation that has not begun, onTitle(conversation) when it has another, state() what the server says of its model */
   constructor({ store, settings, transcript, composer, hooks }) {
     Object.assign(this, { store, settings, transcript, composer, hooks });
     this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
+    this.offline = new Set(); // ids of those whose line is down
     this.fitted = null;
-    this.close = store.onChange((change) => this._changed(change));
+    this.deaf = store.onChange((change) => this._changed(change));
+  }
+
+  /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
+  close() {
+    this.deaf();
+    this._flushDraft();
+    if (!this.store.private) return;
+    this.running.forEach((abort) => abort.abort());
+    for (const { answerId } of this.talk.messages.values()) if (answerId) stop(answerId);
   }
 
   get id() {
@@ -36,6 +47,7 @@ export class Chat {
   // Which conversation is open.
 
   async open(id, messageId) {
+    this._flushDraft();
     const conversation = await this.store.conversation(id);
     if (!conversation) return void this.startNew();
     const messages = await this.store.messages(id);
@@ -56,7 +68,9 @@ export class Chat {
   }
 
   startNew(draft = "") {
+    this._flushDraft();
     this.talk = emptyTalk();
+    if (draft) this.hooks.onDraft(draft);
     this.composer.text = draft;
     this.render();
     this.hooks.onOpened(null);
@@ -67,6 +81,7 @@ export class Chat {
   // What a visitor does.
 
   async send(text) {
+    this.unkept = null; // it is sent
     this.composer.setRunning(true); // at once: what is typed now waits for this answer
     const { talk } = this;
     await this._ensureConversation(talk, text);
@@ -80,7 +95,7 @@ export class Chat {
   }
 
   async sameAgain(message) {
-    const settings = { ...message.settings, seed: String(message.end.seed) };
+    const settings = { ...this.settings.defaults, ...message.settings, seed: String(message.end.seed) };
     await this._answer(this.talk, this.talk.messages.get(message.parentId), { seed: message.end.seed, settings });
   }
 
@@ -93,9 +108,12 @@ export class Chat {
     else this.render();
   }
 
+  /** Its seed stays that of its beginning, with which the same question has the same answer again. */
   async continue(message) {
-    const { end: _, ...open } = message;
-    await this._run(this.talk, { ...open, answerId: newId() }, { seed: newSeed(), settings: this.settings.read() });
+    if (this._runningHere()) return;
+    const { end, ...open } = message;
+    const begun = { ...open, answerId: newId(), seed: end.seed };
+    await this._run(this.talk, begun, { seed: newSeed(), settings: this.settings.read() });
   }
 
   async branch(message, step) {
@@ -107,9 +125,21 @@ export class Chat {
     this.count();
   }
 
-  stop() {
+  async stop() {
     const message = this._runningHere();
-    if (message?.answerId) stop(message.answerId);
+    if (!message?.answerId) return;
+    if (this.offline.has(message.id)) this._stopHere(message);
+    const refused = await stop(message.answerId);
+    if (refused) explain(refused);
+  }
+
+  /** While the line is down, the server hears of it later. */
+  _stopHere(message) {
+    this.running.get(message.id).abort();
+    this.running.delete(message.id);
+    const stopped = { ...message };
+    this._end(stopped, { reason: "cancelled" });
+    this._finish(stopped);
   }
 
   editLast() {
@@ -120,9 +150,15 @@ export class Chat {
   keepDraft(text) {
     clearTimeout(this.draftTimer);
     const { id } = this;
-    const keep = () => this.store.updateConversation(id, (conversation) => (conversation.draft = text));
-    if (id) this.draftTimer = setTimeout(keep, 300);
+    this.unkept = id && (() => this.store.updateConversation(id, (conversation) => (conversation.draft = text)));
+    this.draftTimer = setTimeout(() => this._flushDraft(), 300);
     this.count();
+  }
+
+  /** Keep at once what was typed last, before another conversation takes the box. */
+  _flushDraft() {
+    this.unkept?.();
+    this.unkept = null;
   }
 
   /** Count the conversation, with what stands in the box, once typing pauses. */
@@ -167,9 +203,10 @@ export class Chat {
   }
 
   async _answer(talk, question, { seed, settings = this.settings.read() } = {}) {
+    if (talk.asking || (talk === this.talk && this._runningHere())) return; // the second of two quick clicks
+    talk.asking = true;
     const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
-    const message = await this._addMessage(talk, fields);
-    if (talk === this.talk) this.transcript.scrollToEnd();
+    const message = await this._addMessage(talk, fields).finally(() => (talk.asking = false));
     await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
   }
 
@@ -177,7 +214,7 @@ export class Chat {
   async _run({ messages }, message, { seed, settings }) {
     const said = pathTo([...messages.values()], message.id).filter(({ text }) => text);
     const turns = said.map(({ role, text }) => ({ role, content: text }));
-    await this._read({ ...message, seed }, { messages: turns, settings: { ...settings, seed: String(seed) } });
+    await this._read({ ...message, seed: message.seed ?? seed }, { messages: turns, settings: { ...settings, seed: String(seed) } });
   }
 
   /** Follow an answer to its end, whichever conversation is open meanwhile. question: null if it was asked before. */
@@ -189,14 +226,17 @@ export class Chat {
     this._put(message);
     await this.store.putMessage(message);
     this.render();
+    if (question && message.conversationId === this.id) this.transcript.scrollToEnd();
     if (question) this.hooks.onSaid(T.live.begun);
     let keptAt = 0;
+    let refusal = null;
     try {
       for await (const event of follow(message.answerId, question, abort.signal)) {
         if (event.text !== undefined) message.text = before + event.text;
         if (event.more) message.text += event.more;
         if (event.end) this._end(message, event.end);
         if (event.lost) this._end(message, { reason: "interrupted" });
+        event.offline ? this.offline.add(message.id) : this.offline.delete(message.id);
         this._show(message, event.offline ? T.connection.offline : event.waiting);
         if (Date.now() - keptAt > KEEP_EVERY_MS && message.answerId) {
           keptAt = Date.now();
@@ -204,11 +244,13 @@ export class Chat {
         }
       }
     } catch (error) {
-      if (!(error instanceof Refused)) console.error(error);
+      if (error instanceof Refused) refusal = error;
+      else console.error(error);
       this._end(message, { reason: "error", error: error.message, refused: !message.text });
     }
-    this.running.delete(message.id);
-    if (!abort.signal.aborted) await this._finish(message);
+    if (this.running.get(message.id) === abort) this.running.delete(message.id);
+    this.offline.delete(message.id);
+    if (!abort.signal.aborted) await this._finish(message, refusal);
   }
 
   _end(message, end) {
@@ -219,9 +261,11 @@ export class Chat {
     delete message.seed;
   }
 
-  async _finish(message) {
+  async _finish(message, refusal) {
     const { end } = message;
-    if (end.refused && !message.text) return this._takeBack(message);
+    const isTakenBack = end.refused && !message.text;
+    if (isTakenBack || refusal?.status === 401) explain(refusal ?? { message: end.error });
+    if (isTakenBack) return this._takeBack(message);
     if (end.reason === "unread" && !message.text && message.conversationId === this.id) return this._askAgain(message);
     await this.store.putMessage({ ...message });
     this._put(message);
@@ -237,9 +281,9 @@ export class Chat {
     return this._run(this.talk, { ...message, answerId: newId() }, { seed: end.seed ?? newSeed(), settings });
   }
 
-  /** A message that never reached the model returns to the box of its conversation, with the reason. */
+  /** A message that never reached the model returns to the box of its conversation. */
   async _takeBack(message) {
-    const { conversationId, parentId, end } = message;
+    const { conversationId, parentId } = message;
     const all = await this.store.messages(conversationId);
     const question = all.find(({ id }) => id === parentId);
     const wasAnswered = siblings(all, message).list.length > 1; // only another try was refused
@@ -248,7 +292,6 @@ export class Chat {
     const leafId = wasAnswered ? leafBelow(left, question.id) : newestBeside(left, question);
     await this.store.updateConversation(conversationId, (conversation) => (conversation.leafId = leafId));
     await this.store.removeMessages(conversationId, gone);
-    toast(end.error, { seconds: 12 });
     const isOpen = conversationId === this.id;
     const draft = [!wasAnswered && question.text, isOpen && this.composer.text].filter(Boolean).join("\n\n");
     if (!isOpen) {
@@ -314,20 +357,31 @@ export class Chat {
 
   // Other tabs.
 
-  async _changed({ conversationId, here }) {
-    if (here || conversationId !== this.id) return;
+  async _changed({ kind, conversationId, here }) {
+    if (conversationId !== this.id || (here && kind !== "conversation")) return;
     const conversation = await this.store.conversation(this.id);
     if (conversationId !== this.id) return;
+    if (conversation && conversation.title !== this.talk.conversation.title) {
+      this.talk.conversation.title = conversation.title;
+      this.hooks.onTitle(conversation);
+    }
+    if (here) return;
     if (!conversation) return void this.startNew(this.composer.text);
     const messages = await this.store.messages(conversationId);
     if (conversationId !== this.id) return;
     for (const message of messages) if (!this.running.has(message.id)) this.talk.messages.set(message.id, message);
-    // Where this tab reads stays its own, until it has nothing of its own to show.
-    if (!this.talk.messages.has(this.talk.conversation.leafId)) this.talk.conversation.leafId = conversation.leafId;
-    this.talk.conversation.title = conversation.title;
+    // Where this tab reads stays its own, until it has nothing of its own to show; what follows there is shown.
+    const leafId = this.talk.messages.has(this.talk.conversation.leafId) ? this.talk.conversation.leafId : conversation.leafId;
+    this.talk.conversation.leafId = leafId && leafBelow([...this.talk.messages.values()], leafId);
     this._resume([...this.talk.messages.values()]);
     this.render();
   }
+}
+
+/** Why the server did not do it; where the login has ended, with the way to a new one. Texts wait meanwhile. */
+function explain({ message, status }) {
+  const logIn = status === 401 && { action: T.login.again, onAction: () => location.reload() };
+  toast(message, { seconds: 12, ...logIn });
 }
 
 /** No conversation is kept before its first message. */

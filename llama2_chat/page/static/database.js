@@ -1,6 +1,7 @@
 // IndexedDB "llama2-chat": conversations and messages as records on this computer, each change one transaction. What
 // happens when it is full or missing is decided in records.js.
 
+import { ofProfile } from "./profile.js";
 import { T } from "./texts.js";
 
 const NAME = "llama2-chat";
@@ -16,10 +17,15 @@ const done = (request) =>
 
 export class Database {
   #opening = null;
+  #name;
+
+  constructor(profile) {
+    this.#name = ofProfile(NAME, profile);
+  }
 
   /** Rejects where there is no IndexedDB, where it is blocked, and where a newer page has changed it. */
-  static async open() {
-    const database = new Database();
+  static async open(profile) {
+    const database = new Database(profile);
     await database.#connection();
     return database;
   }
@@ -105,7 +111,7 @@ export class Database {
 
   /** The connection, opened again after the browser or a newer page closed it. */
   #connection() {
-    this.#opening ??= open().then(
+    this.#opening ??= open(this.#name).then(
       (connection) => {
         // Another tab wants a newer version, or wants the database gone: a connection that stays would block it.
         connection.onversionchange = () => {
@@ -141,9 +147,9 @@ async function removeFrom({ conversations, messages }, id) {
   for (const key of await done(messages.index("conversationId").getAllKeys(id))) messages.delete(key);
 }
 
-function open() {
+function open(name) {
   return new Promise((resolve, reject) => {
-    const request = indexedDB.open(NAME, VERSION); // throws where storage is forbidden
+    const request = indexedDB.open(name, VERSION); // throws where storage is forbidden
     request.onupgradeneeded = () => createStores(request.result);
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);

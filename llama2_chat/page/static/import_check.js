@@ -7,6 +7,8 @@ const is = {
   title: (value) => typeof value === "string" && value.length <= 1000,
   flag: (value) => typeof value === "boolean",
   number: (value) => Number.isFinite(value),
+  count: (value) => Number.isInteger(value) && value >= 0,
+  measured: (value) => Number.isFinite(value) && value >= 0 && value < 1e6,
   typed: (value) => is.text(value) || is.number(value),
   time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
   role: (value) => value === "user" || value === "assistant",
@@ -39,12 +41,12 @@ const SETTINGS = {
 
 const END = {
   reason: is.reason,
-  promptTokens: optional(is.number),
-  completionTokens: optional(is.number),
-  cachedTokens: optional(is.number),
-  droppedMessages: optional(is.number),
-  firstTokenS: optional(is.number),
-  tokensPerS: optional(is.number),
+  promptTokens: optional(is.count),
+  completionTokens: optional(is.count),
+  cachedTokens: optional(is.count),
+  droppedMessages: optional(is.count),
+  firstTokenS: optional(is.measured),
+  tokensPerS: optional(is.measured),
   model: optional(is.text),
   seed: optional(is.typed),
   error: optional(is.text),

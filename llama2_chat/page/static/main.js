@@ -8,12 +8,13 @@ import { buildFrame, closeSheets, keep, kept, toggle } from "./frame.js";
 import { addShortcuts } from "./keys.js";
 import { completeLogin } from "./login.js";
 import { Settings } from "./settings.js";
+import { ofProfile } from "./profile.js";
 import { makeSidebar } from "./sidebar.js";
 import { openStore } from "./store.js";
 import { T } from "./texts.js";
 import { Transcript } from "./transcript.js";
 
-const NEW_DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
+const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
 
 const frame = new Promise((resolve) => {
   const look = () => {
@@ -31,10 +32,11 @@ async function readState() {
 }
 
 async function start() {
-  const asked = [readState(), openStore()]; // while Gradio still builds its frame
-  asked.forEach((answer) => answer.catch(() => {})); // a login is all that there is without one
+  const known = readState().then(async (state) => [state, await openStore(state)]); // while Gradio builds its frame
+  known.catch(() => {}); // a login is all that there is without one
   const element = await frame; // where a login is needed, the page is loaded anew after it
-  let [state, store] = await Promise.all([...asked, Settings.ready()]);
+  let [[state, store]] = await Promise.all([known, Settings.ready()]);
+  const draft = ofProfile(DRAFT, state.profile);
   const parts = buildFrame(element, state);
   const settings = new Settings(state, { onChange: () => chat.count() });
   const transcript = new Transcript(parts.transcript, {
@@ -44,26 +46,30 @@ async function start() {
     onSame: (message) => chat.sameAgain(message),
     onContinue: (message) => chat.continue(message),
     onBranch: (message, step) => chat.branch(message, step),
-    onExample: (text) => chat.send(text),
+    onExample: (text) => composer.running || chat.send(text),
   });
   const composer = new Composer(parts.composer, {
     onSend: (text) => {
-      keep(NEW_DRAFT, "");
+      keep(draft, "");
       chat.send(text);
     },
     onStop: () => chat.stop(),
     onEditLast: () => chat.editLast(),
     onInput: (text) => {
-      if (!chat.id && !store.private) keep(NEW_DRAFT, text);
+      if (!chat.id) hooks.onDraft(text);
       chat.keepDraft(text);
     },
   });
   const hooks = {
     state: () => state,
     onSaid: (text) => (parts.live.textContent = text),
-    onOpened: (conversation) => {
+    onDraft: (text) => store.private || keep(draft, text),
+    onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
       parts.title.textContent = conversation?.title ?? T.title;
+    },
+    onOpened: (conversation) => {
+      hooks.onTitle(conversation);
       const hash = conversation && !store.private ? `#${conversation.id}` : "";
       if (location.hash !== hash) history.pushState(null, "", hash || location.pathname + location.search);
       sidebar.refresh();
@@ -92,13 +98,17 @@ async function start() {
   }
 
   async function leavePrivate() {
-    if (store.private) use(await openStore());
-    chat.startNew();
+    if (store.private) use(await openStore(state));
+    chat.startNew(kept(draft));
   }
 
   const linked = () => location.hash.slice(1) || null;
-  const openLinked = () => (linked() ? chat.open(linked()) : chat.startNew(kept(NEW_DRAFT)));
-  addEventListener("popstate", () => store.private || linked() === chat.id || openLinked());
+  const openLinked = () => (linked() ? chat.open(linked()) : chat.startNew(kept(draft)));
+  addEventListener("popstate", async () => {
+    if (store.private) use(await openStore(state));
+    else if (linked() === chat.id) return;
+    await openLinked();
+  });
   parts.onNew = leavePrivate;
   use(store);
   if (!store.persistent) toast(T.header.memoryOnly);

@@ -3,6 +3,7 @@
 
 import { Blocks } from "./markdown/blocks.js";
 import { Footnotes } from "./markdown/footnotes.js";
+import { T } from "./texts.js";
 
 const REST = 3; // how many times as long as it took to show an answer so far the page has for everything else
 
@@ -51,10 +52,18 @@ export class AnswerView {
     });
   }
 
+  /** What was never closed is over all the same, and open to be read where nothing else was said. */
+  #endThoughts() {
+    for (const title of this.element.querySelectorAll("details.think > summary")) title.textContent = T.markdown.thoughts;
+    const alone = this.element.querySelector("details.think:only-child");
+    if (alone) alone.open = true;
+  }
+
   #showBlocks() {
     try {
       this.blocks.show(this.text, this.done);
       this.footnotes.number();
+      if (this.done) this.#endThoughts();
     } catch (error) {
       console.error(error); // a fault of ours; the answer is there to read all the same
       this.plain = true;

@@ -1,6 +1,7 @@
 // The settings: Gradio's own controls in the column #settings, read where they stand and kept in this browser.
 
 import { h } from "./dialog.js";
+import { ofProfile } from "./profile.js";
 import { T } from "./texts.js";
 
 const KEPT = "llama2-chat.settings";
@@ -19,11 +20,14 @@ export class Settings {
   /** @param state what the server says of its defaults and prompts */
   constructor(state, { onChange }) {
     this.defaults = state.defaults;
+    this.kept = ofProfile(KEPT, state.profile);
     this.panel = document.querySelector("#settings");
     this._restore();
     this.fitWindow(state.contextLength);
     this._addButtons(state.prompts);
-    this.panel.addEventListener("input", () => (this._keep(), onChange()));
+    this._checkSeed();
+    this.panel.addEventListener("input", () => (this._keep(), this._checkSeed(), onChange()));
+    this.panel.addEventListener("blur", ({ target }) => this._refill(target), true); // before Gradio makes it the lowest
     // Gradio's own button that resets one slider changes it a moment after the click.
     this.panel.addEventListener("click", () => setTimeout(() => (this._keep(), onChange()), 100));
   }
@@ -62,11 +66,24 @@ export class Settings {
     }
   }
 
+  /** A number that was cleared is its default, in the field as well. */
+  _refill(control) {
+    const entry = Object.entries(CONTROLS).find(([, selector]) => control.matches(selector));
+    if (entry && control.value === "" && !TEXTS.includes(entry[0])) this.write({ [entry[0]]: this.defaults[entry[0]] });
+  }
+
+  _checkSeed() {
+    const field = document.querySelector(CONTROLS.seed);
+    const isWrong = !/^\s*\d*\s*$/.test(field.value);
+    field.setAttribute("aria-invalid", isWrong);
+    this.wrongSeed.hidden = !isWrong;
+  }
+
   _keep() {
     const values = this.read();
     const changed = Object.entries(values).filter(([name, value]) => value !== this.defaults[name]);
     try {
-      localStorage.setItem(KEPT, JSON.stringify(Object.fromEntries(changed)));
+      localStorage.setItem(this.kept, JSON.stringify(Object.fromEntries(changed)));
     } catch {
       // A browser that keeps nothing for this page starts with the defaults next time.
     }
@@ -74,7 +91,7 @@ export class Settings {
 
   _restore() {
     try {
-      const kept = JSON.parse(localStorage.getItem(KEPT)) ?? {};
+      const kept = JSON.parse(localStorage.getItem(this.kept)) ?? {};
       const fits = ([name, value]) => typeof value === typeof this.defaults[name];
       this.write(Object.fromEntries(Object.entries(kept).filter(fits)));
     } catch {
@@ -87,6 +104,8 @@ export class Settings {
       h("button", { type: "button", class: "small", onclick: () => this.write(values) }, text);
     const choices = [button(T.settings.short, { systemPrompt: prompts.short }), button(T.settings.meta, { systemPrompt: prompts.meta })];
     document.querySelector("#setting-system_prompt").after(h("div", { class: "prompts" }, ...choices));
+    this.wrongSeed = h("p", { class: "wrong", role: "status", hidden: true }, T.settings.wrongSeed);
+    document.querySelector("#setting-seed").after(this.wrongSeed);
     this.panel.append(h("button", { type: "button", class: "reset", onclick: () => this.write(this.defaults) }, T.settings.reset));
   }
 }

@@ -2,6 +2,7 @@
 // are kept is told in records.js, how they hang together in tree.js.
 
 import { Database } from "./database.js";
+import { ofProfile } from "./profile.js";
 import { Records } from "./records.js";
 import { SearchIndex } from "./search.js";
 import { byAge } from "./tree.js";
@@ -15,18 +16,19 @@ export function newId() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-let shared = null; // one in a tab: one channel to the others, one index
+let shared = null; // one in a tab, which has one login: one channel to the others, one index
 
 /**
- * The store of this browser, or a private one that keeps everything in this tab's memory. Where IndexedDB is missing,
+ * The store of a login in this browser ("" where nobody logs in), or a private one that keeps everything in this tab's memory. Where IndexedDB is missing,
  * blocked or of a newer page, it is in memory too, and `persistent` is false.
  * @returns {Promise<Store>}
  */
-export async function openStore({ private: isPrivate = false } = {}) {
-  if (isPrivate) return new Store(new Records(null), true);
-  shared ??= Database.open().then(
-    (database) => new Store(new Records(database), false),
-    () => new Store(new Records(null), false),
+export async function openStore({ private: isPrivate = false, profile = "" } = {}) {
+  if (isPrivate) return new Store(new Records(null), null);
+  const channel = ofProfile(CHANNEL, profile);
+  shared ??= Database.open(profile).then(
+    (database) => new Store(new Records(database), channel),
+    () => new Store(new Records(null), channel),
   );
   return shared;
 }
@@ -38,13 +40,14 @@ class Store {
   #listeners = new Set();
   #persistenceListeners = new Set();
 
-  constructor(records, isPrivate) {
+  /** channel: the name under which tabs tell each other; null for a private chat */
+  constructor(records, channel) {
     /** True for a private chat, which leaves no trace. */
-    this.private = isPrivate;
+    this.private = channel === null;
     this.#records = records;
     records.onPersistence = (persistent) => this.#persistenceListeners.forEach((listener) => listener(persistent));
     this.#index = new SearchIndex(records);
-    if (records.persistent) this.#listenToOtherTabs();
+    if (records.persistent) this.#listenToOtherTabs(channel);
     this.#tidy().catch(() => {}); // the next start tidies up, and a search reads what it needs
   }
 
@@ -182,9 +185,9 @@ class Store {
     await this.#index.build(await this.conversations());
   }
 
-  #listenToOtherTabs() {
+  #listenToOtherTabs(channel) {
     if (!globalThis.BroadcastChannel) return;
-    this.#channel = new BroadcastChannel(CHANNEL);
+    this.#channel = new BroadcastChannel(channel);
     this.#channel.onmessage = ({ data }) => this.#hear({ ...data, here: false });
   }
 

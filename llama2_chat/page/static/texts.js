@@ -2,6 +2,8 @@
 // with its answers. A function takes what its sentence names.
 
 const number = (value) => value.toLocaleString("en");
+// What is written from right to left, or says so, turns nothing around it.
+const isolated = (text) => `\u2068${text}\u2069`;
 const plural = (count, one, many) => `${number(count)} ${count === 1 ? one : many}`;
 
 export const T = {
@@ -79,7 +81,7 @@ export const T = {
     used: (used, total) => `${number(used)} of ${number(total)} tokens`,
     room: (tokens) => `${number(tokens)} left to answer`,
     dropped: (count) => `The ${count === 1 ? "oldest message" : `${number(count)} oldest messages`} will be left out.`,
-    tooLong: "This message does not fit.",
+    tooLong: "Too long: this does not fit.",
     forgotten: "The model no longer remembers what stands above this line.",
   },
   live: { begun: "Answering", ended: "Answer complete", stopped: "Answer stopped", failed: "The answer failed" },
@@ -94,9 +96,13 @@ export const T = {
     reset: "Back to the defaults",
     meta: "Use Meta’s prompt of 2023",
     short: "Use the short prompt",
+    wrongSeed: "A seed is a whole number, or empty for a random one.",
     close: "Close",
   },
   dialog: { yes: "Yes", no: "Cancel", close: "Close", undo: "Undo" },
+  login: {
+    again: "Log in",
+  },
   shortcuts: {
     title: "Keyboard shortcuts",
     rows: [
@@ -148,7 +154,7 @@ export const T = {
     exportMarkdown: "Export as Markdown",
     exportJson: "Export as JSON",
     delete: "Delete",
-    deleted: (title) => `Deleted “${title}”.`,
+    deleted: (title) => `Deleted “${isolated(title)}”.`,
     undo: "Undo",
     manage: "Manage chats",
     import: "Import…",

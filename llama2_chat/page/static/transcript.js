@@ -31,6 +31,7 @@ export class Transcript {
     element.append(this.thread, this.toEnd);
     this.articles = new Map(); // message id -> Article
     this.following = true;
+    this.lastTop = 0;
     element.addEventListener("scroll", () => this._scrolled(), { passive: true });
     this.toEnd.addEventListener("click", () => this.scrollToEnd());
     this.thread.addEventListener("click", (event) => this._follow(event));
@@ -111,7 +112,9 @@ export class Transcript {
 
   _scrolled() {
     const { scrollHeight, scrollTop, clientHeight } = this.element;
-    this.following = scrollHeight - scrollTop - clientHeight < NEAR;
+    const near = scrollTop < this.lastTop ? 2 : NEAR; // whoever turns the wheel up by a little wants to stay there
+    this.following = scrollHeight - scrollTop - clientHeight < near;
+    this.lastTop = scrollTop;
     this.toEnd.hidden = this.following || !this.articles.size;
   }
 
@@ -161,9 +164,16 @@ class Article {
   }
 
   grow(message, waiting) {
+    if (waiting !== this.waiting) this._sayWaiting(waiting);
     this.message = message;
     this.waiting = waiting;
     this._text(waiting);
+  }
+
+  /** Below what there is already, such as that the line is down. */
+  _sayWaiting(waiting) {
+    this.remark.textContent = this.message.text ? waiting : "";
+    this.remark.hidden = !this.remark.textContent;
   }
 
   /** Show Markdown instead of the plain text that stands for it while it is far away. */
