@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import GPU_LOST, ModelUnavailable, PromptTooLong, quoted
+from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong, quoted
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
-from llama2_chat.tools import PLAIN, answer_grammar, plain
+from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
     CallStyle,
     Capabilities,
@@ -208,10 +208,12 @@ class ChatModel:
     ) -> StreamedReply:
         """The answer to a conversation, on its way; see types.ChatBackend."""
         serving, dropped_messages = self.serving, 0
-        if tools is not None:
-            most_tokens = None if to_the_end else params.max_new_tokens
-            params = replace(params, grammar=answer_grammar(tools, self.call_style, params.grammar, most_tokens))
         goes_on = prompt.goes_on(prompt.check_messages(messages)[1], params)
+        if tools is not None and tools.may_call and goes_on:
+            raise ChatError(BEGUN)
+        if tools is not None and not goes_on:
+            most_tokens = min(self.context_length // 2, LONGEST_UNASKED) if to_the_end else params.max_new_tokens
+            params = replace(params, grammar=answer_grammar(tools, self.call_style, params.grammar, most_tokens))
         if trim:
             input_ids, dropped_messages = self._trimmed(messages, params, tools)
         else:

@@ -208,15 +208,19 @@ MAX_TOOLS = 128
 
 @dataclass(frozen=True)
 class Tool:
-    """What the model may ask to be run. Raises ChatError for a name that does not match TOOL_NAME."""
+    """What the model may ask to be run. Raises ChatError for a name that does not match TOOL_NAME, and for parameters
+    that are no object's."""
 
     name: str
     description: str = ""
     parameters: dict[str, Any] | None = None  # a JSON schema of an object; None for a tool that takes nothing
+    strict: bool = False  # as GrammarSpec has it
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not TOOL_NAME.fullmatch(self.name):
             raise ChatError(f"A tool's name has 1 to 128 letters, digits and _ . : / -; it was {self.name!r:.60}.")
+        if (kind := (self.parameters or {}).get("type", "object")) != "object":
+            raise ChatError(f"The parameters of {self.name} must be of type object; it was {_short(kind)}.")
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ class ToolOffer:
 
     tools: tuple[Tool, ...]
     must_call: bool = False  # the reply is a call, and no text
+    may_call: bool = True  # False: the model is told of the tools, as before and after, but the reply is text
     names: tuple[str, ...] = ()  # of the tools that may be called, out of those that the model is told of; () for all
     parallel: bool | None = None  # whether several may be called at once; None where the model is used to it
 
@@ -239,7 +244,8 @@ class ToolOffer:
 
     @property
     def callable(self) -> list[Tool]:
-        return [tool for tool in self.tools if tool.name in (self.names or [tool.name])]
+        names = self.names or [tool.name for tool in self.tools]
+        return [tool for tool in self.tools if tool.name in names and self.may_call]
 
 
 @dataclass(frozen=True)
@@ -429,8 +435,8 @@ class ChatBackend(Protocol):
         trim: leave out the oldest exchanges if the conversation is too long; reply.usage.dropped_messages counts them.
         to_the_end: the answer may be as long as the context window leaves; params.max_new_tokens then only says how
             much room trimming makes.
-        tools: what the reply may call. Its text is then an answer, which follows params.grammar, or calls in
-            `call_style`, which tools.CallReader tells apart.
+        tools: what the model is told of and the reply may call. Its text is then an answer, which follows
+            params.grammar, or calls in `call_style`, which tools.CallReader tells apart.
 
         Raises PromptTooLong, Busy, ModelUnavailable while the model is not ready, ChatError for malformed messages,
         BadGrammar for a grammar that answers cannot be held to; a backend that asks servers raises some of them

@@ -90,12 +90,24 @@ def test_examples_are_not_counted_among_the_messages_that_no_longer_fit(chat):
 
 
 def test_an_answer_that_has_begun_cannot_call_tools(chat):
+    begun = [*PARIS, {"role": "assistant", "content": "It is"}]
     with pytest.raises(ChatError, match="has begun"):
-        chat.stream_reply([*PARIS, {"role": "assistant", "content": "It is"}], LIKELIEST, tools=OFFER)
+        chat.stream_reply(begun, LIKELIEST, tools=OFFER)
+    with chat.stream_reply(begun, replace(LIKELIEST, max_new_tokens=1), tools=replace(OFFER, may_call=False)) as reply:
+        assert "".join(reply)
+
+
+def test_where_nothing_may_be_called_the_prompt_is_the_same_and_the_answer_is_text(chat):
+    none = replace(OFFER, may_call=False)
+    assert chat.encode(DONE, none) == chat.encode(DONE, OFFER)
+    read, _ = answer(chat, none, replace(LIKELIEST, max_new_tokens=8), DONE)
+    assert read.text
+    assert "{" not in read.text[:1]
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"type": "strin"}, {"type": "object", "properties": {"a": False}, "required": ["a"]}]
+    "parameters",
+    [{"properties": {"a": {"type": "strin"}}}, {"type": "object", "properties": {"a": False}, "required": ["a"]}],
 )
 def test_a_tool_whose_schema_cannot_be_followed_is_refused(chat, parameters):
     with pytest.raises(ChatError, match="cannot be held"):

@@ -18,7 +18,7 @@ from llama2_chat.prompt import (
     without_results,
 )
 from llama2_chat.remote.client import schema_format
-from llama2_chat.tools import json_only_grammar, plain
+from llama2_chat.tools import BEGUN, json_only_grammar, plain
 from llama2_chat.types import RANGES, GrammarSpec, Message, SamplingParams, ToolOffer
 
 MAX_CHARACTERS_PER_TOKEN = 4.0  # hardly any language has more
@@ -57,12 +57,10 @@ class Question:
         fields = _fields(params, to_the_end) | more
         if tools is None:
             return cls(system, turns, fields)
-        if more:
-            raise ChatError(
-                "An answer that has begun cannot call tools. Ask for it from the beginning, or without them."
-            )
+        if more and tools.may_call:
+            raise ChatError(BEGUN)
         most_tokens = None if to_the_end else params.max_new_tokens
-        json_only = json_only_grammar(tools, params.grammar, most_tokens)
+        json_only = json_only_grammar(tools, params.grammar, most_tokens) if tools.may_call else None
         return cls(system, turns, fields | _tool_fields(tools), tools=tools, json_only=json_only)
 
     @property
@@ -93,7 +91,7 @@ class Question:
             )
             for turn in self.turns
         ]
-        told, turns = check_messages(plain([*system, *spoken], self.tools).messages)
+        told, turns = check_messages(plain([*system, *spoken], self.tools if self.json_only else None).messages)
         fields = {name: value for name, value in self.fields.items() if name not in TOOL_FIELDS}
         if self.json_only is not None:
             fields["response_format"] = _response_format(self.json_only)
@@ -156,8 +154,9 @@ def _fields(params: SamplingParams, to_the_end: bool) -> dict[str, Any]:
 
 
 def _tool_fields(offer: ToolOffer) -> dict[str, Any]:
-    objects = [tool_object(tool) for tool in offer.callable]
-    fields: dict[str, Any] = {"tools": objects, "tool_choice": "required" if offer.must_call else "auto"}
+    objects = [tool_object(tool) for tool in offer.callable or offer.tools]
+    choice = "required" if offer.must_call else "auto" if offer.may_call else "none"
+    fields: dict[str, Any] = {"tools": objects, "tool_choice": choice}
     if offer.must_call and len(objects) == 1:
         fields["tool_choice"] = {"type": "function", "function": {"name": offer.callable[0].name}}
     return fields if offer.parallel is None else {**fields, "parallel_tool_calls": offer.parallel}

@@ -228,7 +228,7 @@ def _offer(body: ChatRequest | CompletionRequest) -> ToolOffer | None:
 
 
 def _speech(chat: ChatBackend, body: ChatRequest | CompletionRequest) -> Speech:
-    if not isinstance(body, ChatRequest) or (offer := body.offer) is None:
+    if not isinstance(body, ChatRequest) or (offer := body.offer) is None or not offer.may_call:
         return Speech()
     names = [tool.name for tool in offer.callable]
     # Of a call that max_tokens may cut, nothing is told before it is whole.

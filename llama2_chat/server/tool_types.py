@@ -27,15 +27,14 @@ Name = Annotated[str, StringConstraints(pattern=f"^(?:{TOOL_NAME.pattern})$")]
 
 
 class Function(BaseModel):
-    """strict or not, arguments follow the parameters."""
-
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
     @property
     def tool(self) -> Tool:
-        return Tool(self.name, self.description or "", self.parameters)
+        return Tool(self.name, self.description or "", self.parameters, bool(self.strict))
 
 
 class FunctionTool(BaseModel):
@@ -143,7 +142,7 @@ class ToolFields(BaseModel):
 
     @property
     def offer(self) -> ToolOffer | None:
-        """What the model may call; None if it may call nothing."""
+        """What the model is told of and may call; None without tools."""
         if self.has_functions:
             return _offer(_tools(self.functions), self.function_call, parallel=False)
         return _offer(_tools(self.tools), self.tool_choice, self.parallel_tool_calls)
@@ -160,7 +159,7 @@ def _offer(tools: tuple[Tool, ...], choice: Any = None, parallel: bool | None = 
     offer = ToolOffer(tools, parallel=parallel)
     match choice:
         case "none":
-            return None
+            return replace(offer, may_call=False)
         case "required":
             return replace(offer, must_call=True)
         case Named(name=name) | NamedTool(function=Named(name=name)):

@@ -15,7 +15,10 @@ from llama2_chat.tools.json_only import JsonOnly, json_only_grammar
 from llama2_chat.tools.plain import PLAIN, Plain, plain
 from llama2_chat.tools.reading import Arguments, CallReader, Delta, Started, Text
 
+BEGUN = "An answer that has begun cannot call tools. Ask for it from the beginning, or with tool_choice none."
+
 __all__ = [
+    "BEGUN",
     "PLAIN",
     "Arguments",
     "CallReader",

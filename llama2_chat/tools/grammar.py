@@ -22,8 +22,10 @@ def answer_grammar(
     answer: what a text must follow, if it is not free. most_tokens: of the reply, if it may not be as long as it needs.
     Raises BadGrammar for an answer that is no JSON schema, and for tools that are too much for a grammar.
     """
+    if not offer.may_call:
+        return answer or GrammarSpec("lark", "\n".join(["start: text", *_free_text(style)]) + "\n")
     if answer is not None and not offer.must_call and not style.marker:
-        return _json_grammar(offer, style, schema_of(answer), most_tokens)
+        return _json_grammar(offer, style, answer, most_tokens)
     may_follow = style.marker and not offer.must_call and answer is None
     rules = ["start: calls" if offer.must_call else "start: calls | text" + (" | before rest" if may_follow else "")]
     rules += _call_rules(offer, style, bool(may_follow))
@@ -36,19 +38,20 @@ def answer_grammar(
         # The longest match counts: at the beginning, the marker must be that of a call.
         rules.append(f"before[suffix={_quoted(style.marker)}]: BEFORE")
         rules.append(f"BEFORE: /(?s:.+)/ & ~/(?s:{_regex(style.marker)}.*)/")
-    return GrammarSpec("lark", "\n".join(rules) + "\n")
+    return GrammarSpec("lark", "\n".join(rules) + "\n", _is_strict(offer, answer))
 
 
-def _json_grammar(offer: ToolOffer, style: CallStyle, answer: dict[str, Any], most_tokens: int | None) -> GrammarSpec:
+def _json_grammar(offer: ToolOffer, style: CallStyle, answer: GrammarSpec, most_tokens: int | None) -> GrammarSpec:
     """Where calls and answers are both JSON, they have to be read as such: both may begin with the same words."""
     arguments = re.fullmatch(r'", "(\w+)": ?', style.middle)
     if not (style.opening == '{"name": "' and arguments and style.closing == "}"):
-        raise BadGrammar(
-            "This model cannot be offered tools and be held to a JSON schema at once. Leave one of them out."
-        )
-    return GrammarSpec(
-        "json_schema", json.dumps(one_of(call_schemas(offer, arguments[1], most_tokens) | {"answer": answer}))
-    )
+        raise BadGrammar("This model cannot have both tools and a JSON schema for its answer. Leave one of them out.")
+    schemas = call_schemas(offer, arguments[1], most_tokens) | {"answer": schema_of(answer)}
+    return GrammarSpec("json_schema", json.dumps(one_of(schemas)), _is_strict(offer, answer))
+
+
+def _is_strict(offer: ToolOffer, answer: GrammarSpec | None) -> bool:
+    return any(tool.strict for tool in offer.callable) or (answer is not None and answer.strict)
 
 
 def _call_rules(offer: ToolOffer, style: CallStyle, may_follow: bool) -> Iterator[str]:

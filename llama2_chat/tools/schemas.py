@@ -20,7 +20,8 @@ OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "a
 BOUNDED = {"maxLength", "enum", "const", "format", "pattern"}
 SHORTEST = 8  # characters that a string may always have
 FORM_TOKENS = 12  # of a call, besides its strings and the names that its schema holds
-CHARACTERS_PER_TOKEN = 3  # of names and punctuation
+# Of most texts a token holds more, of digits and some languages less.
+CHARACTERS_PER_TOKEN = 2
 
 
 def parameters(tool: Tool, most_tokens: int | None = None) -> dict[str, Any]:
@@ -29,14 +30,15 @@ def parameters(tool: Tool, most_tokens: int | None = None) -> dict[str, Any]:
     most_tokens: of the whole answer; None if there is room for everything.
     """
     schema = NOTHING if tool.parameters is None else tool.parameters or ANYTHING
-    if "type" not in schema and not OPEN & schema.keys():
+    if "type" not in schema and "$ref" not in schema:
         schema = {**schema, "type": "object"}
     closed = _closed(schema)
     if most_tokens is None:
         return closed
     strings = _count_strings(closed)
-    written = FORM_TOKENS + len(repr(closed.get("properties", ""))) // CHARACTERS_PER_TOKEN // 2
-    return _bounded(closed, max((most_tokens - written) // max(strings, 1), SHORTEST)) if strings else closed
+    written = FORM_TOKENS + len(json.dumps(closed.get("properties", ""))) // CHARACTERS_PER_TOKEN // 2
+    room = (most_tokens - written) * CHARACTERS_PER_TOKEN
+    return _bounded(closed, max(room // strings, SHORTEST)) if strings else closed
 
 
 def call_schemas(offer: ToolOffer, arguments: str, most_tokens: int | None = None) -> dict[str, dict[str, Any]]:
@@ -92,7 +94,8 @@ def _bounded(schema: Any, most: int) -> Any:
     def bound(schema: dict[str, Any]) -> dict[str, Any]:
         if not _is_free_string(schema):
             return schema
-        return {**schema, "maxLength": max(most, schema.get("minLength", 0))}
+        least = schema.get("minLength")
+        return {**schema, "maxLength": max(most, least) if isinstance(least, int) else most}
 
     return _changed(schema, bound)
 

@@ -27,7 +27,7 @@ def sample_arguments(tool: Tool) -> dict[str, Any]:
 
 def _fields(schema: Any, root: dict[str, Any], depth: int) -> str:
     schema = _resolved(schema, root)
-    properties, required = _properties(schema), schema.get("required") or ()
+    properties, required = _properties(schema), _required(schema)
     written = []
     for name, value in properties.items():
         described = _resolved(value, root).get("description")
@@ -73,8 +73,8 @@ def _sample(schema: Any, root: dict[str, Any], name: str, depth: int) -> Any:
         case "array":
             return [_sample(schema.get("items"), root, name, depth + 1)] if depth < DEEPEST else []
         case "object":
-            required = schema.get("required") or list(_properties(schema))[:1]
-            fields = [(each, _properties(schema).get(each)) for each in required if isinstance(each, str)]
+            required = _required(schema) or list(_properties(schema))[:1]
+            fields = [(each, _properties(schema).get(each)) for each in required]
             return {each: _sample(value, root, each, depth + 1) for each, value in fields} if depth < DEEPEST else {}
     return f"some {name}".replace("_", " ")
 
@@ -95,3 +95,8 @@ def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
 def _properties(schema: dict[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties")
     return properties if isinstance(properties, dict) else {}
+
+
+def _required(schema: dict[str, Any]) -> list[str]:
+    required = schema.get("required")
+    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []

@@ -68,6 +68,16 @@ def test_what_must_be_called_is_passed_on(settings, odd, names, choice):
     assert odd.requests[0]["tool_choice"] == choice
 
 
+def test_that_nothing_may_be_called_is_passed_on_or_left_unsaid(settings, odd):
+    odd.answer = lambda question: status(400, NO_TOOLS) if "tools" in question else words('{"answer": "No."}')
+    read, _ = ask(settings, odd, ToolOffer(OFFER.tools, may_call=False), TALK)
+    assert read.text == '{"answer": "No."}'
+    first, second = odd.requests
+    assert (first["tool_choice"], len(first["tools"])) == ("none", 2)
+    assert "response_format" not in second
+    assert "get_weather" not in json.dumps(second)
+
+
 def test_a_call_that_the_server_cut_off_is_no_call(settings, odd):
     odd.answer = calls(piece(0, name="get_weather", arguments='{"city": "Pa'), finish="length")
     read, reply = ask(settings, odd)

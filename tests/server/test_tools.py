@@ -39,6 +39,10 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
+def with_parameters(schema):
+    return {"type": "function", "function": {"name": "odd", "parameters": schema}}
+
+
 def follows(called, tools):
     (schema,) = (each["function"].get("parameters", {}) for each in tools if each["function"]["name"] == called["name"])
     return jsonschema_rs.validator_for(schema).is_valid(json.loads(called["arguments"]))
@@ -205,7 +209,7 @@ ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools
         ({}, ToolOffer(OFFERED)),
         ({"tool_choice": None, "parallel_tool_calls": False}, ToolOffer(OFFERED, parallel=False)),
         ({"tool_choice": "auto", "parallel_tool_calls": True}, ToolOffer(OFFERED, parallel=True)),
-        ({"tool_choice": "none"}, None),
+        ({"tool_choice": "none"}, ToolOffer(OFFERED, may_call=False)),
         ({"tool_choice": "required"}, ToolOffer(OFFERED, must_call=True)),
         ({"tool_choice": NAMED}, ToolOffer(OFFERED, must_call=True, names=("get_weather",))),
         ({"tool_choice": ALLOWED}, ToolOffer(OFFERED, must_call=True, names=("get_weather",))),
@@ -228,7 +232,16 @@ def test_what_may_be_called_is_for_the_program_to_say(fields, offer):
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice", "no tool called 'rm'"),
         ({"tool_choice": "required", "tools": None}, "tool_choice", "it goes with tools only"),
         ({"functions": [function(CLOCK)]}, "functions", "older name of tools"),
-        ({"tools": [tool(replace(CLOCK, parameters={"type": "strin"}))]}, "tools", "cannot be held"),
+        (
+            {"tools": [tool(replace(WEATHER, parameters={"properties": {"a": {"type": "strin"}}}))]},
+            "tools",
+            "cannot be held",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "array"}}}]},
+            "tools",
+            "object",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_field_and_the_reason(http, fields, field, why):

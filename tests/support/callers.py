@@ -34,7 +34,7 @@ def langchain(url, model):
     yield "batch", [answer.content for answer in chat.batch([QUESTION] * 4)]
     patient = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0)
     yield "object", patient.with_structured_output(Colour, method="json_schema").invoke("Red, as JSON.").model_dump()
-    yield "refusal", refusal(lambda: chat.bind_tools([Colour]).invoke(QUESTION))
+    yield "refusal", refusal(lambda: chat.bind(extra_body={"num_beams": 2}).invoke(QUESTION))
 
 
 def llama_index(url, model):
@@ -46,7 +46,7 @@ def llama_index(url, model):
     yield "async", asyncio.run(llm.achat(question)).message.content
     yield "completion", OpenAILike(**settings, is_chat_model=False, max_retries=0).complete("The sky is").text
     yield "object", json.loads(llm.chat(question, response_format=schema(), max_tokens=200).message.content)
-    yield "refusal", refusal(lambda: llm.chat(question, logprobs=True))
+    yield "refusal", refusal(lambda: llm.chat(question, extra_body={"num_beams": 2}))
 
 
 def schema():

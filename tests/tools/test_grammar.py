@@ -1,6 +1,7 @@
 """What a grammar with tools lets through: calls that follow their schemas, or text, decided by the first step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -61,6 +62,15 @@ def test_text_gets_through_unless_a_call_is_required(style):
         assert not lets_through(answer_grammar(MUST, style), text)
 
 
+@STYLES
+def test_where_nothing_may_be_called_only_text_gets_through(style):
+    offer = replace(AUTO, may_call=False)
+    assert lets_through(answer_grammar(offer, style), "It is sunny.")
+    assert not lets_through(answer_grammar(offer, style), style.write(PARIS))
+    own = GrammarSpec("regex", "[0-9]+")
+    assert answer_grammar(offer, style, own) == own
+
+
 def test_only_the_named_tool_can_be_called():
     grammar = answer_grammar(ToolOffer((WEATHER, CLOCK), must_call=True, names=("clock",)), PLAIN)
     assert lets_through(grammar, PLAIN.write(call("clock", "{}")))
@@ -110,9 +120,20 @@ def test_a_schema_may_hold_what_other_grammars_are_told_by():
     assert lets_through(answer_grammar(ToolOffer((tool,)), PLAIN), PLAIN.write(call("set", '{"a": "root ::= x"}')))
 
 
+def test_a_strict_tool_makes_the_grammar_strict():
+    assert answer_grammar(ToolOffer((CLOCK, replace(WEATHER, strict=True))), PLAIN).strict
+    assert not answer_grammar(AUTO, PLAIN).strict
+
+
+@pytest.mark.parametrize("odd", [{"minLength": "2"}, {"minLength": 40}, {"type": ["string", "null"]}])
+def test_odd_schemas_are_bounded_as_far_as_they_can_be(odd):
+    tool = Tool("say", "", {"properties": {"a": {"type": "string"} | odd}})
+    assert parameters(tool, 20)["properties"]["a"].get("maxLength") in (8, 40, None)
+
+
 def test_strings_end_where_max_tokens_would_cut_the_call():
     limited = parameters(CALCULATOR, 60)["properties"]["expression"]["maxLength"]
-    assert 8 <= limited <= 60
+    assert 8 < limited <= 120
     assert "maxLength" not in json.dumps(parameters(CALCULATOR))
     assert parameters(CALCULATOR, 1)["properties"]["expression"]["maxLength"] == 8
 
@@ -122,6 +143,7 @@ def test_strings_end_where_max_tokens_would_cut_the_call():
     [
         (lambda: Tool("a b"), "letters, digits"),
         (lambda: Tool(""), "letters, digits"),
+        (lambda: Tool("say", "", {"type": "string"}), "must be of type object"),
         (lambda: ToolOffer(()), "1 to 128 tools"),
         (lambda: ToolOffer((CLOCK, CLOCK)), "two tools called 'clock'"),
         (lambda: ToolOffer((CLOCK,), names=("watch",)), "no tool called 'watch'"),

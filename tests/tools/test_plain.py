@@ -45,7 +45,7 @@ def test_each_prompt_begins_as_the_one_before_it_did():
 
 def test_what_the_model_must_do_changes_nothing_in_its_prompt():
     must = ToolOffer(OFFER.tools, must_call=True, names=("calculator",), parallel=True)
-    assert plain(ASKED, must) == plain(ASKED, OFFER)
+    assert plain(ASKED, must) == plain(ASKED, OFFER) == plain(ASKED, ToolOffer(OFFER.tools, may_call=False))
 
 
 def test_the_system_text_names_the_tools_and_examples_are_turns_of_their_own():
@@ -96,7 +96,14 @@ def test_a_signature_says_what_is_nested():
 @pytest.mark.parametrize(
     "schema",
     [
-        *({"$ref": "#"}, {"$ref": "#/a"}, {"properties": []}, {"properties": {"a": True}}, {"type": []}, {"anyOf": []}),
+        *(
+            {"$ref": "#"},
+            {"$ref": "#/a"},
+            {"properties": []},
+            {"properties": {"a": True}},
+            {"required": 5},
+            {"anyOf": []},
+        ),
         {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
         {"properties": {"a": {"enum": []}}, "required": [1]},
     ],
