@@ -44,7 +44,7 @@ def user(text):
 def reply_of(tokenizer, text, stop=()):
     """A finished reply whose ids are those of a given text, to see how it is cut into pieces."""
     reply = StreamedReply(tokenizer, ENGINE, stop, Usage())
-    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0)
+    reply.request = SimpleNamespace(finish_reason="length", cached_tokens=0, params=GREEDY)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         reply.put(torch.tensor([token]))
     reply.end()
@@ -324,7 +324,7 @@ def test_stray_bytes_break_no_answer(llama2_tokenizer):
     """A visitor saw an answer end in an error: a byte that is no character came after one that is."""
     ids = llama2_tokenizer.convert_tokens_to_ids(["▁It", "<0x32>", "<0xA6>", "▁addr", "ess", "▁here"])
     reply = StreamedReply(llama2_tokenizer, ENGINE, (), Usage())
-    reply.request = SimpleNamespace(finish_reason="stop", cached_tokens=0)
+    reply.request = SimpleNamespace(finish_reason="stop", cached_tokens=0, params=GREEDY)
     for token in ids:
         reply.put(torch.tensor([token]))
     reply.end()
