@@ -4,6 +4,7 @@
 
 import { fit, follow, Refused, stop } from "./answers.js";
 import { toast } from "./dialog.js";
+import { offerBox } from "./focus.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, leafToShow, pathTo, siblings, titleOf } from "./tree.js";
@@ -75,15 +76,16 @@ export class Chat {
     this.render();
     this.hooks.onOpened(null);
     this.count();
-    this.composer.focus();
+    offerBox();
   }
 
   // What a visitor does.
 
   async send(text) {
     this.unkept = null; // it is sent
-    this.composer.setRunning(true); // at once: what is typed now waits for this answer
     const { talk } = this;
+    talk.isSending = true;
+    this.composer.setRunning(true); // at once: what is typed now waits for this answer
     await this._ensureConversation(talk, text);
     const question = await this._addMessage(talk, { role: "user", text, parentId: talk.conversation.leafId });
     await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
@@ -174,7 +176,7 @@ export class Chat {
       return { message, index, count: list.length };
     });
     this.transcript.show(path, { running: this.running, forgotten: this._forgotten(path) });
-    this.composer.setRunning(Boolean(this._runningHere()));
+    this.composer.setRunning(Boolean(this.talk.isSending || this.talk.asking || this._runningHere()));
   }
 
   // Asking.
@@ -203,6 +205,7 @@ export class Chat {
   }
 
   async _answer(talk, question, { seed, settings = this.settings.read() } = {}) {
+    talk.isSending = false;
     if (talk.asking || (talk === this.talk && this._runningHere())) return; // the second of two quick clicks
     talk.asking = true;
     const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
@@ -308,7 +311,7 @@ export class Chat {
     this.talk.conversation.leafId = leafId;
     this.composer.text = draft;
     this.render();
-    this.composer.focus();
+    offerBox();
   }
 
   _put(message) {

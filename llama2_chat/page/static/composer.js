@@ -1,6 +1,7 @@
-// The box in which messages are typed, its button, and the gauge of the context window below it.
+// The box in which messages are typed, its buttons, and the gauge of the context window below it.
 
 import { h, icon } from "./dialog.js";
+import { focusBox } from "./focus.js";
 import { T } from "./texts.js";
 
 const SEND = "M12 19V6 M6 11l6-6 6 6";
@@ -11,13 +12,15 @@ export class Composer {
   constructor(element, handlers) {
     this.handlers = handlers;
     this.area = h("textarea", { "aria-label": T.box.label, placeholder: T.box.hint, rows: 1, dir: "auto", enterkeyhint: "enter" });
-    this.button = h("button", { type: "submit", class: "primary send" });
+    const button = (path, name, more) => h("button", { "aria-label": name, title: name, ...more }, icon(path));
+    this.send = button(SEND, T.box.send, { type: "submit", class: "primary send" });
+    this.stop = button(STOP, T.box.stop, { type: "button", class: "primary send stop", onclick: () => this._stop() });
     this.note = h("span", { class: "note" });
     this.meter = h("meter", { min: 0, max: 1, value: 0, "aria-label": T.gauge.label });
     this.gauge = h("div", { class: "gauge", title: T.gauge.title, hidden: true }, this.meter, h("span"));
-    const form = h("form", { class: "box" }, this.area, this.button);
+    const form = h("form", { class: "box" }, this.area, this.stop, this.send);
     element.append(form, h("div", { class: "below" }, this.gauge, this.note));
-    form.addEventListener("submit", (event) => (event.preventDefault(), this._act()));
+    form.addEventListener("submit", (event) => (event.preventDefault(), this._submit()));
     this.area.addEventListener("keydown", (event) => this._key(event));
     this.area.addEventListener("input", () => this._typed());
     this.running = false;
@@ -66,47 +69,51 @@ export class Composer {
 
   _key(event) {
     const newLine = event.shiftKey || matchMedia("(pointer: coarse)").matches; // on a phone there is a button to send
-    if (event.key === "Enter" && !newLine && !event.isComposing) {
+    if (event.key === "Enter" && !newLine) {
       event.preventDefault();
-      if (this.running) this._queue(this.text.trim() !== "");
-      else this._send();
+      this._submit();
     } else if (event.key === "ArrowUp" && !this.text) {
       event.preventDefault();
       this.handlers.onEditLast();
     }
   }
 
-  _act() {
-    if (this.running) this.handlers.onStop();
+  /** At once, or when the answer under way has ended. */
+  _submit() {
+    if (this.running) this._queue(this.text.trim() !== "");
     else this._send();
+    this.focus();
+  }
+
+  _stop() {
+    this.handlers.onStop();
+    focusBox();
   }
 
   _send() {
     const { text } = this;
-    if (!text.trim()) return this.focus();
+    if (!text.trim()) return;
     this.text = "";
     this.handlers.onSend(text);
-    this.focus();
   }
 
   _typed() {
     this._queue(false);
     this._fit();
-    this._face();
     this.handlers.onInput(this.text);
   }
 
   _queue(queued) {
     this.queued = queued;
     this.note.textContent = queued ? T.box.queued : "";
+    this._face();
   }
 
   _face() {
-    this.button.replaceChildren(icon(this.running ? STOP : SEND));
-    this.button.setAttribute("aria-label", this.running ? T.box.stop : T.box.send);
-    this.button.title = this.running ? T.box.stop : T.box.send;
-    this.button.classList.toggle("stop", this.running);
-    this.button.disabled = !this.running && !this.text.trim();
+    const hasText = this.text.trim() !== "";
+    this.stop.hidden = !this.running;
+    this.send.hidden = this.running && !hasText;
+    this.send.disabled = !hasText || Boolean(this.queued);
   }
 
   /** As high as its text, up to what the style sheet allows. */

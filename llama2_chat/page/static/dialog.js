@@ -33,6 +33,7 @@ export function toast(text, { action, onAction, seconds = 8 } = {}) {
   const close = () => line.remove();
   if (action) line.append(h("button", { type: "button", onclick: () => (close(), onAction()) }, action));
   line.append(h("button", { type: "button", class: "quiet", "aria-label": T.dialog.close, onclick: close }, "×"));
+  line.addEventListener("keydown", (event) => event.key === "Escape" && (event.stopPropagation(), close()));
   document.body.append(line);
   const timer = setTimeout(close, seconds * 1000);
   line.addEventListener("focusin", () => clearTimeout(timer));

@@ -1,11 +1,13 @@
-// The frame of the page in the column that Gradio has made for it: bars, sheets, theme, and what a phone's keyboard leaves.
+// The frame of the page in the column that Gradio has made for it: bars, theme, and what a phone's keyboard leaves.
+// How its two sides open and close is in sides.js.
 
 import { h, icon } from "./dialog.js";
+import { keep, kept } from "./kept.js";
 import { showShortcuts } from "./keys.js";
+import { Sides } from "./sides.js";
 import { T } from "./texts.js";
 
 const THEME = "llama2-chat.theme";
-const SETTINGS_OPEN = "llama2-chat.settings-open";
 const ICONS = {
   sidebar: "M4 6h16 M4 12h16 M4 18h16",
   newChat: "M12 5v14 M5 12h14",
@@ -18,7 +20,7 @@ const ICONS = {
 /** The frame of the page, in the column that Gradio has made for it. */
 export function buildFrame(element, state) {
   const parts = {
-    sidebar: h("aside", { id: "sidebar" }),
+    sidebar: h("div", { id: "sidebar" }),
     title: h("h1", {}, T.title),
     status: h("p", { class: "status", role: "status", hidden: true }),
     transcript: h("section", { id: "transcript", tabindex: 0, "aria-label": T.conversation }),
@@ -32,13 +34,13 @@ export function buildFrame(element, state) {
   const header = h(
     "header",
     { class: "bar" },
-    button("sidebar", () => toggle("sidebar-open"), { "aria-controls": "sidebar", class: "quiet open-sidebar" }),
+    button("sidebar", () => parts.sides.toggle("sidebar"), { "aria-controls": "sidebar", class: "quiet open-sidebar" }),
     parts.title,
     h("span", { class: "badge" }, T.header.private),
     button("newChat", () => parts.onNew(), { class: "quiet phone" }),
     button("theme", switchTheme),
     button("help", showShortcuts, { class: "quiet desktop" }),
-    button("settings", () => toggle("settings-open"), { "aria-controls": "settings" }),
+    button("settings", () => parts.sides.toggle("settings"), { "aria-controls": "settings" }),
     state.logOutToken && button("logOut", () => logOut(state.logOutToken)),
   );
   const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
@@ -46,33 +48,20 @@ export function buildFrame(element, state) {
   const insecure = isSecureContext ? null : h("p", { class: "insecure" }, before, h("code", {}, command), after);
   const notice = h("p", { class: "notice" }, parts.model, parts.notice);
   const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
-  const shade = h("div", { class: "shade", onclick: closeSheets });
+  const shade = h("div", { class: "shade", onclick: () => parts.sides.closeSheet() });
   element.replaceChildren(skip, parts.sidebar, middle, shade, parts.live);
-  document.body.classList.toggle("settings-open", innerWidth >= 1200 && kept(SETTINGS_OPEN) === "yes");
-  if (innerWidth >= 900) document.body.classList.add("sidebar-open");
-  addSettingsHead();
+  const settings = document.querySelector("#settings");
+  addSettingsHead(settings, () => parts.sides.toggle("settings"));
+  parts.sides = new Sides({ sidebar: parts.sidebar, settings }, [skip, middle]);
   useTheme(kept(THEME));
   fitKeyboard();
   new ResizeObserver(() => setLength("--foot", parts.composer.offsetHeight + notice.offsetHeight)).observe(parts.composer);
   return parts;
 }
 
-function addSettingsHead() {
-  const panel = document.querySelector("#settings");
-  const close = h("button", { type: "button", class: "quiet", "aria-label": T.settings.close, onclick: () => toggle("settings-open") }, "×");
+function addSettingsHead(panel, onClose) {
+  const close = h("button", { type: "button", class: "quiet", "aria-label": T.settings.close, onclick: onClose }, "×");
   panel.prepend(h("header", {}, h("h2", {}, T.settings.title), close));
-  panel.setAttribute("role", "region");
-  panel.setAttribute("aria-label", T.settings.title);
-}
-
-export function toggle(name) {
-  const open = document.body.classList.toggle(name);
-  if (name === "settings-open") keep(SETTINGS_OPEN, open ? "yes" : "");
-}
-
-/** On a phone, where they cover the conversation. */
-export function closeSheets() {
-  if (innerWidth < 900) document.body.classList.remove("sidebar-open", "settings-open");
 }
 
 function useTheme(theme) {
@@ -101,21 +90,4 @@ function setLength(name, length) {
 async function logOut(token) {
   await fetch("page/log-out", { method: "POST", headers: { "X-Token": token } });
   location.reload();
-}
-
-/** Keep a short text in this browser. */
-export function keep(name, value) {
-  try {
-    value ? localStorage.setItem(name, value) : localStorage.removeItem(name);
-  } catch {
-    // Nothing can be kept here; the page works without.
-  }
-}
-
-export function kept(name) {
-  try {
-    return localStorage.getItem(name) ?? "";
-  } catch {
-    return "";
-  }
 }

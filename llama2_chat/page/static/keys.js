@@ -3,18 +3,32 @@
 import { h, openDialog } from "./dialog.js";
 import { T } from "./texts.js";
 
-/** @param handlers onStop(), onSearch(), onNew(), onSettings() */
-export function addShortcuts({ onStop, onSearch, onNew, onSettings }) {
+const SAME_KEY_MS = 500; // from the end of a composition to the key that ended it, in Safari
+
+/** @param handlers onEscape(), onSearch(), onNew(), onSettings() */
+export function addShortcuts({ onEscape, onSearch, onNew, onSettings }) {
   document.addEventListener("keydown", (event) => {
     const command = event.ctrlKey || event.metaKey;
     const act = (action) => (event.preventDefault(), action());
-    if (event.isComposing || document.querySelector("dialog[open]")) return;
-    if (event.key === "Escape") onStop();
+    if (document.querySelector("dialog[open], :popover-open")) return; // it takes Escape itself
+    if (event.key === "Escape") onEscape();
     else if (command && event.key.toLowerCase() === "k") act(onSearch);
     else if (command && event.shiftKey && event.key.toLowerCase() === "o") act(onNew);
     else if (command && event.key === ",") act(onSettings);
     else if (event.key === "?" && !isTyping(event.target)) act(showShortcuts);
   });
+}
+
+/**
+ * Keys of an input method are its own: its Enter takes a word and sends nothing. Browsers say so in isComposing, older ones
+ * in keyCode 229, and Safari's Enter follows the end of the composition, while elsewhere a key that went up lies between.
+ */
+export function leaveCompositionsAlone() {
+  let endedAt = -Infinity;
+  addEventListener("compositionend", ({ timeStamp }) => (endedAt = timeStamp), true);
+  addEventListener("keyup", () => (endedAt = -Infinity), true);
+  const isOfComposition = (event) => event.isComposing || event.keyCode === 229 || event.timeStamp - endedAt < SAME_KEY_MS;
+  addEventListener("keydown", (event) => isOfComposition(event) && event.stopImmediatePropagation(), true);
 }
 
 export function showShortcuts() {

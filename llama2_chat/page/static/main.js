@@ -4,11 +4,13 @@
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { toast } from "./dialog.js";
-import { buildFrame, closeSheets, keep, kept, toggle } from "./frame.js";
-import { addShortcuts } from "./keys.js";
+import { offerBox, watchFocus } from "./focus.js";
+import { buildFrame } from "./frame.js";
+import { keep, kept } from "./kept.js";
+import { addShortcuts, leaveCompositionsAlone } from "./keys.js";
 import { completeLogin } from "./login.js";
-import { Settings } from "./settings.js";
 import { ofProfile } from "./profile.js";
+import { Settings } from "./settings.js";
 import { makeSidebar } from "./sidebar.js";
 import { openStore } from "./store.js";
 import { T } from "./texts.js";
@@ -41,7 +43,6 @@ async function start() {
   const settings = new Settings(state, { onChange: () => chat.count() });
   const transcript = new Transcript(parts.transcript, {
     onEdit: (message, text) => chat.edit(message, text),
-    onEditEnd: () => composer.focus(),
     onRetry: (message) => chat.retry(message),
     onSame: (message) => chat.sameAgain(message),
     onContinue: (message) => chat.continue(message),
@@ -60,6 +61,7 @@ async function start() {
       chat.keepDraft(text);
     },
   });
+  watchFocus(composer.area, parts.transcript);
   const hooks = {
     state: () => state,
     onSaid: (text) => (parts.live.textContent = text),
@@ -85,19 +87,22 @@ async function start() {
     sidebar = makeSidebar(parts.sidebar, {
       store,
       current: () => chat.id,
-      onOpen: (id, messageId) => (closeSheets(), chat.open(id, messageId)),
-      onNew: () => (closeSheets(), leavePrivate()),
-      onPrivate: () => (closeSheets(), goPrivate()),
+      onOpen: (id, messageId) => (parts.sides.closeSheet(), chat.open(id, messageId)),
+      onNew: leavePrivate,
+      onPrivate: goPrivate,
+      onClose: () => parts.sides.closeSheet(),
     });
     document.body.classList.toggle("private", store.private);
   }
 
   async function goPrivate() {
+    parts.sides.closeSheet();
     use(await openStore({ private: true }));
     chat.startNew();
   }
 
   async function leavePrivate() {
+    parts.sides.closeSheet();
     if (store.private) use(await openStore(state));
     chat.startNew(kept(draft));
   }
@@ -113,13 +118,13 @@ async function start() {
   use(store);
   if (!store.persistent) toast(T.header.memoryOnly);
   addShortcuts({
-    onStop: () => chat.stop(),
-    onSearch: () => (document.body.classList.add("sidebar-open"), sidebar.focusSearch()),
-    onNew: leavePrivate,
-    onSettings: () => toggle("settings-open"),
+    onEscape: () => parts.sides.escape() || chat.stop(),
+    onSearch: () => (parts.sides.open("sidebar"), sidebar.focusSearch()),
+    onNew: () => (leavePrivate(), composer.focus()),
+    onSettings: () => parts.sides.toggle("settings"),
   });
   await openLinked();
-  composer.focus();
+  offerBox();
   watch(state, parts, (newer) => {
     state = newer;
     settings.fitWindow(state.contextLength);
@@ -150,4 +155,5 @@ async function watch(state, parts, onChange) {
   }
 }
 
+leaveCompositionsAlone();
 start();

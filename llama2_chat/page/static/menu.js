@@ -13,7 +13,6 @@ export class Menu {
   constructor() {
     this.element = h("div", { class: "menu", role: "menu", popover: "auto" });
     this.element.addEventListener("keydown", (event) => this.#move(event));
-    this.element.addEventListener("click", () => this.close());
     this.element.addEventListener("beforetoggle", ({ newState }) => {
       this.#button?.setAttribute("aria-expanded", String(newState === "open"));
     });
@@ -30,7 +29,7 @@ export class Menu {
     button.addEventListener("click", () => {
       this.#button = button;
       this.element.setAttribute("aria-label", button.getAttribute("aria-label") ?? button.textContent);
-      this.element.replaceChildren(...items().map(itemElement));
+      this.element.replaceChildren(...items().map((item) => this.#item(item)));
       this.element.firstElementChild.autofocus = true;
       this.#place(button.getBoundingClientRect());
     });
@@ -52,6 +51,13 @@ export class Menu {
     style.left = `${Math.max(2 * GAP, Math.min(innerWidth - 2 * GAP - WIDTH, start))}px`;
   }
 
+  /** The menu closes first: what an item opens finds the focus on the menu's button, and returns it there. */
+  #item({ label, icon: path, act, isDanger }) {
+    const onclick = () => (this.close(), act());
+    const attributes = { type: "button", role: "menuitem", tabindex: -1, class: isDanger ? "danger" : null, onclick };
+    return h("button", attributes, icon(path), label);
+  }
+
   #move(event) {
     const items = [...this.element.children];
     const at = items.indexOf(document.activeElement);
@@ -67,15 +73,4 @@ export class Menu {
 /** In px, less what a phone's keyboard covers. */
 function visibleHeight() {
   return visualViewport ? visualViewport.height * visualViewport.scale : innerHeight;
-}
-
-function itemElement({ label, icon: path, act, isDanger }) {
-  const attributes = {
-    type: "button",
-    role: "menuitem",
-    tabindex: -1,
-    class: isDanger ? "danger" : null,
-    onclick: act,
-  };
-  return h("button", attributes, icon(path), label);
 }

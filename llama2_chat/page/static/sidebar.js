@@ -15,6 +15,7 @@ const PENCIL =
 const GLASSES =
   "M3.5 11.5h17M6.5 11.5l1.5-6h8l1.5 6M7.5 19.5a2.75 2.75 0 1 0 0-5.5 2.75 2.75 0 0 0 0 5.5z" +
   "M16.5 19.5a2.75 2.75 0 1 0 0-5.5 2.75 2.75 0 0 0 0 5.5zM10.2 16.3q1.8-.8 3.6 0";
+const CROSS = "M7 7l10 10M17 7L7 17";
 const BOX = "M4 5h16v4H4zM5.5 9v10h13V9M10 13h4";
 
 /**
@@ -25,6 +26,7 @@ const BOX = "M4 5h16v4H4zM5.5 9v10h13V9M10 13h4";
  * @param {(id: string, messageId?: string) => void} options.onOpen
  * @param {() => void} options.onNew
  * @param {() => void} options.onPrivate
+ * @param {() => void} [options.onClose] of the sheet that the list is on a narrow screen
  * @returns {{ refresh(): Promise<void>, focusSearch(): void }}
  */
 export function makeSidebar(element, options) {
@@ -66,7 +68,7 @@ class Sidebar {
   }
 
   #build() {
-    const { onNew, onPrivate } = this.options;
+    const { onNew, onPrivate, onClose } = this.options;
     const fresh = h(
       "button",
       { type: "button", class: "line", onclick: () => onNew() },
@@ -79,11 +81,13 @@ class Sidebar {
       { type: "button", class: "only-icon", onclick: () => onPrivate(), ...name },
       icon(GLASSES),
     );
+    const closing = { type: "button", class: "only-icon close", "aria-label": T.sidebar.close, onclick: onClose };
+    const close = onClose && h("button", closing, icon(CROSS));
     const manage = h("button", { type: "button", class: "line" }, icon(BOX), T.sidebar.manage);
     this.#menu.attach(manage, () => this.actions.forAll());
     this.list = h("div", { class: "list" });
     this.note = h("p", { class: "note" });
-    const top = h("div", { class: "top" }, fresh, secret);
+    const top = h("div", { class: "top" }, fresh, secret, close);
     const foot = h("div", { class: "foot" }, this.note, manage);
     const { element, results, status } = this.search;
     const menu = this.#menu.element;
@@ -145,7 +149,7 @@ class Sidebar {
         onRename: (title) => this.actions.rename(id, title),
         onRenameEnd: () => this.refresh(),
       });
-      this.#menu.attach(row.more, () => this.actions.forRow(row));
+      this.#menu.attach(row.more, () => this.actions.forRow(row, () => this.#delete(row)));
       this.#rows.set(id, row);
     }
     this.#rows.get(id).update(conversation, isCurrent);
@@ -188,13 +192,15 @@ class Sidebar {
     else if (row && event.key === "ArrowRight") row.more.focus();
     else if (row && event.key === "ArrowLeft") row.open.focus();
     else if (row && event.key === "F2") row.rename();
-    else if (row && event.key === "Delete") this.#delete(row, lines[at + 1] ?? lines[at - 1]);
+    else if (row && event.key === "Delete") this.#delete(row);
     else return;
     event.preventDefault();
   }
 
-  async #delete(row, neighbour) {
-    this.#focus(neighbour ?? this.search.field);
+  async #delete(row) {
+    const lines = this.#lines();
+    const at = lines.indexOf(row.open);
+    this.#focus(lines[at + 1] ?? lines[at - 1] ?? this.search.field);
     await this.actions.delete(row);
   }
 }

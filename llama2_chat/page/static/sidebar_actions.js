@@ -19,7 +19,7 @@ export class Actions {
   }
 
   /** The menu of one line of the list. */
-  forRow(row) {
+  forRow(row, onDelete) {
     const { conversation, title } = row;
     const { id, pinned } = conversation;
     return [
@@ -27,7 +27,7 @@ export class Actions {
       { label: T.sidebar.rename, icon: ICONS.rename, act: () => row.rename() },
       { label: T.sidebar.exportMarkdown, icon: ICONS.export, act: () => this.#exportMarkdown(id, title) },
       { label: T.sidebar.exportJson, icon: ICONS.export, act: () => this.#exportJson([id], fileName(title)) },
-      { label: T.sidebar.delete, icon: ICONS.delete, act: () => this.delete(row), isDanger: true },
+      { label: T.sidebar.delete, icon: ICONS.delete, act: onDelete, isDanger: true },
     ];
   }
 

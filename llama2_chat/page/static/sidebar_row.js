@@ -47,7 +47,7 @@ export class Row {
 
   #onKey(event, field) {
     event.stopPropagation(); // what a key does elsewhere on the page, it does not do here
-    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    if (!["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     this.#end(field, event.key === "Enter");
     this.open.focus();

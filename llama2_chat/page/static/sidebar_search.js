@@ -80,7 +80,6 @@ export class SearchBox {
   }
 
   #onKey(event) {
-    if (event.isComposing) return;
     if (event.key === "Enter" && this.#hits.length) this.#open(this.#hits[0]);
     if (event.key !== "Escape" || !this.field.value) return;
     event.preventDefault();

@@ -106,9 +106,9 @@ export const T = {
   shortcuts: {
     title: "Keyboard shortcuts",
     rows: [
-      ["Enter", "Send"],
+      ["Enter", "Send, at once or when the answer ends"],
       ["Shift + Enter", "New line"],
-      ["Esc", "Stop the answer"],
+      ["Esc", "Close what is open, or stop the answer"],
       ["↑ in the empty box", "Edit your last message"],
       ["Ctrl + K", "Search the conversations"],
       ["Ctrl + Shift + O", "New chat"],
@@ -137,6 +137,7 @@ export const T = {
     label: "Conversations",
     newChat: "New chat",
     privateChat: "Private chat: nothing is kept",
+    close: "Close the list",
     search: "Search chats",
     clear: "Clear the search",
     results: "Results",

@@ -3,6 +3,7 @@
 
 import { copyText } from "./clipboard.js";
 import { h, icon, toast } from "./dialog.js";
+import { focusBox } from "./focus.js";
 import { AnswerView } from "./markdown.js";
 import { T } from "./texts.js";
 
@@ -48,6 +49,7 @@ export class Transcript {
    * @param forgotten how many of the oldest the model no longer remembers
    */
   show(path, { running, forgotten = 0 } = {}) {
+    const focused = this._focusedButton();
     const ids = new Set(path.map(({ message }) => message.id));
     for (const [id, article] of this.articles) if (!ids.has(id)) this._remove(id, article);
     this.thread.querySelector(".empty")?.remove();
@@ -65,6 +67,7 @@ export class Transcript {
       this.articles.get(path[forgotten].message.id).element.before(mark);
     }
     if (!path.length) this.thread.append(this._empty());
+    if (focused) this._focusButton(focused);
   }
 
   /** The text of one message has grown. */
@@ -105,6 +108,20 @@ export class Transcript {
     note?.focus();
   }
 
+  /** A button below a message, which may be made anew, or stand below another version of the message. */
+  _focusedButton() {
+    const button = document.activeElement;
+    if (!this.thread.contains(button) || !button.closest(".buttons")) return null;
+    const place = [...this.thread.querySelectorAll("article")].indexOf(button.closest("article"));
+    return { button, place, name: button.ariaLabel ?? button.textContent };
+  }
+
+  _focusButton({ button, place, name }) {
+    if (button.isConnected) return;
+    const buttons = this.thread.querySelectorAll("article")[place]?.querySelectorAll(".buttons button") ?? [];
+    [...buttons].find((each) => (each.ariaLabel ?? each.textContent) === name)?.focus({ preventScroll: true });
+  }
+
   /** To the newest message; where there is none, to the top of what stands instead. */
   _toEnd() {
     this.element.scrollTop = this.articles.size ? this.element.scrollHeight : 0;
@@ -132,7 +149,7 @@ export class Transcript {
   }
 
   _empty() {
-    const ask = (text) => h("button", { type: "button", onclick: () => this.handlers.onExample(text) }, text);
+    const ask = (text) => h("button", { type: "button", onclick: () => (this.handlers.onExample(text), focusBox()) }, text);
     return h("div", { class: "empty" }, h("h2", {}, T.empty), h("div", { class: "examples" }, ...T.examples.map(ask)));
   }
 }
@@ -227,8 +244,9 @@ class Article {
     const buttons = [];
     if (count > 1) {
       const step = (name, by) => {
-        const made = button(name, () => on.onBranch(this.message, by));
-        made.disabled = by < 0 ? index === 0 : index === count - 1;
+        const made = button(name, () => made.ariaDisabled || on.onBranch(this.message, by));
+        const isEnd = by < 0 ? index === 0 : index === count - 1;
+        made.ariaDisabled = isEnd ? "true" : null; // so that the focus can stay on it
         return made;
       };
       const place = h("span", { class: "version", "aria-label": T.actions.version(index + 1, count) }, `${index + 1}/${count}`);
@@ -236,12 +254,13 @@ class Article {
     }
     if (!this.running) {
       if (text) buttons.push(button("copy", () => copy(text)));
-      buttons.push(button("edit", () => this.edit()));
+      buttons.push((this.editButton = button("edit", () => this.edit())));
       if (role === "assistant") {
-        buttons.push(button("retry", () => on.onRetry(this.message), T.actions.retryHelp));
-        if (end?.seed != null) buttons.push(button("same", () => on.onSame(this.message), T.actions.sameHelp));
+        const ask = (handler) => () => (handler(this.message), focusBox());
+        buttons.push(button("retry", ask(on.onRetry), T.actions.retryHelp));
+        if (end?.seed != null) buttons.push(button("same", ask(on.onSame), T.actions.sameHelp));
         if (last && text && end && end.reason !== "stop") {
-          const words = h("button", { type: "button", class: "words", onclick: () => on.onContinue(this.message) }, T.actions.continue);
+          const words = h("button", { type: "button", class: "words", onclick: ask(on.onContinue) }, T.actions.continue);
           buttons.push(words);
         }
       }
@@ -257,24 +276,27 @@ class Article {
     const close = () => {
       editor.remove();
       this.body.hidden = false;
+      this.editButton?.focus({ preventScroll: true });
     };
     const save = (event) => {
-      event?.preventDefault();
+      event.preventDefault();
       const changed = area.value;
       close();
-      if (changed.trim() && (changed !== text || role === "user")) this.handlers.onEdit(this.message, changed);
+      if (!changed.trim() || (changed === text && role === "assistant")) return;
+      this.handlers.onEdit(this.message, changed);
+      if (role === "user") focusBox();
+    };
+    const onKey = (event) => {
+      if (event.key === "Escape") event.stopPropagation(), close(), focusBox();
+      if (event.key === "Enter" && !event.shiftKey && event.target === area && role === "user") save(event);
     };
     const editor = h(
       "form",
-      { class: "editor", onsubmit: save },
+      { class: "editor", onsubmit: save, onkeydown: onKey },
       area,
       h("button", { type: "button", onclick: close }, T.actions.cancel),
       h("button", { type: "submit", class: "primary" }, role === "user" ? T.actions.sendEdit : T.actions.save),
     );
-    area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") event.stopPropagation(), close(), this.handlers.onEditEnd?.();
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing && role === "user") save(event);
-    });
     this.body.hidden = true;
     this.body.after(editor);
     area.focus();
