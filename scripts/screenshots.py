@@ -87,7 +87,8 @@ def _talk(browser: Browser, url: str, **options: object) -> Page:
         page.keyboard.press("Control+Shift+O")
     _ask(page, QUESTION)
     page.locator(".katex").first.wait_for()
-    page.wait_for_timeout(1_000)  # colours and fonts
+    page.locator(".code .number").nth(1).wait_for()  # its colours, up to the last line
+    page.wait_for_timeout(1_000)  # fonts
     return page
 
 

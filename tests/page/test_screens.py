@@ -153,6 +153,9 @@ def test_what_a_colour_tells_is_told_without_our_colours_too(visit, site):
     for shown in ("#setting-temperature input[type=range]", ".gauge meter"):
         assert colours(page.locator(shown)) > 1, shown
     assert page.locator("article.user .body").evaluate("bubble => getComputedStyle(bubble).borderTopWidth") == "1px"
+    for field, outlined in ((box(page), ".box"), (page.get_by_label("System prompt"), "#settings textarea")):
+        field.focus()
+        assert page.locator(outlined).first.evaluate("outlined => getComputedStyle(outlined).outlineStyle") == "solid"
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}], ids=["light", "dark"])
