@@ -31,6 +31,7 @@ export const T = {
     memoryOnly: "This browser lets the page keep nothing: conversations are lost when it closes.",
   },
   login: {
+    again: "Log in",
     wrong: "That name and password do not go together. Please try again.",
     unreachable: "The server cannot be reached. Please try again in a moment.",
   },
@@ -100,9 +101,6 @@ export const T = {
     close: "Close",
   },
   dialog: { yes: "Yes", no: "Cancel", close: "Close", undo: "Undo" },
-  login: {
-    again: "Log in",
-  },
   shortcuts: {
     title: "Keyboard shortcuts",
     rows: [
