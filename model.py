@@ -308,7 +308,8 @@ class ChatModel:
         serving = self.serving
         if to_the_end:
             params = replace(params, max_new_tokens=min(self.context_length - len(input_ids), LONGEST_UNASKED))
-        grammar = None if params.grammar is None else serving.grammars.grammar(params.grammar)
+        most_tokens = min(params.max_new_tokens, serving.engine.context_length - len(input_ids))
+        grammar = None if params.grammar is None else serving.grammars.grammar(params.grammar, most_tokens)
         stop = params.stop if params.ignore_eos else (*params.stop, *ends)
         usage = Usage(len(input_ids), dropped_messages=dropped_messages)
         reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)

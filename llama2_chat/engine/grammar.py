@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llama2_chat.engine.json_state import JsonState
 from llama2_chat.engine.try_grammar import LIMITS, sentence, too_complex, tried
 from llama2_chat.engine.vocabulary import Vocabulary
+from llama2_chat.engine.way_out import way_out
 from llama2_chat.errors import BadGrammar, Busy, ChatError
 from llama2_chat.types import GrammarSpec
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+LOOK_AHEAD = 96  # tokens before its last at which an answer is first looked at, whether it will come to its end
+SPARE = 6  # tokens that the way to the end may be longer in the middle of a character, or of an escape
 PATIENCE_S = 10  # a grammar waits no longer for others' to be compiled
 
 
@@ -39,8 +42,11 @@ class Grammars:
         self._making = threading.Lock()
         self._one_at_a_time = threading.Lock()  # compiling shall not take all cores from those who decode
 
-    def grammar(self, spec: GrammarSpec) -> Grammar:
-        """A grammar at its beginning. Raises BadGrammar if answers cannot be held to it."""
+    def grammar(self, spec: GrammarSpec, most_tokens: int | None = None) -> Grammar:
+        """A grammar at its beginning. Raises BadGrammar if answers cannot be held to it.
+
+        most_tokens: of the answer, which is brought to its end before they are used up, if its JSON can be.
+        """
         found = tried(spec, PATIENCE_S)
         if found.error:
             raise BadGrammar(found.error)
@@ -60,7 +66,7 @@ class Grammars:
             self._one_at_a_time.release()
         if matcher.is_error():
             raise BadGrammar(sentence(spec.kind, matcher.get_error()))
-        return Grammar(matcher, vocabulary, spec, found.relaxed)
+        return Grammar(matcher, vocabulary, spec, found.relaxed, most_tokens)
 
     def _tokenizer(self) -> tuple[LLTokenizer, Vocabulary]:
         """Made once, while those who come first wait for it."""
@@ -96,11 +102,21 @@ class Grammar:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, spec: GrammarSpec, relaxed: tuple[str, ...] = ()
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        spec: GrammarSpec,
+        relaxed: tuple[str, ...] = (),
+        most_tokens: int | None = None,
     ) -> None:
         self.relaxed = relaxed  # words of the JSON schema that the answer may violate
         self._matcher, self._vocabulary, self._kind = matcher, vocabulary, spec.kind
         self._state = JsonState()
+        self._left = most_tokens
+        # With so many tokens left, an end is looked for; not at once, for the first token should not wait.
+        self._first_look = min(LOOK_AHEAD, (most_tokens or 0) * 3 // 4)
+        self._look_at = self._first_look
+        self._way: list[int] = []  # to the end, once there is no time for anything else
         # Around the JSON of a Lark grammar there may be text, in which a number is as long as it likes.
         self._least_depth = 0 if spec.kind == "json_schema" else 1 if "%json" in spec.text else math.inf
 
@@ -113,22 +129,43 @@ class Grammar:
         """Write to mask, int32 on the CPU, a bit for each id that may come next, the lowest first."""
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         self._check()
-        self._end_number(mask)
+        if self._state.depth >= self._least_depth:
+            self._end_number(mask)
+            self._end_in_time(mask)
 
     def advance(self, token: int) -> None:
         self._matcher.consume_token(token)
         self._check()
+        quotes = self._state.quotes
         if token < len(self._vocabulary.texts):
             self._state.feed(self._vocabulary.texts[token])
+        if self._left is not None:
+            self._left -= 1
+            if self._state.quotes != quotes:  # within a string, the way to the end stays as long as it is
+                self._look_at = self._first_look
+        self._way = self._way[1:] if self._way[:1] == [token] else []
 
     def _end_number(self, mask: Tensor) -> None:
         """Allow a number no more digits than mean anything: a small model can write them until max_new_tokens."""
         left = self._state.digits_left
-        if left is None or self._state.depth < self._least_depth:
+        if left is None:
             return
         longer = self._vocabulary.longer_numbers(left)
         if longer is not None and (shorter := mask & ~longer).any():  # else the schema asks for more digits
             mask.copy_(shorter)
+
+    def _end_in_time(self, mask: Tensor) -> None:
+        """Take the way to the end when there are only as many tokens left as it has."""
+        if self._left is None or self._left > self._look_at:
+            return
+        way = self._way or way_out(self._matcher, self._vocabulary, self._state, self._left)
+        if way is None:  # it cannot be brought to its end, as far as is known
+            self._look_at = 0
+        elif len(way) + SPARE < self._left:
+            self._look_at = len(way) + SPARE if self._state.in_string else self._left - 1
+        elif way:
+            self._way = way
+            mask.copy_(self._vocabulary.only(way[0]))
 
     def _check(self) -> None:
         if self._matcher.is_error():

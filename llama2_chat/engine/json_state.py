@@ -10,11 +10,15 @@ IN_NUMBERS = DIGITS | frozenset(b".+-eE")
 
 class JsonState:
     def __init__(self) -> None:
-        self.in_string = False
+        self.quotes = 0  # that began or ended a string so far
         self.depth = 0  # brackets and braces that are open
         self.digits = 0  # of the number that is being written, before its exponent
         self.exponent_digits: int | None = None  # of the same; None before there is an exponent
         self._escaped = False
+
+    @property
+    def in_string(self) -> bool:
+        return self.quotes % 2 == 1
 
     @property
     def digits_left(self) -> int | None:
@@ -36,7 +40,7 @@ class JsonState:
         elif byte == ord("\\"):
             self._escaped = True
         elif byte == ord('"'):
-            self.in_string = False
+            self.quotes += 1
 
     def _outside(self, byte: int) -> None:
         if byte in DIGITS:
@@ -49,7 +53,7 @@ class JsonState:
         elif byte not in IN_NUMBERS:
             self.digits, self.exponent_digits = 0, None
         if byte == ord('"'):
-            self.in_string = True
+            self.quotes += 1
         elif byte in b"[{":
             self.depth += 1
         elif byte in b"]}":

@@ -16,10 +16,16 @@ IN_NUMBER = re.compile(rb"\.?[0-9]*\.?[0-9]*")
 class Vocabulary:
     def __init__(self, tokenizer: LLTokenizer) -> None:
         self.texts = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        self.of_byte = {text[0]: token for token, text in enumerate(self.texts) if len(text) == 1}
+        self.end: int = tokenizer.eos_token
         heads = [match[0] if (match := IN_NUMBER.match(text)) else b"" for text in self.texts]
         self._points = np.array([head[:1] == b"." for head in heads])
         self._digits = np.array([len(head) - head.count(b".") for head in heads])
         self._longest = int(self._digits.max())
+
+    def only(self, token: int) -> Tensor:
+        """A mask that allows one token."""
+        return mask_of(np.arange(len(self.texts)) == token)
 
     def longer_numbers(self, digits_left: int) -> Tensor | None:
         """Tokens that would give a number more digits than are left, as a mask. None if there are none such."""

@@ -186,6 +186,50 @@ def test_a_number_ends(tokenizer, schema):
     assert follows(text, schema) or schema["type"] == "array"
 
 
+LETTER = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string", "minLength": 2}, "minItems": 1},
+        "from": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["text", "tags", "from"],
+    "additionalProperties": False,
+}
+
+
+@functools.cache
+def with_quotes(tokenizer):
+    return {token for token in range(len(tokenizer)) if '"' in tokenizer.decode([token])}
+
+
+def babble(tokenizer, schema, most, seed):
+    """An answer that never ends a string by itself."""
+    following, rng, ids = grammars_of(tokenizer).grammar(json_schema(schema), most), random.Random(seed), []
+    while not following.complete and len(ids) < most:
+        choice = allowed(following, len(tokenizer) + 32)
+        going_on = set(choice) - with_quotes(tokenizer) or set(choice)
+        following.advance(token := rng.choice(sorted(going_on)))
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids)
+
+
+def test_strings_end_before_the_last_token(tokenizer):
+    text = babble(tokenizer, LETTER, 110, seed=1)
+    assert follows(text, LETTER), text
+
+
+def test_a_text_alone_ends_before_its_last_token(tokenizer):
+    for schema in (
+        {"type": "string"},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "string", "minLength": 9},
+    ):
+        assert follows(babble(tokenizer, schema, 20, seed=1), schema)
+
+
 def test_digits_that_a_schema_asks_for_are_allowed(chat):
     tokenizer, number = chat.serving.tokenizer, 10**25
     following = grammars_of(tokenizer).grammar(json_schema({"minimum": number, "maximum": number}))
