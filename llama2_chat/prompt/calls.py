@@ -48,12 +48,13 @@ def _find(tokenizer: PreTrainedTokenizerBase) -> CallStyle | None:
     prompt = render(tokenizer, [asked], tools=tools)
     if described not in prompt:
         return None
-    ending = _after(prompt, render(tokenizer, [asked, answered], False, tools)).partition(answered.content)[2]
+    said = _after(prompt, render(tokenizer, [asked, answered], False, tools))
+    before, _, ending = said.partition(answered.content)  # before it some write that nothing was thought
 
     def written(*calls: ToolCall) -> str:
         """What the assistant then says."""
         rendered = render(tokenizer, [asked, Turn("assistant", "", 1, calls)], False, tools)
-        return _after(prompt, rendered).removesuffix(ending)
+        return _after(prompt, rendered).removeprefix(before).removesuffix(ending)
 
     opening, found, rest = written(first).partition(first["name"])
     middle, found_arguments, closing = rest.partition(arguments)

@@ -37,6 +37,15 @@ def test_how_a_template_writes_calls_is_found_out(make, style):
     assert prompt.call_style(make()) == style
 
 
+def test_empty_thoughts_that_a_template_writes_before_answers_are_no_part_of_a_call():
+    thoughts = "{%- if loop.last and m.role == 'assistant' %}{{- '\\n<think>\\n\\n</think>\\n' }}{%- endif %}"
+    template = QWEN.replace("{{- '<|im_start|>assistant' }}", "{{- '<|im_start|>assistant' }}" + thoughts).replace(
+        "m.role + '\\n' + m.content", "m.role }}" + thoughts + "{{- '\\n' + m.content"
+    )
+    assert "<think>" in template
+    assert prompt.call_style(with_template(qwen(), template)) == QWEN_STYLE
+
+
 @pytest.mark.parametrize("make", [*TEMPLATED.values(), chatml, llama_shaped], ids=[*TEMPLATED, "ChatML", "none"])
 def test_a_template_without_tools_is_no_such_template(make):
     assert prompt.call_style(make()) is None
