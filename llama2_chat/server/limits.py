@@ -40,11 +40,10 @@ class ConcurrencyLimiter:
         """Room for so many more answers of this client. Raises Busy if there is none now, ChatError if never."""
         if self._limit and answers > self._limit:
             raise ChatError(f"This asks for {answers} answers at once, and {self._limit} are allowed. Ask for fewer.")
-        if self._limit and self._running[client] + answers > self._limit:
-            raise Busy(
-                f"You have {self._running[client]} answers on their way, and no more than {self._limit} are allowed. "
-                "Wait for one to end."
-            )
+        running = self._running[client]
+        if self._limit and running + answers > self._limit:
+            room = f"only {self._limit - running}" if self._limit > running else "no"
+            raise Busy(f"You have {running} answers on their way, and {room} more are allowed. Wait for one to end.")
         with counted(self._running, client, answers):
             yield
 

@@ -157,7 +157,7 @@ def test_a_clients_limit_counts_each_answer(settings, chat_of_prompts):
     assert error(complete(limited))["message"].startswith("This asks for 3 answers at once, and 2 are allowed")
     limiter = ConcurrencyLimiter(3)
     with limiter.slot("me", 2):
-        with pytest.raises(Busy, match="You have 2 answers on their way, and no more than 3"), limiter.slot("me", 2):
+        with pytest.raises(Busy, match="You have 2 answers on their way, and only 1 more"), limiter.slot("me", 2):
             pass
         with limiter.slot("you", 3), limiter.slot("me"):
             pass

@@ -21,7 +21,7 @@ def number(http, name):
 def test_metrics_count_requests_tokens_times_and_errors(small, settings):
     with serving(small, settings) as address, httpx.Client(base_url=address, timeout=60) as http:
         usage = ask(http, max_tokens=3, messages=TALK).json()["usage"]
-        ask(http, n=2)
+        ask(http, suffix="no")
         ask(http, max_tokens=2, stream=True)
         assert number(http, 'chat_requests_total{outcome="length",route="/v1/chat/completions"}') == 2
         assert number(http, 'chat_errors_total{code="unsupported_parameter"}') == 1
