@@ -245,6 +245,30 @@ HIDE = """(hidden) => {
 
 
 @pytest.mark.slow
+def test_what_waits_for_an_answer_is_sent_in_its_own_conversation_whatever_is_open_then(visit, site, echo):
+    page = visit(site)
+    ask(page, "Another chat")
+    box(page).fill("A draft that nobody sends")
+    page.get_by_role("button", name="New chat").first.click()
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    send(page, "And then?")
+    expect(page.get_by_text("Sent as soon as this answer ends.")).to_be_visible()
+    page.reload()
+    expect(box(page)).to_have_value("And then?")
+    expect(page.get_by_text("Sent as soon as this answer ends.")).to_be_visible()
+    page.get_by_role("navigation").get_by_text("Another chat").click()
+    expect(box(page)).to_have_value("A draft that nobody sends")
+    expect(page.get_by_text("Sent as soon as this answer ends.")).to_have_count(0)
+    echo.gate.open()
+    expect(page.locator("#sidebar .open").first).to_contain_text("long")
+    page.get_by_role("navigation").get_by_text("long").click()
+    expect(answers(page)).to_have_text(["".join(WORDS).strip(), "You said And then?"])
+    expect(box(page)).to_have_value("")
+    assert [messages[-1]["content"] for messages, _ in echo.asked] == ["Another chat", "long", "And then?"]
+
+
+@pytest.mark.slow
 def test_two_quick_clicks_ask_once_and_same_again_is_the_beginning_of_a_continued_answer(visit, site, echo):
     echo.say = lambda messages: Scripted("Once ", "upon", reason="length")
     page = visit(site)

@@ -52,14 +52,16 @@ export class Chat {
     const conversation = await this.store.conversation(id);
     if (!conversation) return void this.startNew();
     const messages = await this.store.messages(id);
-    const talk = { conversation, messages: new Map(messages.map((message) => [message.id, message])) };
+    const talk = talkOf(conversation, messages);
     conversation.leafId = leafToShow(conversation, messages);
     if (messageId && talk.messages.has(messageId) && !pathOf(talk).some((message) => message.id === messageId)) {
       await this._setLeaf(talk, leafBelow(messages, messageId));
     }
     this.talk = talk;
     this._resume(messages);
-    this.composer.text = conversation.draft ?? "";
+    const { queuedAfter, draft = "" } = conversation;
+    if (this.running.has(queuedAfter)) talk.queued = { after: queuedAfter, text: draft }; // else it ended where nobody saw it
+    this.composer.text = draft;
     this.transcript.following = !messageId;
     this.render();
     if (messageId) this.transcript.scrollTo(messageId);
@@ -87,9 +89,16 @@ export class Chat {
     talk.isSending = true;
     this.composer.setRunning(true); // at once: what is typed now waits for this answer
     await this._ensureConversation(talk, text);
-    const question = await this._addMessage(talk, { role: "user", text, parentId: talk.conversation.leafId });
-    await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
-    await this._answer(talk, question);
+    await this._ask(talk, text, talk.conversation.leafId);
+  }
+
+  /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
+  async queue(waits) {
+    const { talk } = this;
+    talk.queued = waits ? { after: this._runningHere()?.id, text: this.composer.text } : null;
+    this.unkept = null; // the draft is kept with it
+    this.render();
+    if (!waits || talk.queued.after) await this._keepQueue(talk);
   }
 
   async retry(message) {
@@ -176,10 +185,39 @@ export class Chat {
       return { message, index, count: list.length };
     });
     this.transcript.show(path, { running: this.running, forgotten: this._forgotten(path) });
-    this.composer.setRunning(Boolean(this.talk.isSending || this.talk.asking || this._runningHere()));
+    const running = this._runningHere();
+    const isRunning = Boolean(this.talk.isSending || this.talk.asking || running);
+    this.composer.setRunning(isRunning, isRunning && Boolean(this.talk.queued) && this.talk.queued.after === running?.id);
   }
 
   // Asking.
+
+  async _ask(talk, text, parentId) {
+    const question = await this._addMessage(talk, { role: "user", text, parentId });
+    await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
+    await this._answer(talk, question);
+  }
+
+  async _keepQueue({ conversation, queued }) {
+    const kept = queued ? { queuedAfter: queued.after, draft: queued.text } : { queuedAfter: null };
+    if (conversation) await this.store.updateConversation(conversation.id, (old) => Object.assign(old, kept));
+  }
+
+  /** What was typed while this answer was written; of all tabs that see its end, one sends it. */
+  async _sendQueued({ id, conversationId }) {
+    let text = "";
+    const conversation = await this.store.updateConversation(conversationId, (kept) => {
+      if (kept.queuedAfter !== id) return;
+      text = kept.draft;
+      Object.assign(kept, { queuedAfter: null, draft: "" });
+    });
+    if (!text) return;
+    const isOpen = conversationId === this.id;
+    const talk = isOpen ? this.talk : talkOf(conversation, await this.store.messages(conversationId));
+    talk.queued = null;
+    if (isOpen) this.composer.text = "";
+    await this._ask(talk, text, id);
+  }
 
   async _ensureConversation(talk, text) {
     if (talk.conversation) return;
@@ -210,6 +248,10 @@ export class Chat {
     talk.asking = true;
     const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
     const message = await this._addMessage(talk, fields).finally(() => (talk.asking = false));
+    if (talk.queued && !talk.queued.after) {
+      talk.queued.after = message.id;
+      await this._keepQueue(talk);
+    }
     await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
   }
 
@@ -276,6 +318,7 @@ export class Chat {
     this.count();
     const said = { cancelled: T.live.stopped, error: T.live.failed }[end.reason] ?? T.live.ended;
     if (message.conversationId === this.id) this.hooks.onSaid(said);
+    await this._sendQueued(message);
   }
 
   /** It lost its place in line while nobody read, and now somebody does. */
@@ -293,15 +336,15 @@ export class Chat {
     const gone = wasAnswered ? [message.id] : [message.id, question.id];
     const left = all.filter(({ id }) => !gone.includes(id));
     const leafId = wasAnswered ? leafBelow(left, question.id) : newestBeside(left, question);
-    await this.store.updateConversation(conversationId, (conversation) => (conversation.leafId = leafId));
+    await this.store.updateConversation(conversationId, (conversation) => Object.assign(conversation, { leafId, queuedAfter: null }));
     await this.store.removeMessages(conversationId, gone);
     const isOpen = conversationId === this.id;
     const draft = [!wasAnswered && question.text, isOpen && this.composer.text].filter(Boolean).join("\n\n");
     if (!isOpen) {
-      await this.store.updateConversation(conversationId, (conversation) => (conversation.draft ||= draft));
+      await this.store.updateConversation(conversationId, (kept) => (kept.draft = [draft, kept.draft].filter(Boolean).join("\n\n")));
       return;
     }
-    this.composer.unqueue();
+    this.talk.queued = null;
     if (!left.length) {
       await this.store.deleteConversation(conversationId);
       this.startNew(draft);
@@ -389,6 +432,8 @@ function explain({ message, status }) {
 
 /** No conversation is kept before its first message. */
 const emptyTalk = () => ({ conversation: null, messages: new Map() });
+
+const talkOf = (conversation, messages) => ({ conversation, messages: new Map(messages.map((each) => [each.id, each])) });
 
 const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
 

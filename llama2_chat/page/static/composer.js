@@ -8,7 +8,8 @@ const SEND = "M12 19V6 M6 11l6-6 6 6";
 const STOP = "M8 8h8v8H8z";
 
 export class Composer {
-  /** @param handlers onSend(text), onStop(), onEditLast(), onInput(text) */
+  /** @param handlers onSend(text), onQueue(whether the text waits for the answer under way), onStop(), onEditLast(),
+   *   onInput(text) */
   constructor(element, handlers) {
     this.handlers = handlers;
     this.area = h("textarea", { "aria-label": T.box.label, placeholder: T.box.hint, rows: 1, dir: "auto", enterkeyhint: "enter" });
@@ -41,18 +42,12 @@ export class Composer {
     this.area.focus({ preventScroll: true });
   }
 
-  /** While an answer is on its way the box takes the next message, and sends it afterwards. */
-  setRunning(running) {
+  /** While an answer is on its way the box takes the next message. queued: it has it, and waits with it. */
+  setRunning(running, queued = false) {
     this.running = running;
+    this.queued = queued;
+    this.note.textContent = queued ? T.box.queued : "";
     this._face();
-    if (!running && this.queued) {
-      this._queue(false);
-      this._send();
-    }
-  }
-
-  unqueue() {
-    this._queue(false);
   }
 
   /** @param fitted what the server says of the window, or null where nobody counts */
@@ -80,7 +75,7 @@ export class Composer {
 
   /** At once, or when the answer under way has ended. */
   _submit() {
-    if (this.running) this._queue(this.text.trim() !== "");
+    if (this.running) this.handlers.onQueue(this.text.trim() !== "");
     else this._send();
     this.focus();
   }
@@ -98,15 +93,10 @@ export class Composer {
   }
 
   _typed() {
-    this._queue(false);
+    if (this.queued) this.handlers.onQueue(false);
+    this._face();
     this._fit();
     this.handlers.onInput(this.text);
-  }
-
-  _queue(queued) {
-    this.queued = queued;
-    this.note.textContent = queued ? T.box.queued : "";
-    this._face();
   }
 
   _face() {

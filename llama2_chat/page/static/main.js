@@ -54,6 +54,7 @@ async function start() {
       keep(draft, "");
       chat.send(text);
     },
+    onQueue: (waits) => chat.queue(waits),
     onStop: () => chat.stop(),
     onEditLast: () => chat.editLast(),
     onInput: (text) => {
