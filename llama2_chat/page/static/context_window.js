@@ -1,0 +1,40 @@
+// How the conversation stands in the model's window, counted by the server, shown by composer.js's gauge.
+
+import { fit } from "./answers.js";
+
+const COUNT_AFTER_MS = 400; // without a key
+
+export class ContextWindow {
+  /** @param parts state() what the server says of its model, onCounted() when there is a new count */
+  constructor({ settings, composer, state, onCounted }) {
+    Object.assign(this, { settings, composer, state, onCounted });
+    this.fitted = null;
+  }
+
+  /** @param read () => [path, draft], asked once typing pauses: the messages, and what stands in the box */
+  count(read) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this._count(...read()), COUNT_AFTER_MS);
+  }
+
+  /** How many of the oldest messages the model would not see; 0 where a newer count of a shorter talk is on its way. */
+  forgotten(length) {
+    const dropped = this.fitted?.droppedMessages ?? 0;
+    return dropped < length ? dropped : 0;
+  }
+
+  async _count(path, draft) {
+    if (!this.state().countsTokens) return;
+    const turns = path.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
+    if (draft.trim() || turns.at(-1)?.role !== "user") turns.push({ role: "user", content: draft.trim() || "…" });
+    this.counting?.abort();
+    this.counting = new AbortController();
+    try {
+      this.fitted = await fit({ messages: turns, settings: this.settings.read() }, this.counting.signal);
+    } catch {
+      return; // a newer count is on its way, or the line is down
+    }
+    this.composer.showGauge(this.fitted);
+    this.onCounted();
+  }
+}
