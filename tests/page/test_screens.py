@@ -93,7 +93,7 @@ def test_everything_that_opens_stays_on_the_screen(visit, site, size):
     say(page)
     open_settings(page)
     page.get_by_role("button", name="Back to the defaults").scroll_into_view_if_needed()
-    page.get_by_role("region", name="Settings").get_by_role("button", name="Close").click()
+    page.locator("#settings").get_by_role("button", name="Close").click()
     open_menu(page)
     for item in page.get_by_role("menuitem").all():
         expect(item).to_be_in_viewport(ratio=1)
@@ -108,7 +108,7 @@ def test_everything_that_opens_stays_on_the_screen(visit, site, size):
     page.get_by_role("button", name="Conversations").click()
     page.get_by_role("button", name="Manage chats").click()
     page.get_by_role("menuitem", name="Delete all").click()
-    expect(page.get_by_role("dialog")).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("dialog", name="Delete all chats")).to_be_in_viewport(ratio=1)
 
 
 def test_two_fingers_zoom_in_and_a_keyboard_covers_nothing_that_is_open(visit, site):
