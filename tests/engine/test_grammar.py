@@ -221,6 +221,13 @@ def test_strings_end_before_the_last_token(tokenizer):
     assert follows(text, LETTER), text
 
 
+ADDRESS = {"type": "string", "pattern": r"[\w.-]+@([\w.-]+\.)+[\w]+"}
+
+
+def test_a_text_that_follows_a_pattern_ends_before_its_last_token(tokenizer):
+    assert follows(babble(tokenizer, ADDRESS, 40, seed=1), ADDRESS)
+
+
 def test_a_text_alone_ends_before_its_last_token(tokenizer):
     for schema in (
         {"type": "string"},
