@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOOK_AHEAD = 96  # tokens before its last at which an answer is first looked at, whether it will come to its end
+LOOKED_AT = 1500  # tokens of ways to the end that one answer may have looked at, of 10 ms each where it is hostile
 SPARE = 6  # tokens that the way to the end may be longer in the middle of a character, or of an escape
 PATIENCE_S = 10  # a grammar waits no longer for others' to be compiled
 
@@ -115,7 +116,7 @@ class Grammar:
         self._left = most_tokens
         # With so many tokens left, an end is looked for; not at once, for the first token should not wait.
         self._first_look = min(LOOK_AHEAD, (most_tokens or 0) * 3 // 4)
-        self._look_at = self._first_look
+        self._look_at, self._may_look_at = self._first_look, LOOKED_AT
         self._way: list[int] = []  # to the end, once there is no time for anything else
         # Around the JSON of a Lark grammar there may be text, in which a number is as long as it likes.
         self._least_depth = 0 if spec.kind == "json_schema" else 1 if "%json" in spec.text else math.inf
@@ -142,7 +143,7 @@ class Grammar:
         if self._left is not None:
             self._left -= 1
             if self._state.quotes != quotes:  # within a string, the way to the end stays as long as it is
-                self._look_at = self._first_look
+                self._look_at, self._may_look_at = self._first_look, LOOKED_AT
         self._way = self._way[1:] if self._way[:1] == [token] else []
 
     def _end_number(self, mask: Tensor) -> None:
@@ -158,14 +159,22 @@ class Grammar:
         """Take the way to the end when there are only as many tokens left as it has."""
         if self._left is None or self._left > self._look_at:
             return
-        way = self._way or way_out(self._matcher, self._vocabulary, self._state, self._left)
+        way = self._way or self._look()
         if way is None:  # it cannot be brought to its end, as far as is known
             self._look_at = 0
         elif len(way) + SPARE < self._left:
-            self._look_at = len(way) + SPARE if self._state.in_string else self._left - 1
+            # Outside of a string the next token may make it longer, by not much until the next string.
+            self._look_at = len(way) + SPARE if self._state.in_string else max(len(way) + SPARE, self._left - 8)
         elif way:
             self._way = way
             mask.copy_(self._vocabulary.only(way[0]))
+
+    def _look(self) -> list[int] | None:
+        if self._left is None or self._may_look_at <= 0:
+            return None
+        way = way_out(self._matcher, self._vocabulary, self._state, self._left)
+        self._may_look_at -= self._left if way is None else len(way)
+        return way
 
     def _check(self) -> None:
         if self._matcher.is_error():

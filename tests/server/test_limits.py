@@ -67,7 +67,7 @@ def check_others_are_served(http):
 @pytest.mark.slow
 def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, small_address, monkeypatch):
     released, grammars, compile_grammar = threading.Event(), small.serving.grammars, small.serving.grammars.grammar
-    monkeypatch.setattr(grammars, "grammar", lambda schema: released.wait(40) and compile_grammar(schema))
+    monkeypatch.setattr(grammars, "grammar", lambda *args: released.wait(40) and compile_grammar(*args))
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
     body = {"messages": HELLO, "max_tokens": 1, "response_format": response_format}
     with many_requests(small_address, "v1/chat/completions", body):
