@@ -38,6 +38,11 @@ def _clean(messages: list[Any]) -> list[Message]:
     for message in messages:
         if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
+    if any(
+        isinstance(message, dict) and (message.get("role") == "tool" or message.get("tool_calls"))
+        for message in messages
+    ):
+        raise ChatError("it has calls of tools or their results, which are not trained on here.")
     _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
     # A chat takes both of these. To train on them would be to teach another order than the row has.
     if any(message["role"] == "system" for message in messages[1:]):

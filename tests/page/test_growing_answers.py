@@ -35,6 +35,14 @@ GROWING = {
 }
 
 
+# Formulas are typeset when there is time.
+WITH_AS_MANY_FORMULAS = """() => {
+  const both = ["grown", "whole"].map((id) => document.getElementById(id));
+  const [grown, whole] = both.map((element) => element.querySelectorAll("math").length);
+  return grown === whole && both.map((element) => element.innerHTML);
+}"""
+
+
 @pytest.mark.parametrize("text", GROWING.values(), ids=GROWING)
 def test_an_answer_that_grew_letter_by_letter_ends_as_if_shown_at_once(answer_page, text):
     answer_page.evaluate(
@@ -53,10 +61,9 @@ def test_an_answer_that_grew_letter_by_letter_ends_as_if_shown_at_once(answer_pa
         }""",
         text.replace("\r\n", "\n"),
     )
+    both = answer_page.wait_for_function(WITH_AS_MANY_FORMULAS).json_value()
     # Without the numbers that tell answers apart, and colours, which come when they are ready.
-    grown, whole = (
-        re.sub(r"footnote-\d+-|</?span[^>]*>", "", answer_page.inner_html(f"#{id}")) for id in ("grown", "whole")
-    )
+    grown, whole = (re.sub(r"footnote-\d+-|</?span[^>]*>", "", html) for html in both)
     assert grown == whole
 
 

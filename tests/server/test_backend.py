@@ -49,7 +49,7 @@ class EchoChat:
     servers = [ServerStatus("a:80", True, 1), ServerStatus("b:80", False, 0)]  # noqa: RUF012
     error = None
 
-    def stream_reply(self, messages, params, *, trim=True, to_the_end=False):
+    def stream_reply(self, messages, params, *, trim=True, to_the_end=False, tools=None):
         self.asked = (messages, params.max_new_tokens, trim, to_the_end)
         if self.error:
             raise self.error
@@ -59,7 +59,7 @@ class EchoChat:
         self.asked = (input_ids, params.max_new_tokens, to_the_end)
         return Echo([f"{id} " for id in input_ids])
 
-    def encode(self, messages):
+    def encode(self, messages, tools=None):
         raise AssertionError("a chat request is encoded by stream_reply alone")
 
     def encode_text(self, text):
