@@ -67,7 +67,7 @@ class Delivery:
             try:
                 constraint.allow(mask)
             except ChatError as error:
-                self.fail(request, str(error))
+                self.fail(request, error)
         return masks
 
     def deliver(self, all_but: int = 0) -> None:
@@ -85,7 +85,7 @@ class Delivery:
                 continue  # ended while this step was in flight
             if token < 0:
                 log.error("The model computed logits that are not finite, at %d tokens", len(request.ids))
-                self.fail(request, ANSWERING_FAILED)
+                self.fail(request, ChatError(ANSWERING_FAILED))
             elif request.cancelled:
                 self.finish(request, "cancelled")
             elif token in request.stop_ids:
@@ -103,10 +103,10 @@ class Delivery:
             if request.constraint is not None:
                 request.constraint.advance(token)
         except ChatError as error:
-            self.fail(request, str(error))
+            self.fail(request, error)
         except Exception:
             log.exception("A reader failed")
-            self.fail(request, ANSWERING_FAILED)
+            self.fail(request, ChatError(ANSWERING_FAILED))
         else:
             if request.constraint is not None and request.constraint.complete:
                 self.finish(request, "stop")
@@ -124,9 +124,9 @@ class Delivery:
                 self._scheduler.finish(request)
         self.end(request, reason)
 
-    def fail(self, request: Request, sentence: str) -> None:
+    def fail(self, request: Request, error: ChatError) -> None:
         """End a request with an error, and keep nothing that it computed."""
-        request.error = ChatError(sentence)
+        request.error = error
         if request in self._scheduler.running:
             self._zero(request)
         self.finish(request, "error")

@@ -187,7 +187,7 @@ class Engine:
                 if alive:
                     self.runner.zero_blocks(slice(None))
                 for request in running:
-                    self.delivery.fail(request, ANSWERING_FAILED if alive else GPU_LOST)
+                    self.delivery.fail(request, ChatError(ANSWERING_FAILED if alive else GPU_LOST))
                 if not alive:
                     self._give_up()
         for request in self._scheduler.running:
@@ -287,7 +287,7 @@ class Engine:
             for request in requests:
                 self._attempt(self._prefill, [request])
         elif requests[0].runs:
-            self.delivery.fail(requests[0], ANSWERING_FAILED)
+            self.delivery.fail(requests[0], ChatError(ANSWERING_FAILED))
 
     def _rewind(self, requests: Sequence[Request]) -> None:
         self.delivery.deliver()
@@ -298,7 +298,7 @@ class Engine:
         if youngest := self._scheduler.shrink_batch():
             self._preempt(youngest)
         elif not self._scheduler.shrink_chunk(request) and request.runs:
-            self.delivery.fail(request, OUT_OF_MEMORY)
+            self.delivery.fail(request, ChatError(OUT_OF_MEMORY))
 
     def _give_up(self) -> None:
         """No restart of the loop can cure a GPU that has failed; the program can only be started anew."""
@@ -307,7 +307,7 @@ class Engine:
             waiting = list(self._scheduler.waiting)
             self._scheduler.waiting.clear()
         for request in waiting:
-            self.delivery.fail(request, GPU_LOST)
+            self.delivery.fail(request, ChatError(GPU_LOST))
         self._on_lost()
 
     # ---- At the start ----

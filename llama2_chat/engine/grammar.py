@@ -18,7 +18,7 @@ from llama2_chat.engine.json_state import JsonState
 from llama2_chat.engine.try_grammar import LIMITS, sentence, too_complex, tried
 from llama2_chat.engine.vocabulary import Vocabulary
 from llama2_chat.engine.way_out import way_out
-from llama2_chat.errors import BadGrammar, Busy, ChatError
+from llama2_chat.errors import BadGrammar, Busy
 from llama2_chat.types import GrammarSpec
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _after_space(source: str) -> str:
 class Grammar:
     """What may come next in one answer: a request.TokenConstraint, made of a GrammarSpec.
 
-    Its methods raise ChatError when that exceeds the limits of llguidance.
+    Its methods raise BadGrammar when that exceeds the limits of llguidance.
     """
 
     def __init__(
@@ -178,4 +178,4 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ChatError(too_complex(self._kind))
+            raise BadGrammar(too_complex(self._kind))

@@ -72,8 +72,10 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
 
 
 def generation_error(error: Exception) -> ApiError:
-    """Of an answer that has begun: the request was fine, or there would be no reply."""
-    return ApiError(500, "generation_failed", str(error)) if isinstance(error, ChatError) else as_api_error(error)
+    """Of an answer that has begun: but for a grammar that turned out too hard, the request was fine."""
+    if isinstance(error, ChatError) and not isinstance(error, BadGrammar):
+        return ApiError(500, "generation_failed", str(error))
+    return as_api_error(error)
 
 
 def _invalid_request(error: dict[str, Any]) -> ApiError:

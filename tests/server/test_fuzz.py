@@ -12,7 +12,7 @@ from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
-from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, TokenizeRequest
+from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.serving import serving
@@ -46,11 +46,13 @@ def document(chat, settings):
     small.close()
 
 
-KNOWN = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *TokenizeRequest.model_fields} - {"model"}
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+KNOWN = {name for request in REQUESTS for name in request.model_fields} - {"model"}
 # Messages and prompts of all kinds go to /tokenize; here a sound one lets everything else be looked at.
 SOUND = {
     "POST /v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "POST /v1/completions": {"prompt": "Hi"},
+    "POST /detokenize": {"tokens": [1, 2]},
 }
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
