@@ -83,7 +83,7 @@ def test_many_schemas_that_wait_to_be_read_hold_up_nobody_else(http, small, smal
 def test_many_long_texts_hold_up_nobody_else(http, small, small_address, path, fields, monkeypatch):
     long, released, encode = "x" * limits.LONG_TEXT, threading.Event(), small.encode
 
-    def encode_late(messages):
+    def encode_late(messages, tools=None):
         return encode(messages) if messages == HELLO else released.wait(40) and encode(HELLO)
 
     monkeypatch.setattr(small, "encode", encode_late)
