@@ -89,6 +89,7 @@ def image(tmp_path, dockerfile, installed):
     return folder, tmp_path / "venv" / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_what_the_pages_image_copies_and_installs_is_enough_to_answer(image, tmp_path):
     folder, python = image
     assert not (folder / "model.py").exists()

@@ -78,6 +78,7 @@ def test_whoever_does_not_listen_loses_the_answer_within_seconds(http, endless, 
     wait_until(lambda: not endless.running)
 
 
+@pytest.mark.slow
 def test_whoever_listens_keeps_it(http, endless, monkeypatch):
     monkeypatch.setattr(answering, "UNREAD_S", 0.2)
     monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)

@@ -50,6 +50,7 @@ def bench(*arguments, exit_codes=(0,), cwd=ROOT, **constants):
     return figures
 
 
+@pytest.mark.slow
 def test_the_program_starts_in_any_folder_with_only_what_requirements_txt_installs(tmp_path):
     program = f"""
 import runpy

@@ -39,6 +39,7 @@ def test_a_merged_model_measures_as_its_adapter(run, tmp_path):
         assert loss_of(found, "merged", split) == pytest.approx(loss_of(found, "adapter", split), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_only_one_base_is_in_memory_at_a_time(chat_model, dataset, tmp_path, monkeypatch):
     """The one measured last stayed in memory while the next one was loaded."""
     loaded, load_base = [], load.load_base
@@ -55,6 +56,7 @@ def test_only_one_base_is_in_memory_at_a_time(chat_model, dataset, tmp_path, mon
     assert len(loaded) == 2
 
 
+@pytest.mark.slow
 def test_models_whose_folders_are_called_alike_stay_apart(chat_model, dataset, tmp_path):
     """Their figures were mixed, and shown as mean ± standard deviation as if they were folds."""
     one, two = (save_run(chat_model, dataset, tmp_path / name / "demo") for name in ("one", "two"))
