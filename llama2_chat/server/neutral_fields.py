@@ -99,6 +99,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "t_max_predict_ms": OFF,
     "max_tokens_second": OFF,
     "repetition_detection": UNSET,
+    "ban_eos_token": UNSET,
     "bad_words": UNSET,
     "banned_strings": UNSET,
     "banned_tokens": UNSET,
@@ -164,7 +165,6 @@ OTHER_NAMES = {
     "sampler_seed": "seed",
     "stopping_strings": "stop",
     "min_length": "min_tokens",
-    "ban_eos_token": "ignore_eos",
     "n_cmpl": "n",
 }
 
