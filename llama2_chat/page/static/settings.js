@@ -1,6 +1,7 @@
 // The settings: Gradio's own controls in the column #settings, read where they stand and kept in this browser.
 
 import { h } from "./dialog.js";
+import { keep, kept } from "./kept.js";
 import { ofProfile } from "./profile.js";
 import { T } from "./texts.js";
 
@@ -20,7 +21,7 @@ export class Settings {
   /** @param state what the server says of its defaults and prompts */
   constructor(state, { onChange }) {
     this.defaults = state.defaults;
-    this.kept = ofProfile(KEPT, state.profile);
+    this.keptAs = ofProfile(KEPT, state.profile);
     this.panel = document.querySelector("#settings");
     this._restore();
     this.fitWindow(state.contextLength);
@@ -82,20 +83,16 @@ export class Settings {
   _keep() {
     const values = this.read();
     const changed = Object.entries(values).filter(([name, value]) => value !== this.defaults[name]);
-    try {
-      localStorage.setItem(this.kept, JSON.stringify(Object.fromEntries(changed)));
-    } catch {
-      // A browser that keeps nothing for this page starts with the defaults next time.
-    }
+    keep(this.keptAs, JSON.stringify(Object.fromEntries(changed)));
   }
 
   _restore() {
     try {
-      const kept = JSON.parse(localStorage.getItem(this.kept)) ?? {};
+      const values = JSON.parse(kept(this.keptAs) || "{}");
       const fits = ([name, value]) => typeof value === typeof this.defaults[name];
-      this.write(Object.fromEntries(Object.entries(kept).filter(fits)));
+      this.write(Object.fromEntries(Object.entries(values).filter(fits)));
     } catch {
-      // Not ours, or nothing kept.
+      // Not ours.
     }
   }
 

@@ -86,11 +86,7 @@ export const T = {
     forgotten: "The model no longer remembers what stands above this line.",
   },
   live: { begun: "Answering", ended: "Answer complete", stopped: "Answer stopped", failed: "The answer failed" },
-  connection: {
-    offline: "Connection lost. Trying again …",
-    unreachable: "The server cannot be reached. Your message is kept; trying again …",
-  },
-  reading: "Reading …",
+  connection: { offline: "Connection lost. Trying again …" },
   sending: "Sending …",
   settings: {
     title: "Settings",
@@ -100,7 +96,7 @@ export const T = {
     wrongSeed: "A seed is a whole number, or empty for a random one.",
     close: "Close",
   },
-  dialog: { yes: "Yes", no: "Cancel", close: "Close", undo: "Undo" },
+  dialog: { yes: "Yes", no: "Cancel", close: "Close" },
   shortcuts: {
     title: "Keyboard shortcuts",
     rows: [
