@@ -40,6 +40,13 @@ from tests.support.odd_server import HEAD, OddServer, event, reset, silence, sta
 from tests.support.scripted import HERE, READY, Scripted, ScriptedChat, raising, spy
 from tests.support.serving import busy, serving
 
+SEND_WITH_A_CLICK = """(area, [button, text]) => {
+  button.click();
+  area.value = text;
+  area.dispatchEvent(new Event("input", { bubbles: true }));
+  area.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true, cancelable: true }));
+}"""
+
 
 def test_the_page_streams_an_answer_and_stops_when_asked(page):
     send(page, LONG)
@@ -168,6 +175,24 @@ def test_a_message_typed_ahead_goes_out_when_the_answer_has_ended(short_answers)
     expect(answers(short_answers).last).to_have_text(BEGUN)
     expect_unlocked(short_answers)
     expect(box(short_answers)).to_have_value("")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Retry", "Same again", "Send the edit"])
+def test_a_message_sent_in_the_moment_an_answer_was_asked_for_again_waits_for_it(visit, perform, name):
+    chat = ScriptedChat()
+    page = visit(perform(chat))
+    ask(page)
+    if name == "Send the edit":
+        page.locator("article.user").get_by_role("button", name="Edit", exact=True).click()
+        button = page.locator(".editor").get_by_role("button", name="Send", exact=True)
+    else:
+        button = page.locator("article").get_by_role("button", name=name, exact=True)
+    box(page).evaluate(SEND_WITH_A_CLICK, [button.element_handle(), "And the next one?"])
+    expect(questions(page)).to_have_text([SHORT, "And the next one?"])
+    expect(answers(page)).to_have_count(2)
+    expect_unlocked(page)
+    assert [messages[-1]["content"] for messages, _ in chat.asked] == [SHORT, SHORT, "And the next one?"]
 
 
 @pytest.mark.slow

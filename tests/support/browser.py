@@ -23,7 +23,7 @@ LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 
 
 def box(page: Page):
-    return page.get_by_role("textbox", name="Message")
+    return page.get_by_role("textbox", name="Message", exact=True)
 
 
 def questions(page: Page):

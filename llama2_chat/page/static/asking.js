@@ -22,7 +22,7 @@ export const talkOf = (conversation, messages) => ({ conversation, messages: new
 /** The messages that are shown: from the first to the leaf at which the conversation stands. */
 export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
 
-/** Answers under way. Whoever extends it has render(), count() and startNew(draft). */
+/** Answers under way. Whoever extends it has render(), count(), keepDraft(text) and startNew(draft). */
 export class Asking {
   constructor({ store, settings, transcript, composer, hooks }) {
     Object.assign(this, { store, settings, transcript, composer, hooks });
@@ -39,9 +39,28 @@ export class Asking {
     return pathOf(this.talk);
   }
 
+  /** Whether what is typed in it now waits for an answer. */
+  _isBusy(talk) {
+    return Boolean(talk.isAsking || (talk === this.talk && this._runningHere()));
+  }
+
+  /** Do what leads to an answer; from its first moment on, what is typed waits for it.
+   *  Nothing is done if one is on its way: this is the second of two quick clicks. */
+  async _begin(talk, lead) {
+    if (this._isBusy(talk)) return;
+    talk.isAsking = true; // until _run reads
+    if (talk === this.talk) this.composer.setRunning(true);
+    try {
+      await lead();
+    } catch (error) {
+      talk.isAsking = false;
+      this.render();
+      throw error;
+    }
+  }
+
   async _ask(talk, text, parentId) {
     const question = await this._addMessage(talk, { role: "user", text, parentId });
-    await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
     await this._answer(talk, question);
   }
 
@@ -62,8 +81,9 @@ export class Asking {
     const isOpen = conversationId === this.id;
     const talk = isOpen ? this.talk : talkOf(conversation, await this.store.messages(conversationId));
     talk.queued = null;
+    if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
     if (isOpen) this.composer.text = "";
-    await this._ask(talk, text, id);
+    await this._begin(talk, () => this._ask(talk, text, id));
   }
 
   async _ensureConversation(talk, text) {
@@ -90,22 +110,20 @@ export class Asking {
   }
 
   async _answer(talk, question, { seed, settings = this.settings.read() } = {}) {
-    talk.isSending = false;
-    if (talk.asking || (talk === this.talk && this._runningHere())) return; // the second of two quick clicks
-    talk.asking = true;
     const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
-    const message = await this._addMessage(talk, fields).finally(() => (talk.asking = false));
-    if (talk.queued && !talk.queued.after) {
-      talk.queued.after = message.id;
-      await this._keepQueue(talk);
-    }
+    const message = await this._addMessage(talk, fields);
     await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
   }
 
   /** Sends all before the answer, and of one that is to be continued what there is of it. */
-  async _run({ messages }, message, { seed, settings }) {
-    const said = pathTo([...messages.values()], message.id).filter(({ text }) => text);
+  async _run(talk, message, { seed, settings }) {
+    const said = pathTo([...talk.messages.values()], message.id).filter(({ text }) => text);
     const turns = said.map(({ role, text }) => ({ role, content: text }));
+    talk.isAsking = false;
+    if (talk.queued && !talk.queued.after) {
+      talk.queued.after = message.id;
+      this._keepQueue(talk);
+    }
     await this._read({ ...message, seed: message.seed ?? seed }, { messages: turns, settings: { ...settings, seed: String(seed) } });
   }
 

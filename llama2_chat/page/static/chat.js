@@ -67,10 +67,11 @@ export class Chat extends Asking {
   async send(text) {
     this.unkept = null; // it is sent
     const { talk } = this;
-    talk.isSending = true;
-    this.composer.setRunning(true); // at once: what is typed now waits for this answer
-    await this._ensureConversation(talk, text);
-    await this._ask(talk, text, talk.conversation.leafId);
+    await this._begin(talk, async () => {
+      await this._ensureConversation(talk, text);
+      await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
+      await this._ask(talk, text, talk.conversation.leafId);
+    });
   }
 
   /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
@@ -83,29 +84,34 @@ export class Chat extends Asking {
   }
 
   async retry(message) {
-    await this._answer(this.talk, this.talk.messages.get(message.parentId), { seed: newSeed() });
+    await this._answerAgain(message, { seed: newSeed() });
   }
 
   async sameAgain(message) {
     const settings = { ...this.settings.defaults, ...message.settings, seed: String(message.end.seed) };
-    await this._answer(this.talk, this.talk.messages.get(message.parentId), { seed: message.end.seed, settings });
+    await this._answerAgain(message, { seed: message.end.seed, settings });
+  }
+
+  async _answerAgain({ parentId }, options) {
+    const { talk } = this;
+    await this._begin(talk, () => this._answer(talk, talk.messages.get(parentId), options));
   }
 
   /** A visitor's message is asked anew, beside the old one; an answer is only changed. */
   async edit(message, text) {
     const { talk } = this;
     const { role, parentId } = message;
-    const edited = await this._addMessage(talk, { role, text, parentId, ...(role === "assistant" && { edited: true }) });
-    if (role === "user") await this._answer(talk, edited);
-    else this.render();
+    if (role === "user") return this._begin(talk, () => this._ask(talk, text, parentId));
+    await this._addMessage(talk, { role, text, parentId, edited: true });
+    this.render();
   }
 
   /** Its seed stays that of its beginning, with which the same question has the same answer again. */
   async continue(message) {
-    if (this._runningHere()) return;
+    const { talk } = this;
     const { end, ...open } = message;
     const begun = { ...open, answerId: newId(), seed: end.seed };
-    await this._run(this.talk, begun, { seed: newSeed(), settings: this.settings.read() });
+    await this._begin(talk, () => this._run(talk, begun, { seed: newSeed(), settings: this.settings.read() }));
   }
 
   async branch(message, step) {
@@ -157,7 +163,7 @@ export class Chat extends Asking {
     });
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
     const running = this._runningHere();
-    const isRunning = Boolean(this.talk.isSending || this.talk.asking || running);
+    const isRunning = this._isBusy(this.talk);
     this.composer.setRunning(isRunning, isRunning && Boolean(this.talk.queued) && this.talk.queued.after === running?.id);
   }
 
