@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.engines import running
+
 
 @pytest.fixture(scope="session")
 def tiny_llama():
@@ -19,3 +21,10 @@ def tiny_llama():
         initializer_range=0.5,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def endless(tiny_llama):
+    """An engine whose answers end at their limit only."""
+    with running(tiny_llama) as engine:
+        yield engine

@@ -10,20 +10,8 @@ from llama2_chat.types import SamplingParams
 from tests.support.engines import GREEDY, SEEDED, Stairs, answer, running, start
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_llama):
-    return tiny_llama
-
-
-@pytest.fixture
-def endless(tiny):
-    """Answers end at their limit only."""
-    with running(tiny) as engine:
-        yield engine
-
-
-def test_logits_that_are_not_numbers_are_an_error_not_a_token(endless, tiny, caplog):
-    hook = tiny.lm_head.register_forward_hook(lambda *args: args[-1] * float("nan"))
+def test_logits_that_are_not_numbers_are_an_error_not_a_token(endless, tiny_llama, caplog):
+    hook = tiny_llama.lm_head.register_forward_hook(lambda *args: args[-1] * float("nan"))
     try:
         found, request = answer(endless, [1, 2, 3], SEEDED)
     finally:
@@ -69,33 +57,33 @@ def test_an_answer_ends_with_its_grammar_even_at_its_last_token(endless, limit):
     assert (len(streamer.rest()), request.finish_reason) == (7, "stop")
 
 
-def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny):
+def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny_llama):
     params = [SamplingParams(seed=n, temperature=n % 2, top_k=(0, 50)[n % 3 == 0], max_new_tokens=40) for n in range(8)]
 
     def begin(engine, n):
         return start_on_stairs(engine, n, params[n]) if n % 2 else start(engine, [n, n + 1], params[n])
 
-    with running(tiny) as engine:
+    with running(tiny_llama) as engine:
         alone = [begin(engine, n)[1].rest() for n in range(8)]
         with engine.paused():  # all are here before the first begins
             started = [begin(engine, n) for n in range(8)]
         assert [streamer.rest() for _, streamer in started] == alone
 
 
-def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny):
+def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny_llama):
     params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * BLOCK_SIZE)
-    with running(tiny) as engine:
+    with running(tiny_llama) as engine:
         expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(4)]
-    with running(tiny, tokens=8 * BLOCK_SIZE) as engine:  # three of them
+    with running(tiny_llama, tokens=8 * BLOCK_SIZE) as engine:  # three of them
         started = [start_on_stairs(engine, n, params) for n in range(4)]
         assert [streamer.rest() for _, streamer in started] == expected
         assert engine.occupancy.preemptions
 
 
 @pytest.mark.parametrize("step", [1, 9], ids=["in the prompts", "in the answers"])
-def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny, step, caplog):
+def test_a_step_that_is_done_again_finds_the_place_in_the_grammar(tiny_llama, step, caplog):
     params = SamplingParams(temperature=1, seed=5, max_new_tokens=30)
-    with running(tiny) as engine:
+    with running(tiny_llama) as engine:
         expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(3)]
         sample, calls = engine.runner.sample, []
 

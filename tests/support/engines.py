@@ -19,6 +19,11 @@ LONG = SamplingParams(seed=7, temperature=1, max_new_tokens=4000)
 END = None
 
 
+def letters(text):
+    """Ids for a model of 97 tokens."""
+    return [ord(letter) % 97 for letter in text]
+
+
 class Ids:
     """A streamer whose ids the test reads one by one."""
 
