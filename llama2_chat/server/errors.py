@@ -35,8 +35,8 @@ class ApiError(Exception):
 
 
 def no_such_route(method: str, path: str) -> ApiError:
-    sentence = f"There is no {method} {path:.60} here. Programs ask POST /v1/chat/completions or POST /v1/completions."
-    return ApiError(404, "unknown_url", sentence)
+    asked = "Programs ask POST /v1/chat/completions, /v1/responses or /v1/completions."
+    return ApiError(404, "unknown_url", f"There is no {method} {path:.60} here. {asked}")
 
 
 def error_response(problem: ApiError) -> JSONResponse:
@@ -88,5 +88,5 @@ def _invalid_request(error: dict[str, Any]) -> ApiError:
     what = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     received = repr(error["input"])
     received = f"; it was {received}" if len(received) < 60 else ""
-    param = path[0] if path[0] != "messages" else ".".join(path)
+    param = ".".join(path) if path[0] in ("messages", "input") else path[0]
     return ApiError(400, "invalid_value", f"{'.'.join(path)}: {what}{received}.", param)

@@ -55,6 +55,31 @@ class ResponseFormat(BaseModel):
         return _of_schema(self.json_schema.definition, bool(self.json_schema.strict))
 
 
+class TextFormat(BaseModel):
+    """The same as /v1/responses has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    definition: Annotated[dict[str, Any] | None, Field(alias="schema", validate_default=True)] = None
+    strict: bool | None = None
+
+    @field_validator("definition")
+    @classmethod
+    def _goes_with_its_type(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if (value is not None) != (info.data.get("type") == "json_schema"):
+            raise ValueError("it goes with type json_schema, which needs one")
+        return value
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        if self.type == "text":
+            return None
+        return _of_schema(ANY_OBJECT if self.definition is None else self.definition, bool(self.strict))
+
+
 class StructuredOutputs(BaseModel):
     """vLLM's. JSON is written as Python writes it, whatever is said of whitespace."""
 
@@ -107,13 +132,18 @@ class GrammarFields(BaseModel):
         return None if value in (False, "") else value  # {} is any JSON
 
     @property
+    def text_format(self) -> ResponseFormat | TextFormat | None:
+        """OpenAI's own."""
+        return self.response_format
+
+    @property
     def grammar_field(self) -> str:
         """Which of them an error is about."""
         return next((name for name in GrammarFields.model_fields if getattr(self, name) is not None), "response_format")
 
     def grammar_spec(self) -> GrammarSpec | None:
         """As SamplingParams takes it. Raises ApiError for more than one, BadGrammar for what cannot be one."""
-        found = [self.response_format.grammar] if self.response_format else []
+        found = [self.text_format.grammar] if self.text_format else []
         found += self.structured_outputs.grammars if self.structured_outputs else []
         found += _grammars(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         found += _grammars(self.json_schema, grammar=self.grammar)

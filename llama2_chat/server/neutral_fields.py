@@ -28,10 +28,10 @@ IGNORED = {
     # Where reasoning is put: here it stays in the text.
     "include_reasoning", "separate_reasoning", "stream_reasoning", "reasoning_control",
     # What has an effect only with another field, which is refused.
-    "parallel_tool_calls", "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "dry_range", "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "dynatemp_low", "dynatemp_high",
-    "dynatemp_min", "dynatemp_max", "smoothing_curve", "adaptive_decay", "length_penalty", "early_stopping",
-    "negative_prompt", "post_sampling_probs", "truncation_side", "spaces_between_special_tokens",
+    "parallel_tool_calls", "max_tool_calls", "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length",
+    "dry_penalty_last_n", "dry_range", "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "dynatemp_low",
+    "dynatemp_high", "dynatemp_min", "dynatemp_max", "smoothing_curve", "adaptive_decay", "length_penalty",
+    "early_stopping", "negative_prompt", "post_sampling_probs", "truncation_side", "spaces_between_special_tokens",
     "routed_experts_prompt_start", "routed_experts_start_len", "return_token_offsets", "return_mm_kwargs",
     "mm_processor_kwargs", "media_io_kwargs", "images_config", "use_audio_in_video",
 }  # fmt: skip
@@ -46,6 +46,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "messages": UNSET,
     "prompt": UNSET,
     "input": UNSET,
+    "previous_response_id": UNSET,
+    "conversation": UNSET,
+    "instructions": UNSET,
+    "background": UNSET,
+    "context_management": UNSET,
     "input_ids": UNSET,
     "prompt_embeds": UNSET,
     "tools": UNSET,
@@ -141,10 +146,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": UNSET,
     "cache_salt": UNSET,
 }
+NOTHING_STORED = "Nothing is stored here: send the whole conversation"
 WHY_REFUSED = {
-    "messages": "messages are for /v1/chat/completions; /v1/completions takes a prompt.",
-    "prompt": "A prompt is for /v1/completions; /v1/chat/completions takes messages.",
-    "tools": "Tools are for /v1/chat/completions. Leave them out.",
+    "messages": "messages are for /v1/chat/completions; /v1/completions takes a prompt, /v1/responses an input.",
+    "prompt": "A prompt is for /v1/completions; /v1/chat/completions takes messages, /v1/responses an input.",
+    "input": "An input is for /v1/responses; /v1/chat/completions takes messages, /v1/completions a prompt.",
+    "instructions": "instructions are for /v1/responses; /v1/chat/completions takes a system message.",
+    "tools": "Tools are for /v1/chat/completions and /v1/responses. Leave them out.",
     "functions": "Functions are for /v1/chat/completions. Leave them out.",
     "modalities": "The answer can only be text: leave modalities out.",
     "audio": "The answer can only be text: leave audio out.",
@@ -152,6 +160,9 @@ WHY_REFUSED = {
     "reasoning_effort": "How much a model reasons cannot be set. Leave reasoning_effort out, or set it to none.",
     "verbosity": "How long answers are cannot be set: ask for it in a message, and leave verbosity out.",
     "options": "Ollama's options are fields of the request itself, such as temperature and max_tokens.",
+    "previous_response_id": f"{NOTHING_STORED}, and leave previous_response_id out.",
+    "conversation": f"{NOTHING_STORED}, and leave conversation out.",
+    "background": "An answer ends with its request: leave background out, and stream the answer if it is long.",
     "cache_salt": "cache_salt is not available: all requests share one cache. Leave it out.",
 }
 # What other servers call a field that is ours.
@@ -160,6 +171,7 @@ OTHER_NAMES = {
     "num_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",  # of a chat it is a field of its own
+    "max_output_tokens": "max_tokens",
     "repeat_penalty": "repetition_penalty",
     "rep_pen": "repetition_penalty",
     "sampler_seed": "seed",

@@ -1,7 +1,8 @@
 """OpenAI's routes for programs, /tokenize, /detokenize and /metrics.
 
-What a request may say stands in openai_types.py, how an answer is written in responses.py, how one is refused in
-errors.py. Lengths, prompts and whose turn it is are the model's affair: here a request becomes one call of ChatBackend.
+What a request may say stands in openai_types.py and item_types.py, how an answer is written in chunks.py and items.py,
+how one is refused in errors.py. Lengths, prompts and whose turn it is are the model's affair: here a request becomes
+one call of ChatBackend.
 """
 
 from __future__ import annotations
@@ -24,12 +25,22 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
+from llama2_chat.server.chunks import Chunks
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
+from llama2_chat.server.item_types import ResponsesRequest
+from llama2_chat.server.items import Items
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
 from llama2_chat.server.metrics import Metrics, Question, Record
-from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llama2_chat.server.neutral_fields import NOTHING_STORED
+from llama2_chat.server.openai_types import (
+    BaseRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from llama2_chat.server.responses import (
-    AnswerFormat,
+    AnswerWriter,
     EventStream,
     closed_on_disconnect,
     events,
@@ -37,10 +48,10 @@ from llama2_chat.server.responses import (
     submit_for,
     whole_texts,
 )
-from llama2_chat.server.speech import Speech, SpeechWithCalls
+from llama2_chat.server.speech import CallIds, Reader, Speech, TextReader
 from llama2_chat.settings import Settings
 from llama2_chat.tools import CallReader
-from llama2_chat.types import ChatBackend, Reply, SamplingParams, ToolOffer
+from llama2_chat.types import ChatBackend, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
 SEEDS = 2**63
@@ -71,12 +82,15 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        def start(params: SamplingParams, *, to_the_end: bool) -> Reply:
-            return chat.stream_reply(
-                body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end, tools=body.offer
-            )
+        return await answer(body, request, body.said, [functools.partial(_reply, chat, body)])
 
-        return await answer(body, request, [message.plain() for message in body.messages], [start])
+    @router.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await answer(body, request, body.said, [functools.partial(_reply, chat, body)])
+
+    @router.api_route("/v1/responses/{id:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    async def stored_response(id: str) -> None:
+        raise ApiError(404, "not_stored", f"{NOTHING_STORED} to POST /v1/responses each time.")
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -111,9 +125,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
         return limiter.threads(len(await request.body()))
 
-    async def answer(
-        body: ChatRequest | CompletionRequest, request: Request, question: Question, starts: Sequence[StartReply]
-    ) -> Response:
+    async def answer(body: BaseRequest, request: Request, question: Question, starts: Sequence[StartReply]) -> Response:
         _check_model(chat, body.model)
         body.reject_unsupported()
         record: Record = request.state.record
@@ -123,23 +135,21 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
             try:
                 params = body.params(settings.sampling)
                 start = functools.partial(_start, chat, body, starts, params)
-                has_grammar = params.grammar is not None or _offer(body) is not None
+                has_grammar = params.grammar is not None or body.offer is not None
                 threads = await threads_for(request) or (schema_threads if has_grammar else None)
                 choices = await submit_for(request, start, threads)
                 async with closed_on_disconnect(choices, request):  # a remote server may take a while to accept it
                     record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
                 raise as_api_error(error, _field_of(error, body)) from error
-            with_logprobs = params.logprobs is not None
-            is_chat, speech = isinstance(body, ChatRequest), _speech(chat, body)
-            written = AnswerFormat(chat.status.model, is_chat, with_logprobs, speech)
+            writer = _writer(chat, body, params, question, len(choices.replies))
             if body.stream:
-                pieces = events(written, choices, record, body.usage_in)
+                pieces = events(writer, choices, record)
                 return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))
             texts = await whole_texts(choices, request)
             for index, text in enumerate(texts):
                 record.add(text, index)
-            return JSONResponse(written.whole(texts, choices), headers=reply_headers(choices))
+            return JSONResponse(writer.whole(texts, choices), headers=reply_headers(choices))
 
     return router
 
@@ -197,9 +207,7 @@ def _model_object(chat: ChatBackend) -> dict[str, Any]:
     }
 
 
-def _start(
-    chat: ChatBackend, body: ChatRequest | CompletionRequest, starts: Sequence[StartReply], params: SamplingParams
-) -> Choices:
+def _start(chat: ChatBackend, body: BaseRequest, starts: Sequence[StartReply], params: SamplingParams) -> Choices:
     """All answers to a request. Of several with a seed, each has its own: the next number after the one before."""
     each = body.choices_each
     seeds = [None if params.seed is None else (params.seed + n) % SEEDS for n in range(each)]
@@ -216,26 +224,36 @@ def _start(
     )
 
 
-def _field_of(error: ChatError, body: ChatRequest | CompletionRequest) -> str:
+def _reply(
+    chat: ChatBackend, body: ChatRequest | ResponsesRequest, params: SamplingParams, *, to_the_end: bool
+) -> Reply:
+    return chat.stream_reply(body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end, tools=body.offer)
+
+
+def _field_of(error: ChatError, body: BaseRequest) -> str:
     """What in the request an error is about."""
     if isinstance(error, BadGrammar):
-        return body.grammar_field if _offer(body) is None else "tools"
+        return body.grammar_field if body.offer is None else "tools"
     return body.question_field
 
 
-def _offer(body: ChatRequest | CompletionRequest) -> ToolOffer | None:
-    return body.offer if isinstance(body, ChatRequest) else None
+def _writer(
+    chat: ChatBackend, body: BaseRequest, params: SamplingParams, question: Question, answers: int
+) -> AnswerWriter:
+    ids = CallIds(None if body.seed is None else f"{body.seed} {json.dumps(question)}")
+    readers = [_reader(chat, body) for _ in range(answers)]
+    with_logprobs, model = params.logprobs is not None, chat.status.model
+    if isinstance(body, ResponsesRequest):
+        return Items(model, body.settings(params), readers[0], ids, with_logprobs)
+    speech = Speech(readers, ids, isinstance(body, ChatRequest) and body.has_functions)
+    return Chunks(model, isinstance(body, ChatRequest), speech, with_logprobs, body.usage_in)
 
 
-def _speech(chat: ChatBackend, body: ChatRequest | CompletionRequest) -> Speech:
-    if not isinstance(body, ChatRequest) or (offer := body.offer) is None or not offer.may_call:
-        return Speech()
-    names = [tool.name for tool in offer.callable]
+def _reader(chat: ChatBackend, body: BaseRequest) -> Reader:
+    if (offer := body.offer) is None or not offer.may_call:
+        return TextReader()
     # Of a call that max_tokens may cut, nothing is told before it is whole.
-    hold = body.requested_tokens is not None
-    readers = [CallReader(chat.call_style, names, hold) for _ in range(body.choices_each)]
-    asked = json.dumps([message.plain() for message in body.messages])
-    return SpeechWithCalls(readers, body.has_functions, None if body.seed is None else f"{body.seed} {asked}")
+    return CallReader(chat.call_style, [tool.name for tool in offer.callable], hold=body.requested_tokens is not None)
 
 
 def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:

@@ -21,10 +21,10 @@ from pydantic import (
 )
 
 from llama2_chat.errors import ChatError
+from llama2_chat.server.chunks import UsageIn
 from llama2_chat.server.errors import ApiError
 from llama2_chat.server.grammar_types import GrammarFields
 from llama2_chat.server.neutral_fields import PENALTY_WINDOWS, asks_for_nothing, by_weight, in_our_names, why_refused
-from llama2_chat.server.responses import UsageIn
 from llama2_chat.server.tool_types import Call, CalledFunction, ToolFields
 from llama2_chat.types import (
     MAX_BIAS,
@@ -35,6 +35,7 @@ from llama2_chat.types import (
     Message,
     SamplingParams,
     ToolCall,
+    ToolOffer,
 )
 
 # Type of a part of a message -> the name of its text. Some programs send the types of /v1/responses.
@@ -85,14 +86,14 @@ def _none_if_empty(value: Any) -> Any:
     return None if value in ("", {}) else value
 
 
-def _in_range(name: str) -> Any:
+def in_range(name: str) -> Any:
     low, high = RANGES[name]
     return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
 
 
 def _or_minus_one(name: str) -> BeforeValidator:
     """-1 is one of the ways to send no number."""
-    accepted: Any = Annotated[int, _in_range(name)] | Literal[-1] | None
+    accepted: Any = Annotated[int, in_range(name)] | Literal[-1] | None
     return BeforeValidator(lambda number: None if number == -1 else number, json_schema_input_type=accepted)
 
 
@@ -115,11 +116,11 @@ Bias = Annotated[
     BeforeValidator(_by_id, json_schema_input_type=dict[str, float]),
 ]
 # llama.cpp says -1 for as many as fit, and for any seed.
-MaxTokens = Annotated[Annotated[int, _in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
-Seed = Annotated[Annotated[int, _in_range("seed")] | None, _or_minus_one("seed")]
+MaxTokens = Annotated[Annotated[int, in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
+Seed = Annotated[Annotated[int, in_range("seed")] | None, _or_minus_one("seed")]
 # A chat's false is sent for a text as well.
 TextLogprobs = Annotated[
-    Annotated[int, _in_range("logprobs")] | None,
+    Annotated[int, in_range("logprobs")] | None,
     BeforeValidator(lambda number: None if number is False else number, json_schema_input_type=int | bool | None),
 ]
 # vLLM says -1 for all.
@@ -172,26 +173,28 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None  # vLLM's: the usage so far in every chunk
 
 
-class _Request(GrammarFields):
+class BaseRequest(GrammarFields):
+    """What the requests of all routes may say."""
+
     model_config = ConfigDict(strict=True, extra="allow")
     question_field: ClassVar[str]  # that a ChatError is about
     neutral: ClassVar[dict[str, tuple[Any, ...]]]  # values that ask for nothing on this route alone
 
     model: ModelName = None
     max_tokens: MaxTokens = None
-    temperature: Annotated[float, _in_range("temperature")] | None = None
-    top_p: Annotated[float, _in_range("top_p")] | None = None
+    temperature: Annotated[float, in_range("temperature")] | None = None
+    top_p: Annotated[float, in_range("top_p")] | None = None
     top_k: TopK | None = None
-    min_p: Annotated[float, _in_range("min_p")] | None = None
-    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, _in_range("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _in_range("frequency_penalty")] | None = None
+    min_p: Annotated[float, in_range("min_p")] | None = None
+    repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, in_range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, in_range("frequency_penalty")] | None = None
     seed: Seed = None
     logit_bias: Bias | None = None
     stop: Stop = Field(default_factory=list)
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, _in_range("min_tokens")] | None = None
+    min_tokens: Annotated[int, in_range("min_tokens")] | None = None
     cache_prompt: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int | None, Field(validate_default=True)] = None
@@ -229,6 +232,11 @@ class _Request(GrammarFields):
     def choices_each(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def offer(self) -> ToolOffer | None:
+        """The tools that may be called."""
+        return None
 
     @property
     def usage_in(self) -> UsageIn:
@@ -292,6 +300,10 @@ class _Conversation(BaseModel):
                 "A conversation starts with a message from the user and ends with one. "
                 "To go on with an answer, set continue_final_message to true."
             )
+        return self.said
+
+    @property
+    def said(self) -> list[Message]:
         return [message.plain() for message in self.messages or ()]
 
 
@@ -300,7 +312,7 @@ def _last_turn(messages: list[ChatMessage] | None) -> ChatMessage | None:
     return next(spoken, None)
 
 
-class ChatRequest(_Request, _Conversation, ToolFields):
+class ChatRequest(ToolFields, BaseRequest, _Conversation):
     question_field: ClassVar = "messages"
     neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
@@ -309,7 +321,7 @@ class ChatRequest(_Request, _Conversation, ToolFields):
     trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
 
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, _in_range("logprobs"), Field(validate_default=True)] = None
+    top_logprobs: Annotated[int | None, in_range("logprobs"), Field(validate_default=True)] = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -327,7 +339,7 @@ class ChatRequest(_Request, _Conversation, ToolFields):
         return self.max_completion_tokens or self.max_tokens
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(BaseRequest):
     question_field: ClassVar = "prompt"
     neutral: ClassVar = {"add_special_tokens": (True,)}
 

@@ -1,4 +1,5 @@
-"""From a reply to a response: the whole answer as one JSON document, or its pieces as server-sent events.
+"""From a reply to a response over HTTP: all of it, or its pieces as server-sent events; how they are written, the
+writers say (chunks.py, items.py).
 
 submit() is how a reply comes about, for the page and the API alike. Nobody keeps the model busy who no longer reads.
 """
@@ -7,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import secrets
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -23,12 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import ApiError, generation_error
-from llama2_chat.server.logprobs import chat_logprobs, text_logprobs
 from llama2_chat.server.metrics import Record
-from llama2_chat.server.speech import Speech
-from llama2_chat.types import Usage
 
-UsageIn = Literal["none", "last", "every"]  # chunk of a stream
 HEARTBEAT_S = 5.0  # proxies cut a connection that is silent for a minute, some sooner
 
 
@@ -78,67 +72,21 @@ async def submit_for(request: Request, start: Callable[[], ReplyT], threads: any
         disconnected.cancel()
 
 
-class AnswerFormat:
-    """How the answers to one request are written: as a chat's or as a text's, whole or in chunks."""
+class AnswerWriter(Protocol):
+    """How the answers to one request are written. Those of a stream are written piece by piece, as events."""
 
-    def __init__(self, model: str, is_chat: bool, with_logprobs: bool = False, speech: Speech | None = None) -> None:
-        self._is_chat, self._with_logprobs, self.speech = is_chat, with_logprobs, speech or Speech()
-        self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._created, self._model = int(time.time()), model
-
-    def whole(self, texts: Sequence[str], choices: Choices) -> dict[str, Any]:
-        written = []
-        for index, (text, reply) in enumerate(zip(texts, choices.replies, strict=True)):
-            content = {"message": self.speech.message(index, text)} if self._is_chat else {"text": text}
-            reason = self.speech.finish_reason(index, reply.finish_reason)
-            written.append(self._choice(index, content, reason, choices, whole=True))
-        name = "chat.completion" if self._is_chat else "text_completion"
-        return self._head(name) | {"choices": written, "usage": usage_object(choices.usage)}
-
-    def chunk(
-        self, index: int, delta: dict[str, Any], choices: Choices, finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        content = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        return self._chunk_head | {"choices": [self._choice(index, content, finish_reason, choices)]}
-
-    def last_chunk(self, usage: Usage) -> dict[str, Any]:
-        return self._chunk_head | {"choices": [], "usage": usage_object(usage)}
-
-    def _choice(
-        self,
-        index: int,
-        content: dict[str, Any],
-        finish_reason: str | None,
-        choices: Choices,
-        whole: bool = False,
-    ) -> dict[str, Any]:
-        logprobs = None
-        if self._with_logprobs and ((tokens := choices.new_logprobs(index)) or whole):
-            logprobs = chat_logprobs(tokens) if self._is_chat else text_logprobs(tokens, len(choices.openings[index]))
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    @property
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self._is_chat else "text_completion")
-
-    def _head(self, name: str) -> dict[str, Any]:
-        return {"id": self._id, "created": self._created, "model": self._model, "object": name}
+    def whole(self, texts: Sequence[str], choices: Choices) -> dict[str, Any]: ...
+    def begin(self, choices: Choices) -> Iterator[str]: ...
+    def piece(self, index: int, piece: str, choices: Choices) -> Iterator[str]: ...
+    def ended(self, index: int, choices: Choices) -> Iterator[str]: ...  # one of the answers
+    def failed(self, problem: ApiError) -> Iterator[str]: ...  # in place of all that would come
+    def end(self, choices: Choices) -> Iterator[str]: ...
 
 
 def reply_headers(choices: Choices) -> dict[str, str]:
     """What of their JSON schema, which is the same for all, the answers may violate."""
     relaxed = choices.replies[0].relaxed
     return {"X-Schema-Relaxed": ", ".join(relaxed)} if relaxed else {}
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "dropped_messages": usage.dropped_messages,
-    }
 
 
 async def whole_texts(choices: Choices, request: Request) -> list[str]:
@@ -180,14 +128,10 @@ def _server_is_stopping() -> ApiError:
     return ApiError(503, "model_unavailable", "The server is being stopped, and this answer with it.")
 
 
-async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_in: UsageIn) -> AsyncIterator[str]:
-    """Server-sent events. The first of each choice is written at once, however many requests wait."""
-
-    def usage() -> dict[str, Any]:
-        return {} if usage_in == "none" else {"usage": usage_object(choices.usage) if usage_in == "every" else None}
-
-    for index, opening in enumerate(choices.openings):
-        yield _event(answer.chunk(index, {"role": "assistant", "content": opening}, choices) | usage())
+async def events(writer: AnswerWriter, choices: Choices, record: Record) -> AsyncIterator[str]:
+    """Server-sent events. The first of them is written at once, however many requests wait."""
+    for event in writer.begin(choices):
+        yield event
     try:
         while True:
             try:
@@ -200,28 +144,21 @@ async def events(answer: AnswerFormat, choices: Choices, record: Record, usage_i
                 break
             if piece is not None:
                 record.add(piece, index)
-                for delta in answer.speech.deltas(index, piece):
-                    yield _event(answer.chunk(index, delta, choices) | usage())
-                continue
-            reason = choices.replies[index].finish_reason
-            if reason == "cancelled":
+                written = writer.piece(index, piece, choices)
+            elif choices.replies[index].finish_reason == "cancelled":
                 raise _server_is_stopping()
-            for delta in answer.speech.rest(index):
-                yield _event(answer.chunk(index, delta, choices) | usage())
-            told = answer.speech.finish_reason(index, reason)
-            yield _event(answer.chunk(index, {}, choices, told) | usage())
+            else:
+                written = writer.ended(index, choices)
+            for event in written:
+                yield event
     except Exception as error:
         problem = generation_error(error)
         record.error = problem.code
-        yield _event(problem.body)
-        return
-    if usage_in != "none":
-        yield _event(answer.last_chunk(choices.usage))
-    yield "data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+        written = writer.failed(problem)
+    else:
+        written = writer.end(choices)
+    for event in written:
+        yield event
 
 
 class EventStream(StreamingResponse):

@@ -4,49 +4,68 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
-from llama2_chat.tools import Arguments, CallReader, Delta, Started, Text
+from llama2_chat.tools import Arguments, Delta, Started, Text
+from llama2_chat.types import ToolCall
+
+
+class Reader(Protocol):
+    """From a reply's text, as it comes, to text and calls: a tools.CallReader, or one where nothing can be called."""
+
+    text: str
+    calls: list[ToolCall]
+
+    def read(self, piece: str) -> list[Delta]: ...
+    def finish(self) -> list[Delta]: ...
+
+
+class TextReader:
+    """All that comes is text."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.calls: list[ToolCall] = []
+
+    def read(self, piece: str) -> list[Delta]:
+        self.text += piece
+        return [Text(piece)]
+
+    def finish(self) -> list[Delta]:
+        return []
+
+
+class CallIds:
+    """Ids of calls, the same ones for the same seed; random without one."""
+
+    def __init__(self, seed: str | None) -> None:
+        self._seed = secrets.token_hex() if seed is None else seed
+
+    def id(self, index: int, call: int) -> str:
+        made = hashlib.sha256(f"{self._seed} {index} {call}".encode()).hexdigest()
+        return f"call_{made[:24]}"
 
 
 class Speech:
-    """The text of each choice, as it comes."""
+    """What chats and texts are told of each choice.
 
-    def deltas(self, index: int, piece: str) -> list[dict[str, Any]]:
+    readers: one for each choice. speaks_of_functions: as OpenAI did at first.
+    """
+
+    def __init__(self, readers: Sequence[Reader], ids: CallIds, speaks_of_functions: bool = False) -> None:
+        self._readers, self._ids, self._functions = readers, ids, speaks_of_functions
+
+    def deltas(self, index: int, piece: str) -> Iterator[dict[str, Any]]:
         """What a stream adds to the message of choice `index` for one more piece of text."""
-        return [{"content": piece}]
+        return self._written(index, self._readers[index].read(piece))
 
-    def rest(self, index: int) -> list[dict[str, Any]]:
+    def rest(self, index: int) -> Iterator[dict[str, Any]]:
         """What it adds at the end of the choice."""
-        return []
+        return self._written(index, self._readers[index].finish())
 
     def message(self, index: int, text: str) -> dict[str, Any]:
         """The whole message."""
-        return {"role": "assistant", "content": text}
-
-    def finish_reason(self, index: int, reason: str | None) -> str | None:
-        return reason
-
-
-class SpeechWithCalls(Speech):
-    """The same of replies that may call tools.
-
-    readers: one for each choice. speaks_of_functions: as OpenAI did at first. seed: of the ids of calls, which are the
-    same for the same seed; random without one.
-    """
-
-    def __init__(self, readers: list[CallReader], speaks_of_functions: bool = False, seed: str | None = None) -> None:
-        self._readers, self._functions = readers, speaks_of_functions
-        self._seed = secrets.token_hex() if seed is None else seed
-
-    def deltas(self, index: int, piece: str) -> list[dict[str, Any]]:
-        return list(self._written(index, self._readers[index].read(piece)))
-
-    def rest(self, index: int) -> list[dict[str, Any]]:
-        return list(self._written(index, self._readers[index].finish()))
-
-    def message(self, index: int, text: str) -> dict[str, Any]:
         reader = self._readers[index]
         reader.read(text)
         reader.finish()
@@ -79,5 +98,4 @@ class SpeechWithCalls(Speech):
                     yield {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
 
     def _call(self, index: int, call: int) -> dict[str, str]:
-        made = hashlib.sha256(f"{self._seed} {index} {call}".encode()).hexdigest()
-        return {"id": f"call_{made[:24]}", "type": "function"}
+        return {"id": self._ids.id(index, call), "type": "function"}

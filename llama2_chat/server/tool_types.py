@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -49,6 +49,20 @@ class FunctionTool(BaseModel):
         return value
 
 
+class FlatTool(Function):
+    """As /v1/responses has it."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise ValueError(f"there is no {kind:.40} here: only tools of type function can be called")
+        return value
+
+
 class Named(BaseModel):
     name: str
 
@@ -56,6 +70,10 @@ class Named(BaseModel):
 class NamedTool(BaseModel):
     type: Literal["function"]
     function: Named
+
+
+class FlatNamedTool(Named):
+    type: Literal["function"]
 
 
 class AllowedTools(BaseModel):
@@ -66,6 +84,12 @@ class AllowedTools(BaseModel):
 class AllowedToolsChoice(BaseModel):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
+
+
+class FlatAllowedTools(BaseModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FlatNamedTool], Field(min_length=1)]
 
 
 class CalledFunction(BaseModel):
@@ -85,7 +109,7 @@ class Call(BaseModel):
         return {"id": self.id, "name": self.function.name, "arguments": self.function.arguments or ""}
 
 
-def _or(sentence: str) -> WrapValidator:
+def either(sentence: str) -> WrapValidator:
     """One sentence for whatever is none of a choice's forms, rather than one for each of them."""
 
     def validate(value: Any, validate_forms: ValidatorFunctionWrapHandler) -> Any:
@@ -99,9 +123,13 @@ def _or(sentence: str) -> WrapValidator:
 
 Choice = Annotated[
     Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice,
-    _or('none, auto, required or {"type": "function", "function": {"name": "..."}}'),
+    either('none, auto, required or {"type": "function", "function": {"name": "..."}}'),
 ]
-OlderChoice = Annotated[Literal["none", "auto"] | Named, _or('none, auto or {"name": "..."}')]
+FlatChoice = Annotated[
+    Literal["none", "auto", "required"] | FlatNamedTool | FlatAllowedTools,
+    either('none, auto, required or {"type": "function", "name": "..."}'),
+]
+OlderChoice = Annotated[Literal["none", "auto"] | Named, either('none, auto or {"name": "..."}')]
 
 
 class ToolFields(BaseModel):
@@ -125,15 +153,7 @@ class ToolFields(BaseModel):
     @field_validator("tool_choice", "function_call")
     @classmethod
     def _fits_the_tools(cls, value: Any, info: ValidationInfo) -> Any:
-        field = "tools" if info.field_name == "tool_choice" else "functions"
-        if field not in info.data:  # which was refused already
-            return value
-        tools = _tools(info.data[field])
-        if value not in (None, "none", "auto") and not tools:
-            raise ValueError(f"it goes with {field} only")
-        with _as_value_error():
-            _offer(tools, value)
-        return value
+        return _fitting(value, "tools" if info.field_name == "tool_choice" else "functions", info)
 
     @property
     def has_functions(self) -> bool:
@@ -148,7 +168,43 @@ class ToolFields(BaseModel):
         return _offer(_tools(self.tools), self.tool_choice, self.parallel_tool_calls)
 
 
-def _tools(sent: list[FunctionTool] | list[Function] | None) -> tuple[Tool, ...]:
+class FlatToolFields(BaseModel):
+    """The same of a request to /v1/responses."""
+
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: FlatChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _make_sense(cls, value: list[FlatTool] | None) -> list[FlatTool] | None:
+        with _as_value_error():
+            _offer(_tools(value))
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _fits_the_tools(cls, value: Any, info: ValidationInfo) -> Any:
+        return _fitting(value, "tools", info)
+
+    @property
+    def offer(self) -> ToolOffer | None:
+        return _offer(_tools(self.tools), self.tool_choice, self.parallel_tool_calls)
+
+
+def _fitting(choice: Any, field: str, info: ValidationInfo) -> Any:
+    """The choice, if it is one of the tools in the field. Raises ValueError if not."""
+    if field not in info.data:  # which was refused already
+        return choice
+    tools = _tools(info.data[field])
+    if choice not in (None, "none", "auto") and not tools:
+        raise ValueError(f"it goes with {field} only")
+    with _as_value_error():
+        _offer(tools, choice)
+    return choice
+
+
+def _tools(sent: Sequence[FunctionTool | Function] | None) -> tuple[Tool, ...]:
     return tuple((each.function if isinstance(each, FunctionTool) else each).tool for each in sent or ())
 
 
@@ -162,6 +218,8 @@ def _offer(tools: tuple[Tool, ...], choice: Any = None, parallel: bool | None = 
             return replace(offer, may_call=False)
         case "required":
             return replace(offer, must_call=True)
+        case FlatAllowedTools(mode=mode, tools=allowed):
+            return replace(offer, must_call=mode == "required", names=tuple(tool.name for tool in allowed))
         case Named(name=name) | NamedTool(function=Named(name=name)):
             return replace(offer, must_call=True, names=(name,))
         case AllowedToolsChoice(allowed_tools=allowed):

@@ -10,6 +10,7 @@ from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.certificates import LOCALHOST, SELF_SIGNED, openssl
 from tests.support.programs import HELLO, LIKELIEST, TALK, whole_reply
+from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
 from tests.support.small_model import untrained
 
@@ -43,6 +44,18 @@ def client(address):
 def small_address(small, settings):
     with serving(small, settings) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    return ScriptedChat()
+
+
+@pytest.fixture(scope="session")
+def script(scripted, settings):
+    """A client of a model that says what a test wants."""
+    with serving(scripted, replace(settings, sampling=LIKELIEST)) as address, httpx.Client(base_url=address) as http:
+        yield http
 
 
 @pytest.fixture

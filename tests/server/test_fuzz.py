@@ -9,6 +9,7 @@ from schemathesis import GenerationMode
 
 from llama2_chat.server.grammar_types import GrammarFields
 from llama2_chat.server.health import health_router
+from llama2_chat.server.item_types import ResponsesRequest
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
@@ -23,6 +24,7 @@ ROUTES = (
     "GET /v1/models",
     "GET /v1/models/{model}",
     "POST /v1/chat/completions",
+    "POST /v1/responses",
     "POST /v1/completions",
     "POST /tokenize",
     "POST /detokenize",
@@ -46,7 +48,7 @@ def document(chat, settings):
     small.close()
 
 
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS = (ChatRequest, ResponsesRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 KNOWN = {name for request in REQUESTS for name in request.model_fields} - {"model"}
 # Messages and prompts of all kinds go to /tokenize; here a sound one lets everything else be looked at.
 SOUND = {

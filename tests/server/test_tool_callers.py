@@ -46,6 +46,11 @@ def test_a_call_is_the_same_whole_and_streamed(callers, task):
     assert callers[task]["streamed"] == (json.loads(whole["arguments"]) if task == "openais" else whole)
 
 
+def test_an_agent_takes_the_same_steps_through_responses_and_chats(callers):
+    steps = callers["openai_agents"]
+    assert steps["responses"] == steps["chat"] == ["ToolCallItem", "ToolCallOutputItem", "MessageOutputItem"]
+
+
 def test_an_object_by_a_call_has_the_shape_that_was_asked_for(callers):
     found = [callers["langchain"]["structured"], callers["pydantic_ai"]["object"], callers["instructors"]["object"]]
     assert [sorted(city) for city in found] == [["country", "name"]] * 3

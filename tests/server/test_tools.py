@@ -14,9 +14,9 @@ from llama2_chat.server.openai_types import ChatRequest
 from llama2_chat.tools import PLAIN
 from llama2_chat.types import ToolOffer
 from model import ChatModel
-from tests.support.programs import HELLO, LIKELIEST, error
+from tests.support.programs import HELLO, error
 from tests.support.random_schemas import random_tools
-from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.scripted import Scripted
 from tests.support.serving import serving
 from tests.support.small_model import untrained
 from tests.support.toolbox import CALCULATOR, CLOCK, WEATHER, call
@@ -74,18 +74,6 @@ def joined(chunks):
                 calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
     message = {"role": "assistant", "content": content or None} | ({"tool_calls": calls} if calls else {})
     return message, chunks[-1]["finish_reason"]
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    return ScriptedChat()
-
-
-@pytest.fixture(scope="module")
-def script(scripted, settings):
-    """A client of a model that says what a test wants."""
-    with serving(scripted, replace(settings, sampling=LIKELIEST)) as address, httpx.Client(base_url=address) as http:
-        yield http
 
 
 @pytest.fixture

@@ -11,7 +11,14 @@ import time
 import instructor
 import openai
 from agents import Agent as OpenAIAgent
-from agents import ModelSettings, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
+from agents import (
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -79,7 +86,7 @@ def pydantic_ai(url, model):
 
 
 def openai_agents(url, model):
-    """An agent with a tool, which it has to call first."""
+    """An agent with a tool, which it has to call first. Its default is /v1/responses."""
 
     @function_tool
     def get_weather(city: str) -> str:
@@ -89,11 +96,13 @@ def openai_agents(url, model):
     set_tracing_disabled(True)
     client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
     settings = ModelSettings(temperature=0, tool_choice="required")
-    chat = OpenAIChatCompletionsModel(model=model, openai_client=client)
-    agent = OpenAIAgent(name="Weather", model=chat, tools=[get_weather], model_settings=settings)
-    result = asyncio.run(Runner.run(agent, QUESTION, max_turns=5))
-    yield "steps", [type(item).__name__ for item in result.new_items]
-    yield "told", result.final_output
+    chats = {"responses": OpenAIResponsesModel, "chat": OpenAIChatCompletionsModel}
+    for way, chat_type in chats.items():
+        chat = chat_type(model=model, openai_client=client)
+        agent = OpenAIAgent(name="Weather", model=chat, tools=[get_weather], model_settings=settings)
+        result = asyncio.run(Runner.run(agent, QUESTION, max_turns=5))
+        yield way, [type(item).__name__ for item in result.new_items]
+        assert result.final_output
 
 
 def instructors(url, model):
