@@ -100,3 +100,11 @@ class Busy(ChatError):
 
 class BadGrammar(ChatError):
     """Answers cannot be held to this grammar."""
+
+
+class NotHere(ChatError):
+    """There is nothing of this name, or it is somebody else's, which is not told from none."""
+
+
+class NoRoom(ChatError):
+    """Nothing more can be kept: the disk is full, or whoever asks has as much as they may have."""

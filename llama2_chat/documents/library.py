@@ -1,0 +1,144 @@
+"""All documents of this server: a folder with one database for each owner, and the thread that reads what is new.
+
+An owner is a text that the caller vouches for, such as "login anna"; the file is named by its hash. Reading goes one
+document at a time, in the order in which they came, and goes on after the last page that was kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import queue
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
+
+from llama2_chat.documents.parsing import NICE, parse
+from llama2_chat.documents.store import Document, Shelf
+from llama2_chat.errors import ChatError, NoRoom, NotHere
+
+log = logging.getLogger("llama2_chat")
+
+FREE_BYTES = 500_000_000  # that the disk keeps free
+MAX_FILE_BYTES = 50_000_000
+
+
+class Library:
+    """Nothing is made in the folder before the first document, and nothing read there before start() or add()."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._waiting: queue.SimpleQueue[tuple[Shelf, str] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._speed: dict[str, float] = {}  # of the document that is being read: seconds a page
+
+    def shelf(self, owner: str) -> Shelf:
+        return Shelf(self.folder / f"{hashlib.sha256(owner.encode('utf-8', 'surrogatepass')).hexdigest()[:40]}.sqlite")
+
+    def start(self) -> None:
+        """Go on with what an earlier process left unread."""
+        for path in sorted(self.folder.glob("*.sqlite")):
+            try:
+                for document in Shelf(path).all():
+                    if document.state == "waiting":
+                        self._read_later(Shelf(path), document.id)
+            except (ChatError, sqlite3.Error):
+                log.exception("The documents in %s cannot be read", path.name)
+
+    def add(self, owner: str, file: IO[bytes], name: str, purpose: str) -> Document:
+        """Keep a file, and have it read. Raises NoRoom."""
+        size = file.seek(0, os.SEEK_END)
+        self._check_disk(3 * size)  # the file, the log that it goes through, and the indexes
+        shelf = self.shelf(owner)
+        document = shelf.add(file, name, purpose)
+        if document.state == "waiting":
+            self._read_later(shelf, document.id)
+        return document
+
+    def seconds_left(self, document: Document) -> float | None:
+        """Until it is read; None while nobody knows."""
+        seconds = self._speed.get(document.id)
+        return None if seconds is None else seconds * (document.pages - document.pages_done)
+
+    def close(self) -> None:
+        """What is being read is gone on with after the next start()."""
+        self._closing.set()
+        self._waiting.put(None)
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _check_disk(self, size: int) -> None:
+        folder = next(each for each in (self.folder, *self.folder.parents) if each.exists())
+        if shutil.disk_usage(folder).free < size + FREE_BYTES:
+            raise NoRoom("The disk of this server is full, so nothing more can be kept.")
+
+    def _read_later(self, shelf: Shelf, id: str) -> None:
+        with self._lock:
+            self._waiting.put((shelf, id))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="documents", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while (job := self._waiting.get()) is not None and not self._closing.is_set():
+            try:
+                with FileLock(self.folder / "reading.lock"):  # other processes on this folder wait as well
+                    self._read(*job)
+            except NotHere:
+                pass  # deleted meanwhile
+            except Exception:
+                log.exception("A document could not be indexed")
+
+    def _read(self, shelf: Shelf, id: str) -> None:
+        document = shelf.get(id)
+        if document.state != "waiting":
+            return
+        error = ""
+        try:
+            with self._original(shelf, id) as file:
+                self._read_pages(shelf, document, file)
+        except NotHere:
+            raise
+        except ChatError as problem:
+            error = str(problem)
+        finally:
+            self._speed.pop(id, None)
+        if not self._closing.is_set():
+            shelf.finish(id, error or _without_text(shelf.get(id)))
+
+    def _read_pages(self, shelf: Shelf, document: Document, file: IO[bytes]) -> None:
+        started, first = time.monotonic(), document.pages_done + 1
+        with contextlib.closing(parse(file, document.name, first)) as pages:
+            for page in pages:
+                if self._closing.is_set():
+                    return
+                shelf.add_page(document.id, page)
+                self._speed[document.id] = (time.monotonic() - started) / (page.number - first + 1)
+
+    @contextlib.contextmanager
+    def _original(self, shelf: Shelf, id: str) -> Iterator[IO[bytes]]:
+        """A file without a name, which is gone even if this process is killed."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            for piece in shelf.original(id):
+                file.write(piece)
+            file.flush()
+            yield file
+
+
+def _without_text(document: Document) -> str:
+    if document.pages_done > document.without_text:
+        return ""
+    return "There is no text in this file. Scanned pages must go through text recognition (OCR) first."

@@ -1,0 +1,217 @@
+"""One owner's documents from upload to the last trace, with the process that reads them and without."""
+
+import io
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from llama2_chat.documents import library as module
+from llama2_chat.documents.chunks import chunks_of
+from llama2_chat.documents.library import Library
+from llama2_chat.documents.parsing import ParsedPage, parse
+from llama2_chat.documents.search import search
+from llama2_chat.errors import ChatError, NoRoom, NotHere
+from tests.support.files import pdf
+from tests.support.waiting import until
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [
+    "The lighthouse of Brenzano was built in 1874 from red granite.",
+    "Its keeper, Ottavio Ferrandini, wrote a diary about seabirds.",
+    "Lebensversicherungsgesellschaften sitzen in der Hauptstadt.",
+]
+
+
+def parsed(*texts, first=1):
+    """Pages as the process says them."""
+    for number, text in enumerate(texts, first):
+        yield ParsedPage(number, len(texts) + first - 1, text, tuple(chunks_of([text])))
+
+
+def kept(shelf, *texts, name="a.txt"):
+    """A document with these pages."""
+    document = shelf.add(io.BytesIO("\n".join(texts).encode()), name, "user_data")
+    for page in parsed(*texts):
+        shelf.add_page(document.id, page)
+    shelf.finish(document.id)
+    return document.id
+
+
+@pytest.fixture
+def library(tmp_path):
+    library = Library(tmp_path / "documents")
+    yield library
+    library.close()
+
+
+@pytest.fixture
+def shelf(library):
+    return library.shelf("login anna")
+
+
+def pages_found(shelf, query, *ids):
+    return [chunk.page for chunk in search(shelf, query, ids)]
+
+
+def test_a_page_is_found_by_other_forms_of_its_words_by_parts_of_them_and_without_accents(shelf):
+    id = kept(shelf, *TEXTS)
+    assert pages_found(shelf, "Who was keeping a diary?", id)[0] == 2
+    assert pages_found(shelf, "Versicherungen", id) == [3]
+    assert pages_found(shelf, "Brénzano", id)[0] == 1
+
+
+@pytest.mark.parametrize("query", ['"', "AND OR NOT", "text:*", "a" * 100_000, "x " * 10_000, "", "?!", "\x00", "漢字"])
+def test_whatever_is_searched_for_is_words_and_no_query_language(shelf, query):
+    pages_found(shelf, query, kept(shelf, *TEXTS))
+
+
+def test_only_the_documents_that_are_named_are_searched(shelf):
+    one, other = kept(shelf, TEXTS[0]), kept(shelf, TEXTS[1])
+    assert [chunk.document for chunk in search(shelf, "keeper lighthouse", [other])] == [other]
+    assert search(shelf, "keeper", []) == []
+    assert {chunk.document for chunk in search(shelf, "keeper lighthouse", [one, other])} == {one, other}
+
+
+def test_owners_see_nothing_of_each_other(library, shelf):
+    """A visitor of other programs was shown everybody's files."""
+    id = kept(shelf, *TEXTS)
+    other = library.shelf("login bob")
+    assert other.all() == []
+    assert search(other, "lighthouse", [id]) == []
+    assert other.pages([id]) == []
+    for look in (other.get, other.delete, lambda id: other.page(id, 1), lambda id: list(other.original(id))):
+        with pytest.raises(NotHere):
+            look(id)
+    assert shelf.get(id).state == "ready"
+
+
+def test_the_same_bytes_are_one_document_with_one_set_of_chunks(shelf):
+    """Others embedded duplicates twice."""
+    assert kept(shelf, *TEXTS) == kept(shelf, *TEXTS, name="b.txt")
+    with shelf.reading() as db:
+        assert db.execute("SELECT count(*) FROM chunks").fetchone() == (3,)
+    assert [document.name for document in shelf.all()] == ["a.txt"]
+
+
+def test_nothing_of_a_deleted_document_is_left_in_any_file(library, shelf):
+    """Others answered from documents that had been deleted."""
+    kept(shelf, "This stays: the harbour of Zenoria.")
+    id = kept(shelf, "Quetzalcoatlus flew here. " * 300, *TEXTS, name="secret-name.txt")
+    shelf.delete(id)
+    content = b"".join(path.read_bytes() for path in library.folder.iterdir()).lower()
+    for word in (b"quetzalcoatlus", b"uetzal", b"ferrandini", b"secret-name", b"brenzano", id.encode()):
+        assert word not in content
+    assert b"zenoria" in content
+    with closing(sqlite3.connect(shelf.path)) as db:
+        for index in ("words", "trigrams"):
+            db.execute(f"CREATE VIRTUAL TABLE temp.terms_{index} USING fts5vocab(main, {index}, row)")
+            terms = {term for (term,) in db.execute(f"SELECT term FROM temp.terms_{index}")}
+            assert terms
+            assert not terms & {"quetzalcoatlu", "quetzalcoatlus", "quetz", "que", "uet", "ferrandini"}
+    with pytest.raises(NotHere):
+        shelf.get(id)
+
+
+def test_a_document_that_is_deleted_while_it_is_read_stays_deleted(shelf):
+    document = shelf.add(io.BytesIO(b"x"), "a.txt", "user_data")
+    first, second = parsed(*TEXTS[:2])
+    shelf.add_page(document.id, first)
+    shelf.delete(document.id)
+    with pytest.raises(NotHere):
+        shelf.add_page(document.id, second)
+    assert search(shelf, "lighthouse", [document.id]) == []
+
+
+def test_a_full_disk_is_said_and_what_was_there_stays(shelf, monkeypatch):
+    id = kept(shelf, *TEXTS)
+    with shelf.reading() as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+    connect = sqlite3.connect
+
+    def small(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        db.execute(f"PRAGMA max_page_count = {pages + 10}")
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(NoRoom, match="disk"):
+        shelf.add(io.BytesIO(b"x" * 500_000), "b.txt", "user_data")
+    assert [document.id for document in shelf.all()] == [id]
+
+
+def test_a_file_is_read_in_the_background_and_a_broken_one_says_why(library, shelf):
+    good = library.add("login anna", io.BytesIO(pdf(TEXTS[0], "", TEXTS[1])), "a.pdf", "user_data").id
+    bad = library.add("login anna", io.BytesIO(b"%PDF-1.4 and nothing"), "b.pdf", "user_data").id
+    until(lambda: all(document.state != "waiting" for document in shelf.all()))
+    assert (shelf.get(good).state, shelf.get(good).pages, shelf.get(good).notes) == (
+        "ready",
+        3,
+        ["No text on 1 of 3 pages."],
+    )
+    assert (shelf.get(bad).state, shelf.get(bad).error) == ("failed", "This PDF is broken and cannot be opened.")
+    assert pages_found(shelf, "keeper", good) == [3]
+    assert b"".join(shelf.original(good)) == pdf(TEXTS[0], "", TEXTS[1])
+
+
+def test_reading_goes_on_after_the_last_page_that_was_kept(library, shelf, monkeypatch):
+    document = shelf.add(io.BytesIO(b"x"), "a.txt", "user_data")
+    shelf.add_page(document.id, next(parsed(*TEXTS)))
+    monkeypatch.setattr(module, "parse", lambda file, name, first: parsed(*TEXTS[first - 1 :], first=first))
+    library.start()
+    until(lambda: shelf.get(document.id).state == "ready")
+    assert [chunk.page for chunk in shelf.pages([document.id])] == [1, 2, 3]
+    assert sorted(pages_found(shelf, "the lighthouse keeper Hauptstadt", document.id)) == [1, 2, 3]
+
+
+def test_only_whoever_runs_the_server_may_read_its_files(library, shelf):
+    kept(shelf, *TEXTS)
+    assert library.folder.stat().st_mode & 0o777 == 0o700
+    assert shelf.path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_a_process_that_computes_for_too_long_is_ended(tmp_path):
+    deep = tmp_path / "deep.html"
+    deep.write_bytes(b"<p>" * 3_300_000)
+    with deep.open("rb") as file, pytest.raises(ChatError, match="too long"):
+        list(parse(file, "deep.html"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from llama2_chat.documents import library as module
+from llama2_chat.documents.library import Library
+
+def killed_at_50(*args):
+    for page in parse(*args):
+        yield page
+        if page.number == 50:
+            module.os.kill(module.os.getpid(), 9)
+
+parse, module.parse = module.parse, killed_at_50
+library = Library(Path(sys.argv[1]))
+library.add("login anna", open(sys.argv[2], "rb"), "a.pdf", "user_data")
+library._thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_at_page_50_of_100_goes_on_there(tmp_path, library, shelf):
+    file = tmp_path / "a.pdf"
+    file.write_bytes(pdf(*(f"Page {number} is about subject{number}x." for number in range(1, 101))))
+    killed = subprocess.run([sys.executable, "-c", KILLED, library.folder, file], cwd=ROOT, env=os.environ)
+    assert killed.returncode == -9
+    (document,) = shelf.all()
+    assert (document.state, document.pages_done) == ("waiting", 50)
+    library.start()
+    until(lambda: shelf.get(document.id).state == "ready", 60)
+    assert [page.page for page in shelf.pages([document.id])] == list(range(1, 101))
+    with shelf.reading() as db:
+        assert db.execute("SELECT count(*), count(DISTINCT page) FROM chunks").fetchone() == (100, 100)
+    assert pages_found(shelf, "subject77x", document.id)[0] == 77
