@@ -62,6 +62,7 @@ class Serving:
     ends: tuple[str, ...]  # texts with which the chat template ends an answer, if it does so in no token
     engine: Engine
     grammars: Grammars
+    infilling: prompt.Infilling | None  # None for a model that only goes on with a text
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ class _Told:
 class ChatModel:
     """One model in this process that all visitors share, and how far loading has come. A types.ChatBackend."""
 
-    capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=False, counts_tokens=True)
     servers: Sequence[ServerStatus] = ()
 
     def __init__(self, settings: Settings) -> None:
@@ -90,6 +90,13 @@ class ChatModel:
     @property
     def state(self) -> Literal["loading", "ready", "failed"]:
         return self.status.state
+
+    @property
+    def capabilities(self) -> Capabilities:
+        chats = self._serving is None or self._serving.chat_format != prompt.NO_FORMAT
+        return Capabilities(
+            supports_token_ids=True, knows_queue=True, can_fail_over=False, counts_tokens=True, chats=chats
+        )
 
     @property
     def serving(self) -> Serving:
@@ -143,13 +150,14 @@ class ChatModel:
             self.status = replace(self.status, model=self.settings.model_name or plan.name, why=plan.why)
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
-            prompt.recognise(tokenizer)  # a prompt that would come out wrong is refused before gigabytes are fetched
+            # A prompt that would come out wrong is refused before gigabytes are fetched.
+            chat_format = prompt.checked_format(tokenizer, checkpoint.chat_format)
             loaded = load(checkpoint, self._progress)
             with (
                 translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
                 _translate_architecture_errors(loaded.model),
             ):
-                self.serve(tokenizer, loaded)
+                self.serve(tokenizer, loaded, chat_format)
         except ModelUnavailable as error:
             log.error("%s", error.detail)
             self.status = replace(self.status, state="failed", error=str(error))
@@ -160,8 +168,11 @@ class ChatModel:
             sentence = "The model could not be loaded because of an unexpected error. The server's log has the details."
             self.status = replace(self.status, state="failed", error=sentence)
 
-    def serve(self, tokenizer: PreTrainedTokenizerBase, loaded: Loaded) -> ChatModel:
-        """Be ready with a model that is already in memory; loading ends here, scripts may start here."""
+    def serve(self, tokenizer: PreTrainedTokenizerBase, loaded: Loaded, chat_format: str | None = None) -> ChatModel:
+        """Be ready with a model that is already in memory; loading ends here, scripts may start here.
+
+        chat_format: as prompt.encode takes it.
+        """
         from llama2_chat.engine.engine import Engine
         from llama2_chat.engine.grammar import Grammars
         from llama2_chat.engine.model_runner import build_runner
@@ -170,7 +181,7 @@ class ChatModel:
         context, why_shorter = context_window(loaded.model.config)
         why = f"{loaded.why} {why_shorter}".rstrip()
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
-        chat_format, ending = prompt.recognise(tokenizer), prompt.find_ending(tokenizer)
+        chat_format, ending = prompt.checked_format(tokenizer, chat_format), prompt.find_ending(tokenizer)
         # What is compiled for this GPU is found again at the next start.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "compiled"))
         runner = build_runner(
@@ -184,7 +195,8 @@ class ChatModel:
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
         grammars = Grammars(tokenizer, runner.vocab_size, stop_ids)
-        self._serving = Serving(loaded.model, tokenizer, chat_format, ending.strings, engine, grammars)
+        infilling = prompt.find_infilling(tokenizer, runner.vocab_size)
+        self._serving = Serving(loaded.model, tokenizer, chat_format, ending.strings, engine, grammars, infilling)
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             engine.close()
             raise _Closed
@@ -235,9 +247,13 @@ class ChatModel:
         self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False
     ) -> StreamedReply:
         """What follows input_ids, on its way; see types.ChatBackend."""
+        serving, before = self.serving, input_ids
         fitting = self._fitting(input_ids, params, to_the_end)
-        self.serving.engine.check_ids(fitting)  # before the reply decodes them, at which the tokenizer may overflow
-        return self._submit(fitting, params, to_the_end, before=input_ids)
+        serving.engine.check_ids(fitting)  # before the reply decodes them, at which the tokenizer may overflow
+        if serving.infilling and serving.infilling.middle in fitting:
+            before = prompt.head_ids(serving.tokenizer)
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, serving.infilling.end))
+        return self._submit(fitting, params, to_the_end, before=before)
 
     def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         """The prompt that stream_reply makes of a conversation. Raises PromptTooLong for what is absurdly long."""
@@ -248,8 +264,22 @@ class ChatModel:
 
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
-        prompt.check_length(self.serving.tokenizer, [text], self.context_length)
-        return prompt.encode_text(self.serving.tokenizer, text)
+        serving = self.serving
+        prompt.check_length(serving.tokenizer, [text], self.context_length)
+        if serving.infilling and (parts := prompt.written_infilling(text)):
+            return prompt.encode_infilling(serving.tokenizer, serving.infilling, *parts)
+        return prompt.encode_text(serving.tokenizer, text)
+
+    def encode_infilling(
+        self, prefix: str, suffix: str, *, extra: Sequence[str] = (), room: int | None = None
+    ) -> list[int]:
+        """The prompt of a text to fill in; see types.ChatBackend."""
+        serving = self.serving
+        if serving.infilling is None:
+            raise ChatError(prompt.NO_INFILLING)
+        if room is None:
+            prompt.check_length(serving.tokenizer, [prefix, suffix], self.context_length)
+        return prompt.encode_infilling(serving.tokenizer, serving.infilling, prefix, suffix, extra, room)
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """The text of token ids, control tokens by their names; see types.ChatBackend."""

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from llama2_chat.errors import ChatError
 from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
+CHAT_FORMATS = ("auto", "llama-2", "none")
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
@@ -81,9 +82,14 @@ class Settings:
     )
     inference_key: str = field(default="", repr=False)  # from the environment only
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
+    chat_format: str = _knob(
+        "auto",
+        "CHAT_FORMAT",
+        f"{', '.join(CHAT_FORMATS)}: how the model chats, or none to complete texts; auto goes by its files and name",
+    )
     quantization: str = _knob("auto", "QUANTIZATION", f"{', '.join(QUANTIZATIONS)}; auto looks at the free memory")
     cache_dir: Path = _knob(
-        Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model and unpacked checkpoints are kept"
+        Path("~/.cache/llama2-chat"), "CACHE_DIR", "where the small model and converted checkpoints are kept"
     )
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place, HF_HOME; /data on a Space that has storage
     on_space: bool = False
@@ -122,6 +128,10 @@ class Settings:
             raise ChatError("DETERMINISTIC=1 needs COMPILE=1: only steps that are recorded always compute the same.")
         if self.deterministic and self.inference_url:
             raise ChatError("deterministic is for a model that is loaded here; set it where INFERENCE_URL points to.")
+        if self.chat_format not in CHAT_FORMATS:
+            raise ChatError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}; it was {self.chat_format!r}.")
+        if self.chat_format != "auto" and self.inference_url:
+            raise ChatError("chat_format is for a model that is loaded here; with INFERENCE_URL its servers decide it.")
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
         if not 0 <= self.port <= 65535:

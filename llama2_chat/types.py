@@ -378,6 +378,7 @@ class Capabilities:
     knows_queue: bool  # reply.queue_position and occupancy report the queue
     can_fail_over: bool  # its servers come and go, so that `status` may change at any time
     counts_tokens: bool  # fit(); else it raises ChatError
+    chats: bool = True  # False: a base model, whose stream_reply(), fit() and encode() raise ChatError
 
 
 class ChatBackend(Protocol):
@@ -451,7 +452,10 @@ class ChatBackend(Protocol):
         """
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
-        """What follows input_ids, on its way. Raises as stream_reply does; nothing is ever left out."""
+        """What follows input_ids, on its way; after encode_infilling()'s, what stands between its texts.
+
+        Raises as stream_reply does; nothing is ever left out.
+        """
 
     def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         """The prompt that stream_reply makes of a conversation, however long it is."""
@@ -460,4 +464,16 @@ class ChatBackend(Protocol):
         """The text of token ids, control tokens by their names. Raises ChatError for ids that the model lacks."""
 
     def encode_text(self, text: str) -> list[int]:
-        """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
+        """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head.
+
+        A text that is just "<PRE> prefix <SUF>suffix <MID>" is encode_infilling()'s, on a model that can fill in.
+        """
+
+    def encode_infilling(
+        self, prefix: str, suffix: str, *, extra: Sequence[str] = (), room: int | None = None
+    ) -> list[int]:
+        """The prompt of what stands between two texts. Raises ChatError for a model that cannot fill it in.
+
+        extra: further texts, the nearest last.
+        room: tokens that the prompt may have; what is farthest from the gap is left out for it, `extra` first.
+        """

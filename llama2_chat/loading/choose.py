@@ -19,12 +19,20 @@ from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import Files, translate_parse_errors
 from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files, find_folder, split_revision
+from llama2_chat.loading.meta import prepare
+from llama2_chat.loading.meta_folder import is_chat, is_metas
 from llama2_chat.loading.small_model import fetch_embedded
+from llama2_chat.prompt import NO_FORMAT
 from llama2_chat.settings import Settings
 
 log = logging.getLogger("llama2_chat")
 
 LLAMA_2_MODEL_ID = "meta-llama/Llama-2-13b-chat-hf"
+# Models that complete texts and that nothing in their files tells from those that chat.
+KNOWN_BASE = re.compile(r"meta-llama/Llama-2-\d+b-hf|(codellama|meta-llama)/CodeLlama-\d+b(-Python)?-hf", re.IGNORECASE)
+METAS_REPOSITORY = re.compile(
+    r"(meta-llama/Llama-2-\d+b(-chat)?|(codellama|meta-llama)/CodeLlama-\d+b(-Python|-Instruct)?)", re.IGNORECASE
+)
 ZERO_GPU = (
     "ZeroGPU is not supported: it lends a GPU for one function call, and this program keeps its model on one. "
     "Choose other hardware in the Space's settings."
@@ -41,6 +49,7 @@ class Plan:
     cache_dir: Path  # of the embedded model
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place
     base_model: str | None = None  # overrides what an adapter names
+    chat_format: str | None = None  # overrides what the model's files or its name say: "llama-2", or "none" to complete
 
     @property
     def is_embedded(self) -> bool:
@@ -63,6 +72,7 @@ class Checkpoint:
     base: Files
     cache_dir: Path  # where weights that come quantised are unpacked
     adapter: Files | None = None
+    chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
 
     @property
     def is_embedded(self) -> bool:
@@ -81,11 +91,12 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         settings.cache_dir.expanduser(),
         settings.hub_cache_dir,
         settings.base_model,
+        None if settings.chat_format == "auto" else settings.chat_format,
     )
     if settings.zero_gpu:
         log.warning("%s", ZERO_GPU)
     if settings.model_id:
-        _refuse_known_base(settings.model_id)
+        _refuse_other_formats(settings.model_id)
         return replace(plan, model_id=settings.model_id, why="MODEL_ID asks for this model.")
     if settings.zero_gpu:
         return replace(plan, why=ZERO_GPU)
@@ -98,16 +109,28 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
     return replace(plan, model_id=LLAMA_2_MODEL_ID, why="There is a CUDA GPU and Llama 2 can be reached.")
 
 
-def _refuse_known_base(model_id: str) -> None:
-    """Base models carry no template. Those people reach for by mistake are refused by name, before any download."""
+def _refuse_other_formats(model_id: str) -> None:
+    """What people reach for and transformers cannot load, refused by name before any download."""
     model_id, _ = split_revision(model_id)
-    if llama := re.fullmatch(r"(meta-llama/Llama-2-\d+b)(-hf|-chat)?", model_id, re.IGNORECASE):
-        chat = f"{llama[1]}-chat-hf"
-    elif code := re.fullmatch(r"((?:codellama|meta-llama)/CodeLlama-\d+b)(-Python)?(-hf)?", model_id, re.IGNORECASE):
-        chat = f"{code[1]}-Instruct-hf"
-    else:
-        return
-    raise ModelUnavailable(f"{model_id} is not a chat model that transformers can load. Set MODEL_ID={chat}.")
+    if model_id.lower().endswith(".gguf"):
+        raise _is_gguf(model_id)
+    if METAS_REPOSITORY.fullmatch(model_id):
+        raise _is_metas_repository(model_id)
+
+
+def _is_gguf(name: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{quoted(name)} is a GGUF, a format for llama.cpp: choose the same model as safetensors, such as "
+        f"MODEL_ID={LLAMA_2_MODEL_ID.replace('13b', '7b')}, or let llama.cpp's server load the file and set "
+        "INFERENCE_URL to its address, such as http://127.0.0.1:8080."
+    )
+
+
+def _is_metas_repository(repo: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{repo} holds the model in Meta's own format only. Set MODEL_ID={repo}-hf, or download it and set MODEL_ID to "
+        "the folder."
+    )
 
 
 def fetch(plan: Plan, progress: Progress) -> Checkpoint:
@@ -120,6 +143,10 @@ def fetch(plan: Plan, progress: Progress) -> Checkpoint:
     if plan.is_embedded:
         return _checkpoint(plan, Files(fetch_embedded(plan.cache_dir, progress)))
     files = fetch_small_files(plan.model_id, progress, plan.hub_cache_dir)
+    if not files.repo and is_metas(files.folder):
+        chats = plan.chat_format is not None or is_chat(plan.name)
+        checkpoint = _checkpoint(plan, prepare(files.folder, plan.cache_dir, progress))
+        return checkpoint if chats else replace(checkpoint, chat_format=NO_FORMAT)
     if not (files.folder / "adapter_config.json").is_file():
         return _checkpoint(plan, _check_is_model(files))
     base = _base_of(files, plan)
@@ -135,7 +162,9 @@ def fetch(plan: Plan, progress: Progress) -> Checkpoint:
 
 def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkpoint:
     adapter = adapter and replace(adapter, stem="adapter_model")
-    return Checkpoint(plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter)
+    known_base = KNOWN_BASE.fullmatch(split_revision(plan.model_id)[0])
+    chat_format = plan.chat_format or (NO_FORMAT if known_base else None)
+    return Checkpoint(plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter, chat_format)
 
 
 def _base_of(adapter: Files, plan: Plan) -> str:
@@ -150,7 +179,14 @@ def _base_of(adapter: Files, plan: Plan) -> str:
 
 
 def _check_is_model(files: Files) -> Files:
-    if not (files.folder / "config.json").is_file():
+    has_config, names = (files.folder / "config.json").is_file(), files.sizes().keys()
+    if any(name.endswith(".gguf") for name in names) and not any(
+        name.endswith((".safetensors", ".bin")) for name in names
+    ):
+        raise _is_gguf(str(files))
+    if files.repo and is_metas(files.folder):
+        raise _is_metas_repository(files.repo)
+    if not has_config:
         raise ModelUnavailable(
             f"{files} holds no config.json, so it is not a model in the format of transformers. Choose another model."
         )

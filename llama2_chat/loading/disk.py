@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
+from filelock import FileLock, Timeout
 from huggingface_hub import errors
 
 from llama2_chat.errors import ModelUnavailable, quoted
+
+log = logging.getLogger("llama2_chat")
+
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Files:
     folder: Path
     repo: str | None = None
     stem: Literal["model", "adapter_model"] = "model"  # how the files of weights are called
+    original: Path | None = None  # Meta's own folder, from which it is converted
+    to_convert: tuple[tuple[str, int], ...] = ()  # name and bytes of each file of weights, be it converted or not
 
     def __str__(self) -> str:
         return self.repo or quoted(self.folder)
@@ -35,7 +43,7 @@ class Files:
         return self.folder.parents[2]
 
     def sizes(self) -> dict[str, int]:
-        """Name and bytes of each file, those included that are on the Hub and not here yet."""
+        """Name and bytes of each file, those included that are on the Hub or to be converted, and not here yet."""
         if self.repo:
             try:
                 tree = huggingface_hub.get_cached_repo_tree(
@@ -44,7 +52,8 @@ class Files:
                 return {file.path: file.size for file in tree}
             except errors.CachedRepoTreeNotFoundError:  # fetched by an older huggingface_hub, and now we are offline
                 pass
-        return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        here = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        return dict(self.to_convert) | here
 
     def weights(self) -> dict[str, int]:
         """Name and bytes of the files that hold the weights: safetensors, or pickles where there are none."""
@@ -68,7 +77,7 @@ class Files:
             return sorted(set(json.loads((self.folder / index).read_text("utf-8"))["weight_map"].values()))
 
     def missing(self) -> dict[str, int]:
-        """Those of the weights that are still to be downloaded."""
+        """Those of the weights that are still to be downloaded or converted."""
         return {name: size for name, size in self.weights().items() if not (self.folder / name).is_file()}
 
 
@@ -116,3 +125,51 @@ def folder_bytes(folder: Path) -> int:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Copies in the cache that are made once ----
+
+
+def digest(text: str) -> str:
+    """A short name for a text of any length."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_stamp(path: Path) -> str:
+    """Another one once the file has changed."""
+    status = path.stat()
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
+
+
+def remove_copies(home: Path, source: str, name: str) -> None:
+    """Copies of the same source as it was before, and what a start that was cut off has left of one.
+
+    source: a digest, with which the names of its copies begin.
+    """
+    for copy in home.glob(f"{source}-*"):
+        log.info("Removing an outdated copy of %s, %s (%s)", name, copy, in_gb(folder_bytes(copy)))
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(lock_file: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process at a time; those that wait go on reporting. The system frees the lock of a process that dies."""
+    lock = FileLock(lock_file)
+    while True:
+        try:
+            lock.acquire(timeout=POLL_S)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def translate_write_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise not_writable(error, "set CACHE_DIR to a folder that has room and is yours") from error

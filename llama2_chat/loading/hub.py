@@ -18,11 +18,10 @@ from huggingface_hub import errors
 from tqdm.auto import tqdm
 
 from llama2_chat.errors import ModelUnavailable, quoted
-from llama2_chat.loading.disk import Files, check_free_space, not_writable
+from llama2_chat.loading.disk import POLL_S, Files, check_free_space, not_writable
 
 # Phase, done bytes, total bytes (0 while unknown). May raise, which ends what it reports on.
 Progress = Callable[[Literal["download", "convert", "load"], int, int], None]
-POLL_S = 0.2
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration and tokenizer
 SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own format there, as large again

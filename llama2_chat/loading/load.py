@@ -46,6 +46,7 @@ from llama2_chat.loading.memory import (
     translate_out_of_memory,
     visible_gpus,
 )
+from llama2_chat.loading.meta import convert_weights
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.unpack import check_room, unpacked
 from llama2_chat.prompt import find_ending
@@ -140,7 +141,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     if size.comes_in:
         check_room(files, read_config(files), checkpoint.cache_dir)
-    fetch_weights(files, progress)
+    _bring_weights(files, progress)
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)
@@ -178,11 +179,19 @@ def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progres
     size = measure(files)
     if method := size.comes_in:
         raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
-    fetch_weights(files, progress)
+    _bring_weights(files, progress)
     config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
     needed_bytes = size.needed_bytes(precision, 0)
     with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
         return _read(files, getattr(torch, precision) if precision in UNQUANTIZED else dtype, config, {"": device})
+
+
+def _bring_weights(files: Files, progress: Progress) -> None:
+    """Have them on this disk in a format that transformers reads."""
+    if files.original:
+        convert_weights(files, progress)
+    else:
+        fetch_weights(files, progress)
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:

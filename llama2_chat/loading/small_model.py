@@ -19,15 +19,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading import EMBEDDED
-from llama2_chat.loading.disk import check_free_space, folder_bytes, in_gb, not_writable, sha256
-from llama2_chat.loading.hub import POLL_S, Progress
+from llama2_chat.loading.disk import (
+    POLL_S,
+    check_free_space,
+    folder_bytes,
+    in_gb,
+    one_at_a_time,
+    sha256,
+    translate_write_errors,
+)
+from llama2_chat.loading.hub import Progress
 from llama2_chat.text import first_line
 
 log = logging.getLogger("llama2_chat")
@@ -46,9 +53,9 @@ def fetch_embedded(cache_dir: Path, progress: Progress) -> Path:
     folder = cache_dir / EMBEDDED
     if _is_whole(folder):
         return folder
-    with _translate_disk_errors():
+    with translate_write_errors():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir / f"{EMBEDDED}.lock", progress):
+        with one_at_a_time(cache_dir / f"{EMBEDDED}.lock", lambda: progress("download", 0, 0)):
             if not _is_whole(folder):  # another process may have made it while we waited
                 with _naming_damage(folder):
                     _make(cache_dir, folder, progress)
@@ -62,7 +69,7 @@ def embedded_is_here(cache_dir: Path) -> bool:
 
 def check_cache(cache_dir: Path) -> None:
     """Raise ModelUnavailable unless the embedded model can be made in this folder."""
-    with _translate_disk_errors():
+    with translate_write_errors():
         cache_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir).close()
         _check_free_space(cache_dir)
@@ -211,27 +218,3 @@ def _naming_damage(folder: Path) -> Iterator[None]:
 
 def _check_free_space(cache_dir: Path) -> None:
     check_free_space(EMBEDDED, CONVERSION_BYTES, cache_dir, "set CACHE_DIR to a folder on a larger disk")
-
-
-@contextmanager
-def _translate_disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise not_writable(error, "set CACHE_DIR to a folder that has room and is yours") from error
-
-
-@contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """One process at a time; those that wait go on reporting. The system frees the lock of a process that dies."""
-    lock = FileLock(path)
-    while True:
-        try:
-            lock.acquire(timeout=POLL_S)
-            break
-        except Timeout:
-            progress("download", 0, 0)
-    try:
-        yield
-    finally:
-        lock.release()

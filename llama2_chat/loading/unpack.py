@@ -5,7 +5,6 @@ What a format's tensors stand for is dequantize.py's to say. Each copy may be de
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.dequantize import plain_tensors, quantization_of
-from llama2_chat.loading.disk import Files, check_free_space, folder_bytes, in_gb, not_writable
+from llama2_chat.loading.disk import (
+    Files,
+    check_free_space,
+    digest,
+    file_stamp,
+    folder_bytes,
+    in_gb,
+    not_writable,
+    remove_copies,
+)
 
 log = logging.getLogger("llama2_chat")
 
@@ -37,7 +45,7 @@ def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
     folder = _home(cache_dir) / f"{_source(files)}-{_state(files)}"
     with FileLock(folder.with_name(f"{_source(files)}.lock")):
         if not folder.is_dir():
-            _remove_others(files, folder)
+            remove_copies(folder.parent, _source(files), str(files))
             check_room(files, config, cache_dir)
             _make(files, config, folder)
     return Files(folder)
@@ -80,26 +88,14 @@ def _expected(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 def _source(files: Files) -> str:
     """The same for a repository or folder whatever has become of it."""
-    return _digest(files.repo or str(files.folder.resolve()))
+    return digest(files.repo or str(files.folder.resolve()))
 
 
 def _state(files: Files) -> str:
     """Another one when the weights, a configuration or this program's way to write has changed."""
-    weights = [(name, (files.folder / name).stat()) for name in files.weights()]
-    stamps = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in weights]
+    stamps = [file_stamp(files.folder / name) for name in files.weights()]
     configs = [path.read_text("utf-8") for path in sorted(files.folder.glob("*config.json"))]
-    return _digest("\n".join([str(VERSION), *stamps, *configs]))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _remove_others(files: Files, folder: Path) -> None:
-    """Copies of the same source as it was before, and what a start that was cut off has left of one."""
-    for other in folder.parent.glob(f"{_source(files)}-*"):
-        log.info("Removing an outdated copy of %s, %s (%s)", files, other, in_gb(folder_bytes(other)))
-        shutil.rmtree(other, ignore_errors=True)
+    return digest("\n".join([str(VERSION), *stamps, *configs]))
 
 
 def _make(files: Files, config: PreTrainedConfig, folder: Path) -> None:

@@ -8,39 +8,68 @@ ending     how a format ends an answer
 codec      text to ids; typed words never become control tokens or tags of the template
 fitting    what fits in the context window
 examples   conversations to train on
+infilling  what stands between two texts
 """
 
 from llama2_chat.prompt.calls import call_style, tool_object
-from llama2_chat.prompt.codec import check_length, decode, encode_text
+from llama2_chat.prompt.codec import INFILLING_PIECES, check_length, decode, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
 from llama2_chat.prompt.fitting import Fitted, fit, subject_of
-from llama2_chat.prompt.formats import GOLDEN, LLAMA_2_FORMAT, LLAMA_2_TEMPLATE, encode, recognise, without_results
+from llama2_chat.prompt.formats import (
+    BASE_MODEL,
+    GOLDEN,
+    LLAMA_2_FORMAT,
+    LLAMA_2_TEMPLATE,
+    NO_FORMAT,
+    checked_format,
+    encode,
+    recognise,
+    without_results,
+)
+from llama2_chat.prompt.infilling import (
+    NO_INFILLING,
+    Infilling,
+    encode_infilling,
+    find_infilling,
+    head_ids,
+    written_infilling,
+)
 from llama2_chat.prompt.messages import Turn, check_messages, droppable, goes_on, newest_turns, question_indices
 
 __all__ = [
+    "BASE_MODEL",
     "GOLDEN",
+    "INFILLING_PIECES",
     "LLAMA_2_FORMAT",
     "LLAMA_2_TEMPLATE",
+    "NO_FORMAT",
+    "NO_INFILLING",
     "Ending",
     "Fitted",
+    "Infilling",
     "TokenizedExample",
     "Turn",
     "call_style",
     "check_length",
     "check_messages",
+    "checked_format",
     "decode",
     "droppable",
     "encode",
     "encode_example",
+    "encode_infilling",
     "encode_text",
     "find_ending",
+    "find_infilling",
     "fit",
     "goes_on",
+    "head_ids",
     "newest_turns",
     "question_indices",
     "recognise",
     "subject_of",
     "tool_object",
     "without_results",
+    "written_infilling",
 ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Turn marks that a template writes as ordinary text, without a control token: "<|user|>", "[INST]", "<<SYS>>".
 MARK = re.compile(r"<<?/?\|?[^\s<>|\[\]]+\|?>>?|\[/?[^\s<>|\[\]]+\]")
+# Code Llama's marks around a text to fill in. To its tokenizer they are words that anybody could type.
+INFILLING_PIECES = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 DISGUISE = 0xD0000  # from a character to its twin in a plane of Unicode in which nothing is, and nothing typed
 
 
@@ -100,6 +102,8 @@ class Codec:
             options = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
             self.tokenizer.add_tokens([AddedToken(name, normalized=token.normalized, **options)])
             self.true_ids[self._ids_of([name])[0]] = id
+        marks = map(original.model.token_to_id, INFILLING_PIECES)
+        self.control_ids |= {id for id in marks if id is not None}
         longest_first = sorted(self.names, key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         special = [token.content for token in original.get_added_tokens_decoder().values() if token.special]
@@ -116,6 +120,10 @@ class Codec:
     def at_least(self, text: str) -> int:
         """Tokens that a text has at the very least, told from its length: whoever sends megabytes need not be read."""
         return len(text) // self._most_characters
+
+    def most_characters(self, tokens: int) -> int:
+        """Characters of which so many tokens cannot hold more."""
+        return min(tokens * self._most_characters, sys.maxsize)
 
     @cached_property
     def _most_characters(self) -> int:

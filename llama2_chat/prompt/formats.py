@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LLAMA_2_FORMAT = "llama-2"
+NO_FORMAT = "none"  # of a base model, which completes texts
+BASE_MODEL = (
+    "This is a base model: it completes text and does not chat. Send a prompt to /v1/completions, or choose a chat or "
+    "instruct model, for example meta-llama/Llama-2-7b-chat-hf."
+)
 LLAMA_2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 # For other programs, and saved with what is trained here: the text of the format. Its ids are _llama_2_ids' work.
 LLAMA_2_TEMPLATE = (
@@ -63,7 +68,7 @@ def encode(
     messages: an optional system message, then user and assistant in turn. If they end with an assistant message, that
     is an answer to go on with; an empty one is left out. Two turns of the same role in a row are joined by a blank
     line, and so are several system messages.
-    chat_format: "llama-2", or None to recognise it from the tokenizer.
+    chat_format: "llama-2", "none" for a base model, or None to recognise it from the tokenizer.
     tools: for a chat template that takes them, which calls.call_style() tells; without one, what a tool returned is
     written as the user's.
 
@@ -71,7 +76,7 @@ def encode(
     In another one the ids are those of apply_chat_template. What a visitor typed can never become a control token or a
     whole template tag: a typed tag keeps its letters and loses its ids, so that decoding gives the same text. Turn
     marks that are ordinary words, such as "USER:", are beyond this protection.
-    Raises ChatError for malformed messages, ModelUnavailable as recognise() does.
+    Raises ChatError for malformed messages and for a base model, ModelUnavailable as recognise() does.
 
     Source of the format: chat_completion() in Meta's Llama 2 reference code.
     """
@@ -79,10 +84,10 @@ def encode(
 
 
 def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """ "llama-2", or None for a model that has its own chat template.
+    """ "llama-2", None for a model that has its own chat template, or "none" for a base model, which has neither.
 
-    Raises ModelUnavailable if neither will do: a tokenizer that disagrees with Meta's ids though its template speaks
-    the Llama 2 format, a model without a template (a base model), a template that cannot write a conversation.
+    Raises ModelUnavailable for a tokenizer that disagrees with Meta's ids though its template speaks the Llama 2
+    format, and for a template that cannot write a conversation.
     """
     formats, template = codec_of(tokenizer).formats, template_of(tokenizer)
     if template not in formats:
@@ -90,15 +95,26 @@ def recognise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return formats[template]
 
 
+def checked_format(tokenizer: PreTrainedTokenizerBase, chat_format: str | None) -> str | None:
+    """The format that was asked for, or else the recognised one. Raises ModelUnavailable, too, where Llama 2's was
+    asked for and the tokenizer does not give its ids."""
+    if chat_format == LLAMA_2_FORMAT and not _gives_metas_ids(tokenizer):
+        raise ModelUnavailable(
+            "CHAT_FORMAT=llama-2 needs Llama 2's tokenizer, and this model has another. Leave it out."
+        )
+    return chat_format or recognise(tokenizer)
+
+
+def _gives_metas_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return all(encode(tokenizer, messages, LLAMA_2_FORMAT) == ids for messages, ids in GOLDEN)
+
+
 def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
     claimed = template is None or ("[INST]" in template and "<<SYS>>" in template)
-    if claimed and all(encode(tokenizer, messages, LLAMA_2_FORMAT) == ids for messages, ids in GOLDEN):
+    if claimed and _gives_metas_ids(tokenizer):
         return LLAMA_2_FORMAT
     if template is None:
-        raise ModelUnavailable(
-            "This model has no chat template, and its tokenizer does not give Llama 2's ids: it is a base model, or "
-            "its tokenizer.json is missing. Choose a chat or instruct model, for example meta-llama/Llama-2-7b-chat-hf."
-        )
+        return NO_FORMAT
     if claimed:
         raise ModelUnavailable(
             "This model's chat template speaks the Llama 2 format, but its tokenizer gives other ids than Meta's. "
@@ -110,11 +126,15 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str 
 
 def writer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None, tools: Sequence[ToolObject] = ()) -> Writer:
     """The function that turns a system text and turns into ids, in the format given or recognised."""
-    if chat_format not in (None, LLAMA_2_FORMAT):
+    if chat_format not in (None, LLAMA_2_FORMAT, NO_FORMAT):
         raise ChatError(
-            f"chat_format is {LLAMA_2_FORMAT!r}, or None for the model's own; it was {str(chat_format)[:40]!r}."
+            f"chat_format is {LLAMA_2_FORMAT!r}, {NO_FORMAT!r}, or None for the model's own; "
+            f"it was {str(chat_format)[:40]!r}."
         )
-    if (chat_format or recognise(tokenizer)) == LLAMA_2_FORMAT:
+    found = chat_format or recognise(tokenizer)
+    if found == NO_FORMAT:
+        raise ChatError(BASE_MODEL)
+    if found == LLAMA_2_FORMAT:
         return lambda system, turns: _llama_2_ids(tokenizer, system, without_results(turns))
     if call_style(tokenizer) is None:
         return lambda system, turns: template_ids(tokenizer, system, without_results(turns))

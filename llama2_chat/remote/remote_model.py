@@ -172,6 +172,11 @@ class RemoteModel:
     def encode_text(self, text: str) -> list[int]:
         raise ChatError(NO_TOKENS)
 
+    def encode_infilling(
+        self, prefix: str, suffix: str, *, extra: Sequence[str] = (), room: int | None = None
+    ) -> list[int]:
+        raise ChatError(NO_TOKENS)
+
     # What runs in the event loop.
 
     async def _run(self, started: threading.Event) -> None:

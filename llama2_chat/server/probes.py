@@ -132,7 +132,10 @@ def probe_tokenizer(start: PlannedStart) -> str:
 
     if start.checkpoint is None:
         raise NotApplicable("comes with the model, at the first start")
-    if prompt.recognise(load_tokenizer(start.checkpoint)) == prompt.LLAMA_2_FORMAT:
+    chat_format = prompt.checked_format(load_tokenizer(start.checkpoint), start.checkpoint.chat_format)
+    if chat_format == prompt.NO_FORMAT:
+        return "of a base model, which completes texts and does not chat"
+    if chat_format == prompt.LLAMA_2_FORMAT:
         return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs"
     return "has a chat template of its own, and it can write a conversation"
 
@@ -140,6 +143,7 @@ def probe_tokenizer(start: PlannedStart) -> str:
 def probe_disk(start: PlannedStart) -> str:
     from llama2_chat.loading.config import read_config
     from llama2_chat.loading.hub import to_download
+    from llama2_chat.loading.meta import check_room as check_conversion
     from llama2_chat.loading.small_model import CONVERSION_BYTES, check_cache
     from llama2_chat.loading.unpack import check_room
 
@@ -148,7 +152,9 @@ def probe_disk(start: PlannedStart) -> str:
         check_cache(folder)
     else:
         base, folder = start.checkpoint.base, start.checkpoint.base.folder
-        needed = sum(sum(to_download(files).values()) for files in start.files)
+        downloads = (files for files in start.files if not files.original)
+        needed = sum(sum(to_download(files).values()) for files in downloads)
+        needed += check_conversion(base) if base.original else 0
         needed += check_room(base, read_config(base), start.checkpoint.cache_dir)
     free = f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
     return f"{needed / 1e9:,.1f} GB still to be written, {free}" if needed else f"nothing to download, {free}"

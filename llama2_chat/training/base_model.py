@@ -29,6 +29,11 @@ def fetch_base(model_name: str) -> BaseModel:
     if checkpoint.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = load.load_tokenizer(checkpoint)
+    if prompt.recognise(tokenizer) == prompt.NO_FORMAT:
+        raise ModelUnavailable(
+            f"{model_name} has no chat template, and its tokenizer does not give Llama 2's ids, so there is no "
+            "format to train it in. Choose another model, or put a chat template into its tokenizer_config.json."
+        )
     if prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
     stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))

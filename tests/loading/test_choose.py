@@ -51,17 +51,15 @@ def test_on_zero_gpu_the_embedded_model_says_why_in_page_and_log(settings, caplo
 
 
 @pytest.mark.parametrize(
-    ("base", "chat"),
+    ("metas", "other"),
     [
-        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
-        ("meta-llama/Llama-2-7b-hf@main", "meta-llama/Llama-2-7b-chat-hf"),
-        ("meta-llama/Llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
-        ("codellama/CodeLlama-7b-hf", "codellama/CodeLlama-7b-Instruct-hf"),
-        ("codellama/CodeLlama-13b-Python-hf", "codellama/CodeLlama-13b-Instruct-hf"),
+        ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b-hf"),
+        ("meta-llama/Llama-2-13b-chat@main", "meta-llama/Llama-2-13b-chat-hf"),
+        ("codellama/CodeLlama-7b-Instruct", "codellama/CodeLlama-7b-Instruct-hf"),
     ],
 )
-def test_a_base_model_is_refused_by_naming_its_chat_variant(base, chat):
-    assert chat in refusal(choose, asking_for(base))
+def test_a_repository_in_metas_own_format_is_refused_by_naming_the_other(metas, other):
+    assert f"MODEL_ID={other}," in refusal(choose, asking_for(metas))
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,16 @@ def test_a_tokenizer_that_disagrees_with_meta_is_refused():
         prompt.recognise(with_template(llama_shaped(), SAYS_LLAMA_2))
 
 
-def test_a_base_model_is_refused():
-    with pytest.raises(ModelUnavailable, match="no chat template"):
-        prompt.recognise(llama_shaped())
+def test_a_base_model_is_recognised_and_asked_no_questions():
+    base = llama_shaped()
+    assert prompt.recognise(base) == prompt.NO_FORMAT
+    with pytest.raises(ChatError, match="completes text"):
+        prompt.encode(base, [{"role": "user", "content": "Hello"}])
+
+
+def test_llama_2s_format_cannot_be_asked_of_another_tokenizer():
+    with pytest.raises(ModelUnavailable, match="CHAT_FORMAT"):
+        prompt.checked_format(llama_shaped(), prompt.LLAMA_2_FORMAT)
 
 
 @pytest.mark.parametrize(
