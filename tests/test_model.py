@@ -295,7 +295,7 @@ def test_closing_while_loading_stops_the_loading(settings):
 
 
 class FullGpu(ChatModel):
-    def serve(self, tokenizer, loaded):
+    def serve(self, tokenizer, loaded, chat_format=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
