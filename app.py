@@ -32,6 +32,7 @@ if __name__ == "__main__":
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
+from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
 from llama2_chat.server.health import health_router
@@ -99,7 +100,10 @@ def create_app(
     add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
     app.include_router(health_router(chat))
-    app.include_router(api_router(chat, settings, limiter, metrics))
+    library = Library(settings.documents_dir) if settings.documents else None
+    app.include_router(api_router(chat, settings, limiter, metrics, library))
+    if library is not None:
+        library.start()
     if settings.https and not settings.certfile:
 
         @app.get("/ca.crt")

@@ -95,6 +95,10 @@ class Settings:
     on_space: bool = False
     space_host: str = ""  # the name that the Hub gives a Space, such as someone-llama-2-chat.hf.space
     zero_gpu: bool = False  # a Space on ZeroGPU hardware
+    documents: bool = _knob(True, "DOCUMENTS", "let visitors and programs upload documents and ask about them")
+    documents_dir: Path = _knob(
+        Path("~/.local/share/llama2-chat/documents"), "DOCUMENTS_DIR", "where the documents of visitors are kept"
+    )
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
         None, "MAX_BATCH", "answers computed at once, the others wait in line; by default 32 on a GPU and 8 on a CPU"
@@ -210,7 +214,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """What the flags gave, with the secrets and what follows from other knobs."""
-    for name in ("cache_dir", "certfile", "keyfile", "auth_file"):
+    for name in ("cache_dir", "documents_dir", "certfile", "keyfile", "auth_file"):
         if values[name] is not None:
             values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
     api_keys = _split(environ.get("API_KEY", ""))
@@ -251,6 +255,8 @@ def _default(knob: Field, environ: Mapping[str, str]) -> Any:
         return Path(environ["XDG_CACHE_HOME"]) / "llama2-chat"
     if knob.name == "cache_dir" and _has_storage(environ):
         return PERSISTENT / "llama2-chat"
+    if knob.name == "documents_dir" and environ.get("XDG_DATA_HOME"):
+        return Path(environ["XDG_DATA_HOME"]) / "llama2-chat" / "documents"
     return knob.default
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger("llama2_chat")
 
 FREE_BYTES = 500_000_000  # that the disk keeps free
 MAX_FILE_BYTES = 50_000_000
+VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept after its last upload
 
 
 class Library:
@@ -44,16 +45,25 @@ class Library:
         self._speed: dict[str, float] = {}  # of the document that is being read: seconds a page
 
     def shelf(self, owner: str) -> Shelf:
-        return Shelf(self.folder / f"{hashlib.sha256(owner.encode('utf-8', 'surrogatepass')).hexdigest()[:40]}.sqlite")
+        """owner: a kind and a name, such as "login anna"."""
+        digest = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()
+        return Shelf(self.folder / f"{owner.partition(' ')[0]}-{digest[:40]}.sqlite")
 
     def start(self) -> None:
-        """Go on with what an earlier process left unread."""
+        """Go on with what an earlier process left unread, and forget visitors whose cookie has expired."""
+        if self.folder.is_dir():
+            self._start_thread()
+
+    def _look_around(self) -> None:
         for path in sorted(self.folder.glob("*.sqlite")):
             try:
+                if path.name.startswith("cookie-") and time.time() - _used(path) > VISITOR_S:
+                    _remove(path)
+                    continue
                 for document in Shelf(path).all():
                     if document.state == "waiting":
-                        self._read_later(Shelf(path), document.id)
-            except (ChatError, sqlite3.Error):
+                        self._waiting.put((Shelf(path), document.id))
+            except (ChatError, OSError, sqlite3.Error):
                 log.exception("The documents in %s cannot be read", path.name)
 
     def add(self, owner: str, file: IO[bytes], name: str, purpose: str) -> Document:
@@ -84,8 +94,11 @@ class Library:
             raise NoRoom("The disk of this server is full, so nothing more can be kept.")
 
     def _read_later(self, shelf: Shelf, id: str) -> None:
+        self._start_thread()
+        self._waiting.put((shelf, id))
+
+    def _start_thread(self) -> None:
         with self._lock:
-            self._waiting.put((shelf, id))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="documents", daemon=True)
                 self._thread.start()
@@ -93,6 +106,7 @@ class Library:
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        self._look_around()
         while (job := self._waiting.get()) is not None and not self._closing.is_set():
             try:
                 with FileLock(self.folder / "reading.lock"):  # other processes on this folder wait as well
@@ -142,3 +156,13 @@ def _without_text(document: Document) -> str:
     if document.pages_done > document.without_text:
         return ""
     return "There is no text in this file. Scanned pages must go through text recognition (OCR) first."
+
+
+def _used(path: Path) -> float:
+    """When it was last changed, in seconds since 1970."""
+    return max(each.stat().st_mtime for each in (path, *path.parent.glob(f"{path.name}-wal")))
+
+
+def _remove(path: Path) -> None:
+    for each in (*path.parent.glob(f"{path.name}-*"), path):
+        each.unlink(missing_ok=True)

@@ -200,16 +200,16 @@ class Shelf:
             raise NotHere("There is no such page here.")
         return found[0]
 
-    def pages(self, ids: Sequence[str]) -> list[Chunk]:
-        """All pages with text, in the order of the documents."""
+    def pages(self, ids: Sequence[str], letters: int | None = None) -> list[Chunk]:
+        """All pages with text, in the order of the documents; none if there are more letters in them."""
+        query = "SELECT p.rowid, document, name, page, text FROM pages p JOIN documents d ON d.id = document"
         with self.reading() as db:
-            query = "SELECT p.rowid, document, name, page, text FROM pages p JOIN documents d ON d.id = document"
-            return [
-                Chunk(*row)
-                for id in ids
-                for row in db.execute(f"{query} WHERE document = ? ORDER BY page", (id,))
-                if row[4].strip()
-            ]
+            if letters is not None:
+                total = "SELECT coalesce(sum(length(text)), 0) FROM pages WHERE document = ?"
+                if sum(db.execute(total, (id,)).fetchone()[0] for id in ids) > letters:
+                    return []
+            rows = [row for id in ids for row in db.execute(f"{query} WHERE document = ? ORDER BY page", (id,))]
+        return [Chunk(*row) for row in rows if row[-1].strip()]
 
     # ---- the file ----
 

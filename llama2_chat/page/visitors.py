@@ -10,9 +10,7 @@ from fastapi import Request, Response
 from gradio.routes import App
 
 from llama2_chat.server.errors import ApiError
-
-COOKIE = "llama2_chat_visitor"  # HttpOnly, SameSite and Secure as server/security.py makes all cookies
-COOKIE_AGE_S = 30 * 24 * 3600
+from llama2_chat.server.owners import COOKIE, cookie_owner, renewed_cookie
 
 
 class Visitors:
@@ -37,8 +35,8 @@ class Visitors:
 
     def remember(self, request: Request, response: Response) -> None:
         """Give a browser that has none its cookie."""
-        if not self._has_login and not request.cookies.get(COOKIE):
-            response.set_cookie(COOKIE, secrets.token_urlsafe(24), max_age=COOKIE_AGE_S)
+        if not self._has_login and cookie_owner(request) is None:
+            renewed_cookie(request, response)
 
     def log_out_token(self, request: Request) -> str | None:
         """What log_out() wants to see in the header X-Token; None where there is no login."""

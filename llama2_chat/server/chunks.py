@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from llama2_chat.documents.asking import Source
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.errors import ApiError
 from llama2_chat.server.logprobs import chat_logprobs, text_logprobs
@@ -21,9 +22,17 @@ class Chunks:
     """How the answers to one request are written: as a chat's or as a text's. A responses.AnswerWriter."""
 
     def __init__(
-        self, model: str, is_chat: bool, speech: Speech, with_logprobs: bool = False, usage_in: UsageIn = "none"
+        self,
+        model: str,
+        is_chat: bool,
+        speech: Speech,
+        with_logprobs: bool = False,
+        usage_in: UsageIn = "none",
+        sources: Sequence[Source] = (),
     ) -> None:
+        """sources: what stands in the question, and with every answer to a chat."""
         self._is_chat, self._speech = is_chat, speech
+        self._annotations = {"annotations": [annotation(source) for source in sources]} if sources else {}
         self._with_logprobs, self._usage_in = with_logprobs, usage_in
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), model
@@ -31,7 +40,9 @@ class Chunks:
     def whole(self, texts: Sequence[str], choices: Choices) -> dict[str, Any]:
         written = []
         for index, (text, reply) in enumerate(zip(texts, choices.replies, strict=True)):
-            content = {"message": self._speech.message(index, text)} if self._is_chat else {"text": text}
+            content = (
+                {"message": self._speech.message(index, text) | self._annotations} if self._is_chat else {"text": text}
+            )
             reason = self._speech.finish_reason(index, reply.finish_reason)
             written.append(self._choice(index, content, reason, choices, whole=True))
         name = "chat.completion" if self._is_chat else "text_completion"
@@ -49,7 +60,7 @@ class Chunks:
         for delta in self._speech.rest(index):
             yield self._chunk(index, delta, choices)
         reason = self._speech.finish_reason(index, choices.replies[index].finish_reason)
-        yield self._chunk(index, {}, choices, reason)
+        yield self._chunk(index, self._annotations, choices, reason)
 
     def failed(self, problem: ApiError) -> Iterator[str]:
         yield event(problem.body)
@@ -85,6 +96,12 @@ class Chunks:
 
     def _head(self, name: str) -> dict[str, Any]:
         return {"id": self._id, "created": self._created, "model": self._model, "object": name}
+
+
+def annotation(source: Source) -> dict[str, Any]:
+    """As OpenAI's assistants cite files; index is the number by which the answer names it."""
+    cited = {"file_id": source.document, "filename": source.name, "page": source.page, "quote": source.text}
+    return {"type": "file_citation", "index": source.number, "file_citation": cited}
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

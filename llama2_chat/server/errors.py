@@ -14,7 +14,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from llama2_chat.errors import BadGrammar, Busy, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
+from llama2_chat.errors import (
+    BadGrammar,
+    Busy,
+    ChatError,
+    ModelUnavailable,
+    NoRoom,
+    NotHere,
+    PromptTooLong,
+    UnknownToken,
+)
 
 log = logging.getLogger("llama2_chat")
 
@@ -65,6 +74,11 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(400, "invalid_value", str(error), error.setting)
         case ModelUnavailable():
             return ApiError(503, "model_unavailable", str(error))
+        case NotHere():
+            return ApiError(404, "not_found", str(error), param)
+        case NoRoom():
+            log.warning("%s", error.detail)
+            return ApiError(507, "no_room", str(error), param)
         case ChatError():
             return ApiError(400, "invalid_value", str(error), param)
     log.error("Answering failed", exc_info=error)

@@ -85,7 +85,7 @@ def counted(counts: Counter[str], name: str, more: int = 1) -> Iterator[None]:
 
 def client_id(request: Request, settings: Settings) -> str:
     """Who counts as one client: the key, or the address where there are no keys."""
-    return _given_key(request) if settings.api_keys else client_address(request)
+    return given_key(request) if settings.api_keys else client_address(request)
 
 
 def client_address(request: Any) -> str:
@@ -103,7 +103,7 @@ def check_key(request: Request, settings: Settings) -> None:
     """
     if not settings.api_keys and not settings.auth_file:
         return
-    given = _given_key(request).encode("latin-1")  # as Starlette decoded it
+    given = given_key(request).encode("latin-1")  # as Starlette decoded it
     # A list, not a generator: every key is compared, in constant time.
     matches = [hmac.compare_digest(given, key.encode()) for key in settings.api_keys]
     if any(matches):
@@ -114,7 +114,7 @@ def check_key(request: Request, settings: Settings) -> None:
     raise ApiError(401, "invalid_api_key", sentence, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _given_key(request: Request) -> str:
+def given_key(request: Request) -> str:
     """The key alone: "bearer  KEY" is "Bearer KEY"."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

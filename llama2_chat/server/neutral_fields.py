@@ -62,7 +62,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (*UNSET, ["text"]),
     "audio": UNSET,
     "images": UNSET,
-    "documents": UNSET,
     "suffix": UNSET,
     "lora": UNSET,
     "lora_path": UNSET,

@@ -22,11 +22,14 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from llama2_chat.documents.asking import Quoted, Source, quote
+from llama2_chat.documents.library import Library
 from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.chunks import Chunks
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
+from llama2_chat.server.files import add_file_routes
 from llama2_chat.server.item_types import ResponsesRequest
 from llama2_chat.server.items import Items
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
@@ -39,6 +42,7 @@ from llama2_chat.server.openai_types import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from llama2_chat.server.owners import ApiOwners
 from llama2_chat.server.responses import (
     AnswerWriter,
     EventStream,
@@ -51,7 +55,7 @@ from llama2_chat.server.responses import (
 from llama2_chat.server.speech import CallIds, Reader, Speech, TextReader
 from llama2_chat.settings import Settings
 from llama2_chat.tools import CallReader
-from llama2_chat.types import ChatBackend, Reply, SamplingParams
+from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
 SEEDS = 2**63
@@ -64,8 +68,14 @@ class StartReply(Protocol):
     def __call__(self, params: SamplingParams, *, to_the_end: bool) -> Reply: ...
 
 
-def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimiter, metrics: Metrics) -> APIRouter:
-    """All of them. Without a model they say why there is none."""
+def api_router(
+    chat: ChatBackend,
+    settings: Settings,
+    limiter: ConcurrencyLimiter,
+    metrics: Metrics,
+    library: Library | None = None,
+) -> APIRouter:
+    """All of them. Without a model they say why there is none. library: where documents are; None for none at all."""
     router = APIRouter(route_class=_route_class(settings, metrics))
     # What is slow to read has threads of its own, or a few such requests would leave none for everybody else.
     schema_threads = anyio.CapacityLimiter(SCHEMA_THREADS)
@@ -82,11 +92,15 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await answer(body, request, body.said, [functools.partial(_reply, chat, body)])
+        if not body.documents:
+            return await answer(body, request, body.said, [functools.partial(_reply, chat, body, body.conversation)])
+        quoted = await quote_documents(body, request)
+        reply = functools.partial(_reply, chat, body, lambda: quoted.messages)
+        return await answer(body, request, body.said, [reply], quoted.sources)
 
     @router.post("/v1/responses")
     async def responses(body: ResponsesRequest, request: Request) -> Response:
-        return await answer(body, request, body.said, [functools.partial(_reply, chat, body)])
+        return await answer(body, request, body.said, [functools.partial(_reply, chat, body, body.conversation)])
 
     @router.api_route("/v1/responses/{id:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
     async def stored_response(id: str) -> None:
@@ -116,6 +130,10 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     def prometheus_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    owners = ApiOwners(settings)
+    if library is not None:
+        add_file_routes(router, library, owners, "/v1")
+
     methods = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
 
     @router.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
@@ -125,7 +143,28 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
     async def threads_for(request: Request) -> anyio.CapacityLimiter | None:
         return limiter.threads(len(await request.body()))
 
-    async def answer(body: BaseRequest, request: Request, question: Question, starts: Sequence[StartReply]) -> Response:
+    async def quote_documents(body: ChatRequest, request: Request) -> Quoted:
+        _check_model(chat, body.model)
+        owner = owners.owner(request)
+        if library is None or owner is None:
+            raise ApiError(404, "not_found", "There are no documents of yours here.", "documents")
+        shelf, ids, params = library.shelf(owner), body.documents or [], body.params(settings.sampling)
+
+        def search() -> Quoted:
+            return quote(chat, shelf, ids, body.conversation(), params, trim=bool(body.trim))
+
+        try:
+            return await anyio.to_thread.run_sync(search, limiter=await threads_for(request))
+        except ChatError as error:
+            raise as_api_error(error, "documents") from error
+
+    async def answer(
+        body: BaseRequest,
+        request: Request,
+        question: Question,
+        starts: Sequence[StartReply],
+        sources: Sequence[Source] = (),
+    ) -> Response:
         _check_model(chat, body.model)
         body.reject_unsupported()
         record: Record = request.state.record
@@ -142,7 +181,7 @@ def api_router(chat: ChatBackend, settings: Settings, limiter: ConcurrencyLimite
                     record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
                 raise as_api_error(error, _field_of(error, body)) from error
-            writer = _writer(chat, body, params, question, len(choices.replies))
+            writer = _writer(chat, body, params, question, len(choices.replies), sources)
             if body.stream:
                 pieces = events(writer, choices, record)
                 return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))
@@ -225,9 +264,14 @@ def _start(chat: ChatBackend, body: BaseRequest, starts: Sequence[StartReply], p
 
 
 def _reply(
-    chat: ChatBackend, body: ChatRequest | ResponsesRequest, params: SamplingParams, *, to_the_end: bool
+    chat: ChatBackend,
+    body: ChatRequest | ResponsesRequest,
+    conversation: Callable[[], list[Message]],
+    params: SamplingParams,
+    *,
+    to_the_end: bool,
 ) -> Reply:
-    return chat.stream_reply(body.conversation(), params, trim=bool(body.trim), to_the_end=to_the_end, tools=body.offer)
+    return chat.stream_reply(conversation(), params, trim=bool(body.trim), to_the_end=to_the_end, tools=body.offer)
 
 
 def _field_of(error: ChatError, body: BaseRequest) -> str:
@@ -238,7 +282,12 @@ def _field_of(error: ChatError, body: BaseRequest) -> str:
 
 
 def _writer(
-    chat: ChatBackend, body: BaseRequest, params: SamplingParams, question: Question, answers: int
+    chat: ChatBackend,
+    body: BaseRequest,
+    params: SamplingParams,
+    question: Question,
+    answers: int,
+    sources: Sequence[Source],
 ) -> AnswerWriter:
     ids = CallIds(None if body.seed is None else f"{body.seed} {json.dumps(question)}")
     readers = [_reader(chat, body) for _ in range(answers)]
@@ -246,7 +295,7 @@ def _writer(
     if isinstance(body, ResponsesRequest):
         return Items(model, body.settings(params), readers[0], ids, with_logprobs)
     speech = Speech(readers, ids, isinstance(body, ChatRequest) and body.has_functions)
-    return Chunks(model, isinstance(body, ChatRequest), speech, with_logprobs, body.usage_in)
+    return Chunks(model, isinstance(body, ChatRequest), speech, with_logprobs, body.usage_in, sources)
 
 
 def _reader(chat: ChatBackend, body: BaseRequest) -> Reader:

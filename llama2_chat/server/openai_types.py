@@ -118,6 +118,8 @@ Bias = Annotated[
 # llama.cpp says -1 for as many as fit, and for any seed.
 MaxTokens = Annotated[Annotated[int, in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
 Seed = Annotated[Annotated[int, in_range("seed")] | None, _or_minus_one("seed")]
+MAX_NAMED_DOCUMENTS = 100
+DocumentIds = Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=MAX_NAMED_DOCUMENTS)]
 # A chat's false is sent for a text as well.
 TextLogprobs = Annotated[
     Annotated[int, in_range("logprobs")] | None,
@@ -317,6 +319,7 @@ class ChatRequest(ToolFields, BaseRequest, _Conversation):
     neutral: ClassVar = {"add_special_tokens": (False,)}  # a chat template writes its own
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    documents: DocumentIds | None = None  # of /v1/files, about which the conversation is
     max_completion_tokens: MaxTokens = None
     trim: bool | None = None  # leave out the oldest exchanges of a conversation that is too long, as the page does
 

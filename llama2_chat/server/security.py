@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2_chat.server.errors import ApiError, error_response
+from llama2_chat.server.files import is_upload
 from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
 
@@ -92,12 +93,17 @@ class _OwnSite:
 
 
 class _BodyLimit:
-    """Stops reading a body that is too large. FastAPI's own max_body_size would answer programs in plain text."""
+    """Stops reading a body that is too large. FastAPI's own max_body_size would answer programs in plain text.
+
+    Uploads of documents have a limit of their own, in files.py.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_upload(scope["method"], path_of(scope)):
+            return await self.app(scope, receive, send)
         received = 0
 
         async def receive_limited() -> Message:
@@ -108,7 +114,12 @@ class _BodyLimit:
                 raise HTTPException(413)
             return message
 
-        await self.app(scope, receive_limited if scope["type"] == "http" else receive, send)
+        return await self.app(scope, receive_limited if scope["type"] == "http" else receive, send)
+
+
+def path_of(scope: Scope) -> str:
+    """Without that of a proxy in front."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
 
 
 class _SecurityHeaders:

@@ -93,6 +93,9 @@ class ScriptedChat:
         self.asked.append((messages, params))
         return self.say(messages)
 
+    def encode_text(self, text):
+        return text.split()
+
     def fit(self, messages, params):
         """A token a word; what has more than the window loses its oldest exchanges."""
         words = [len(message["content"].split()) for message in messages if message["role"] != "system"]
