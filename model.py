@@ -180,6 +180,7 @@ class ChatModel:
 
         context, why_shorter = context_window(loaded.model.config)
         why = f"{loaded.why} {why_shorter}".rstrip()
+        prompt.show_calls(tokenizer)
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
         chat_format, ending = prompt.checked_format(tokenizer, chat_format), prompt.find_ending(tokenizer)
         # What is compiled for this GPU is found again at the next start.

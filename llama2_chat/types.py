@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama2_chat.errors import BadGrammar, ChatError
@@ -250,20 +251,30 @@ class ToolOffer:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How calls are written in a model's text: opening, name, middle, arguments, closing."""
+    """How calls are written in a model's text: opening, name, middle, arguments, closing.
+
+    Of several, what is in `between` stands in place of the closing of one and the opening of the next.
+    """
 
     opening: str
     middle: str
     closing: str
-    separator: str | None = None  # between two calls; None where there is one at most
+    between: str | None = None  # None where there is one call at most
 
     @property
     def marker(self) -> str:
         """The text that only a call has, wherever it stands; "" where a call is told by the beginning of the text."""
         return self.opening.partition("{")[0].rstrip()
 
-    def write(self, call: ToolCall) -> str:
-        return self.opening + call["name"] + self.middle + (call["arguments"].strip() or "{}") + self.closing
+    @property
+    def end(self) -> str:
+        """With what a call is whole, whether another follows or not."""
+        return self.closing if self.between is None else commonprefix([self.closing, self.between])  # noqa: RUF071
+
+    def write(self, *calls: ToolCall) -> str:
+        """Several only if there is something between them."""
+        said = [call["name"] + self.middle + (call["arguments"].strip() or "{}") for call in calls]
+        return self.opening + (self.between or "").join(said) + self.closing
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from llama2_chat.tools import PLAIN
 from llama2_chat.types import GrammarSpec, SamplingParams, Tool, ToolOffer
 from model import ChatModel
 from tests.support.small_model import untrained
-from tests.support.templates import qwen
-from tests.support.toolbox import CLOCK, QWEN_STYLE, WEATHER, call, read
+from tests.support.templates import functionary, mistral_with_tools, qwen
+from tests.support.toolbox import CLOCK, FUNCTIONARY_STYLE, MISTRAL_STYLE, QWEN_STYLE, WEATHER, call, read
 
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=60)
 WILD = replace(LIKELIEST, temperature=2, top_k=0, top_p=1)
@@ -37,10 +37,10 @@ def follows(call, tools):
     return jsonschema_rs.validator_for(tool.parameters or {}).is_valid(json.loads(call["arguments"]))
 
 
-@pytest.fixture(scope="module")
-def trained_for_tools(settings):
+@pytest.fixture(scope="module", params=[qwen, mistral_with_tools, functionary], ids=lambda make: make.__name__)
+def trained_for_tools(request, settings):
     """A model of random weights whose template takes tools."""
-    tokenizer = qwen()
+    tokenizer = request.param()
     chat = ChatModel(settings).serve(tokenizer, untrained(tokenizer, 2048))
     yield chat
     chat.close()
@@ -52,7 +52,7 @@ def test_a_call_that_is_required_is_valid_and_ends_the_answer(chat):
     assert (read.text, reply.finish_reason) == ("", "stop")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_a_model_draws_is_a_valid_call_or_text(trained_for_tools, seed):
     offer = ToolOffer((WEATHER, CLOCK), must_call=seed % 2 == 1)
     read, reply = answer(trained_for_tools, offer, replace(WILD, seed=seed, max_new_tokens=300))
@@ -63,7 +63,7 @@ def test_whatever_a_model_draws_is_a_valid_call_or_text(trained_for_tools, seed)
 
 def test_a_template_with_tools_gets_them_and_the_conversation_as_it_was(trained_for_tools):
     tokenizer = trained_for_tools.serving.tokenizer
-    assert trained_for_tools.call_style == QWEN_STYLE
+    assert trained_for_tools.call_style in (QWEN_STYLE, MISTRAL_STYLE, FUNCTIONARY_STYLE)
     objects = tuple(map(prompt.tool_object, OFFER.tools))
     assert trained_for_tools.encode(DONE, OFFER) == prompt.encode(tokenizer, DONE, tools=objects)
     assert trained_for_tools.encode(DONE) == prompt.encode(tokenizer, DONE)

@@ -11,7 +11,7 @@ examples   conversations to train on
 infilling  what stands between two texts
 """
 
-from llama2_chat.prompt.calls import call_style, tool_object
+from llama2_chat.prompt.calls import call_style, show_calls, tool_object
 from llama2_chat.prompt.codec import INFILLING_PIECES, check_length, decode, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
@@ -68,6 +68,7 @@ __all__ = [
     "newest_turns",
     "question_indices",
     "recognise",
+    "show_calls",
     "subject_of",
     "tool_object",
     "without_results",

@@ -63,6 +63,11 @@ def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
     return _codecs[tokenizer]
 
 
+def forget_codec(tokenizer: PreTrainedTokenizerBase) -> None:
+    """For a tokenizer whose added tokens have changed."""
+    _codecs.pop(tokenizer, None)
+
+
 _codecs: WeakKeyDictionary[PreTrainedTokenizerBase, Codec] = WeakKeyDictionary()
 
 

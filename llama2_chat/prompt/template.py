@@ -8,6 +8,7 @@ codec's affair.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -115,15 +116,20 @@ def _message(turn: Turn) -> dict[str, Any]:
     if turn.calls:
         message["tool_calls"] = [
             {
-                "id": call["id"],
+                "id": _nine_characters(call["id"]),
                 "type": "function",
                 "function": {"name": call["name"], "arguments": _read(call["arguments"])},
             }
             for call in turn.calls
         ]
     if turn.role == "tool":
-        message |= {"tool_call_id": turn.call_id, "name": turn.name}
+        message |= {"tool_call_id": _nine_characters(turn.call_id), "name": turn.name}
     return message
+
+
+def _nine_characters(id: str) -> str:
+    """Letters and digits that stand for an id: Mistral's templates refuse others, the rest of them show none."""
+    return id if len(id) == 9 and id.isalnum() and id.isascii() else hashlib.sha256(id.encode()).hexdigest()[:9]
 
 
 def _read(arguments: str) -> Any:

@@ -26,7 +26,8 @@ from llama2_chat.tools import PLAIN, JsonOnly
 from llama2_chat.types import CallStyle, Candidate, FinishReason, Timing, TokenLogprob, Usage
 
 MARKER = "\x02"  # start of text: a control character that no answer holds
-CALLS = CallStyle(MARKER + PLAIN.opening, PLAIN.middle, PLAIN.closing, "")  # as calls stand in the text here
+OPENING = MARKER + PLAIN.opening
+CALLS = CallStyle(OPENING, PLAIN.middle, PLAIN.closing, PLAIN.closing + OPENING)  # as calls stand in the text here
 ACCEPTED = ""  # the first item of an answer that a server has accepted; text follows
 END = None  # the last item
 

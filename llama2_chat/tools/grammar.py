@@ -30,7 +30,7 @@ def answer_grammar(
     rules = ["start: calls" if offer.must_call else "start: calls | text" + (" | before rest" if may_follow else "")]
     rules += _call_rules(offer, style, bool(may_follow))
     for i, tool in enumerate(offer.callable):
-        rules.append(f"tool{i}: {_quoted(tool.name + style.middle)} arguments{i} {_quoted(style.closing)}")
+        rules.append(f"tool{i}: {_quoted(tool.name + style.middle)} arguments{i}")
         rules.append(f"arguments{i}: %json {_json(parameters(tool, most_tokens))}")
     if not offer.must_call:
         rules += _free_text(style) if answer is None else [f"text: %json {_json(schema_of(answer))}"]
@@ -58,17 +58,17 @@ def _call_rules(offer: ToolOffer, style: CallStyle, may_follow: bool) -> Iterato
     """`rest` are calls of which the marker has been written already."""
     tool = " | ".join(f"tool{i}" for i in range(len(offer.callable)))
     more = ""
-    if _may_be_several(offer, style):
-        more = f" ({_quoted(f'{style.separator}{style.opening}')} tool){{0,{MOST_CALLS - 1}}}"
-    yield f"calls: {_quoted(style.opening)} tool{more}"
+    if style.between is not None and _may_be_several(offer, style):
+        more = f" ({_quoted(style.between)} tool){{0,{MOST_CALLS - 1}}}"
+    yield f"calls: {_quoted(style.opening)} tool{more} {_quoted(style.closing)}"
     if may_follow:
-        yield f"rest: {_quoted(style.opening.removeprefix(style.marker))} tool{more}"
+        yield f"rest: {_quoted(style.opening.removeprefix(style.marker))} tool{more} {_quoted(style.closing)}"
     yield f"tool: {tool}"
 
 
 def _may_be_several(offer: ToolOffer, style: CallStyle) -> bool:
     """By itself where a model's own template writes several; of another model if several are asked for."""
-    return style.separator is not None and (offer.parallel if offer.parallel is not None else bool(style.marker))
+    return offer.parallel if offer.parallel is not None else bool(style.marker)
 
 
 def _free_text(style: CallStyle) -> list[str]:

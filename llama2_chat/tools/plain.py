@@ -14,7 +14,7 @@ from typing import NamedTuple
 from llama2_chat.tools.signature import sample_arguments, signature
 from llama2_chat.types import CallStyle, Message, Tool, ToolCall, ToolOffer
 
-PLAIN = CallStyle('{"name": "', '", "arguments": ', "}", "\n")  # as Python writes JSON
+PLAIN = CallStyle('{"name": "', '", "arguments": ', "}", '}\n{"name": "')  # as Python writes JSON
 
 EXAMPLES = 2  # tools that are shown in use
 LONGEST_EXAMPLE = 300  # characters of arguments

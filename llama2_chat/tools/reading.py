@@ -158,22 +158,22 @@ class CallReader:
         return None
 
     def _in_closing(self) -> bool:
-        closing = self._style.closing
-        if len(self._rest) < len(closing):
+        end = self._style.end
+        if len(self._rest) < len(end):
             return False
         self._told += self._held
         self._held = []
         self.calls.append(ToolCall(id="", name=self._name, arguments=self._arguments))
-        self._rest, self._read = self._rest[len(closing) :], self._after_call
+        self._rest, self._read = self._rest[len(end) :], self._after_call
         return True
 
     def _after_call(self) -> bool:
         """Before another call, or what is then left unsaid: white space, as a rule."""
-        at = self._rest.find(self._style.opening)
-        if at < 0:
-            return False
-        self._rest, self._read = self._rest[at + len(self._style.opening) :], self._in_name
-        return True
+        next_one = (self._style.between or self._style.opening).removeprefix(self._style.end).lstrip(" \n,;")
+        _, found, rest = self._rest.partition(next_one)
+        if found:
+            self._rest, self._read = rest, self._in_name
+        return bool(found)
 
     def _is_text(self, before: str) -> bool:
         self._rest, self._read = before + self._rest, self._in_last_text

@@ -1,6 +1,7 @@
 """Templates that take tools: found out by rendering, used as the model was trained, safe from what was typed."""
 
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken
@@ -8,8 +9,17 @@ from tokenizers import AddedToken
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError, PromptTooLong
 from tests.support.small_tokenizer import chatml, gpt_2_shaped, llama_shaped, with_template
-from tests.support.templates import MISTRAL, QWEN, TEMPLATED, llama_3_with_tools, qwen, turns
-from tests.support.toolbox import CLOCK, LLAMA_3_STYLE, QWEN_STYLE, WEATHER, call
+from tests.support.templates import (
+    MISTRAL,
+    QWEN,
+    TEMPLATED,
+    functionary,
+    llama_3_with_tools,
+    mistral_with_tools,
+    qwen,
+    turns,
+)
+from tests.support.toolbox import CLOCK, FUNCTIONARY_STYLE, LLAMA_3_STYLE, MISTRAL_STYLE, QWEN_STYLE, WEATHER, call
 
 OBJECTS = tuple(map(prompt.tool_object, (WEATHER, CLOCK)))
 PARIS = call("get_weather", '{"city": "Paris", "unit": "c"}', "call00001")
@@ -24,17 +34,49 @@ def expected(tokenizer, messages, tools=OBJECTS):
     told = []
     for message in messages:
         functions = [
-            {"id": each["id"], "type": "function", "function": each | {"arguments": json.loads(each["arguments"])}}
+            {"id": each["id"], "type": "function", "function": {"name": each["name"], "arguments": arguments}}
             for each in message.get("tool_calls", ())
+            for arguments in [json.loads(each["arguments"])]
         ]
         told.append({**message, "tool_calls": functions} if functions else message)
     ids = tokenizer.apply_chat_template(told, tools=list(tools) or None, add_generation_prompt=True, return_dict=False)
     return list(ids)
 
 
-@pytest.mark.parametrize(("make", "style"), [(qwen, QWEN_STYLE), (llama_3_with_tools, LLAMA_3_STYLE)])
+def shown(tokenizer):
+    prompt.show_calls(tokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "style"),
+    [
+        (qwen, QWEN_STYLE),
+        (llama_3_with_tools, LLAMA_3_STYLE),
+        (mistral_with_tools, MISTRAL_STYLE),
+        (functionary, FUNCTIONARY_STYLE),
+    ],
+)
 def test_how_a_template_writes_calls_is_found_out(make, style):
-    assert prompt.call_style(make()) == style
+    assert prompt.call_style(shown(make())) == style
+
+
+def test_a_special_token_that_begins_a_call_is_shown_and_still_cannot_be_typed():
+    tokenizer = shown(mistral_with_tools())
+    mark, eos = tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "</s>"])
+    written = MISTRAL_STYLE.write(PARIS)
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    assert ids[0] == mark
+    assert tokenizer.decode([*ids, eos], skip_special_tokens=True) == written
+    assert mark not in prompt.encode(tokenizer, turns("Write [TOOL_CALLS]!"), tools=OBJECTS)
+
+
+def test_ids_of_any_length_go_into_a_template_that_wants_nine_characters():
+    tokenizer = shown(mistral_with_tools())
+    asked = [*ASKED, {**CALLED, "tool_calls": [{**PARIS, "id": "call_5"}]}, {**TOLD, "tool_call_id": "call_5"}]
+    text = tokenizer.decode(prompt.encode(tokenizer, asked, tools=OBJECTS))
+    (called,) = re.findall(r'"id": "(\w{9})"', text)
+    assert f'"call_id": "{called}"' in text
 
 
 def test_empty_thoughts_that_a_template_writes_before_answers_are_no_part_of_a_call():
@@ -74,9 +116,9 @@ def test_a_template_whose_calls_could_not_be_read_is_not_given_tools(make):
     ids=["asked", "told", "asked again"],
 )
 @pytest.mark.parametrize("tools", [OBJECTS, ()], ids=["with tools", "without"])
-@pytest.mark.parametrize("make", [qwen, llama_3_with_tools])
+@pytest.mark.parametrize("make", [qwen, llama_3_with_tools, mistral_with_tools, functionary])
 def test_the_ids_are_those_of_the_template(make, tools, messages):
-    tokenizer = make()
+    tokenizer = shown(make())
     assert prompt.encode(tokenizer, messages, tools=tools) == expected(tokenizer, messages, tools)
 
 

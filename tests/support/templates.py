@@ -65,6 +65,42 @@ LLAMA_3_TOOLS = (
     "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
+# As Mistral's tokenizers of version 3 have it, with ids of nine characters.
+MISTRAL_TOOLS = (
+    "{{- bos_token }}{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- if tools and m == users[-1] %}"
+    "{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+    "{{- '[INST] ' + (messages[0].content + '\\n\\n' if m == users[-1] and messages[0].role == 'system' else '') }}"
+    "{{- m.content + '[/INST]' }}{%- elif m.tool_calls is defined %}{{- '[TOOL_CALLS] [' }}"
+    "{%- for call in m.tool_calls %}{%- if call.id | length != 9 %}"
+    "{{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{%- endif %}"
+    "{{- (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' }}"
+    "{{- ', ' if not loop.last else ']' + eos_token }}{%- endfor %}"
+    "{%- elif m.role == 'assistant' %}{{- ' ' + m.content + eos_token }}"
+    "{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] {\"content\": ' + (m.content | tojson) + ', \"call_id\": \"' }}"
+    "{{- m.tool_call_id + '\"}[/TOOL_RESULTS]' }}{%- endif %}{%- endfor %}"
+)
+# As Functionary writes calls over Llama 3.1.
+FUNCTIONARY = LLAMA_3_TOOLS.replace(
+    "{%- if not m.tool_calls | length == 1 %}"
+    "{{- raise_exception('This model only supports single tool-calls at once!') }}{%- endif %}"
+    "{%- set call = m.tool_calls[0].function %}",
+    "",
+).replace(
+    "{{- '{\"name\": \"' + call.name + '\", \"parameters\": ' }}{{- call.arguments | tojson }}{{- '}<|eot_id|>' }}",
+    "{%- for call in m.tool_calls %}{{- '<function=' + call.function.name + '>' }}"
+    "{{- (call.function.arguments | tojson) + '</function>' }}{%- endfor %}{{- '<|eot_id|>' }}",
+)
+
+
+def mistral_with_tools():
+    marks = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+    tokens = tuple(AddedToken(mark, special=True, normalized=False) for mark in marks)
+    return with_template(llama_shaped(more_tokens=tokens), MISTRAL_TOOLS)
+
+
+def functionary():
+    return with_template(llama_3_with_tools(), FUNCTIONARY)
 
 
 def qwen():

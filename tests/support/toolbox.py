@@ -21,7 +21,15 @@ CALCULATOR = Tool(
     {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
 )
 CLOCK = Tool("clock")
-QWEN_STYLE = CallStyle('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
+QWEN_BETWEEN = '}\n</tool_call>\n<tool_call>\n{"name": "'
+QWEN_STYLE = CallStyle('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", QWEN_BETWEEN)
+MISTRAL_STYLE = CallStyle(
+    '[TOOL_CALLS] [{"name": "',
+    '", "arguments": ',
+    ', "id": "000000000"}]',
+    ', "id": "000000000"}, {"name": "',
+)
+FUNCTIONARY_STYLE = CallStyle("<function=", ">", "</function>", "</function><function=")
 LLAMA_3_STYLE = CallStyle('{"name": "', '", "parameters": ', "}")
 
 

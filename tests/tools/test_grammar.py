@@ -11,7 +11,16 @@ from llama2_chat.errors import BadGrammar, ChatError
 from llama2_chat.tools import PLAIN, answer_grammar
 from llama2_chat.tools.schemas import parameters
 from llama2_chat.types import GrammarSpec, Tool, ToolOffer
-from tests.support.toolbox import CALCULATOR, CLOCK, LLAMA_3_STYLE, QWEN_STYLE, WEATHER, call
+from tests.support.toolbox import (
+    CALCULATOR,
+    CLOCK,
+    FUNCTIONARY_STYLE,
+    LLAMA_3_STYLE,
+    MISTRAL_STYLE,
+    QWEN_STYLE,
+    WEATHER,
+    call,
+)
 
 TOKENIZER = LLTokenizer("byte")
 PARIS = call("get_weather", '{"city": "Paris", "unit": "c"}')
@@ -26,7 +35,11 @@ def lets_through(grammar, text):
     return all(matcher.try_consume_tokens([byte]) for byte in text.encode()) and matcher.is_accepting()
 
 
-STYLES = pytest.mark.parametrize("style", [PLAIN, QWEN_STYLE, LLAMA_3_STYLE], ids=["plain", "Qwen", "Llama 3"])
+STYLES = pytest.mark.parametrize(
+    "style",
+    [PLAIN, QWEN_STYLE, LLAMA_3_STYLE, MISTRAL_STYLE, FUNCTIONARY_STYLE],
+    ids=["plain", "Qwen", "Llama 3", "Mistral", "Functionary"],
+)
 
 
 @STYLES
@@ -79,12 +92,19 @@ def test_only_the_named_tool_can_be_called():
 
 @pytest.mark.parametrize(
     ("style", "parallel", "several"),
-    [(PLAIN, None, False), (PLAIN, True, True), (QWEN_STYLE, None, True), (QWEN_STYLE, False, False)],
+    [
+        (PLAIN, None, False),
+        (PLAIN, True, True),
+        (QWEN_STYLE, None, True),
+        (QWEN_STYLE, False, False),
+        (MISTRAL_STYLE, None, True),
+        (FUNCTIONARY_STYLE, None, True),
+    ],
 )
 def test_several_calls_at_once_where_a_template_writes_them_or_they_are_asked_for(style, parallel, several):
     grammar = answer_grammar(ToolOffer((WEATHER, CALCULATOR), parallel=parallel), style)
-    assert lets_through(grammar, style.separator.join(map(style.write, [PARIS, SUM]))) is several
-    assert not lets_through(grammar, style.separator.join(map(style.write, [PARIS] * 40)))
+    assert lets_through(grammar, style.write(PARIS, SUM)) is several
+    assert not lets_through(grammar, style.write(*[PARIS] * 40))
 
 
 def test_a_call_may_follow_a_text_where_it_has_a_marker_and_nowhere_else():

@@ -5,9 +5,15 @@ import json
 import pytest
 
 from llama2_chat.tools import PLAIN, Arguments, CallReader, Started
-from tests.support.toolbox import LLAMA_3_STYLE, QWEN_STYLE, call, read
+from tests.support.toolbox import FUNCTIONARY_STYLE, LLAMA_3_STYLE, MISTRAL_STYLE, QWEN_STYLE, call, read
 
-STYLES = {"plain": PLAIN, "Qwen": QWEN_STYLE, "Llama 3": LLAMA_3_STYLE}
+STYLES = {
+    "plain": PLAIN,
+    "Qwen": QWEN_STYLE,
+    "Llama 3": LLAMA_3_STYLE,
+    "Mistral": MISTRAL_STYLE,
+    "Functionary": FUNCTIONARY_STYLE,
+}
 PARIS = call("get_weather", '{"city": "Paris"}')
 ODD = call("get_weather", json.dumps({"city": 'a "b" \\', "more": {"x": ["}", "{", []], "é": "\\\\"}}))
 NOW = call("clock", "{}")
@@ -27,9 +33,9 @@ def test_a_call_is_read_back_as_it_was_written(style, written):
     assert (text, calls, reader.calls) == ("", [written], [written])
 
 
-@pytest.mark.parametrize("style", [PLAIN, QWEN_STYLE], ids=["plain", "Qwen"])
+@pytest.mark.parametrize("style", [PLAIN, QWEN_STYLE, MISTRAL_STYLE, FUNCTIONARY_STYLE])
 def test_several_calls_are_read_in_their_order(style):
-    text, calls, reader = both_ways(style.separator.join(map(style.write, [PARIS, ODD, NOW])), style)
+    text, calls, reader = both_ways(style.write(PARIS, ODD, NOW), style)
     assert (text, calls, reader.calls) == ("", [PARIS, ODD, NOW], [PARIS, ODD, NOW])
 
 
@@ -61,7 +67,7 @@ def test_the_name_comes_first_and_alone_and_the_arguments_in_pieces():
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_a_call_that_was_cut_off_is_never_among_those_that_are_whole(style):
     whole = style.write(PARIS)
-    for end in range(len(whole)):
+    for end in range(len(whole) - len(style.closing) + len(style.end)):
         text, _, reader = read([whole[:end]], style)
         assert reader.calls == []
         assert style.opening not in text
