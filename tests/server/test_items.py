@@ -11,10 +11,9 @@ from llama2_chat.errors import ChatError
 from llama2_chat.server.item_types import ResponsesRequest
 from llama2_chat.tools import PLAIN
 from llama2_chat.types import SamplingParams, ToolOffer
-from tests.server.test_tools import function
 from tests.support.programs import HELLO, error, freed, whole_reply
 from tests.support.scripted import Scripted
-from tests.support.toolbox import CALCULATOR, CLOCK, WEATHER, call
+from tests.support.toolbox import CALCULATOR, CLOCK, WEATHER, call, function
 from tests.support.waiting import until
 
 EVENT = pydantic.TypeAdapter(ResponseStreamEvent)

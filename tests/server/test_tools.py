@@ -19,14 +19,9 @@ from tests.support.random_schemas import random_tools
 from tests.support.scripted import Scripted
 from tests.support.serving import serving
 from tests.support.small_model import untrained
-from tests.support.toolbox import CALCULATOR, CLOCK, WEATHER, call
+from tests.support.toolbox import CALCULATOR, CLOCK, WEATHER, call, function
 
 PARIS = call("get_weather", '{"city": "Paris"}')
-
-
-def function(tool):
-    more = {} if tool.parameters is None else {"parameters": tool.parameters}
-    return {"name": tool.name, "description": tool.description, **more}
 
 
 def tool(tool):

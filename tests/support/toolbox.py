@@ -37,6 +37,12 @@ def call(name, arguments, id=""):
     return {"id": id, "name": name, "arguments": arguments}
 
 
+def function(tool):
+    """As programs send it."""
+    more = {} if tool.parameters is None else {"parameters": tool.parameters}
+    return {"name": tool.name, "description": tool.description, **more}
+
+
 def read(pieces, style, names=("get_weather", "clock"), hold=False):
     """The text and the calls that were told of piece by piece, and the reader."""
     reader, text, calls = CallReader(style, names, hold), "", []
