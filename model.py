@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong, quoted
+from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, NoInfilling, PromptTooLong, quoted
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
@@ -277,7 +277,7 @@ class ChatModel:
         """The prompt of a text to fill in; see types.ChatBackend."""
         serving = self.serving
         if serving.infilling is None:
-            raise ChatError(prompt.NO_INFILLING)
+            raise NoInfilling(prompt.NO_INFILLING)
         if room is None:
             prompt.check_length(serving.tokenizer, [prefix, suffix], self.context_length)
         return prompt.encode_infilling(serving.tokenizer, serving.infilling, prefix, suffix, extra, room)

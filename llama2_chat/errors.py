@@ -54,6 +54,10 @@ class UnknownToken(ChatError):
         self.setting = setting
 
 
+class NoInfilling(ChatError):
+    """A model that goes on with a text and cannot fill in before another."""
+
+
 class PromptTooLong(ChatError):
     """A prompt that does not fit in the context window with room to answer. "Too long" is worded here and nowhere else.
 

@@ -55,7 +55,7 @@ RANGES: dict[str, tuple[float, float]] = {
 OPTIONAL = {"seed", "logprobs"}  # may be None
 OPEN_BELOW = {"top_p"}
 WHOLE_NUMBERS = {"max_new_tokens", "top_k", "min_tokens", "seed", "logprobs"}
-MAX_STOP_STRINGS = 8
+MAX_STOP_STRINGS = 16
 MAX_NAMED_TOKENS = 1024  # in stop_token_ids, and in logit_bias
 MAX_BIAS = 100  # added to a token's score, which is then chosen always or never
 MAX_GRAMMAR_CHARACTERS = 2**20
@@ -483,7 +483,7 @@ class ChatBackend(Protocol):
     def encode_infilling(
         self, prefix: str, suffix: str, *, extra: Sequence[str] = (), room: int | None = None
     ) -> list[int]:
-        """The prompt of what stands between two texts. Raises ChatError for a model that cannot fill it in.
+        """The prompt of what stands between two texts. Raises NoInfilling for a model that cannot.
 
         extra: further texts, the nearest last.
         room: tokens that the prompt may have; what is farthest from the gap is left out for it, `extra` first.

@@ -69,11 +69,11 @@ def test_stop_token_ids_are_ids():
             SamplingParams(stop_token_ids=ids)
 
 
-def test_stop_takes_one_string_or_up_to_eight():
+def test_stop_takes_one_string_or_up_to_sixteen():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=None).stop == ()
-    for stop in (["x"] * 9, [""], [1], ["a", None], 5):
+    for stop in (["x"] * 17, [""], [1], ["a", None], 5):
         with pytest.raises(ChatError, match="stop"):
             SamplingParams(stop=stop)
 

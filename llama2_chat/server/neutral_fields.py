@@ -155,7 +155,7 @@ WHY_REFUSED = {
     "functions": "Functions are for /v1/chat/completions. Leave them out.",
     "modalities": "The answer can only be text: leave modalities out.",
     "audio": "The answer can only be text: leave audio out.",
-    "suffix": "Text cannot be filled in before a suffix. Leave it out.",
+    "suffix": "A suffix is for /v1/completions. Leave it out.",
     "reasoning_effort": "How much a model reasons cannot be set. Leave reasoning_effort out, or set it to none.",
     "verbosity": "How long answers are cannot be set: ask for it in a message, and leave verbosity out.",
     "options": "Ollama's options are fields of the request itself, such as temperature and max_tokens.",

@@ -1,4 +1,4 @@
-"""OpenAI's routes for programs, /tokenize, /detokenize and /metrics.
+"""OpenAI's routes for programs, llama.cpp's /infill, /tokenize, /detokenize and /metrics.
 
 What a request may say stands in openai_types.py and item_types.py, how an answer is written in chunks.py and items.py,
 how one is refused in errors.py. Lengths, prompts and whose turn it is are the model's affair: here a request becomes
@@ -24,12 +24,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from llama2_chat.documents.asking import Quoted, Source, quote
 from llama2_chat.documents.library import Library
-from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable
+from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable, NoInfilling
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.chunks import Chunks
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.files import add_file_routes
+from llama2_chat.server.infill import InfillRequest, Infills, stream_infill
 from llama2_chat.server.item_types import ResponsesRequest
 from llama2_chat.server.items import Items
 from llama2_chat.server.limits import ConcurrencyLimiter, check_key, client_id
@@ -40,6 +41,7 @@ from llama2_chat.server.openai_types import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    TextRequest,
     TokenizeRequest,
 )
 from llama2_chat.server.owners import ApiOwners
@@ -109,9 +111,14 @@ def api_router(
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         def complete(prompt: str | list[int], params: SamplingParams, *, to_the_end: bool) -> Reply:
-            return chat.stream_completion(_prompt_ids(chat, prompt), params, to_the_end=to_the_end)
+            ids = _prompt_ids(chat, prompt, body.suffix)
+            return chat.stream_completion(ids, params, to_the_end=to_the_end)
 
         return await answer(body, request, body.prompt, [functools.partial(complete, each) for each in body.prompt])
+
+    @router.post("/infill")
+    async def infill(body: InfillRequest, request: Request) -> Response:
+        return await answer(body, request, body.said, [functools.partial(stream_infill, chat, body)])
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
@@ -278,6 +285,8 @@ def _field_of(error: ChatError, body: BaseRequest) -> str:
     """What in the request an error is about."""
     if isinstance(error, BadGrammar):
         return body.grammar_field if body.offer is None else "tools"
+    if isinstance(error, NoInfilling) and isinstance(body, TextRequest):
+        return body.suffix_field
     return body.question_field
 
 
@@ -289,6 +298,8 @@ def _writer(
     answers: int,
     sources: Sequence[Source],
 ) -> AnswerWriter:
+    if isinstance(body, InfillRequest):
+        return Infills(chat.status.model, chat.context_length, with_text=body.max_tokens != 0)
     ids = CallIds(None if body.seed is None else f"{body.seed} {json.dumps(question)}")
     readers = [_reader(chat, body) for _ in range(answers)]
     with_logprobs, model = params.logprobs is not None, chat.status.model
@@ -309,7 +320,9 @@ def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else chat.decode(prompt)
 
 
-def _prompt_ids(chat: ChatBackend, prompt: str | list[int]) -> list[int]:
+def _prompt_ids(chat: ChatBackend, prompt: str | list[int], suffix: str | None) -> list[int]:
+    if suffix and isinstance(prompt, str):
+        return chat.encode_infilling(prompt, suffix)
     return chat.encode_text(prompt) if isinstance(prompt, str) else prompt
 
 

@@ -56,10 +56,13 @@ def _part_text(part: Any) -> Any:
     return part.get(TEXT_OF_PARTS.get(str(part.get("type")))) if isinstance(part, dict) else part
 
 
-def _prompts(prompt: Any) -> Any:
-    """A list of texts and lists of ids, also of what is one by itself."""
+def _prompts(prompt: Any, info: ValidationInfo) -> Any:
+    """A list of texts and lists of ids, also of what is one by itself. Before a suffix there may be nothing."""
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-    if not prompts or not all(each and (isinstance(each, str) or _is_ids(each)) for each in prompts):
+    if info.data.get("suffix"):
+        if not prompts or not all(isinstance(each, str) for each in prompts):
+            raise ValueError("with a suffix it must be a text, or a list of texts")
+    elif not prompts or not all(each and (isinstance(each, str) or _is_ids(each)) for each in prompts):
         raise ValueError("it must be a text, a list of token ids, or a list of these, and nothing empty")
     return prompts
 
@@ -91,7 +94,7 @@ def in_range(name: str) -> Any:
     return Field(gt=low, le=high) if name in OPEN_BELOW else Field(ge=low, le=high)
 
 
-def _or_minus_one(name: str) -> BeforeValidator:
+def or_minus_one(name: str) -> BeforeValidator:
     """-1 is one of the ways to send no number."""
     accepted: Any = Annotated[int, in_range(name)] | Literal[-1] | None
     return BeforeValidator(lambda number: None if number == -1 else number, json_schema_input_type=accepted)
@@ -116,8 +119,8 @@ Bias = Annotated[
     BeforeValidator(_by_id, json_schema_input_type=dict[str, float]),
 ]
 # llama.cpp says -1 for as many as fit, and for any seed.
-MaxTokens = Annotated[Annotated[int, in_range("max_new_tokens")] | None, _or_minus_one("max_new_tokens")]
-Seed = Annotated[Annotated[int, in_range("seed")] | None, _or_minus_one("seed")]
+MaxTokens = Annotated[Annotated[int, in_range("max_new_tokens")] | None, or_minus_one("max_new_tokens")]
+Seed = Annotated[Annotated[int, in_range("seed")] | None, or_minus_one("seed")]
 MAX_NAMED_DOCUMENTS = 100
 DocumentIds = Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=MAX_NAMED_DOCUMENTS)]
 # A chat's false is sent for a text as well.
@@ -342,10 +345,21 @@ class ChatRequest(ToolFields, BaseRequest, _Conversation):
         return self.max_completion_tokens or self.max_tokens
 
 
-class CompletionRequest(BaseRequest):
+class TextRequest(BaseRequest):
+    """A text to go on with, or to fill in. What is written twice is penalised in a chat alone: code repeats itself."""
+
+    suffix_field: ClassVar[str]  # that NoInfilling is about
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        return super().params(replace(defaults, repetition_penalty=1.0))
+
+
+class CompletionRequest(TextRequest):
     question_field: ClassVar = "prompt"
+    suffix_field: ClassVar = "suffix"
     neutral: ClassVar = {"add_special_tokens": (True,)}
 
+    suffix: Annotated[str | None, BeforeValidator(lambda suffix: suffix or None)] = None
     prompt: Prompts
     echo: bool | None = None
     logprobs: TextLogprobs = None
@@ -357,6 +371,13 @@ class CompletionRequest(BaseRequest):
     @property
     def echoed(self) -> list[str | list[int]]:
         return self.prompt if self.echo else []
+
+    @field_validator("echo")
+    @classmethod
+    def _has_no_suffix(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("suffix"):
+            raise ValueError("it does not go with a suffix")
+        return value
 
     @field_validator("prompt")
     @classmethod

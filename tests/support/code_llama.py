@@ -19,8 +19,8 @@ def code_llama_tokenizer(tmp_path, data=None):
     return convert_tokenizer(path)
 
 
-def one_word_model(tokenizer, word="▁x", rows=None):
-    """After the mark of the gap it says the word, and after the word that it is done; else the word for ever."""
+def one_word_model(tokenizer, word="▁x", rows=None, ends=True):
+    """It says the word, and after it that it is done; or the word for ever."""
     rows = rows or len(tokenizer)
     config = LlamaConfig(
         vocab_size=rows,
@@ -32,7 +32,7 @@ def one_word_model(tokenizer, word="▁x", rows=None):
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    gap, word, done = tokenizer.convert_tokens_to_ids(["▁<MID>", word, "▁<EOT>"])
+    word, done = tokenizer.convert_tokens_to_ids([word, "▁<EOT>"])
     layer = model.model.layers[0]
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
@@ -40,7 +40,7 @@ def one_word_model(tokenizer, word="▁x", rows=None):
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
         embedding.zero_()[:, 0] = 1
         head.zero_()[word, 0] = 9
-        if max(gap, done) < rows:
+        if ends and done < rows:
             embedding[word] = torch.eye(16)[1]
             head[done, 1] = 9
     return Loaded(model.eval(), "A test wrote it.")
