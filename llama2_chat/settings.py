@@ -63,6 +63,9 @@ class Settings:
     trusted_proxies: str = _knob(
         "127.0.0.1", "TRUSTED_PROXIES", "comma-separated addresses and networks whose X-Forwarded-For is believed"
     )
+    tools: bool = _knob(
+        True, "TOOLS", "let visitors switch on 'Use tools': the model may then use a clock and a calculator"
+    )
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
         None,

@@ -9,9 +9,23 @@ calculator   sums, as people write them
 clock        the day and the time
 """
 
-from llama2_chat.agent.agent import Agent, AgentReply
+from llama2_chat.agent.agent import MEMORY, PARAMS, Agent, AgentReply
 from llama2_chat.agent.calculator import Calculator
 from llama2_chat.agent.clock import Clock
+from llama2_chat.agent.loop import Call
+from llama2_chat.agent.messages import Exchange
 from llama2_chat.agent.tool import Example, Step, Tool
 
-__all__ = ["Agent", "AgentReply", "Calculator", "Clock", "Example", "Step", "Tool"]
+__all__ = [
+    "MEMORY",
+    "PARAMS",
+    "Agent",
+    "AgentReply",
+    "Calculator",
+    "Call",
+    "Clock",
+    "Example",
+    "Exchange",
+    "Step",
+    "Tool",
+]

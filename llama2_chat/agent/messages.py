@@ -34,8 +34,11 @@ class Exchange:
     answer: str
 
 
-def opening(tools: Sequence[Tool]) -> list[Message]:
-    """How every conversation begins: the system text and the examples, so that the KV cache holds them for all."""
+def opening(tools: Sequence[Tool], instructions: str = "") -> list[Message]:
+    """How every conversation begins: the system text and the examples, so that the KV cache holds them for all.
+
+    instructions: what else the system text says.
+    """
     calls = [
         Exchange(example.question, [Step(tool.name, example.input, example.result, 0)], example.answer)
         for tool in tools
@@ -43,35 +46,43 @@ def opening(tools: Sequence[Tool]) -> list[Message]:
     ]
     talk = [Exchange(question, [], answer) for question, answer in SMALL_TALK]
     mixed = [exchange for pair in zip_longest(talk, calls) for exchange in pair if exchange]
-    return [_system(tools), *chain.from_iterable(map(turns, mixed))]
+    return [_system(tools, instructions), *chain.from_iterable(map(turns, mixed))]
 
 
-def _system(tools: Sequence[Tool]) -> Message:
+def _system(tools: Sequence[Tool], instructions: str) -> Message:
     actions = [f"- {tool.name}: {tool.description}" for tool in tools]
     lines = [
         'You reply in steps of JSON: {"action": ..., "action_input": ...}. The actions are:',
         *actions,
         f"- {ANSWER}: tells the user the answer",
+        *([instructions] if instructions else ()),
     ]
     return Message(role="system", content="\n".join(lines))
 
 
 def turns(exchange: Exchange) -> list[Message]:
-    messages = [asked(exchange.question)]
-    for step in exchange.steps:
-        messages += [called(step), came_of(step)]
-    return [*messages, Message(role="assistant", content=write(ANSWER, exchange.answer))]
+    answer = Message(role="assistant", content=write(ANSWER, exchange.answer))
+    return [asked(exchange.question), *steps_taken(exchange.steps), answer]
 
 
 def asked(question: str) -> Message:
     return Message(role="user", content=question)
 
 
-def called(step: Step) -> Message:
-    return Message(role="assistant", content=write(step.name, step.input))
+def steps_taken(steps: Sequence[Step]) -> list[Message]:
+    return [
+        message
+        for step in steps
+        for message in (Message(role="assistant", content=write(step.name, step.input)), _came_of(step))
+    ]
 
 
-def came_of(step: Step) -> Message:
+def begun(answer: str) -> Message:
+    """An answer that was cut off, as the model wrote it."""
+    return Message(role="assistant", content=write(ANSWER, answer).removesuffix('"}'))
+
+
+def _came_of(step: Step) -> Message:
     """With the input: an answer then tells what was computed, where a bare result is told as "42 is 42"."""
     input = step.input if isinstance(step.input, str) else json.dumps(step.input, ensure_ascii=False)
     return Message(role="user", content=f"{'Failure' if step.failed else 'Result'} of {input}: {step.result}")

@@ -44,14 +44,16 @@ def write(action: str, input: Any) -> str:
 class StepReader:
     """Reads one step while a model writes it.
 
-    text: all that has come. action: as soon as it is known; None to the end for what is no step, which a model may
-    write that is held to no grammar.
+    begun: what of it there is already. text: all that has come. action: as soon as it is known; None to the end for
+    what is no step, which a model may write that is held to no grammar. is_whole: of an answer, whether it has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begun: str = "") -> None:
         self.text = ""
         self.action: str | None = None
+        self.is_whole = False
         self._read = 0  # where the part of the answer begins that has not been handed out
+        self.feed(begun)
 
     def feed(self, piece: str) -> str:
         """Take more of the text; what of the answer has become certain with it."""
@@ -66,7 +68,8 @@ class StepReader:
         content = CONTENT.match(self.text, self._read)
         assert content  # it matches nothing, too
         escaped = content[0]
-        if not self.text.startswith('"', content.end()):  # then the other half may follow
+        self.is_whole = self.text.startswith('"', content.end())
+        if not self.is_whole:  # then the other half may follow
             escaped = HALF_CHARACTER.sub("", escaped)
         self._read += len(escaped)
         return valid_unicode(json.loads(f'"{escaped}"', strict=False))

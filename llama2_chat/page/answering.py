@@ -12,13 +12,15 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
+from llama2_chat.agent import AgentReply, Call, Step
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.page import wording
+from llama2_chat.page.questions import Question
 from llama2_chat.server.errors import as_api_error
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Answered, Metrics, Record
 from llama2_chat.server.responses import submit
-from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams, Status, Timing, Usage
+from llama2_chat.types import ChatBackend, Reply, Status, Timing, Usage
 
 SHOW_EVERY_S = 0.05  # between two pieces: shown token by token, a long answer keeps the browser busier than the model
 REFRESH_EVERY_S = 0.4  # while nothing new comes
@@ -27,14 +29,14 @@ UNREAD_WAITING_S = 20.0  # a tab in the background reads every five
 UNREAD_S = 120.0  # long enough for a phone that was locked, or a line that was down
 
 
-Question = Callable[[], tuple[list[Message], SamplingParams]]
-
-
 @dataclass(frozen=True)
-class Step:
-    """The next piece of an answer, or what it waits for while there is none."""
+class Progress:
+    """The next piece of an answer, or a call of a tool that has ended, or what it waits for while there is none."""
 
     piece: str = ""
+    step: Step | None = None
+    calling: Call | None = None  # a tool, just now
+    has_steps: bool = False  # one has ended before
     loading: Status | None = None  # the model, which is not ready yet
     queue_position: int = 0  # place in line
 
@@ -57,28 +59,27 @@ class Answering:
         self.chat, self._limiter, self._metrics = chat, limiter, metrics
 
     async def answer(
-        self, question: Question, client: str, listened: Callable[[], bool]
-    ) -> AsyncGenerator[Step | End, None]:
-        """Steps, several a second, and at last an End. One that is closed before leaves nothing running.
+        self, make_question: Callable[[], Question], client: str, listened: Callable[[], bool]
+    ) -> AsyncGenerator[Progress | End, None]:
+        """Progress, several times a second, and at last an End. One that is closed before leaves nothing running.
 
-        question: makes the conversation, which ends with a visitor's message or with an unfinished answer that is to be
-            continued, and how to sample; or raises ChatError.
+        make_question: may raise ChatError.
         client: whose limit it counts in. listened: whether somebody reads this now.
         """
         record, end = Record(self._metrics, "page"), None
         try:
-            messages, params = question()
-            async with contextlib.aclosing(self._steps(messages, params, client, record)) as steps:
+            question = make_question()
+            async with contextlib.aclosing(self._progress(question, client, record)) as all_progress:
                 last_read, begun = time.monotonic(), False
-                async for step in steps:
-                    begun = begun or bool(step.piece)
-                    record.add(step.piece)
+                async for progress in all_progress:
+                    begun = begun or bool(progress.piece or progress.step)
+                    record.add(progress.piece)
                     if listened():
                         last_read = time.monotonic()
                     elif time.monotonic() - last_read > (UNREAD_S if begun else UNREAD_WAITING_S):
                         end = End("unread")
                         break
-                    yield step
+                    yield progress
         except Exception as error:
             record.error = as_api_error(error).code
             refused = record.reply is None and isinstance(error, ChatError) and not isinstance(error, ModelUnavailable)
@@ -87,39 +88,44 @@ class Answering:
             record.end()
         yield _with_costs(end, record.reply)
 
-    async def _steps(
-        self, messages: list[Message], params: SamplingParams, client: str, record: Record
-    ) -> AsyncGenerator[Step, None]:
+    async def _progress(self, question: Question, client: str, record: Record) -> AsyncGenerator[Progress, None]:
         """A message that arrives while the model loads waits for it."""
         with self._limiter.slot(client):
             while self.chat.state == "loading":
-                yield Step(loading=self.chat.status)
+                yield Progress(loading=self.chat.status)
                 await asyncio.sleep(REFRESH_EVERY_S)
-            record.question = messages
-            yield Step()
-            threads = self._limiter.threads(sum(len(message["content"].encode()) for message in messages))
-            submitting = asyncio.ensure_future(submit(lambda: self.chat.stream_reply(messages, params), threads))
+            record.question = question.messages
+            yield Progress()
+            threads = self._limiter.threads(sum(len(message["content"].encode()) for message in question.messages))
+            submitting = asyncio.ensure_future(submit(lambda: question.ask(self.chat), threads))
             try:
                 while not (await asyncio.wait([submitting], timeout=REFRESH_EVERY_S))[0]:
-                    yield Step()  # a long text waits for others and takes a while to encode
+                    yield Progress()  # a long text waits for others and takes a while to encode
             finally:
                 submitting.cancel()
             async with submitting.result() as reply:
                 record.reply = reply
-                async for piece in _pieces(reply):
-                    yield Step(piece, queue_position=reply.queue_position)
+                has_steps = False
+                async for event in _events(reply):
+                    if isinstance(event, Step):
+                        record.add_call(event.name, failed=event.failed)
+                        has_steps = True
+                        yield Progress(step=event, has_steps=True)
+                    else:
+                        calling = reply.calling if isinstance(reply, AgentReply) else None
+                        yield Progress(event, None, calling, has_steps, queue_position=reply.queue_position)
 
 
-async def _pieces(reply: Reply) -> AsyncIterator[str]:
-    """Pieces at a pace for the eye; an empty one when nothing new comes for a while."""
+async def _events(reply: Reply | AgentReply) -> AsyncIterator[str | Step]:
+    """Steps and pieces at a pace for the eye; an empty piece when nothing new comes for a while."""
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            piece = ""
+            event: str | Step = ""
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_EVERY_S):
-                    piece = await anext(reply)
-            yield piece
-            if piece:
+                    event = await anext(reply)
+            yield event
+            if event:
                 await asyncio.sleep(SHOW_EVERY_S)
 
 

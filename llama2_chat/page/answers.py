@@ -12,9 +12,10 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
+from llama2_chat.agent import Call, Step
 from llama2_chat.errors import Busy
 from llama2_chat.page import wording
-from llama2_chat.page.answering import End, Step
+from llama2_chat.page.answering import End, Progress
 from llama2_chat.server.errors import ApiError
 
 KEPT_S = 600.0  # after its end, for a reader who was cut off
@@ -22,16 +23,17 @@ MOST_ANSWERS = 1_000  # running and kept
 MOST_OF_ONE = 250  # running, of one address: one alone shall not keep everybody else out
 ALIVE_EVERY_S = 5.0  # a line in a silent stream: proxies cut connections on which nothing moves
 
-Steps = AsyncGenerator[Step | End, None]
+AllProgress = AsyncGenerator[Progress | End, None]
 
 
 class Answer:
     """One answer on its way or at its end, for any number of readers."""
 
-    def __init__(self, owner: str, client: str, start: Callable[[Callable[[], bool]], Steps]) -> None:
-        """start: given a function that says whether somebody listens, makes the steps."""
+    def __init__(self, owner: str, client: str, start: Callable[[Callable[[], bool]], AllProgress]) -> None:
+        """start: given a function that says whether somebody listens, makes the answer."""
         self.owner, self.client, self.end = owner, client, None
         self._text: list[str] = []
+        self._steps: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] = {}
         self._readers = 0
         self._changed = asyncio.Event()
@@ -39,23 +41,25 @@ class Answer:
 
     end: End | None
 
-    async def _run(self, steps: Steps) -> None:
+    async def _run(self, all_progress: AllProgress) -> None:
         try:
-            async with contextlib.aclosing(steps):
-                async for step in steps:
-                    if isinstance(step, End):
-                        self.end = step
+            async with contextlib.aclosing(all_progress):
+                async for progress in all_progress:
+                    if isinstance(progress, End):
+                        self.end = progress
                     else:
-                        self._take(step)
+                        self._take(progress)
         finally:
             self.end = self.end or End("cancelled")
             self._tell()
 
-    def _take(self, step: Step) -> None:
-        waiting = _waiting(step) if not step.piece and not self._text else {}
-        if step.piece:
-            self._text.append(step.piece)
-        if step.piece or waiting != self._waiting:
+    def _take(self, progress: Progress) -> None:
+        waiting = _waiting(progress) if not progress.piece and not self._text else {}
+        if progress.piece:
+            self._text.append(progress.piece)
+        if progress.step:
+            self._steps.append(_step(progress.step))
+        if progress.piece or progress.step or waiting != self._waiting:
             self._waiting = waiting
             self._tell()
 
@@ -68,14 +72,18 @@ class Answer:
         self.task.cancel()
 
     async def lines(self) -> AsyncIterator[str]:
-        """JSON, a line each: all of the text so far, then every piece, what it waits for meanwhile, and its end."""
+        """JSON, a line each: all of the steps and the text so far, then every step and piece, what it waits for
+        meanwhile, and its end."""
         self._readers += 1
         try:
-            sent, waiting = len(self._text), self._waiting
-            yield _line({"text": "".join(self._text), **waiting})
-            while self.end is None or sent < len(self._text):
+            sent, steps, waiting = len(self._text), len(self._steps), self._waiting
+            yield _line({"text": "".join(self._text), **({"steps": self._steps} if steps else {}), **waiting})
+            while self.end is None or sent < len(self._text) or steps < len(self._steps):
                 changed = self._changed
-                if sent < len(self._text):
+                if steps < len(self._steps):
+                    steps += 1
+                    yield _line({"step": self._steps[steps - 1]})
+                elif sent < len(self._text):
                     sent, more = len(self._text), self._text[sent:]
                     yield _line({"more": "".join(more)})
                 elif self._waiting != waiting:
@@ -92,8 +100,18 @@ class Answer:
             self._readers -= 1
 
 
-def _waiting(step: Step) -> dict[str, Any]:
-    return {"waiting": wording.waiting(step.loading, step.queue_position)}
+def _waiting(progress: Progress) -> dict[str, Any]:
+    line = wording.waiting(progress.loading, progress.queue_position, progress.has_steps)
+    return {"waiting": line, **({"calling": _call(progress.calling)} if progress.calling else {})}
+
+
+def _call(call: Call | Step) -> dict[str, Any]:
+    """As the page keeps it: the input is JSON, however the model made it."""
+    return {"name": call.name, "input": json.dumps(call.input, ensure_ascii=False)}
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {**_call(step), "result": step.result, "seconds": round(step.seconds, 3), "failed": step.failed}
 
 
 def _line(fields: dict[str, Any]) -> str:
@@ -121,7 +139,7 @@ class Answers:
     def __init__(self) -> None:
         self._answers: dict[str, Answer] = {}
 
-    def start(self, id: str, owner: str, client: str, start: Callable[[Callable[[], bool]], Steps]) -> Answer:
+    def start(self, id: str, owner: str, client: str, start: Callable[[Callable[[], bool]], AllProgress]) -> Answer:
         """The answer with this id, made now if there is none. Raises Busy if there are too many, ApiError if it is
         somebody else's."""
         if id in self._answers:

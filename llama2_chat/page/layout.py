@@ -15,10 +15,11 @@ from gradio.routes import App
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
+from llama2_chat.agent import MEMORY, Calculator, Clock
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
-from llama2_chat.page.programs import ProgramChat, ReplyFunction, make_reply
+from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -28,7 +29,7 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 
 STATIC = Path(__file__).parent / "static"
-STYLES = ("page.css", "sidebar.css", "markdown.css", "settings.css", "login.css", "forced_colors.css")
+STYLES = ("page.css", "sidebar.css", "markdown.css", "steps.css", "settings.css", "login.css", "forced_colors.css")
 # Loaded at once and beside each other, and not one after the other as their imports are found.
 MODULES = sorted(path.relative_to(STATIC).as_posix() for path in [*STATIC.glob("*.js"), *STATIC.glob("markdown/*.js")])
 HEAD = "\n".join(
@@ -51,7 +52,8 @@ def add_page(
 ) -> FastAPI:
     """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users."""
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
-    page = build_page(settings.sampling, make_reply(answering, listeners))
+    tools = (Clock(), Calculator()) if settings.tools else ()
+    page = build_page(settings.sampling, make_reply(answering, listeners, tools), has_tools=bool(tools))
     page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
     page._queue.sleep_when_free = 0.05  # seconds; Gradio would look for work a thousand times a second
@@ -79,20 +81,19 @@ def add_page(
     assert isinstance(mount, Mount)
     gradio = cast(App, mount.app)
     mount.app = OnlyOurRoutes(gradio, listeners, HEAD, settings.on_space)
-    app.include_router(
-        page_router(answering, limiter, settings.sampling, Visitors(gradio, has_login=users is not None))
-    )
+    visitors = Visitors(gradio, has_login=users is not None)
+    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app
 
 
-def build_page(defaults: SamplingParams, reply: ReplyFunction) -> gr.Blocks:
+def build_page(defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool) -> gr.Blocks:
     """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
     with TextBlocks(title=wording.TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Column(elem_id="chat")  # static/main.js fills it
         with gr.Column(elem_id="settings"):
-            settings = _settings(defaults)
+            settings = [*_settings(defaults), *(_tool_settings() if has_tools else ())]
         with gr.Column(visible=False):
             ProgramChat(
                 reply,
@@ -140,6 +141,30 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
         elem_id="setting-seed",
     )
     for number in numbers:
-        # What Gradio's own check raises never reaches reply(). SamplingParams checks, in words.
-        number.preprocess = lambda payload: payload  # type: ignore[method-assign]  # there is no option for it
+        _leave_checks_to_us(number)
     return [system_prompt, *numbers, seed]
+
+
+def _tool_settings() -> list[gr.components.Component]:
+    use_tools = gr.Checkbox(
+        False,
+        label="Use tools",
+        info="The model may use a clock and a calculator before it answers. A small model cannot choose tools well.",
+        elem_id="setting-use_tools",
+    )
+    memory = gr.Slider(
+        0,
+        MOST_REMEMBERED,
+        MEMORY,
+        step=1,
+        label="Memory with tools",
+        info="How many of the latest questions and answers the model is told of.",
+        elem_id="setting-tools_memory",
+    )
+    _leave_checks_to_us(memory)
+    return [use_tools, memory]
+
+
+def _leave_checks_to_us(number: gr.Slider) -> None:
+    """What Gradio's own check raises never reaches reply(), which checks in words."""
+    number.preprocess = lambda payload: payload  # type: ignore[method-assign]  # there is no option for it

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable, Container
+from collections.abc import AsyncGenerator, Callable, Container, Sequence
 from typing import Any
 
 import gradio as gr
 
+from llama2_chat.agent import MEMORY, Tool
 from llama2_chat.errors import ChatError
-from llama2_chat.page import wording
+from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering, End
 from llama2_chat.server.limits import client_address
 from llama2_chat.types import Message, SamplingParams
 
+MOST_REMEMBERED = 20  # exchanges
 Turn = dict[str, Any]  # with role and content, as Gradio keeps them
 ReplyFunction = Callable[..., AsyncGenerator[str, None]]
 
 
-def make_reply(answering: Answering, listeners: Container[str | None]) -> ReplyFunction:
-    """listeners: the sessions whose messages somebody reads; an answer that nobody reads is given up."""
+def make_reply(answering: Answering, listeners: Container[str | None], tools: Sequence[Tool] = ()) -> ReplyFunction:
+    """listeners: the sessions whose messages somebody reads; an answer that nobody reads is given up.
+
+    tools: that programs may let the model use; with none, they have no such settings.
+    """
 
     async def reply(
         message: str,
@@ -36,11 +41,14 @@ def make_reply(answering: Answering, listeners: Container[str | None]) -> ReplyF
         repetition_penalty: float,
         seed: str | None,
         request: gr.Request,
+        use_tools: bool = False,
+        tools_memory: Any = None,
     ) -> AsyncGenerator[str, None]:
         """The text so far, as it grows."""
 
-        def question() -> tuple[list[Message], SamplingParams]:
-            return conversation(message, history, system_prompt), SamplingParams(
+        def question() -> questions.Question:
+            messages = conversation(message, history, system_prompt)
+            params = SamplingParams(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -48,16 +56,19 @@ def make_reply(answering: Answering, listeners: Container[str | None]) -> ReplyF
                 repetition_penalty=repetition_penalty,
                 seed=parsed_seed(seed),
             )
+            if not use_tools:
+                return questions.Plain(messages, params)
+            return questions.with_tools(messages, params, tools, parsed_memory(tools_memory))
 
-        steps = answering.answer(question, client_address(request), lambda: request.session_hash in listeners)
+        answer = answering.answer(question, client_address(request), lambda: request.session_hash in listeners)
         text = ""
-        async with contextlib.aclosing(steps):
-            async for step in steps:
-                if isinstance(step, End):
-                    if step.error:
-                        raise gr.Error(step.error, print_exception=False)
+        async with contextlib.aclosing(answer):
+            async for progress in answer:
+                if isinstance(progress, End):
+                    if progress.error:
+                        raise gr.Error(progress.error, print_exception=False)
                 else:
-                    text += step.piece
+                    text += progress.piece
                     yield text  # an empty one too: Gradio notices only then that a client has left
 
     return reply
@@ -76,6 +87,15 @@ def parsed_seed(text: str | None) -> Any:
     """The number in it; None for an empty text. SamplingParams refuses, in words, whatever else it holds."""
     text = (text or "").strip()
     return int(text) if re.fullmatch("[0-9]{1,40}", text) else text or None
+
+
+def parsed_memory(number: object) -> int:
+    """How many exchanges a question with tools comes with. Raises ChatError for what is no such number."""
+    if number is None:
+        return MEMORY
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number <= MOST_REMEMBERED:
+        return int(number)
+    raise ChatError(f"tools_memory must be a whole number from 0 to {MOST_REMEMBERED}; it was {number!s:.40}.")
 
 
 def conversation(message: object, history: list[Turn], system_prompt: str | None) -> list[Message]:

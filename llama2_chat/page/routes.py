@@ -6,7 +6,8 @@ An answer is a stream of lines of JSON (answers.py); everything else is one JSON
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -16,11 +17,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from llama2_chat.agent import MEMORY, Step, Tool
 from llama2_chat.errors import ChatError
-from llama2_chat.page import wording
+from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.answers import Answer, Answers
-from llama2_chat.page.programs import parsed_seed
+from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.errors import as_api_error, error_response
@@ -31,11 +33,32 @@ from llama2_chat.types import ChatBackend, Message, SamplingParams
 AnswerId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
+class TurnStep(BaseModel):
+    """A call of a tool, as the page was told of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    input: str  # JSON
+    result: str
+    seconds: float = 0
+    failed: bool = False
+
+    def parsed(self) -> Step:
+        """Raises ChatError for an input that is no JSON."""
+        try:
+            input = json.loads(self.input)
+        except (ValueError, RecursionError) as error:
+            raise ChatError("This conversation has a step in it whose input is not JSON.") from error
+        return Step(valid_unicode(self.name), input, valid_unicode(self.result), self.seconds, self.failed)
+
+
 class Turn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["user", "assistant"]
     content: str
+    steps: Annotated[list[TurnStep], Field(max_length=50)] = []  # of the assistant, before it answered
 
 
 class PageSettings(BaseModel):
@@ -50,10 +73,12 @@ class PageSettings(BaseModel):
     top_k: float
     repetition_penalty: float
     seed: str = ""
+    use_tools: bool = False
+    tools_memory: Any = None
 
     def params(self) -> SamplingParams:
         """Raises ChatError for a value outside its range."""
-        numbers = self.model_dump(exclude={"system_prompt", "seed"})
+        numbers = self.model_dump(exclude={"system_prompt", "seed", "use_tools", "tools_memory"})
         return SamplingParams(**numbers, seed=parsed_seed(self.seed))
 
 
@@ -65,9 +90,14 @@ class Question(BaseModel):
     messages: Annotated[list[Turn], Field(min_length=1)]
     settings: PageSettings
 
-    def parsed(self) -> tuple[list[Message], SamplingParams]:
+    def parsed(self, tools: Sequence[Tool]) -> questions.Question:
         """Raises ChatError where the newest message says nothing, and for a setting outside its range."""
-        return self._conversation(), self.settings.params()
+        messages, params = self._conversation(), self.settings.params()
+        if not self.settings.use_tools:
+            return questions.Plain(messages, params)
+        memory, first = parsed_memory(self.settings.tools_memory), len(messages) - len(self.messages)
+        steps = {place: [step.parsed() for step in turn.steps] for place, turn in enumerate(self.messages, first)}
+        return questions.with_tools(messages, params, tools, memory, steps)
 
     def _conversation(self) -> list[Message]:
         if self.messages[-1].role == "user" and not self.messages[-1].content.strip():
@@ -78,15 +108,19 @@ class Question(BaseModel):
 
 
 def page_router(
-    answering: Answering, limiter: ConcurrencyLimiter, defaults: SamplingParams, visitors: Visitors
+    answering: Answering,
+    limiter: ConcurrencyLimiter,
+    defaults: SamplingParams,
+    visitors: Visitors,
+    tools: Sequence[Tool] = (),
 ) -> APIRouter:
-    """defaults: where the page's controls stand at first."""
+    """defaults: where the page's controls stand at first. tools: that visitors may let the model use."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
     async def state(request: Request) -> Response:
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
-        response = JSONResponse({**_state(chat, defaults), **login})
+        response = JSONResponse({**_state(chat, defaults, tools), **login})
         visitors.remember(request, response)
         return response
 
@@ -94,8 +128,8 @@ def page_router(
     async def start(id: AnswerId, question: Question, request: Request) -> Response:
         """Begin this answer, or read the one that has begun; as a stream."""
         client = client_address(request)
-        steps = functools.partial(answering.answer, question.parsed, client)
-        return _stream(answers.start(id, visitors.owner(request), client, steps))
+        answer = functools.partial(answering.answer, functools.partial(question.parsed, tools), client)
+        return _stream(answers.start(id, visitors.owner(request), client, answer))
 
     @router.get("/answers/{id}")
     async def read(id: AnswerId, request: Request) -> Response:
@@ -109,9 +143,9 @@ def page_router(
     async def fit(question: Question, request: Request) -> dict[str, Any]:
         """How the conversation would stand in the model's window."""
         visitors.owner(request)
-        messages, params = question.parsed()
-        threads = limiter.threads(sum(len(message["content"].encode()) for message in messages))
-        fitted = await anyio.to_thread.run_sync(functools.partial(chat.fit, messages, params), limiter=threads)
+        parsed = question.parsed(tools)
+        threads = limiter.threads(sum(len(message["content"].encode()) for message in parsed.messages))
+        fitted = await anyio.to_thread.run_sync(parsed.fit, chat, limiter=threads)
         return {
             "promptTokens": fitted.prompt_tokens,
             "droppedMessages": fitted.dropped_messages,
@@ -154,7 +188,7 @@ def _stream(answer: Answer) -> Response:
     return StreamingResponse(answer.lines(), media_type="application/x-ndjson", headers=headers)
 
 
-def _state(chat: ChatBackend, defaults: SamplingParams) -> dict[str, Any]:
+def _state(chat: ChatBackend, defaults: SamplingParams, tools: Sequence[Tool]) -> dict[str, Any]:
     """What the page shows of the model, and what it may ask for."""
     status = chat.status
     return {
@@ -174,6 +208,7 @@ def _state(chat: ChatBackend, defaults: SamplingParams) -> dict[str, Any]:
             "topK": defaults.top_k,
             "repetitionPenalty": defaults.repetition_penalty,
             "seed": "" if defaults.seed is None else str(defaults.seed),
+            **({"useTools": False, "toolsMemory": MEMORY} if tools else {}),
         },
         "prompts": {"meta": wording.META_SYSTEM_PROMPT, "short": wording.SYSTEM_PROMPT},
     }

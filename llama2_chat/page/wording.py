@@ -26,6 +26,8 @@ LLAMA_2_NOTICE = (
 )
 MISTAKES = "Answers can be wrong."
 READING = "Reading …"
+READING_RESULTS = "Reading what came of it …"
+NO_TOOLS = "This server offers no tools."
 NO_MESSAGE = "Please type a message first."
 TEXT_ONLY = "This chat reads text only. Please leave out files and other attachments."
 INTERNAL_ERROR = "Something went wrong on the server; its log has the details. Please try again."
@@ -61,11 +63,13 @@ def progress(status: Status) -> str:
     return f"{phase} …"
 
 
-def waiting(loading: Status | None, queue_position: int) -> str:
-    """What an answer without text yet is waiting for."""
+def waiting(loading: Status | None, queue_position: int, has_steps: bool = False) -> str:
+    """What an answer without text yet is waiting for. has_steps: a tool was called for it."""
     if loading is not None:
         return progress(loading)
-    return f"Waiting in line, position {queue_position} …" if queue_position else READING
+    if queue_position:
+        return f"Waiting in line, position {queue_position} …"
+    return READING_RESULTS if has_steps else READING
 
 
 def error_sentence(error: Exception) -> str:

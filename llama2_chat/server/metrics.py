@@ -42,6 +42,7 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens in prompts.")
         self.cached_tokens = counter("cached_tokens", "Tokens in prompts that were found in the KV cache.")
         self.completion_tokens = counter("completion_tokens", "Tokens in answers.")
+        self.tool_calls = counter("tool_calls", "Tools that the page has called.", "tool", "outcome")
         self.first_token = Histogram(
             "chat_time_to_first_token_seconds",
             "Time from the request to the first token of the answer, including the wait in the queue.",
@@ -81,11 +82,16 @@ class Record:
         self.answers: dict[int, str] = {}  # by the index of the choice
         self.error = ""  # its code, for a stream that fails when its status has been sent
         self._metrics, self._route, self._started = metrics, route, time.perf_counter()
-        self._ended = False
+        self._ended, self._calls = False, 0
 
     def add(self, piece: str, index: int = 0) -> None:
         if self._metrics.log_messages:
             self.answers[index] = self.answers.get(index, "") + piece
+
+    def add_call(self, tool: str, *, failed: bool) -> None:
+        """A tool of the page's was called."""
+        self._metrics.tool_calls.labels(tool, "failed" if failed else "ok").inc()
+        self._calls += 1
 
     def end(self, error: str = "") -> None:
         """Count it and log it; the reply has been closed. Only the first call does anything."""
@@ -106,6 +112,8 @@ class Record:
         }
         if self.reply is not None:
             line |= self._count(self.reply)
+        if self._calls:
+            line["tool_calls"] = self._calls
         if metrics.log_messages:
             answers = [answer for _, answer in sorted(self.answers.items())]
             line |= {"question": self.question, "answer": answers if len(answers) > 1 else "".join(answers)}

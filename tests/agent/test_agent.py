@@ -4,15 +4,17 @@ import asyncio
 import json
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from llama2_chat.agent import Agent, Calculator, Step
+from llama2_chat.agent import PARAMS, Agent, Calculator, Call, Exchange, Step
 from llama2_chat.agent.messages import REMINDER, SMALL_TALK
 from llama2_chat.agent.steps import write
 from llama2_chat.errors import Busy, ChatError
 from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.tool_users import a_tool
 
 SUM, ANSWER = write("calculator", "2 * 3"), write("answer", "It is 6.")
 
@@ -28,12 +30,6 @@ def saying(*texts):
         )
 
     return ScriptedChat(say=say)
-
-
-def a_tool(run, timeout_s=30):
-    return SimpleNamespace(
-        name="tool", description="does it", input_schema={"type": "integer"}, examples=(), timeout_s=timeout_s, run=run
-    )
 
 
 def read(agent, question="What is 2 * 3?"):
@@ -79,9 +75,9 @@ def test_the_answer_streams_and_a_program_reads_it_in_an_event_loop_too():
 
     async def read_it():
         async with Agent(ScriptedChat(reply=Scripted(*pieces))).ask("Hi") as reply:
-            return [event async for event in reply], reply.finish_reason
+            return "".join([event async for event in reply]), reply.finish_reason
 
-    assert asyncio.run(read_it()) == (["Hel", "lo"], "stop")
+    assert asyncio.run(read_it()) == ("Hello", "stop")
 
 
 def test_after_its_steps_the_model_can_only_answer():
@@ -103,7 +99,66 @@ def test_when_time_is_up_while_a_step_is_written_it_is_left_and_the_answer_asked
     monkeypatch.setattr("llama2_chat.agent.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
     slow = Scripted(*SUM, gate=lambda: now.__setitem__(0, now[0] + 7) or True)
     assert read(Agent(saying(slow, ANSWER))) == ([], "It is 6.")
-    assert (len(slow.pieces), slow.finish_reason) == (len(SUM) - 9, "cancelled")
+    assert (len(slow.pieces), slow.finish_reason) == (len(SUM) - 10, "cancelled")  # counted from the first
+
+
+def test_an_answer_is_as_long_as_was_asked_whatever_stands_around_it():
+    said = write("answer", "One two three.")
+    agent = Agent(ScriptedChat(reply=Scripted(*said)), params=replace(PARAMS, max_new_tokens=7))
+    with agent.ask("Count") as reply:
+        assert "".join(reply) == "One two"
+    assert reply.finish_reason == "length"
+
+
+def test_an_answer_that_was_cut_off_goes_on_where_it_ended_and_ends_with_its_step():
+    chat = ScriptedChat(reply=Scripted(' \\"six\\".', '"', "}", " more"))
+    with Agent(chat).go_on(Exchange("What is 2 * 3?", [Step("calculator", "2 * 3", "6", 0)], "It is")) as reply:
+        assert "".join(reply) == ' "six".'
+    assert reply.finish_reason == "stop"
+    messages, params = chat.asked[0]
+    assert [message["content"] for message in messages[-4:]] == [
+        "What is 2 * 3?",
+        SUM,
+        "Result of 2 * 3: 6",
+        '{"action": "answer", "action_input": "It is',
+    ]
+    assert params.grammar is None
+
+
+def test_a_reply_is_entered_once_the_model_has_taken_the_question_or_refused_it():
+    def refuse(messages):
+        raise Busy("Too many questions.")
+
+    with pytest.raises(Busy), Agent(ScriptedChat(say=refuse)).ask("Hi"):
+        raise AssertionError
+
+    async def enter():
+        async with Agent(ScriptedChat(say=refuse)).ask("Hi"):
+            raise AssertionError
+
+    with pytest.raises(Busy):
+        asyncio.run(enter())
+
+
+def test_a_reply_counts_the_tokens_of_all_its_steps():
+    with Agent(saying(SUM, ANSWER)).ask("What is 2 * 3?") as reply:
+        list(reply)
+    pieces = sum(-(-len(text) // 5) for text in (SUM, ANSWER))
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (40, pieces)
+    assert reply.timing.time_to_first_token_s > 0
+
+
+def test_a_reply_tells_which_tool_is_being_called():
+    called, released = threading.Event(), threading.Event()
+    agent = Agent(
+        saying(write("tool", 1), ANSWER), [a_tool("tool", lambda input: called.set() or str(released.wait(30)))]
+    )
+    with agent.ask("Do it") as reply:
+        assert called.wait(30)
+        assert reply.calling == Call("tool", 1)
+        released.set()
+        list(reply)
+        assert reply.calling is None
 
 
 def test_a_call_that_was_made_already_leads_to_the_answer():
@@ -131,14 +186,16 @@ def hang(input):
 @pytest.mark.parametrize("run", [lambda input: 1 / 0, lambda input: "x" * 10**6, lambda input: None, hang])
 def test_whatever_a_tool_does_there_is_one_failed_step_and_an_answer(run):
     chat = saying(write("tool", 1), ANSWER)
-    (step,), answer = read(Agent(chat, [a_tool(run, timeout_s=0.2)]))
+    (step,), answer = read(Agent(chat, [a_tool("tool", run, timeout_s=0.2)]))
     assert (step.failed, answer) == (True, "It is 6.")
     assert len(chat.asked[1][0][-1]["content"]) < 300
 
 
 def test_stop_ends_the_reply_at_once_and_waits_for_no_tool():
     called, released = threading.Event(), threading.Event()
-    agent = Agent(saying(write("tool", 1), ANSWER), [a_tool(lambda input: called.set() or str(released.wait(30)))])
+    agent = Agent(
+        saying(write("tool", 1), ANSWER), [a_tool("tool", lambda input: called.set() or str(released.wait(30)))]
+    )
     reply = agent.ask("Do it")
     assert called.wait(30)
     threading.Timer(0, reply.close).start()
@@ -226,6 +283,6 @@ def test_a_tool_may_refuse_in_a_sentence_that_the_model_reads():
         raise ChatError("There is no such city.")
 
     chat = saying(write("tool", 1), ANSWER)
-    (step,), _ = read(Agent(chat, [a_tool(run)]))
+    (step,), _ = read(Agent(chat, [a_tool("tool", run)]))
     assert (step.failed, step.result) == (True, "There is no such city.")
     assert "There is no such city." in chat.asked[1][0][-1]["content"]

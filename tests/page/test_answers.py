@@ -12,6 +12,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from llama2_chat.agent import Calculator
+from llama2_chat.agent.steps import write
 from llama2_chat.errors import Busy
 from llama2_chat.page import answering as page_answering
 from llama2_chat.page import answers as page_answers
@@ -23,6 +25,8 @@ from llama2_chat.server.metrics import Metrics
 from llama2_chat.types import SamplingParams, Status
 from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import listening
+from tests.support.tool_users import QUESTION as TOOL_QUESTION
+from tests.support.tool_users import a_tool, computing
 
 ID, OTHER = "0" * 32, "1" * 32
 SETTINGS = {"maxNewTokens": 64, "temperature": 0.6, "topP": 0.9, "topK": 50, "repetitionPenalty": 1.1}
@@ -51,11 +55,12 @@ def chat(gate):
 
 
 @contextmanager
-def site(chat, limiter=None, gradio=None):
+def site(chat, limiter=None, gradio=None, metrics=None, tools=()):
     def build():
         app, limit = FastAPI(), limiter or ConcurrencyLimiter(0)
         visitors = Visitors(gradio, has_login=gradio is not None)
-        app.include_router(page_router(Answering(chat, limit, Metrics(chat)), limit, SamplingParams(), visitors))
+        answering = Answering(chat, limit, metrics or Metrics(chat))
+        app.include_router(page_router(answering, limit, SamplingParams(), visitors, tools))
         return uvicorn.Config(app, port=0, log_level="warning")
 
     with listening(build) as port:
@@ -120,6 +125,101 @@ def test_whoever_was_cut_off_reads_on_and_the_question_was_asked_once(anna, chat
     gate.set()
     assert whole(anna.get(f"answers/{ID}"))[0] == "Once upon a time."
     assert len(chat.asked) == 1
+
+
+WITH_TOOLS = {"messages": [{"role": "user", "content": TOOL_QUESTION}], "settings": {**SETTINGS, "useTools": True}}
+STEP = {"name": "calculator", "input": '"15% of 240"', "result": "36", "failed": False}
+
+
+def test_steps_come_before_the_answer_and_stay_for_whoever_reads_it_again():
+    with site(computing(), tools=(Calculator(),)) as address, visitor(address) as http:
+        read = events(http.put(f"answers/{ID}", json=WITH_TOOLS))
+        again = events(http.get(f"answers/{ID}"))
+    (step,) = [event["step"] for event in read if "step" in event]
+    assert step.pop("seconds") < 5
+    assert step == STEP
+    assert read.index(next(event for event in read if "step" in event)) < read.index(
+        next(event for event in read if event.get("more"))
+    )
+    assert again[0]["text"] == "It is 36."
+    assert [each["result"] for each in again[0]["steps"]] == ["36"]
+    assert read[-1]["end"]["reason"] == "stop"
+
+
+def test_a_tool_that_is_being_called_is_told_of_and_stop_does_not_wait_for_it():
+    released = threading.Event()
+    slow = a_tool("calculator", lambda input: str(released.wait(30)))
+    with (
+        site(computing(), tools=(slow,)) as address,
+        visitor(address) as http,
+        http.stream("PUT", f"answers/{ID}", json=WITH_TOOLS) as response,
+    ):
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        assert next(line["calling"] for line in lines if "calling" in line)["input"] == '"15% of 240"'
+        http.delete(f"answers/{ID}")
+        *_, last = lines
+    released.set()
+    assert last["end"]["reason"] == "cancelled"
+
+
+def test_a_question_with_tools_comes_with_the_latest_exchanges_and_their_steps():
+    chat = computing()
+    said = [
+        {"role": "user", "content": "First"},
+        {"role": "assistant", "content": "Old."},
+        {"role": "user", "content": TOOL_QUESTION},
+        {"role": "assistant", "content": "36.", "steps": [{**STEP, "seconds": 0.1}]},
+        {"role": "user", "content": "Unanswered"},
+        {"role": "user", "content": "Hello"},
+    ]
+    question = {"messages": said, "settings": {**WITH_TOOLS["settings"], "toolsMemory": 1, "systemPrompt": "Be kind."}}
+    with site(chat, tools=(Calculator(),)) as address, visitor(address) as http:
+        assert whole(http.put(f"answers/{ID}", json=question))[0] == "Hello!"
+        assert http.post("fit", json=question).json()["droppedMessages"] == 2
+    contents = [message["content"] for message in chat.asked[0][0]]
+    assert contents[-5:] == [
+        TOOL_QUESTION,
+        write("calculator", "15% of 240"),
+        "Result of 15% of 240: 36",
+        write("answer", "36."),
+        "Unanswered\n\nHello",
+    ]
+    assert "Old." not in "".join(contents)
+    assert contents[0].endswith("Be kind.")
+
+
+@pytest.mark.parametrize(
+    ("tools", "change", "sentence"),
+    [
+        ((), {}, "offers no tools"),
+        ((Calculator(),), {"settings": {**WITH_TOOLS["settings"], "toolsMemory": 99}}, "tools_memory must be"),
+        (
+            (Calculator(),),
+            {"messages": [{"role": "user", "content": "Hi", "steps": [{**STEP, "input": "["}]}]},
+            "input is not JSON",
+        ),
+    ],
+    ids=["no tools", "memory", "a broken step"],
+)
+def test_a_question_with_tools_that_makes_no_sense_is_refused_in_words(tools, change, sentence):
+    with site(computing(), tools=tools) as address, visitor(address) as http:
+        end = whole(http.put(f"answers/{ID}", json={**WITH_TOOLS, **change}))[1]
+    assert end["refused"]
+    assert sentence in end["error"]
+
+
+def test_calls_of_tools_are_counted_and_a_refused_question_with_tools_goes_back(chat):
+    metrics = Metrics(chat)
+    with site(computing(), metrics=metrics, tools=(Calculator(),)) as address, visitor(address) as http:
+        http.put(f"answers/{ID}", json=WITH_TOOLS)
+    assert b'chat_tool_calls_total{outcome="ok",tool="calculator"} 1.0' in metrics.text()
+
+    def refuse(messages):
+        raise Busy("The line is full.")
+
+    with site(ScriptedChat(say=refuse), tools=(Calculator(),)) as address, visitor(address) as http:
+        end = whole(http.put(f"answers/{ID}", json=WITH_TOOLS))[1]
+    assert (end["error"], end["refused"]) == ("The line is full.", True)
 
 
 def test_stop_ends_an_answer_for_all_its_readers_and_keeps_what_was_written(anna, gate):

@@ -299,7 +299,7 @@ def test_the_page_names_the_server_that_answers_and_marks_what_it_breaks_off(vis
 def test_send_retry_edit_and_programs_all_reach_the_one_generator(visit, monkeypatch, perform):
     asked, answer = [], Answering.answer
     monkeypatch.setattr(
-        Answering, "answer", lambda *given: asked.append(given[1]()[0][-1]["content"]) or answer(*given)
+        Answering, "answer", lambda *given: asked.append(given[1]().messages[-1]["content"]) or answer(*given)
     )
     address = perform(ScriptedChat())
     page = visit(address)

@@ -9,6 +9,8 @@ from llama2_chat.errors import ChatError
 from llama2_chat.page.programs import conversation
 from tests.support.browser import SHORT
 from tests.support.scripted import spy
+from tests.support.tool_users import QUESTION as TOOL_QUESTION
+from tests.support.tool_users import computing
 
 
 def test_programs_get_the_answer_alone_and_the_server_remembers_their_conversation(address, chat, monkeypatch):
@@ -25,6 +27,12 @@ def test_programs_get_the_answer_alone_and_the_server_remembers_their_conversati
             {"role": "user", "content": "And another."},
         ],
     ]
+
+
+def test_a_program_can_let_the_model_use_tools_and_gets_the_answer_alone(perform):
+    client = Client(perform(computing()), verbose=False)
+    assert client.predict(TOOL_QUESTION, api_name="/chat", use_tools=True) == "It is 36."
+    assert client.predict("Hi", api_name="/chat").startswith("{")  # which no agent read
 
 
 def test_a_refused_question_is_not_remembered(address, chat, monkeypatch):
@@ -49,7 +57,7 @@ def test_programs_get_a_sentence_for_a_setting_out_of_range(address, setting):
 def test_not_a_number_is_refused_in_words(address):
     asked = httpx.post(
         f"{address}gradio_api/call/chat",
-        content=f'{{"data": ["{SHORT}", "", 8, NaN, 0.9, 50, 1.1, ""]}}',
+        content=f'{{"data": ["{SHORT}", "", 8, NaN, 0.9, 50, 1.1, "", false, 5]}}',
         headers={"Content-Type": "application/json"},
     )
     answer = httpx.get(f"{address}gradio_api/call/chat/{asked.json()['event_id']}")

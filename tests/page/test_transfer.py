@@ -36,7 +36,13 @@ OTHER = {
     "createdAt": 3,
     "edited": True,
 }
-MESSAGES = [QUESTION, {**ANSWER, "end": END, "settings": SETTINGS}, {**OTHER, "answerId": "xyz"}]
+STEP = {"name": "calculator", "input": '"2 * 3"', "result": "6", "seconds": 0.25, "failed": False}
+FAILED = {"name": "clock", "input": "{}", "result": "```\nThe tool failed.", "seconds": 2, "failed": True}
+MESSAGES = [
+    QUESTION,
+    {**ANSWER, "end": END, "settings": {**SETTINGS, "useTools": True, "toolsMemory": 5}},
+    {**OTHER, "answerId": "xyz", "steps": [STEP, FAILED]},
+]
 
 HELPERS = """
 window.use = async (options) => {
@@ -210,6 +216,11 @@ BROKEN_FIELDS += [
     ("end", {**END, "completionTokens": -5}),
     ("settings", []),
     ("settings", {"topP": ["1"]}),
+    ("settings", {"useTools": "yes"}),
+    ("steps", STEP),
+    ("steps", [{**STEP, "input": {"a": 1}}]),
+    ("steps", [{**STEP, "failed": None}]),
+    ("steps", [STEP] * 51),
 ]
 
 
@@ -286,6 +297,21 @@ def test_markdown_holds_the_shown_branch_with_the_models_own_words(filled):
         "async (id) => { const t = await use(); return (await t.exportMarkdown(t.store, id)).text() }", A
     )
     assert text == f"# Greeting\n\n## You\n\nHello?\n\n## Llama 2\n\n{ANSWER['text']}\n"
+
+
+def test_markdown_shows_the_steps_above_their_answer(tab):
+    text = tab.evaluate(
+        """async ([conversation, messages]) => {
+          const t = await use({ private: true });
+          await t.fill([conversation], messages);
+          return (await t.exportMarkdown(t.store, conversation.id)).text();
+        }""",
+        [{**CONVERSATION, "leafId": S}, [QUESTION, {**OTHER, "steps": [STEP, FAILED]}]],
+    )
+    assert text.endswith(
+        "## Assistant\n\n```text\ncalculator (0.25 s)\n2 * 3\n→ 6\n```\n\n"
+        "````text\nclock (2.0 s)\n{}\n→ failed: ```\nThe tool failed.\n````\n\nHey\n"
+    )
 
 
 def test_markdown_shows_what_was_typed_as_it_was_typed(tab):

@@ -84,6 +84,12 @@ export async function fit(question, signal) {
   return response.ok ? response.json() : null;
 }
 
+/** A conversation as it is sent: whatever was said, and what was done for it. */
+export function turnsOf(messages) {
+  const said = messages.filter(({ text }) => text);
+  return said.map(({ role, text, steps }) => ({ role, content: text, ...(steps?.length && { steps }) }));
+}
+
 function put(question) {
   return { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question) };
 }

@@ -1,9 +1,10 @@
 // From a message to its answer, in the tree of messages that is kept: what chat.js builds on. What is on the screen is
 // transcript.js's and composer.js's, what is kept is store.js's, the network is answers.js's.
 
-import { follow, Refused } from "./answers.js";
+import { follow, Refused, turnsOf } from "./answers.js";
 import { toast } from "./dialog.js";
 import { offerBox } from "./focus.js";
+import { inOneLine } from "./steps.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, pathTo, siblings, titleOf } from "./tree.js";
@@ -109,7 +110,7 @@ export class Asking {
     await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  async _answer(talk, question, { seed, settings = this.settings.read() } = {}) {
+  async _answer(talk, question, { seed, settings = this.settings.readFirst() } = {}) {
     const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
     const message = await this._addMessage(talk, fields);
     await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
@@ -117,8 +118,7 @@ export class Asking {
 
   /** Sends all before the answer, and of one that is to be continued what there is of it. */
   async _run(talk, message, { seed, settings }) {
-    const said = pathTo([...talk.messages.values()], message.id).filter(({ text }) => text);
-    const turns = said.map(({ role, text }) => ({ role, content: text }));
+    const turns = turnsOf(pathTo([...talk.messages.values()], message.id));
     talk.isAsking = false;
     if (talk.queued && !talk.queued.after) {
       talk.queued.after = message.id;
@@ -132,6 +132,7 @@ export class Asking {
     const abort = new AbortController();
     const before = question && message.text ? message.text : (message.base ?? "");
     if (before) message.base = before; // what it goes on with
+    else if (question) delete message.steps; // it is asked anew
     this.running.set(message.id, abort);
     this._put(message);
     await this.store.putMessage(message);
@@ -139,16 +140,20 @@ export class Asking {
     if (question && message.conversationId === this.id) this.transcript.scrollToEnd();
     if (question) this.hooks.onSaid(T.live.begun);
     let keptAt = 0;
+    let waiting = "";
     let refusal = null;
     try {
       for await (const event of follow(message.answerId, question, abort.signal)) {
         if (event.text !== undefined) message.text = before + event.text;
         if (event.more) message.text += event.more;
+        if (event.steps) message.steps = event.steps;
+        if (event.step) this._addStep(message, event.step);
         if (event.end) this._end(message, event.end);
         if (event.lost) this._end(message, { reason: "interrupted" });
         event.offline ? this.offline.add(message.id) : this.offline.delete(message.id);
-        this._show(message, event.offline ? T.connection.offline : event.waiting);
-        if (Date.now() - keptAt > KEEP_EVERY_MS && message.answerId) {
+        waiting = event.waiting ?? waiting; // a step changes nothing of it
+        this._show(message, event.offline ? T.connection.offline : waiting, event.calling);
+        if ((event.step || Date.now() - keptAt > KEEP_EVERY_MS) && message.answerId) {
           keptAt = Date.now();
           this.store.putMessage({ ...message });
         }
@@ -161,6 +166,11 @@ export class Asking {
     if (this.running.get(message.id) === abort) this.running.delete(message.id);
     this.offline.delete(message.id);
     if (!abort.signal.aborted) await this._finish(message, refusal);
+  }
+
+  _addStep(message, step) {
+    message.steps = [...(message.steps ?? []), step];
+    if (message.conversationId === this.id) this.hooks.onSaid(inOneLine(step));
   }
 
   _end(message, end) {
@@ -226,10 +236,10 @@ export class Asking {
     if (message.conversationId === this.id) this.talk.messages.set(message.id, message);
   }
 
-  _show(message, waiting) {
+  _show(message, waiting, calling) {
     if (message.conversationId !== this.id) return;
     this.talk.messages.set(message.id, message);
-    this.transcript.update(message, waiting);
+    this.transcript.update(message, waiting, calling);
   }
 
   /** Read on what was under way when the page was left. */

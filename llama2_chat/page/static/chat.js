@@ -84,7 +84,7 @@ export class Chat extends Asking {
   }
 
   async retry(message) {
-    await this._answerAgain(message, { seed: newSeed() });
+    await this._answerAgain(message, { seed: newSeed(), settings: this.settings.read() });
   }
 
   async sameAgain(message) {
@@ -100,18 +100,20 @@ export class Chat extends Asking {
   /** A visitor's message is asked anew, beside the old one; an answer is only changed. */
   async edit(message, text) {
     const { talk } = this;
-    const { role, parentId } = message;
+    const { role, parentId, steps } = message;
     if (role === "user") return this._begin(talk, () => this._ask(talk, text, parentId));
-    await this._addMessage(talk, { role, text, parentId, edited: true });
+    await this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }) });
     this.render();
   }
 
-  /** Its seed stays that of its beginning, with which the same question has the same answer again. */
+  /** Its seed stays that of its beginning, with which the same question has the same answer again. What began with tools
+   *  goes on with what they said, and what began without them knows nothing of them. */
   async continue(message) {
     const { talk } = this;
     const { end, ...open } = message;
     const begun = { ...open, answerId: newId(), seed: end.seed };
-    await this._begin(talk, () => this._run(talk, begun, { seed: newSeed(), settings: this.settings.read() }));
+    const settings = { ...this.settings.read(), useTools: Boolean(message.settings?.useTools) };
+    await this._begin(talk, () => this._run(talk, begun, { seed: newSeed(), settings }));
   }
 
   async branch(message, step) {

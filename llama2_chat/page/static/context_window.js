@@ -1,6 +1,6 @@
 // How the conversation stands in the model's window, counted by the server, shown by composer.js's gauge.
 
-import { fit } from "./answers.js";
+import { fit, turnsOf } from "./answers.js";
 
 const COUNT_AFTER_MS = 400; // without a key
 
@@ -25,7 +25,7 @@ export class ContextWindow {
 
   async _count(path, draft) {
     if (!this.state().countsTokens) return;
-    const turns = path.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
+    const turns = turnsOf(path);
     if (draft.trim() || turns.at(-1)?.role !== "user") turns.push({ role: "user", content: draft.trim() || "…" });
     this.counting?.abort();
     this.counting = new AbortController();

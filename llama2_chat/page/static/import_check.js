@@ -37,6 +37,8 @@ const SETTINGS = {
   topK: optional(is.typed),
   repetitionPenalty: optional(is.typed),
   seed: optional(is.typed),
+  useTools: optional(is.flag),
+  toolsMemory: optional(is.typed),
 };
 
 const END = {
@@ -52,6 +54,16 @@ const END = {
   error: optional(is.text),
 };
 
+const STEP = {
+  name: is.title,
+  input: is.text,
+  result: is.text,
+  seconds: is.measured,
+  failed: is.flag,
+};
+const MOST_STEPS = 50;
+const areSteps = (value) => Array.isArray(value) && value.length <= MOST_STEPS && value.every((each) => checked(each, STEP));
+
 const MESSAGE = {
   id: is.id,
   conversationId: is.id,
@@ -63,6 +75,7 @@ const MESSAGE = {
   answerId: optional(is.text),
   end: optional((value) => Boolean(checked(value, END))),
   settings: optional((value) => Boolean(checked(value, SETTINGS))),
+  steps: optional(areSteps),
 };
 
 /** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
@@ -76,7 +89,13 @@ export function checkMessage(value, conversationId) {
   if (message?.conversationId !== conversationId) return null;
   if (message.end) message.end = checked(message.end, END);
   if (message.settings) message.settings = checked(message.settings, SETTINGS);
+  if (message.steps) message.steps = message.steps.map(asStep);
   return message;
+}
+
+/** As the server takes it, which knows no other fields. */
+function asStep({ name, input, result, seconds, failed }) {
+  return { name, input, result, seconds, failed };
 }
 
 function checked(value, fields) {

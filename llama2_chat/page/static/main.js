@@ -37,7 +37,7 @@ async function start() {
   const known = readState().then(async (state) => [state, await openStore(state)]); // while Gradio builds its frame
   known.catch(() => {}); // a login is all that there is without one
   const element = await frame; // where a login is needed, the page is loaded anew after it
-  let [[state, store]] = await Promise.all([known, Settings.ready()]);
+  let [[state, store]] = await Promise.all([known, known.then(([first]) => Settings.ready(first))]);
   const draft = ofProfile(DRAFT, state.profile);
   const parts = buildFrame(element, state);
   const settings = new Settings(state, { onChange: () => chat.count() });

@@ -15,13 +15,20 @@ const CONTROLS = {
   repetitionPenalty: "#setting-repetition_penalty input[type=number]",
   seed: "#setting-seed input, #setting-seed textarea",
 };
+const TOOL_CONTROLS = {
+  useTools: "#setting-use_tools input[type=checkbox]",
+  toolsMemory: "#setting-tools_memory input[type=number]",
+};
 const TEXTS = ["systemPrompt", "seed"];
+
+const controlsOf = ({ defaults }) => ("useTools" in defaults ? { ...CONTROLS, ...TOOL_CONTROLS } : CONTROLS);
 
 export class Settings {
   /** @param state what the server says of its defaults and prompts */
   constructor(state, { onChange }) {
     this.defaults = state.defaults;
     this.keptAs = ofProfile(KEPT, state.profile);
+    this.controls = controlsOf(state);
     this.panel = document.querySelector("#settings");
     this._restore();
     this.fitWindow(state.contextLength);
@@ -33,9 +40,9 @@ export class Settings {
     this.panel.addEventListener("click", () => setTimeout(() => (this._keep(), onChange()), 100));
   }
 
-  /** Resolves once Gradio has made all controls. */
-  static ready() {
-    const there = () => Object.values(CONTROLS).every((selector) => document.querySelector(selector));
+  /** Resolves once Gradio has made all controls that this state names. */
+  static ready(state) {
+    const there = () => Object.values(controlsOf(state)).every((selector) => document.querySelector(selector));
     return new Promise((resolve) => {
       const look = () => (there() ? resolve() : requestAnimationFrame(look));
       look();
@@ -45,10 +52,17 @@ export class Settings {
   /** The values as they are sent; what is no number goes as it was typed, for the server to refuse in words. */
   read() {
     const read = ([name, selector]) => {
-      const { value } = document.querySelector(selector);
+      const { type, value, checked } = document.querySelector(selector);
+      if (type === "checkbox") return [name, checked];
       return [name, TEXTS.includes(name) ? value : value === "" ? this.defaults[name] : Number(value)];
     };
-    return Object.fromEntries(Object.entries(CONTROLS).map(read));
+    return Object.fromEntries(Object.entries(this.controls).map(read));
+  }
+
+  /** For the first answer to a question. One that uses tools is the likeliest: digits are to be copied as they are. */
+  readFirst() {
+    const values = this.read();
+    return values.useTools ? { ...values, temperature: 0 } : values;
   }
 
   /** No answer can be longer than the model's window, and half of it is a better start than all of it. */
@@ -57,19 +71,22 @@ export class Settings {
   }
 
   write(values) {
-    for (const [name, selector] of Object.entries(CONTROLS)) {
+    for (const [name, selector] of Object.entries(this.controls)) {
       if (values[name] === undefined) continue;
       const control = document.querySelector(selector);
-      if (control.value === String(values[name])) continue;
-      control.value = values[name];
-      control.dispatchEvent(new Event("input", { bubbles: true }));
-      control.dispatchEvent(new Event("change", { bubbles: true }));
+      if (control.type === "checkbox") {
+        if (control.checked !== values[name]) control.click();
+      } else if (control.value !== String(values[name])) {
+        control.value = values[name];
+        control.dispatchEvent(new Event("input", { bubbles: true }));
+        control.dispatchEvent(new Event("change", { bubbles: true }));
+      }
     }
   }
 
   /** A number that was cleared is its default, in the field as well. */
   _refill(control) {
-    const entry = Object.entries(CONTROLS).find(([, selector]) => control.matches(selector));
+    const entry = Object.entries(this.controls).find(([, selector]) => control.matches(selector));
     if (entry && control.value === "" && !TEXTS.includes(entry[0])) this.write({ [entry[0]]: this.defaults[entry[0]] });
   }
 

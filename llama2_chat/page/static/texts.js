@@ -88,6 +88,17 @@ export const T = {
   live: { begun: "Answering", ended: "Answer complete", stopped: "Answer stopped", failed: "The answer failed" },
   connection: { offline: "Connection lost. Trying again …" },
   sending: "Sending …",
+  steps: {
+    step: (name, input, result, failed) => (failed ? `${name} failed: ${result}` : `${name}: ${input} → ${result}`),
+    several: (count, names) => `${count} steps with ${names.join(", ")}`,
+    someFailed: (count) => `${count} failed`,
+    failed: "failed",
+    calling: (name) => `Using ${name} …`,
+    seconds: (seconds) => (seconds < 0.01 ? "< 0.01 s" : `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`),
+    running: (seconds) => `${seconds} s …`,
+    input: (name) => `Input of ${name}`,
+    result: (name) => `Result of ${name}`,
+  },
   settings: {
     title: "Settings",
     reset: "Back to the defaults",

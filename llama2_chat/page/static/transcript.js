@@ -5,6 +5,7 @@ import { copyText } from "./clipboard.js";
 import { h, icon, toast } from "./dialog.js";
 import { focusBox } from "./focus.js";
 import { AnswerView } from "./markdown.js";
+import { Steps } from "./steps.js";
 import { T } from "./texts.js";
 
 const ICONS = {
@@ -70,9 +71,9 @@ export class Transcript {
     if (focused) this._focusButton(focused);
   }
 
-  /** The text of one message has grown. */
-  update(message, waiting = "") {
-    this.articles.get(message.id)?.grow(message, waiting);
+  /** The text of one message has grown, or its steps. calling: the tool that is called for it now */
+  update(message, waiting = "", calling = null) {
+    this.articles.get(message.id)?.grow(message, waiting, calling);
   }
 
   edit(message) {
@@ -158,11 +159,12 @@ class Article {
   constructor(message, handlers) {
     this.handlers = handlers;
     this.message = message;
+    this.steps = message.role === "assistant" ? new Steps() : null;
     this.body = h("div", { class: "body", dir: "auto" });
     this.remark = h("p", { class: "remark" });
     this.buttons = h("div", { class: "buttons" });
     const speaker = h("h2", { class: "visually-hidden" }, message.role === "user" ? T.you : T.assistant);
-    this.element = h("article", { class: message.role }, speaker, this.body, h("footer", {}, this.remark, this.buttons));
+    this.element = h("article", { class: message.role }, speaker, this.steps?.element, this.body, h("footer", {}, this.remark, this.buttons));
     this.element.article = this;
     this.view = null; // of an answer, once it has come near
     this.shown = "";
@@ -172,6 +174,7 @@ class Article {
     this.message = message;
     this.running = running;
     this.element.setAttribute("aria-busy", running);
+    this._steps();
     if (!this.element.querySelector(".editor")) this._text(this.waiting ?? "");
     this.remark.replaceChildren(...this._remark());
     this.remark.hidden = !this.remark.hasChildNodes();
@@ -180,11 +183,17 @@ class Article {
     this.state = state;
   }
 
-  grow(message, waiting) {
+  grow(message, waiting, calling) {
     if (waiting !== this.waiting) this._sayWaiting(waiting);
     this.message = message;
+    this._steps(calling);
     this.waiting = waiting;
     this._text(waiting);
+  }
+
+  _steps(calling) {
+    const { steps, text } = this.message;
+    this.steps?.show(steps, calling, Boolean(text) || !this.running);
   }
 
   /** Below what there is already, such as that the line is down. */

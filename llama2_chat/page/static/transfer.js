@@ -2,6 +2,7 @@
 // import_check.js; buttons and downloads are in sidebar.js.
 
 import { checkConversation, checkMessage } from "./import_check.js";
+import { inputOf } from "./steps.js";
 import { T } from "./texts.js";
 import { leafToShow, pathTo } from "./tree.js";
 
@@ -35,9 +36,9 @@ export async function exportMarkdown(store, id) {
   const shown = pathTo(messages, leafToShow(conversation, messages));
   const title = (conversation.title || T.transfer.untitled).replace(/\s+/g, " ");
   const parts = [`# ${title.replace(/[\\`*_<>[\]#|~&$]/g, "\\$&")}`];
-  for (const { role, text, end } of shown) {
+  for (const { role, text, end, steps = [] } of shown) {
     if (role === "user") parts.push(`## ${T.transfer.you}`, asTyped(text));
-    else parts.push(`## ${end?.model ?? T.transfer.assistant}`, withFencesClosed(text));
+    else parts.push(`## ${end?.model ?? T.transfer.assistant}`, ...steps.map(written), withFencesClosed(text));
   }
   return new Blob([`${parts.join("\n\n")}\n`], { type: "text/markdown" });
 }
@@ -96,7 +97,17 @@ async function add(store, conversation, messages) {
 /** Plain words as they are; anything that Markdown would read as markup, or join to one line, in a code block. */
 function asTyped(text) {
   const isPlain = !/[`*_<>[\]#|~&\\$\n]|^\s*(?:[-+=]|\d+[.)])|^ {4}|^\t|:\/\//u.test(text);
-  if (isPlain) return text;
+  return isPlain ? text : fenced(text);
+}
+
+/** A call of a tool, and what came of it. */
+function written(step) {
+  const { name, result, seconds, failed } = step;
+  const outcome = failed ? `${T.steps.failed}: ${result}` : result;
+  return fenced(`${name} (${T.steps.seconds(seconds)})\n${inputOf(step)}\n→ ${outcome}`);
+}
+
+function fenced(text) {
   const longest = Math.max(2, ...Array.from(text.matchAll(/`+/g), ([run]) => run.length));
   const fence = "`".repeat(longest + 1);
   return `${fence}text\n${text}\n${fence}`;

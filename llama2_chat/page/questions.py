@@ -1,0 +1,125 @@
+"""What is asked: a conversation for the model, or one for an agent, which may call tools before it answers.
+
+Both give a reply that answering.py reads, and both say how they would stand in the model's window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from llama2_chat.agent import PARAMS, Agent, AgentReply, Exchange, Step, Tool
+from llama2_chat.errors import ChatError
+from llama2_chat.page import wording
+from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
+
+
+class Question(Protocol):
+    """A conversation that ends with a visitor's message, or with an unfinished answer that is to be continued."""
+
+    @property
+    def messages(self) -> list[Message]: ...  # as they were said
+
+    def ask(self, chat: ChatBackend) -> Reply | AgentReply: ...
+
+    def fit(self, chat: ChatBackend) -> Fit: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    messages: list[Message]
+    params: SamplingParams
+
+    def ask(self, chat: ChatBackend) -> Reply:
+        return chat.stream_reply(self.messages, self.params)
+
+    def fit(self, chat: ChatBackend) -> Fit:
+        return chat.fit(self.messages, self.params)
+
+
+@dataclass(frozen=True)
+class WithTools:
+    """steps: what was done for an answer, by its place among the messages. memory: how many of the latest exchanges
+    the model is told of.
+
+    Of the params, those count that cut an answer or make it another one; digits are to be copied as they are, so there
+    is no penalty on them.
+    """
+
+    messages: list[Message]
+    params: SamplingParams
+    tools: Sequence[Tool]
+    memory: int
+    steps: Mapping[int, Sequence[Step]] = field(default_factory=dict)
+
+    def ask(self, chat: ChatBackend) -> AgentReply:
+        talk = _Talk.of(self.messages, self.steps)
+        agent = self._agent(chat, talk)
+        return agent.go_on(talk.unfinished) if talk.unfinished else agent.ask(talk.question)
+
+    def fit(self, chat: ChatBackend) -> Fit:
+        talk = _Talk.of(self.messages, self.steps)
+        fitted, remembered = self._agent(chat, talk).fit(talk.question)
+        return replace(fitted, dropped_messages=talk.messages_before(remembered))
+
+    def _agent(self, chat: ChatBackend, talk: _Talk) -> Agent:
+        given = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        params = replace(PARAMS, **{name: getattr(self.params, name) for name in given})
+        # The page's own short prompt says nothing that the agent's examples do not show.
+        system = [message["content"] for message in self.messages if message["role"] == "system"]
+        instructions = "\n\n".join(text for text in system if text != wording.SYSTEM_PROMPT)
+        agent = Agent(chat, self.tools, memory=self.memory, params=params, instructions=instructions)
+        agent.exchanges.extend(talk.exchanges)
+        return agent
+
+
+def with_tools(
+    messages: list[Message],
+    params: SamplingParams,
+    tools: Sequence[Tool],
+    memory: int,
+    steps: Mapping[int, Sequence[Step]] | None = None,
+) -> WithTools:
+    """Raises ChatError where no tools are offered."""
+    if not tools:
+        raise ChatError(wording.NO_TOOLS)
+    return WithTools(messages, params, tools, memory, steps or {})
+
+
+@dataclass
+class _Talk:
+    """A conversation as an agent remembers it: questions with their answers, and the newest question.
+
+    A question that was not answered is read with the next one.
+    """
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)  # with how many messages before it each of them begins
+    question: str = ""
+    question_begins: int = 0
+    unfinished: Exchange | None = None  # an answer that is to be continued
+
+    @classmethod
+    def of(cls, messages: Sequence[Message], steps: Mapping[int, Sequence[Step]]) -> _Talk:
+        talk = cls()
+        said = [(place, message) for place, message in enumerate(messages) if message["role"] != "system"]
+        for before, (place, message) in enumerate(said):
+            talk._add(message, steps.get(place, ()), before)
+        if said and said[-1][1]["role"] == "assistant":
+            talk.unfinished = talk.exchanges.pop()
+            talk.question, talk.question_begins = talk.unfinished.question, talk.begins.pop()
+        return talk
+
+    def _add(self, message: Message, steps: Sequence[Step], before: int) -> None:
+        if message["role"] == "user":
+            self.question_begins = self.question_begins if self.question else before
+            self.question = "\n\n".join(filter(None, [self.question, message["content"]]))
+        else:
+            self.begins.append(self.question_begins if self.question else before)
+            self.exchanges.append(Exchange(self.question, steps, message["content"]))
+            self.question = ""
+
+    def messages_before(self, remembered: int) -> int:
+        """How many messages are older than the latest exchanges, so many of which are remembered."""
+        return [*self.begins, self.question_begins][len(self.exchanges) - remembered]
