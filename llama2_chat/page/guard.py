@@ -45,6 +45,8 @@ READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
 ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
 # Gradio writes all that a visitor could put into these as JSON with < escaped.
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
+# Ours runs first and starts it (startGradio in static/main.js), so that nobody waits for Gradio to type a message.
+GRADIOS_CODE, HELD_BACK = b'<script type="module"', b'<script type="text/plain" id="gradio"'
 ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
 
 
@@ -102,7 +104,7 @@ class OnlyOurRoutes:
     """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
 
     def __init__(self, app: App, listeners: Listeners, head: bytes, on_space: bool) -> None:
-        """head: HTML for the head of the page's document, of the login too, from which Gradio leaves its own out."""
+        """head: HTML before Gradio's code in the document of the page, and of the login, where gr.Blocks has none."""
         self.app, self.listeners, self.head, self.on_space = app, listeners, head, on_space
         self._logins = Turns(MOST_LOGINS)
 
@@ -178,7 +180,7 @@ class _Document:
                 await self._send(message)
 
     async def _send_document(self) -> None:
-        body = self._body.replace(b"</head>", self._head + b"</head>", 1)
+        body = self._body.replace(GRADIOS_CODE, self._head + HELD_BACK, 1)
         scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
         headers = MutableHeaders(scope=self._start)
         headers["Content-Security-Policy"] = content_security_policy(self._on_space, scripts)

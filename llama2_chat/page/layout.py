@@ -1,7 +1,8 @@
 """What of the page is Gradio's: the frame, the theme, the login, the settings, and Gradio's /chat for programs.
 
-The transcript, the box and the list of conversations are ES modules in static/, which fill the column #chat and read
-the settings where they stand. An answer comes to them through routes.py, to programs through programs.py.
+The transcript, the box and the list of conversations are ES modules in static/. They stand in front of Gradio's frame,
+do not wait for it, and read the settings in it. An answer comes to them through routes.py, to programs through
+programs.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 STATIC = Path(__file__).parent / "static"
 STYLES = ("page.css", "sidebar.css", "markdown.css", "steps.css", "settings.css", "login.css", "forced_colors.css")
 # Loaded at once and beside each other, and not one after the other as their imports are found.
-MODULES = sorted(path.relative_to(STATIC).as_posix() for path in [*STATIC.glob("*.js"), *STATIC.glob("markdown/*.js")])
+FOLDERS = ("*.js", "markdown/*.js", "vendor/marked/*.js")
+MODULES = sorted(path.relative_to(STATIC).as_posix() for folder in FOLDERS for path in STATIC.glob(folder))
 HEAD = "\n".join(
     [
         *(f'<link rel="stylesheet" href="page/{name}">' for name in STYLES),
@@ -91,7 +93,6 @@ def add_page(
 def build_page(defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool) -> gr.Blocks:
     """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
     with TextBlocks(title=wording.TITLE, analytics_enabled=False, fill_width=True) as page:
-        gr.Column(elem_id="chat")  # static/main.js fills it
         with gr.Column(elem_id="settings"):
             settings = [*_settings(defaults), *(_tool_settings() if has_tools else ())]
         with gr.Column(visible=False):

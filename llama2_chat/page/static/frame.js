@@ -1,5 +1,5 @@
-// The frame of the page in the column that Gradio has made for it: bars, theme, and what a phone's keyboard leaves.
-// How its two sides open and close is in sides.js.
+// The frame of the page: bars, theme, and what a phone's keyboard leaves. It stands before Gradio's own, which holds the
+// settings once it is there. How its two sides open and close is in sides.js.
 
 import { h, icon } from "./dialog.js";
 import { keep, kept } from "./kept.js";
@@ -17,8 +17,8 @@ const ICONS = {
   logOut: "M10 5H5v14h5 M14 8l4 4-4 4 M18 12H9",
 };
 
-/** The frame of the page, in the column that Gradio has made for it. */
-export function buildFrame(element, state) {
+/** @returns its parts, and addSettings(panel) for when there are some */
+export function buildFrame(state) {
   const parts = {
     sidebar: h("div", { id: "sidebar" }),
     title: h("h1", {}, T.title),
@@ -34,13 +34,13 @@ export function buildFrame(element, state) {
   const header = h(
     "header",
     { class: "bar" },
-    button("sidebar", () => parts.sides.toggle("sidebar"), { "aria-controls": "sidebar", class: "quiet open-sidebar" }),
+    button("sidebar", () => parts.sides.toggle("sidebar"), { "data-opens": "sidebar", class: "quiet open-sidebar" }),
     parts.title,
     h("span", { class: "badge" }, T.header.private),
     button("newChat", () => parts.onNew(), { class: "quiet phone" }),
     button("theme", switchTheme),
     button("help", showShortcuts, { class: "quiet desktop" }),
-    button("settings", () => parts.sides.toggle("settings"), { "aria-controls": "settings" }),
+    button("settings", () => parts.sides.toggle("settings"), { "data-opens": "settings" }),
     state.logOutToken && button("logOut", () => logOut(state.logOutToken)),
   );
   const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
@@ -49,11 +49,14 @@ export function buildFrame(element, state) {
   const notice = h("p", { class: "notice" }, parts.model, parts.notice);
   const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
   const shade = h("div", { class: "shade", onclick: () => parts.sides.closeSheet() });
-  element.replaceChildren(skip, parts.sidebar, middle, shade, parts.live);
-  const settings = document.querySelector("#settings");
-  addSettingsHead(settings, () => parts.sides.toggle("settings"));
-  parts.sides = new Sides({ sidebar: parts.sidebar, settings }, [skip, middle]);
-  useTheme(kept(THEME));
+  document.body.prepend(h("div", { id: "chat" }, skip, parts.sidebar, middle, shade, parts.live));
+  parts.sides = new Sides(parts.sidebar, [skip, middle]);
+  parts.addSettings = (panel) => {
+    addSettingsHead(panel, () => parts.sides.toggle("settings"));
+    parts.sides.addSettings(panel);
+  };
+  useTheme();
+  new MutationObserver(useTheme).observe(document.body, { attributeFilter: ["class"] }); // Gradio knows the system's only
   fitKeyboard();
   new ResizeObserver(() => setLength("--foot", parts.composer.offsetHeight + notice.offsetHeight)).observe(parts.composer);
   return parts;
@@ -64,14 +67,17 @@ function addSettingsHead(panel, onClose) {
   panel.prepend(h("header", {}, h("h2", {}, T.settings.title), close));
 }
 
-function useTheme(theme) {
+let theme = kept(THEME); // as the visitor chose it; "" follows the system
+
+function useTheme() {
   const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.body.classList.toggle("dark", dark);
+  if (document.body.classList.contains("dark") !== dark) document.body.classList.toggle("dark", dark);
 }
 
 function switchTheme() {
-  const dark = document.body.classList.toggle("dark");
-  keep(THEME, dark ? "dark" : "light");
+  theme = document.body.classList.contains("dark") ? "light" : "dark";
+  keep(THEME, theme);
+  useTheme();
 }
 
 /** The box stays above the keyboard of a phone, in browsers that shrink the window for it and in those that do not. */

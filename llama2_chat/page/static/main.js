@@ -1,9 +1,9 @@
-// Puts the page together: waits for Gradio's frame, fills the column #chat, and ties store, settings, transcript, box and
-// sidebar to the open conversation.
+// Puts the page together, before Gradio has built the settings: ties store, settings, transcript, box and sidebar to the
+// open conversation.
 
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
-import { toast } from "./dialog.js";
+import { h, toast } from "./dialog.js";
 import { offerBox, watchFocus } from "./focus.js";
 import { buildFrame } from "./frame.js";
 import { keep, kept } from "./kept.js";
@@ -18,28 +18,34 @@ import { Transcript } from "./transcript.js";
 
 const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
 
-const frame = new Promise((resolve) => {
-  const look = () => {
-    const element = document.querySelector("#chat");
-    if (element) resolve(element);
-    else if (!completeLogin()) setTimeout(look, 20);
-  };
-  look();
-});
-
+/** What the server says of its model and this visitor; null where nobody has logged in. */
 async function readState() {
   const response = await fetch("page/state");
-  if (!response.ok) throw new Error((await response.json()).error.message);
+  if (response.status === 401) return null;
+  if (!response.ok) throw new Error(`page/state was answered with ${response.status}`);
   return response.json();
 }
 
+/** Calls look() until it says that it has found what it looks for. */
+function until(look) {
+  if (!look()) setTimeout(() => until(look), 20);
+}
+
+/** Gradio's code waits in the document until the page is painted, which its work of some tenths of a second would delay. */
+function startGradio() {
+  const { src } = document.querySelector("#gradio");
+  requestAnimationFrame(() => setTimeout(() => document.head.append(h("script", { type: "module", src }))));
+}
+
 async function start() {
-  const known = readState().then(async (state) => [state, await openStore(state)]); // while Gradio builds its frame
-  known.catch(() => {}); // a login is all that there is without one
-  const element = await frame; // where a login is needed, the page is loaded anew after it
-  let [[state, store]] = await Promise.all([known, known.then(([first]) => Settings.ready(first))]);
+  let state = await readState();
+  if (!state) {
+    startGradio();
+    return until(completeLogin); // after it, the page is loaded anew
+  }
+  let store = await openStore(state);
   const draft = ofProfile(DRAFT, state.profile);
-  const parts = buildFrame(element, state);
+  const parts = buildFrame(state);
   const settings = new Settings(state, { onChange: () => chat.count() });
   const transcript = new Transcript(parts.transcript, {
     onEdit: (message, text) => chat.edit(message, text),
@@ -47,6 +53,7 @@ async function start() {
     onSame: (message) => chat.sameAgain(message),
     onContinue: (message) => chat.continue(message),
     onBranch: (message, step) => chat.branch(message, step),
+    onEditing: (message, text) => chat.keepEditing(message, text),
     onExample: (text) => composer.running || chat.send(text),
   });
   const composer = new Composer(parts.composer, {
@@ -126,6 +133,8 @@ async function start() {
   });
   await openLinked();
   offerBox();
+  startGradio();
+  until(() => settings.attach(parts.addSettings));
   watch(state, parts, (newer) => {
     state = newer;
     settings.fitWindow(state.contextLength);

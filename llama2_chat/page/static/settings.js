@@ -1,4 +1,5 @@
-// The settings: Gradio's own controls in the column #settings, read where they stand and kept in this browser.
+// The settings: Gradio's own controls in the column #settings, read where they stand and kept in this browser. Until Gradio
+// has made them, the values are those that were kept.
 
 import { h } from "./dialog.js";
 import { keep, kept } from "./kept.js";
@@ -26,31 +27,33 @@ const controlsOf = ({ defaults }) => ("useTools" in defaults ? { ...CONTROLS, ..
 export class Settings {
   /** @param state what the server says of its defaults and prompts */
   constructor(state, { onChange }) {
-    this.defaults = state.defaults;
+    Object.assign(this, { defaults: state.defaults, prompts: state.prompts, onChange });
     this.keptAs = ofProfile(KEPT, state.profile);
     this.controls = controlsOf(state);
-    this.panel = document.querySelector("#settings");
-    this._restore();
+    this.waiting = { ...this.defaults, ...this._kept() }; // for its controls; null once they are there
     this.fitWindow(state.contextLength);
-    this._addButtons(state.prompts);
-    this._checkSeed();
-    this.panel.addEventListener("input", () => (this._keep(), this._checkSeed(), onChange()));
-    this.panel.addEventListener("blur", ({ target }) => this._refill(target), true); // before Gradio makes it the lowest
-    // Gradio's own button that resets one slider changes it a moment after the click.
-    this.panel.addEventListener("click", () => setTimeout(() => (this._keep(), onChange()), 100));
   }
 
-  /** Resolves once Gradio has made all controls that this state names. */
-  static ready(state) {
-    const there = () => Object.values(controlsOf(state)).every((selector) => document.querySelector(selector));
-    return new Promise((resolve) => {
-      const look = () => (there() ? resolve() : requestAnimationFrame(look));
-      look();
-    });
+  /** Whether Gradio has made all controls, which are the settings from then on; onPanel(the column in which they stand). */
+  attach(onPanel) {
+    if (!Object.values(this.controls).every((selector) => document.querySelector(selector))) return false;
+    const panel = document.querySelector("#settings");
+    const values = this.waiting;
+    this.waiting = null;
+    this.write(values);
+    this._addButtons(panel);
+    this._checkSeed();
+    panel.addEventListener("input", () => (this._keep(), this._checkSeed(), this.onChange()));
+    panel.addEventListener("blur", ({ target }) => this._refill(target), true); // before Gradio makes it the lowest
+    // Gradio's own button that resets one slider changes it a moment after the click.
+    panel.addEventListener("click", () => setTimeout(() => (this._keep(), this.onChange()), 100));
+    onPanel(panel);
+    return true;
   }
 
   /** The values as they are sent; what is no number goes as it was typed, for the server to refuse in words. */
   read() {
+    if (this.waiting) return { ...this.waiting };
     const read = ([name, selector]) => {
       const { type, value, checked } = document.querySelector(selector);
       if (type === "checkbox") return [name, checked];
@@ -71,6 +74,7 @@ export class Settings {
   }
 
   write(values) {
+    if (this.waiting) return void Object.assign(this.waiting, values);
     for (const [name, selector] of Object.entries(this.controls)) {
       if (values[name] === undefined) continue;
       const control = document.querySelector(selector);
@@ -103,23 +107,24 @@ export class Settings {
     keep(this.keptAs, JSON.stringify(Object.fromEntries(changed)));
   }
 
-  _restore() {
+  /** What of it is of the kind that its default is; nothing of what is not ours. */
+  _kept() {
     try {
-      const values = JSON.parse(kept(this.keptAs) || "{}");
-      const fits = ([name, value]) => typeof value === typeof this.defaults[name];
-      this.write(Object.fromEntries(Object.entries(values).filter(fits)));
+      const fits = ([name, value]) => name in this.defaults && typeof value === typeof this.defaults[name];
+      return Object.fromEntries(Object.entries(JSON.parse(kept(this.keptAs) || "{}")).filter(fits));
     } catch {
-      // Not ours.
+      return {};
     }
   }
 
-  _addButtons(prompts) {
+  _addButtons(panel) {
+    const { prompts } = this;
     const button = (text, values) =>
       h("button", { type: "button", class: "small", onclick: () => this.write(values) }, text);
     const choices = [button(T.settings.short, { systemPrompt: prompts.short }), button(T.settings.meta, { systemPrompt: prompts.meta })];
     document.querySelector("#setting-system_prompt").after(h("div", { class: "prompts" }, ...choices));
     this.wrongSeed = h("p", { class: "wrong", role: "status", hidden: true }, T.settings.wrongSeed);
     document.querySelector("#setting-seed").after(this.wrongSeed);
-    this.panel.append(h("button", { type: "button", class: "reset", onclick: () => this.write(this.defaults) }, T.settings.reset));
+    panel.append(h("button", { type: "button", class: "reset", onclick: () => this.write(this.defaults) }, T.settings.reset));
   }
 }

@@ -12,20 +12,25 @@ const BESIDE = { sidebar: null, settings: "region" }; // roles; in the sidebar s
 
 export class Sides {
   #opener = null; // has the focus again once a side closes
+  #isAwaited = false; // the settings, which were asked for before Gradio had made them
 
-  /**
-   * @param {Record<"sidebar" | "settings", HTMLElement>} panels
-   * @param {HTMLElement[]} behind what a sheet covers
-   */
-  constructor(panels, behind) {
-    Object.assign(this, { panels, behind });
+  /** @param {HTMLElement[]} behind what a sheet covers */
+  constructor(sidebar, behind) {
+    Object.assign(this, { panels: { sidebar }, behind });
     NARROW.addEventListener("change", () => this.#arrange());
     document.addEventListener("keydown", (event) => this.#hold(event));
     this.#arrange();
   }
 
+  addSettings(panel) {
+    this.panels.settings = panel;
+    this.#mark();
+    if (this.#isAwaited) this.toggle("settings");
+  }
+
   toggle(name) {
-    if (this.#isOpen(name)) this.#close(name);
+    if (!this.panels[name]) this.#isAwaited = !this.#isAwaited;
+    else if (this.#isOpen(name)) this.#close(name);
     else this.open(name);
   }
 
@@ -46,7 +51,7 @@ export class Sides {
 
   /** What Escape closes: the sheet, or the settings in which the focus stands. Whether there was something to close. */
   escape() {
-    const isInSettings = this.panels.settings.contains(document.activeElement);
+    const isInSettings = this.panels.settings?.contains(document.activeElement);
     const name = this.#sheet() ?? (isInSettings ? "settings" : null);
     if (name) this.#close(name);
     return Boolean(name);
@@ -92,7 +97,9 @@ export class Sides {
       panel.role = panel === sheet ? "dialog" : BESIDE[name];
       panel.ariaModal = panel === sheet ? "true" : null;
       panel.ariaLabel = panel.role && LABELS[name];
-      document.querySelector(`[aria-controls=${panel.id}]`).ariaExpanded = String(this.#isOpen(name));
+      const button = document.querySelector(`[data-opens=${name}]`);
+      button.setAttribute("aria-controls", panel.id);
+      button.ariaExpanded = String(this.#isOpen(name));
     }
   }
 }
