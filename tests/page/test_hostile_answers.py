@@ -1,6 +1,7 @@
 """Answers that mean harm: texts that take for ever, and texts that would run or fetch something."""
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.support.answers import show
 
@@ -138,6 +139,63 @@ def test_nothing_in_an_answer_runs_or_leaves(answer_page, text):
         ALLOWED.split(),
     )
     assert found == {"wrong": [], "hacked": None, "others": 1}
+
+
+LENGTHS = {
+    "a rule": r"\rule{999em}{999em}",
+    "many rules": r"\rule{10em}{10em}" * 50,
+    "a huge rule": r"\Huge\rule{99em}{99em}",
+    "raised": r"\raisebox{999em}{x}",
+    "lowered": r"\raisebox{-9999em}{x}",
+    "a rule below": r"\rule[-9999em]{1em}{1em}",
+    "to the left": r"\kern-9999em\rule{10em}{10em}",
+    "far to the right": r"a\hspace{9999em}b" * 20,
+    "without its height": r"\smash{\raisebox{-40em}{\Huge X}}",
+    "without its width": r"\rlap{" + "x" * 200 + r"}\llap{" + "x" * 200 + "}",
+    "rows far apart": r"\begin{matrix}a\\[-999em]b\\[999em]c\end{matrix}",
+    "by a macro": r"\def\n{9999}\raisebox{-\n em}{x}",
+    "words": r"\text{" + "words " * 100 + "}",
+    "a long fraction": r"\frac{" + "a+" * 100 + "b}{2}",
+    "in many braces": r"\smash{" * 30 + r"\rule{9em}{9em}" + "}" * 30,
+}
+
+
+@pytest.mark.parametrize("display", ["$", "$$"], ids=["in a line", "by itself"])
+def test_a_formula_paints_in_its_own_room_and_nowhere_else(answer_page, display):
+    """A black square of 20 em lay over other messages, and a wide formula was cut off at the edge of the page."""
+    answer_page.set_viewport_size({"width": 390, "height": 844})
+    show(answer_page, "$x$")
+    answer_page.wait_for_selector(".katex")  # it is loaded
+    for name, formula in LENGTHS.items():
+        show(answer_page, f"Before it.\n\nSee {display}{formula}{display} here.\n\nAfter it.")
+        answer_page.evaluate("frame()")
+        room = answer_page.evaluate(
+            """() => {
+              const math = document.querySelector(".math"), { left, right, height } = math.getBoundingClientRect();
+              const { overflowX, overflowY, position } = getComputedStyle(math);
+              const isHeld = overflowX === "auto" && overflowY === "hidden" && position === "relative";
+              return { isHeld, left, right, height, page: document.documentElement.scrollWidth };
+            }"""
+        )
+        assert room["isHeld"], name
+        assert 0 <= room["left"] <= room["right"] <= room["page"] <= 390, name
+        assert room["height"] < 1.5 * 844, name
+
+
+def test_a_formula_in_a_line_stands_on_it_and_only_one_that_scrolls_is_a_stop_of_the_tab_key(answer_page):
+    shown = show(answer_page, r"So $x$ and $T_f$, $\sqrt{\frac12}$, $\hat{y}_j$ $\frac{" + "a+" * 200 + "b}2$")
+    answer_page.wait_for_selector(".katex")
+    expect(shown.locator(".math[tabindex]")).to_have_count(1)
+    gap = answer_page.evaluate(
+        """() => {
+          const mark = () => Object.assign(document.createElement("span"), { style: "display:inline-block" });
+          const [inside, outside] = [mark(), mark()];
+          document.querySelector(".katex-base").append(inside);
+          document.querySelector(".math").after(outside);
+          return inside.getBoundingClientRect().bottom - outside.getBoundingClientRect().bottom;
+        }"""
+    )
+    assert abs(gap) < 0.5  # pixels between their base lines
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,20 @@ import { h } from "./text.js";
 const KATEX = new URL("../vendor/katex/", import.meta.url);
 const SLICE_MS = 8; // what formulas take of a frame; an answer full of them is typeset over several
 const MAX_DEPTH = 40; // KaTeX's effort, and the browser's, with braces in braces
+const MAX_LENGTH_EM = 60; // of anything in it, such as a matrix of fifty rows; KaTeX has no limit for lengths below zero
 
 const OPTIONS = {
   throwOnError: true,
   trust: false, // no \href, \url, \includegraphics, \htmlId
   strict: "ignore",
-  maxSize: 20,
+  maxSize: 10, // em, of one rule or space; what paints beyond its own room is cut by markdown.css
   maxExpand: 200,
 };
 
 export class Formula {
   constructor(token) {
     this.element = h(token.display ? "div" : "span", { class: token.display ? "math display" : "math", dir: "ltr" });
-    if (token.display) keepReachable(this.element);
+    keepReachable(this.element);
     this.update(token);
   }
 
@@ -75,8 +76,14 @@ function typeset(element, text, displayMode) {
   const result = document.createElement("span");
   try {
     katex.render(text, result, { ...OPTIONS, displayMode });
-    element.replaceChildren(...result.childNodes);
+    if (longest(result) <= MAX_LENGTH_EM) element.replaceChildren(...result.childNodes);
   } catch {
     // not TeX, or not KaTeX's: the source stays
   }
+}
+
+/** The longest length in its styles, in em, below zero or above. */
+function longest(result) {
+  const lengths = [...result.querySelectorAll("[style]")].flatMap(({ style }) => style.cssText.match(/[\d.]+(?=em)/g) ?? []);
+  return Math.max(0, ...lengths);
 }
