@@ -16,11 +16,13 @@ from tests.support.browser import (
     edit,
     expect_unlocked,
     open_page,
+    open_settings,
     press,
     questions,
     remarks,
     send,
     stop,
+    toast,
 )
 from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import serving
@@ -64,6 +66,11 @@ def site(echo, perform):
     return perform(echo)
 
 
+def drop_line(page):
+    page.locator("#setting-seed").wait_for(state="attached")  # what Gradio cannot fetch, it says on the console
+    page.context.set_offline(True)
+
+
 @pytest.fixture
 def context(browser):
     context = browser.new_context()
@@ -99,7 +106,7 @@ def test_an_answer_survives_a_dropped_line(visit, site, echo):
     page = visit(site)
     send(page, "long")
     expect(answers(page)).to_contain_text("word2")
-    page.context.set_offline(True)
+    drop_line(page)
     echo.gate.open()
     page.wait_for_timeout(500)
     page.context.set_offline(False)
@@ -111,7 +118,7 @@ def test_an_answer_survives_a_dropped_line(visit, site, echo):
 @pytest.mark.slow
 def test_a_message_sent_while_the_line_is_down_goes_out_when_it_is_back(visit, site, echo):
     page = visit(site)
-    page.context.set_offline(True)
+    drop_line(page)
     send(page, "Hello?")
     page.wait_for_timeout(500)
     page.context.set_offline(False)
@@ -144,7 +151,7 @@ def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(
         ask(bert, "I am Bert.")
         send(anna, "long")
         expect(answers(anna).last).to_contain_text("word2")
-        bert.context.set_offline(True)
+        drop_line(bert)
         send(bert, "Bert again.")
     with serving(echo, settings, port=free_port):
         bert.context.set_offline(False)
@@ -355,6 +362,71 @@ def test_what_is_typed_and_not_sent_is_there_after_a_reload(visit, site):
 
 
 @pytest.mark.slow
+def test_a_message_that_is_being_edited_is_so_still_after_another_conversation_and_a_reload(visit, site, echo):
+    page = visit(site)
+    ask(page, "One")
+    ask(page, "Two")
+    begin_editing(page, 0, "One, but")
+    page.get_by_role("button", name="New chat").first.click()
+    ask(page, "Elsewhere")
+    expect(page.locator(".editor")).to_have_count(0)
+    page.get_by_role("navigation").get_by_text("One").click()
+    expect(page.get_by_role("textbox", name="Edit the message")).to_have_value("One, but")
+    expect(page.get_by_role("textbox", name="Edit the message")).not_to_be_focused()
+    page.reload()
+    field = page.get_by_role("textbox", name="Edit the message")
+    expect(field).to_have_value("One, but")
+    field.press("Enter")
+    expect(questions(page)).to_have_text(["One, but"])
+    expect_unlocked(page)
+    page.reload()
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator(".editor")).to_have_count(0)
+    press(page, "Previous version")
+    expect(questions(page)).to_have_text(["One", "Two"])
+    expect(page.locator(".editor")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_edits_of_two_messages_are_both_kept_and_one_that_is_given_up_is_not(visit, site, echo):
+    page = visit(site)
+    ask(page, "One")
+    begin_editing(page, 0, "A question half changed")
+    page.locator("article.assistant").get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit the message").nth(1).fill("An answer half changed")
+    page.wait_for_timeout(600)
+    page.reload()
+    fields = page.get_by_role("textbox", name="Edit the message")
+    expect(fields).to_have_count(2)
+    fields.nth(0).press("Escape")
+    page.wait_for_timeout(600)
+    page.reload()
+    expect(fields).to_have_count(1)
+    expect(fields).to_have_value("An answer half changed")
+
+
+@pytest.mark.slow
+def test_an_edit_that_is_sent_while_an_answer_is_written_stays_in_its_field_and_is_told_to_wait(visit, site, echo):
+    page = visit(site)
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    begin_editing(page, 0, "Changed meanwhile")
+    field = page.get_by_role("textbox", name="Edit the message")
+    field.press("Enter")
+    expect(toast(page)).to_contain_text("An answer is being written here.")
+    expect(field).to_have_value("Changed meanwhile")
+    echo.gate.open()
+    expect_unlocked(page)
+    field.press("Enter")
+    expect(answers(page)).to_have_text("You said Changed meanwhile")
+
+
+def begin_editing(page, number, text):
+    page.locator("article.user").nth(number).get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit the message").fill(text)
+
+
+@pytest.mark.slow
 def test_settings_are_there_after_a_reload_and_go_back_to_the_defaults(visit, site, echo):
     page = visit(site)
     page.locator("#chat").get_by_role("button", name="Settings").click()
@@ -396,7 +468,7 @@ def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_m
     echo.context_length = 30
     page = visit(site)
     ask(page, "one two three four")
-    expect(page.locator(".gauge")).to_contain_text("left to answer")
+    expect(page.locator(".gauge")).to_contain_text("answer of up to")
     ask(page, "five six seven eight")
     box(page).fill("word " * 20)
     expect(page.locator(".gauge")).to_contain_text("The 2 oldest messages will be left out.")
@@ -405,7 +477,20 @@ def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_m
         "role", "separator"
     )
     box(page).fill("word " * 40)
-    expect(page.locator(".gauge")).to_contain_text("Too long: this does not fit.")
+    expect(page.locator(".gauge")).to_contain_text("Too long: it does not fit beside 15 for the answer.")
+
+
+@pytest.mark.slow
+def test_the_gauge_says_how_long_an_answer_can_be_and_what_stays_free_as_the_setting_changes(visit, site, echo):
+    echo.context_length = 100
+    page = visit(site)
+    ask(page, "one two three four")
+    open_settings(page)
+    most = page.get_by_role("spinbutton", name="Max new tokens")
+    most.fill("40")
+    expect(page.locator(".gauge")).to_contain_text("11 of 100 tokens · answer of up to 40 · 49 free")
+    most.fill("2000")
+    expect(page.locator(".gauge")).to_contain_text("11 of 100 tokens · answer of up to 89 · 0 free")
 
 
 @pytest.mark.slow

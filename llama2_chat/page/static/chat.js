@@ -3,8 +3,10 @@
 import { stop } from "./answers.js";
 import { Asking, emptyTalk, explain, newSeed, pathOf, talkOf } from "./asking.js";
 import { ContextWindow } from "./context_window.js";
+import { toast } from "./dialog.js";
 import { offerBox } from "./focus.js";
 import { newId } from "./store.js";
+import { T } from "./texts.js";
 import { leafBelow, leafToShow, siblings } from "./tree.js";
 
 export class Chat extends Asking {
@@ -15,12 +17,13 @@ export class Chat extends Asking {
     const { store, settings, composer, hooks } = parts;
     this.window = new ContextWindow({ settings, composer, state: hooks.state, onCounted: () => this.render() });
     this.deaf = store.onChange((change) => this._changed(change));
+    this.unkept = new Map(); // what was typed last: where, and what keeps it
   }
 
   /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
   close() {
     this.deaf();
-    this._flushDraft();
+    this._flush();
     if (!this.store.private) return;
     this.running.forEach((abort) => abort.abort());
     for (const { answerId } of this.talk.messages.values()) if (answerId) stop(answerId);
@@ -29,7 +32,7 @@ export class Chat extends Asking {
   // Which conversation is open.
 
   async open(id, messageId) {
-    this._flushDraft();
+    this._flush();
     const conversation = await this.store.conversation(id);
     if (!conversation) return void this.startNew();
     const messages = await this.store.messages(id);
@@ -52,7 +55,7 @@ export class Chat extends Asking {
   }
 
   startNew(draft = "") {
-    this._flushDraft();
+    this._flush();
     this.talk = emptyTalk();
     if (draft) this.hooks.onDraft(draft);
     this.composer.text = draft;
@@ -65,7 +68,7 @@ export class Chat extends Asking {
   // What a visitor does.
 
   async send(text) {
-    this.unkept = null; // it is sent
+    this.unkept.delete("draft"); // it is sent
     const { talk } = this;
     await this._begin(talk, async () => {
       await this._ensureConversation(talk, text);
@@ -78,7 +81,7 @@ export class Chat extends Asking {
   async queue(waits) {
     const { talk } = this;
     talk.queued = waits ? { after: this._runningHere()?.id, text: this.composer.text } : null;
-    this.unkept = null; // the draft is kept with it
+    this.unkept.delete("draft"); // it is kept with it
     this.render();
     if (!waits || talk.queued.after) await this._keepQueue(talk);
   }
@@ -97,13 +100,18 @@ export class Chat extends Asking {
     await this._begin(talk, () => this._answer(talk, talk.messages.get(parentId), options));
   }
 
-  /** A visitor's message is asked anew, beside the old one; an answer is only changed. */
-  async edit(message, text) {
+  /** A visitor's message is asked anew, beside the old one; an answer is only changed. False if that has to wait. */
+  edit({ role, parentId, steps }, text) {
     const { talk } = this;
-    const { role, parentId, steps } = message;
-    if (role === "user") return this._begin(talk, () => this._ask(talk, text, parentId));
-    await this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }) });
-    this.render();
+    if (role === "assistant") {
+      this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }) }).then(() => this.render());
+    } else if (this._isBusy(talk)) {
+      toast(T.actions.busy);
+      return false;
+    } else {
+      this._begin(talk, () => this._ask(talk, text, parentId));
+    }
+    return true;
   }
 
   /** Its seed stays that of its beginning, with which the same question has the same answer again. What began with tools
@@ -139,17 +147,29 @@ export class Chat extends Asking {
   }
 
   keepDraft(text) {
-    clearTimeout(this.draftTimer);
-    const { id } = this;
-    this.unkept = id && (() => this.store.updateConversation(id, (conversation) => (conversation.draft = text)));
-    this.draftTimer = setTimeout(() => this._flushDraft(), 300);
+    this._keepSoon("draft", (conversation) => (conversation.draft = text));
     this.count();
   }
 
+  /** What a message reads while it is edited; null once it is not. */
+  keepEditing({ id }, text) {
+    const { conversation } = this.talk;
+    conversation.editing = withOrWithout(conversation.editing, id, text);
+    this._keepSoon(id, (kept) => (kept.editing = withOrWithout(kept.editing, id, text)));
+    if (text === null) this._flush(); // it is sent, or given up
+  }
+
+  _keepSoon(where, change) {
+    const { id } = this;
+    if (id) this.unkept.set(where, () => this.store.updateConversation(id, change));
+    clearTimeout(this.keepTimer);
+    this.keepTimer = setTimeout(() => this._flush(), 300);
+  }
+
   /** Keep at once what was typed last, before another conversation takes the box. */
-  _flushDraft() {
-    this.unkept?.();
-    this.unkept = null;
+  _flush() {
+    for (const keep of this.unkept.values()) keep();
+    this.unkept.clear();
   }
 
   /** Count the conversation, with what stands in the box, once typing pauses. */
@@ -161,7 +181,7 @@ export class Chat extends Asking {
     const all = [...this.talk.messages.values()];
     const path = this.path.map((message) => {
       const { list, index } = siblings(all, message);
-      return { message, index, count: list.length };
+      return { message, index, count: list.length, editing: this.talk.conversation.editing?.[message.id] };
     });
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
     const running = this._runningHere();
@@ -190,4 +210,10 @@ export class Chat extends Asking {
     this._resume([...this.talk.messages.values()]);
     this.render();
   }
+}
+
+/** texts by the ids of their messages, with another text for one of them, or none. */
+function withOrWithout(texts, id, text) {
+  const { [id]: _, ...others } = texts ?? {};
+  return text === null ? others : { ...others, [id]: text };
 }

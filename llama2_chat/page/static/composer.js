@@ -50,16 +50,20 @@ export class Composer {
     this._face();
   }
 
-  /** @param fitted what the server says of the window, or null where nobody counts */
-  showGauge(fitted) {
+  /**
+   * @param fitted what the server says of the window, or null where nobody counts
+   * @param most tokens that an answer may have by the settings
+   */
+  showGauge(fitted, most) {
     this.gauge.hidden = !fitted?.contextLength;
     if (this.gauge.hidden) return;
     const { promptTokens, droppedMessages, answerTokens, contextLength, fits } = fitted;
     this.gauge.classList.toggle("full", Boolean(!fits || droppedMessages));
     this.meter.value = Math.min(1, promptTokens / contextLength);
-    const room = droppedMessages ? T.gauge.dropped(droppedMessages) : T.gauge.room(answerTokens);
-    const words = [T.gauge.used(promptTokens, contextLength), fits ? room : T.gauge.tooLong];
-    this.gauge.querySelector("span").textContent = words.join(" · ");
+    const room = Math.min(most, answerTokens);
+    const rest = droppedMessages ? T.gauge.dropped(droppedMessages) : T.gauge.free(answerTokens - room);
+    const words = fits ? [T.gauge.room(room), rest] : [T.gauge.tooLong(most)];
+    this.gauge.querySelector("span").textContent = [T.gauge.used(promptTokens, contextLength), ...words].join(" · ");
   }
 
   _key(event) {

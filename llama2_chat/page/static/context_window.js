@@ -13,6 +13,7 @@ export class ContextWindow {
 
   /** @param read () => [path, draft], asked once typing pauses: the messages, and what stands in the box */
   count(read) {
+    this._show(); // the settings may have changed
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this._count(...read()), COUNT_AFTER_MS);
   }
@@ -34,7 +35,11 @@ export class ContextWindow {
     } catch {
       return; // a newer count is on its way, or the line is down
     }
-    this.composer.showGauge(this.fitted);
+    this._show();
     this.onCounted();
+  }
+
+  _show() {
+    this.composer.showGauge(this.fitted, this.settings.read().maxNewTokens);
   }
 }

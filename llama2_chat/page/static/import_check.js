@@ -11,6 +11,7 @@ const is = {
   measured: (value) => Number.isFinite(value) && value >= 0 && value < 1e6,
   typed: (value) => is.text(value) || is.number(value),
   time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
+  texts: (value) => typeof value === "object" && Object.entries(value).every(([id, text]) => is.id(id) && is.text(text)),
   role: (value) => value === "user" || value === "assistant",
   reason: (value) => ["stop", "length", "cancelled", "unread", "error", "interrupted"].includes(value),
 };
@@ -26,6 +27,7 @@ const CONVERSATION = {
   updatedAt: is.time,
   leafId: or(is.id, null),
   draft: optional(is.text),
+  editing: optional(is.texts),
 };
 
 // As they were typed: the server refuses what is no number with a sentence.
