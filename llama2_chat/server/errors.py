@@ -44,7 +44,7 @@ class ApiError(Exception):
 
 
 def no_such_route(method: str, path: str) -> ApiError:
-    asked = "Programs ask POST /v1/chat/completions, /v1/responses or /v1/completions."
+    asked = "Programs ask POST /v1/chat/completions, /v1/responses or /v1/completions: their base URL ends with /v1."
     return ApiError(404, "unknown_url", f"There is no {method} {path:.60} here. {asked}")
 
 

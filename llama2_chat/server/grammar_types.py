@@ -102,7 +102,7 @@ class StructuredOutputs(BaseModel):
 
 
 class GrammarFields(BaseModel):
-    """Fields of a request. No more than one of them may be set."""
+    """Fields of a request. Those that are set must say the same."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None  # vLLM's, as the four below
@@ -147,7 +147,8 @@ class GrammarFields(BaseModel):
         found += self.structured_outputs.grammars if self.structured_outputs else []
         found += _grammars(self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         found += _grammars(self.json_schema, grammar=self.grammar)
-        specs = [spec for spec in found if spec is not None]
+        # A program that knows not which vLLM it asks sends the same grammar under its old name and its new one.
+        specs = list(dict.fromkeys(spec for spec in found if spec is not None))
         if len(specs) > 1:
             sentence = "An answer can follow one grammar only. Leave out all but one of these fields."
             raise ApiError(400, "invalid_value", sentence, self.grammar_field)

@@ -18,9 +18,10 @@ IGNORED = {
     # Where and with what it is computed.
     "provider", "route", "models", "allow_fallbacks", "quantizations", "keep_alive", "id_slot", "timeout", "usage",
     "prediction", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "n_cache_reuse", "extra_key",
-    "backend_sampling", "speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type",
-    "speculative.ngram_size_n", "speculative.ngram_size_m", "speculative.ngram_m_hits", "speculative_ngram",
-    "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram", "numa", "f16_kv",
+    "backend_sampling", "guided_decoding_backend", "speculative.n_max", "speculative.n_min", "speculative.p_min",
+    "speculative.type", "speculative.ngram_size_n", "speculative.ngram_size_m", "speculative.ngram_m_hits",
+    "speculative_ngram", "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock",
+    "low_vram", "numa", "f16_kv",
     # What is left of a prompt that outgrows the window, which is refused here.
     "n_keep", "n_discard", "num_keep", "truncation_length",
     # How the stream is cut, and what it tells of its progress.
@@ -38,6 +39,8 @@ IGNORED = {
 # Over which tokens a repetition is penalised: here over all, -1. Without a penalty they are ignored as well.
 PENALTY_WINDOWS = {"repeat_last_n", "rep_pen_range", "repetition_penalty_range", "repetition_range"}
 UNSET: tuple[Any, ...] = (False, "", [], {})
+# llama.cpp's, which its programs send whole; adaptive_p is the latest. Here the order is fixed.
+SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 OFF = (*UNSET, 0)
 ONE = (*UNSET, 1)
 # Name -> the values that ask for nothing, beside null. Of several fields that ask for something, the first here is
@@ -65,7 +68,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": UNSET,
     "lora": UNSET,
     "lora_path": UNSET,
-    "guided_decoding_backend": UNSET,
     "guided_whitespace_pattern": UNSET,
     "grammar_string": UNSET,
     "regex": UNSET,
@@ -136,6 +138,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": OFF,
     "guidance_scale": ONE,
     "min_keep": OFF,
+    "samplers": (*UNSET, SAMPLERS, [*SAMPLERS, "adaptive_p"], "edkypmxt", "edskypmxt"),
     "n_indent": OFF,
     **dict.fromkeys(sorted(PENALTY_WINDOWS), (-1,)),
     "echo": UNSET,

@@ -83,6 +83,7 @@ def api_router(
     schema_threads = anyio.CapacityLimiter(SCHEMA_THREADS)
 
     @router.get("/v1/models")
+    @router.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
         _check_ready(chat)
         return {"object": "list", "data": [_model_object(chat)]}
