@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from llama2_chat.agent import AgentReply, Call, Step
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.page import wording
-from llama2_chat.page.questions import Question
+from llama2_chat.page.questions import Asked
 from llama2_chat.server.errors import as_api_error
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Answered, Metrics, Record
@@ -59,7 +59,7 @@ class Answering:
         self.chat, self._limiter, self._metrics = chat, limiter, metrics
 
     async def answer(
-        self, make_question: Callable[[], Question], client: str, listened: Callable[[], bool]
+        self, make_question: Callable[[], Asked], client: str, listened: Callable[[], bool]
     ) -> AsyncGenerator[Progress | End, None]:
         """Progress, several times a second, and at last an End. One that is closed before leaves nothing running.
 
@@ -88,7 +88,7 @@ class Answering:
             record.end()
         yield _with_costs(end, record.reply)
 
-    async def _progress(self, question: Question, client: str, record: Record) -> AsyncGenerator[Progress, None]:
+    async def _progress(self, question: Asked, client: str, record: Record) -> AsyncGenerator[Progress, None]:
         """A message that arrives while the model loads waits for it."""
         with self._limiter.slot(client):
             while self.chat.state == "loading":

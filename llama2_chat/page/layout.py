@@ -30,7 +30,16 @@ from llama2_chat.settings import Settings
 from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 
 STATIC = Path(__file__).parent / "static"
-STYLES = ("page.css", "sidebar.css", "markdown.css", "steps.css", "settings.css", "login.css", "forced_colors.css")
+STYLES = (
+    "page.css",
+    "sidebar.css",
+    "markdown.css",
+    "steps.css",
+    "settings.css",
+    "login.css",
+    "completing.css",
+    "forced_colors.css",
+)
 # Loaded at once and beside each other, and not one after the other as their imports are found.
 FOLDERS = ("*.js", "markdown/*.js", "vendor/marked/*.js")
 MODULES = sorted(path.relative_to(STATIC).as_posix() for folder in FOLDERS for path in STATIC.glob(folder))

@@ -1,6 +1,6 @@
-"""What is asked: a conversation for the model, or one for an agent, which may call tools before it answers.
+"""What is asked: a conversation for the model, one for an agent, which may call tools first, or a text to go on with.
 
-Both give a reply that answering.py reads, and both say how they would stand in the model's window.
+All give a reply that answering.py reads; conversations say how they would stand in the model's window.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from llama2_chat.page import wording
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
 
 
-class Question(Protocol):
-    """A conversation that ends with a visitor's message, or with an unfinished answer that is to be continued."""
+class Asked(Protocol):
+    """What a model or an agent replies to."""
 
     @property
     def messages(self) -> list[Message]: ...  # as they were said
 
     def ask(self, chat: ChatBackend) -> Reply | AgentReply: ...
+
+
+class Question(Asked, Protocol):
+    """A conversation that ends with a visitor's message, or with an unfinished answer that is to be continued."""
 
     def fit(self, chat: ChatBackend) -> Fit: ...
 
@@ -36,6 +40,23 @@ class Plain:
 
     def fit(self, chat: ChatBackend) -> Fit:
         return chat.fit(self.messages, self.params)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text that a base model goes on with, as far as its window leaves room."""
+
+    text: str
+    params: SamplingParams
+
+    @property
+    def messages(self) -> list[Message]:
+        return [Message(role="user", content=self.text)]
+
+    def ask(self, chat: ChatBackend) -> Reply:
+        ids = chat.encode_text(self.text)
+        left = max(chat.context_length - len(ids), 1)
+        return chat.stream_completion(ids, replace(self.params, max_new_tokens=min(self.params.max_new_tokens, left)))
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,19 @@ class Question(BaseModel):
         return [Message(role="system", content=system), *turns] if system else turns
 
 
+class Completion(BaseModel):
+    """A text that is to be gone on with, by a base model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[str, Field(min_length=1)]
+    settings: PageSettings
+
+    def parsed(self) -> questions.Completion:
+        """Raises ChatError for a setting outside its range."""
+        return questions.Completion(valid_unicode(self.text), self.settings.params())
+
+
 def page_router(
     answering: Answering,
     limiter: ConcurrencyLimiter,
@@ -129,6 +142,13 @@ def page_router(
         """Begin this answer, or read the one that has begun; as a stream."""
         client = client_address(request)
         answer = functools.partial(answering.answer, functools.partial(question.parsed, tools), client)
+        return _stream(answers.start(id, visitors.owner(request), client, answer))
+
+    @router.put("/completions/{id}")
+    async def complete(id: AnswerId, completion: Completion, request: Request) -> Response:
+        """The same for a text. From then on it is an answer like any other."""
+        client = client_address(request)
+        answer = functools.partial(answering.answer, completion.parsed, client)
         return _stream(answers.start(id, visitors.owner(request), client, answer))
 
     @router.get("/answers/{id}")
@@ -190,10 +210,11 @@ def _stream(answer: Answer) -> Response:
 
 def _state(chat: ChatBackend, defaults: SamplingParams, tools: Sequence[Tool]) -> dict[str, Any]:
     """What the page shows of the model, and what it may ask for."""
-    status = chat.status
+    status, chats = chat.status, chat.capabilities.chats
     return {
         "state": status.state,
-        "line": wording.status_line(status),
+        "line": wording.status_line(status, chats),
+        "chats": chats,
         "model": status.model,
         "why": status.why,
         "notice": wording.notice(status.model),
@@ -206,7 +227,8 @@ def _state(chat: ChatBackend, defaults: SamplingParams, tools: Sequence[Tool]) -
             "temperature": defaults.temperature,
             "topP": defaults.top_p,
             "topK": defaults.top_k,
-            "repetitionPenalty": defaults.repetition_penalty,
+            # Code and prose repeat themselves: a text is gone on with as the model would write it.
+            "repetitionPenalty": defaults.repetition_penalty if chats else 1.0,
             "seed": "" if defaults.seed is None else str(defaults.seed),
             **({"useTools": False, "toolsMemory": MEMORY} if tools else {}),
         },

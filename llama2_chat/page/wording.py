@@ -40,14 +40,14 @@ PHASES = {
 }
 
 
-def status_line(status: Status) -> str:
+def status_line(status: Status, chats: bool = True) -> str:
     """Which model answers and how, or how far loading is, or what went wrong."""
     if status.state == "failed":
         return status.error
     if status.state == "loading":
         return progress(status)
     how = f"{status.precision} on {status.device}" if status.precision else f"answered by {status.device}"
-    return f"{status.model} · {how}"
+    return f"{status.model} · {how}" + ("" if chats else " · completes text, does not chat")
 
 
 def notice(model: str) -> str:

@@ -32,7 +32,8 @@ export async function* follow(id, question, signal) {
     const connection = untilHidden(signal);
     try {
       const asked = { ...(known ? {} : put(question)), signal: connection.signal };
-      const response = await fetch(`page/answers/${id}`, asked);
+      const kind = !known && "text" in question ? "completions" : "answers";
+      const response = await fetch(`page/${kind}/${id}`, asked);
       if (response.status === 404 && known) return void (yield { lost: true });
       if (!response.ok) {
         if (response.status >= 502) throw new TypeError("the proxy has no server");

@@ -2,6 +2,7 @@
 // open conversation.
 
 import { Chat } from "./chat.js";
+import { Completing } from "./completing.js";
 import { Composer } from "./composer.js";
 import { h, toast } from "./dialog.js";
 import { offerBox, watchFocus } from "./focus.js";
@@ -70,6 +71,9 @@ async function start() {
     },
   });
   watchFocus(composer.area, parts.transcript);
+  const { profile } = state;
+  const completing = new Completing(parts, { settings, profile, onSaid: (text) => (parts.live.textContent = text) });
+  completing.show(!state.chats);
   const hooks = {
     state: () => state,
     onSaid: (text) => (parts.live.textContent = text),
@@ -137,7 +141,9 @@ async function start() {
   until(() => settings.attach(parts.addSettings));
   watch(state, parts, (newer) => {
     state = newer;
+    settings.useDefaults(state.defaults);
     settings.fitWindow(state.contextLength);
+    completing.show(!state.chats);
     chat.count();
   });
 }

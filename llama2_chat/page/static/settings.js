@@ -88,6 +88,14 @@ export class Settings {
     }
   }
 
+  /** The server's, which depend on its model; what stands at an old one moves along. */
+  useDefaults(defaults) {
+    const values = this.read();
+    const moved = Object.entries(defaults).filter(([name]) => values[name] === this.defaults[name]);
+    this.defaults = defaults;
+    this.write(Object.fromEntries(moved));
+  }
+
   /** A number that was cleared is its default, in the field as well. */
   _refill(control) {
     const entry = Object.entries(this.controls).find(([, selector]) => control.matches(selector));

@@ -43,6 +43,16 @@ export const T = {
     queued: "Sent as soon as this answer ends.",
     toBottom: "To the newest message",
   },
+  completion: {
+    title: "Completion",
+    what: "This is a base model: it completes text and does not chat. Write a beginning, and it goes on from there.",
+    label: "Text",
+    hint: "Once upon a time",
+    complete: "Complete",
+    stop: "Stop",
+    undo: "Undo",
+    lost: "The rest of this text was lost.",
+  },
   actions: {
     copy: "Copy",
     copied: "Copied",
