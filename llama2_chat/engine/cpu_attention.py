@@ -16,7 +16,7 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.paged_attention import Scoring
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.scheduler import Chunk
-from llama2_chat.kernels.fixed_rows import KEYS, attend_fixed_rows, fixed_rows_mask
+from llama2_chat.kernels.fixed_rows import KEYS, attend_fixed_rows, block_rows, fixed_rows_mask
 
 SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE)  # tokens
 
@@ -36,7 +36,7 @@ class CpuStep:
     pool: KVPool
     positions: Tensor  # int64 [T]
     parts: list[Part]
-    _masks: dict[tuple[int, torch.dtype, int | None], list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, Scoring], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prefill(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
@@ -72,23 +72,35 @@ class CpuStep:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Writes key and value, and lets each token attend to its request so far."""
         self.pool.write(layer, key, value, self._kv_index)
-        query = query[0].transpose(0, 1)  # [T, heads, head_dim]
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        masks = self._masks_for(query.shape[1] // key.shape[1], query.dtype, scoring.window)
-        for part, mask in zip(self.parts, masks, strict=True):
-            q = query[part.tokens].transpose(1, 2)
-            k, v = self.pool.read_batch(layer, part.tables)
-            output[part.tokens] = attend_fixed_rows(q, k, v, mask, scoring.scale, scoring.softcap)
-        return output[None]
+        queries = query.transpose(1, 2)  # [1, T, heads, head_dim]
+        masks = self._masks_for(query.shape[1] // key.shape[1], query.shape[3], scoring)
+        outputs = [
+            self._attend_part(layer, part, queries, mask, scoring) for part, mask in zip(self.parts, masks, strict=True)
+        ]
+        output = outputs[0] if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])[self._order]
+        return output.to(query.dtype).view(queries.shape)
 
-    def _masks_for(self, group: int, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+    def _attend_part(self, layer: int, part: Part, queries: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+        """[N, T, heads, head_dim], float32. queries: [1, T, heads, head_dim], of the whole step."""
+        q = queries.view(*part.tokens.shape, *queries.shape[2:]) if len(self.parts) == 1 else queries[0, part.tokens]
+        k, v = self.pool.read_batch(layer, part.tables)
+        return attend_fixed_rows(q, k, v, mask, scoring.scale, scoring.softcap)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where each token is in the parts, one after another, int64 [T]."""
+        return torch.cat([part.tokens.flatten() for part in self.parts]).argsort()
+
+    def _masks_for(self, group: int, head_dim: int, scoring: Scoring) -> list[Tensor]:
         """Of each part, made once for all layers alike."""
-        if (group, dtype, window) not in self._masks:
-            self._masks[group, dtype, window] = [
-                fixed_rows_mask(part.positions, group, part.tables.shape[1] * BLOCK_SIZE, dtype, window)
-                for part in self.parts
-            ]
-        return self._masks[group, dtype, window]
+        if (group, head_dim, scoring) not in self._masks:
+            self._masks[group, head_dim, scoring] = [self._mask(part, group, head_dim, scoring) for part in self.parts]
+        return self._masks[group, head_dim, scoring]
+
+    def _mask(self, part: Part, group: int, head_dim: int, scoring: Scoring) -> Tensor:
+        length, queries = part.tables.shape[1] * BLOCK_SIZE, part.positions.shape[1] * group
+        rows = block_rows(queries, length, head_dim, scoring.softcap)
+        return fixed_rows_mask(part.positions, group, length, rows, scoring.window)
 
 
 def span(position: int) -> int:

@@ -106,7 +106,7 @@ class KVPool:
     def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
         """Put new keys and values, [1, kv_heads, T, head_dim], at their kv_index, int64 [T]."""
         for states, new in zip(self.layers[layer], (key, value), strict=True):
-            states.view(-1, *states.shape[2:])[kv_index.to(states.device)] = new[0].transpose(0, 1)
+            states.view(-1, *states.shape[2:]).index_copy_(0, kv_index.to(states.device), new[0].transpose(0, 1))
 
     def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of one request, [1, kv_heads, length, head_dim].
@@ -118,7 +118,9 @@ class KVPool:
 
     def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of several requests, [N, kv_heads, B * BLOCK_SIZE, head_dim]. tables: int64 [N, B]."""
-        keys, values = (states[tables].flatten(1, 2).transpose(1, 2) for states in self.layers[layer])
+        N, blocks = tables.shape
+        shape, which = (N, blocks * BLOCK_SIZE, *self.layers[layer][0].shape[2:]), tables.flatten()
+        keys, values = (states.index_select(0, which).view(shape).transpose(1, 2) for states in self.layers[layer])
         return keys, values
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llama2_chat.engine.cpu_llama import speed_up_llama
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
@@ -294,6 +295,7 @@ def build_runner(
     windows = attention_windows(model)
     if weight.device.type == "cpu":
         fix_rows(model)
+        speed_up_llama(model)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
     in_pieces = deterministic and weight.device.type == "cuda"
     if in_pieces:

@@ -27,6 +27,7 @@ NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def is_narrow(params: SamplingParams) -> bool:
@@ -148,6 +149,8 @@ class SamplerState:
 
     def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         repetition = params["repetition_penalty"]
+        if self.device.type == "cpu" and all(bool((params[name] == NEUTRAL[name]).all()) for name in PENALTIES):
+            return scores  # as below, without reading and writing the vocabulary several times
         pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(self._seen[slots], pushed, scores)
         counts = self._counts[slots]

@@ -7,6 +7,7 @@ always given the same number here: products and queries go through in blocks of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from llama2_chat.kernels.softcap import attend_softcapped
 
 ROWS = 8  # as many as decode together on a CPU
+MANY_ROWS = 32  # PyTorch's attention takes so many queries at a time on a CPU
 KEYS = 512  # PyTorch's attention takes so many keys at a time on a CPU, and the last ones in a product of another shape
 GRAIN = 32768  # PyTorch shares no elementwise work of so few numbers among threads
 VECTORS = 64  # numbers; what is left over goes through other instructions
@@ -76,40 +78,61 @@ def _is_activation(module: nn.Module) -> bool:
 def attend_fixed_rows(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention of N requests with T tokens each, in blocks of ROWS queries that share a head of keys.
+    """Attention of N requests with T tokens each, in blocks of queries that share a head of keys, in float32.
 
-    query: [N, heads, T, head_dim]; key, value: [N, kv_heads, L, head_dim], L the same
-    whenever a query stands at the same position; mask: from
-    fixed_rows_mask(). Returns [N, T, heads, head_dim].
+    query: [N, T, heads, head_dim]; key, value: [N, kv_heads, L, head_dim], L the same whenever a query stands at the
+    same position; mask: from fixed_rows_mask(), whose blocks have as many rows. Returns [N, T, heads, head_dim].
     """
-    N, heads, T, _ = query.shape
-    kv_heads = key.shape[1]
-    # [N, kv_heads, group, T, head_dim] -> [N, kv_heads, T * group, head_dim]
-    rows = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
-    rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % ROWS)).unflatten(2, (-1, ROWS))
-    blocks = rows.shape[2]
-    q = rows.transpose(1, 2).flatten(0, 1)  # [N * blocks, kv_heads, ROWS, head_dim]
-    k, v = (
-        states[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1) if N > 1 else states.expand(blocks, -1, -1, -1)
-        for states in (key, value)
-    )
+    N, T, heads, head_dim = query.shape
+    kv_heads, size = key.shape[1], mask.shape[2]
+    rows = T * heads // kv_heads
+    # -> [N, kv_heads, T, group, head_dim] -> [N, kv_heads, rows, head_dim]
+    q = query.float().view(N, T, kv_heads, -1, head_dim).transpose(1, 2).reshape(N, kv_heads, rows, head_dim)
+    k, v, blocks = key.float(), value.float(), -(-rows // size)
+    if rows < blocks * size:
+        q = F.pad(q, (0, 0, 0, blocks * size - rows))
+    if blocks > 1:
+        q = q.view(N, kv_heads, blocks, size, head_dim).transpose(1, 2).flatten(0, 1)  # [N * blocks, ...]
+        k, v = (each[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1) for each in (k, v))
     if softcap is None:
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         output = attend_softcapped(q, k, v, mask, scale, softcap)
-    output = output.unflatten(0, (N, blocks)).transpose(1, 2).flatten(2, 3)[:, :, : T * heads // kv_heads]
-    return output.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3)
+    if blocks > 1:
+        output = output.view(N, blocks, kv_heads, size, head_dim).transpose(1, 2).flatten(2, 3)
+    output = output[:, :, :rows].reshape(N, kv_heads, T, -1, head_dim)
+    return output.transpose(1, 2).reshape(N, T, heads, head_dim)
 
 
-def fixed_rows_mask(
-    positions: Tensor, group: int, length: int, dtype: torch.dtype, window: int | None = None
-) -> Tensor:
-    """What may be attended to from positions, int64 [N, T]: [N * blocks, 1, ROWS, length], 0 or -inf.
+def fixed_rows_mask(positions: Tensor, group: int, length: int, rows: int, window: int | None = None) -> Tensor:
+    """What may be attended to from positions, int64 [N, T]: float32 [N * blocks, 1, rows, length], 0 or -inf.
 
-    group: heads that share a head of keys; length: of the keys; window: tokens that each attends to, None for all.
+    group: heads that share a head of keys; length: of the keys; rows: of a block; window: tokens that each attends to,
+    None for all.
     """
-    rows = positions.repeat_interleave(group, 1)
-    rows = F.pad(rows, (0, -rows.shape[1] % ROWS)).view(-1, 1, ROWS, 1)
+    at = positions.repeat_interleave(group, 1)
+    at = F.pad(at, (0, -at.shape[1] % rows)).view(-1, 1, rows, 1)
     keys = torch.arange(length)
-    seen = keys <= rows if window is None else (keys <= rows) & (keys > rows - window)
-    return torch.zeros((), dtype=dtype).where(seen, -torch.inf)
+    seen = keys <= at if window is None else (keys <= at) & (keys > at - window)
+    return torch.zeros(()).where(seen, -torch.inf)
+
+
+def block_rows(queries: int, length: int, head_dim: int, softcap: float | None) -> int:
+    """How many queries of so many, which share a head of `length` keys, go into a block: ROWS, or as suits them
+    better where that changes no bit."""
+    suiting = queries if queries <= ROWS else MANY_ROWS
+    alike = softcap is None and rows_are_alike(suiting, length, head_dim, torch.get_num_threads())
+    return suiting if alike else ROWS
+
+
+@cache
+def rows_are_alike(size: int, length: int, head_dim: int, threads: int) -> bool:
+    """Whether attention gives queries in blocks of this size the bits that it gives them in blocks of ROWS."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, MANY_ROWS, 2, head_dim, generator=random)
+    k, v = (torch.randn(1, 2, length, head_dim, generator=random) for _ in range(2))
+    positions = torch.arange(length)[None, -MANY_ROWS:]
+    suiting, usual = (
+        attend_fixed_rows(q, k, v, fixed_rows_mask(positions, 1, length, rows), head_dim**-0.5) for rows in (size, ROWS)
+    )
+    return torch.equal(suiting, usual)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HIGH_AND_WHOLE = torch.tensor([127.0, 127.0 * 128])[:, None, None]
 FEW_ROWS = 16  # of bytes: up to 8 tokens
 ROWS_MULTIPLE = 16
 
@@ -25,7 +26,7 @@ class Int8Linear(nn.Module):
     MULTIPLE = 64  # of in_features: _weight_int8pack_mm reads past the end of a row of any other length
 
     weight: Tensor  # int8 [out, in]
-    scale: Tensor  # float32 [out]
+    scale: Tensor  # float32 [out], of a weight times an activation
     bias: Tensor | None  # float32 [out]
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -33,25 +34,35 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()  # [out, in]
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale / (127 * 128))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features).float()  # [..., in] -> [rows, in]
-        step = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127 * 128)
-        whole = rows.div(step).round_()
-        high = whole.mul(1 / 128).round_()
-        both = torch.cat((high, whole.sub_(high, alpha=128))).to(torch.int8)  # [2 * rows, in]
-        sums = self._sums(_padded(both)).float()
-        y = sums[len(rows) : len(both)].add_(sums[: len(rows)], alpha=128).mul_(step).mul_(self.scale)
-        y = y if self.bias is None else y.add_(self.bias)
+        y = self.of_rows(x.reshape(-1, self.in_features).float())  # [..., in] -> [rows, in]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def of_rows(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
+        """What comes of float32 [rows, in], and is added to float32 [rows, out] if that is given."""
+        y = self._unscaled(rows)
+        y = y.mul_(self.scale) if added is None else torch.addcmul(added, y, self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _unscaled(self, rows: Tensor) -> Tensor:
+        largest = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30)
+        both = rows.div(largest).mul(HIGH_AND_WHOLE).round_()  # [2, rows, in]
+        high, whole = both.unbind()
+        whole.sub_(high, alpha=128)  # the low byte is what is left
+        sums = self._sums(_padded(both.to(torch.int8).flatten(0, 1)))
+        if sums.dtype != torch.int32 or not self._int32_is_enough:
+            sums = sums.float()
+        high, low = sums[: 2 * len(rows)].chunk(2)
+        return low.add_(high, alpha=128) * largest
 
     def _sums(self, rows: Tensor) -> Tensor:
         """rows @ weight.T of int8 [rows, in], in integers, or rounded to bfloat16 where only floats are fast."""
         if int_mm_is_exact():
-            return torch._int_mm(rows, self.weight.t())
+            return torch._int_mm(rows, self._columns)
         if len(rows) <= FEW_ROWS and self._float32_is_exact:
             return torch._weight_int8pack_mm(
                 rows.bfloat16(), self.weight, torch.ones_like(self.scale, dtype=torch.bfloat16)
@@ -60,9 +71,23 @@ class Int8Linear(nn.Module):
         return F.linear(rows.to(dtype), self.weight.to(dtype)).bfloat16()
 
     @cached_property
+    def _columns(self) -> Tensor:
+        return self.weight.t()
+
+    @cached_property
     def _float32_is_exact(self) -> bool:
         """Whether no sum on the way can outgrow the whole numbers that float32 has."""
-        return 127 * int(self.weight.abs().sum(1, dtype=torch.int64).max()) < 2**24
+        return 127 * self._largest_sum < 2**24
+
+    @cached_property
+    def _int32_is_enough(self) -> bool:
+        """Whether high and low bytes can be put together in integers."""
+        return 127 * 129 * self._largest_sum < 2**31
+
+    @cached_property
+    def _largest_sum(self) -> int:
+        """Of the weights of an output channel, without their signs."""
+        return int(self.weight.abs().sum(1, dtype=torch.int64).max())
 
 
 class JoinedInt8Linear(Int8Linear):
@@ -74,7 +99,8 @@ class JoinedInt8Linear(Int8Linear):
             states = getattr(whole, name)
             self.register_buffer(name, None if states is None else states[start:end])
         self.in_features, self.out_features = whole.in_features, end - start
-        self._compute, self._start, self._end = whole.forward, start, end
+        self._compute, self.together = whole.forward, whole.of_rows  # of all of them, side by side
+        self._start, self._end = start, end
         self._is_last = end == whole.out_features
         self._memo = memo  # what came in last and what came out, as long as somebody has not asked for it
 

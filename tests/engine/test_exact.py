@@ -11,8 +11,12 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from llama2_chat.engine.cpu_llama import CpuLlamaLayer, speed_up_llama
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.engine.paged_attention import attention_windows
+from llama2_chat.kernels import fixed_rows
+from llama2_chat.kernels.fixed_rows import block_rows
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.quantize import quantize_int8
 from llama2_chat.types import SamplingParams
@@ -154,6 +158,28 @@ def test_a_layer_computes_each_row_as_alone_on_any_number_of_threads(model):
                 assert torch.equal(torch.cat([layer(row[None]) for row in x[250:]]), layer(x)[250:])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_llama_in_8_bits_computes_what_the_layers_of_transformers_compute():
+    model, ids = in_int8(), torch.tensor([prompt_of(30, seed=1)])
+    with torch.inference_mode():
+        expected = model(ids).logits.float()
+        attention_windows(model)
+        speed_up_llama(model)
+        assert {type(layer) for layer in model.model.layers} == {CpuLlamaLayer}
+        found = model(ids).logits.float()
+        half = model(ids[:, :15])
+        assert (found[:, :15] - half.logits).norm() < 0.01 * found.norm()
+        rest = model(ids[:, 15:], past_key_values=half.past_key_values).logits
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert (found[:, 15:] - rest).norm() < 0.03 * found.norm()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_processor_that_rounds_blocks_of_other_sizes_otherwise_gets_blocks_of_one_size(monkeypatch, alike):
+    monkeypatch.setattr(fixed_rows, "rows_are_alike", lambda *_: alike)
+    sizes = [block_rows(queries, 64, 32, softcap=None) for queries in (1, 3, 8, 9, 300)]
+    assert sizes == ([1, 3, 8, 32, 32] if alike else [8] * 5)
 
 
 SUBJECTS = ("llamas", "the sea", "bread", "Japan", "winter", "a bridge", "chess", "the moon", "rivers", "a violin")

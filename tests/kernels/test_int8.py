@@ -41,6 +41,27 @@ def test_a_row_comes_out_the_same_bit_for_bit_among_any_number_of_others(in_feat
         assert torch.equal(layer(x[:rows]), alone[:rows])
 
 
+@pytest.mark.usefixtures("exact_integers")
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 97), (1536, 33)])
+def test_any_number_of_rows_of_any_width_comes_close_to_float32_and_each_row_out_as_alone(in_features, out_features):
+    torch.manual_seed(0)
+    linear = random_linear(in_features, out_features)
+    layer, x = Int8Linear(linear), torch.randn(512, in_features)
+    x[3] = 0
+    right, all_rows = torch.nn.functional.linear(x, linear.weight.float(), linear.bias.float()), layer(x)
+    assert (right - all_rows).norm() < 0.01 * right.norm()
+    for rows in range(1, 65):
+        assert torch.equal(layer(x[:rows]), all_rows[:rows])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_may_be_added_to_what_is_there_before(bias):
+    torch.manual_seed(0)
+    layer, x, before = Int8Linear(random_linear(128, 48, bias)), torch.randn(9, 128), torch.randn(9, 48)
+    torch.testing.assert_close(layer.of_rows(x, before), before + layer(x))
+    assert torch.equal(layer.of_rows(x, before)[4:5], layer.of_rows(x[4:5], before[4:5]))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_layers_compute_what_each_computes_alone(bias):
     torch.manual_seed(0)

@@ -1,0 +1,91 @@
+"""A Llama's layers in 8 bits on a CPU, with few calls of PyTorch: for one token these take longer than the products.
+
+What is computed is what LlamaDecoderLayer computes, in float32 between the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from llama2_chat.engine.paged_attention import attend
+from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
+
+
+def speed_up_llama(model: PreTrainedModel) -> None:
+    """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls."""
+    if (
+        type(model) is LlamaForCausalLM
+        and isinstance(model.lm_head, Int8Linear)
+        and all(map(_suits, model.model.layers))
+    ):
+        model.model.rotary_emb.__class__ = CpuRotaryEmbedding
+        for layer in model.model.layers:
+            layer.__class__ = CpuLlamaLayer
+
+
+def _suits(layer: Any) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        type(layer) is LlamaDecoderLayer
+        and all(isinstance(linear, JoinedInt8Linear) for linear in (attention.q_proj, mlp.gate_proj))
+        and all(isinstance(linear, Int8Linear) for linear in (attention.o_proj, mlp.down_proj))
+    )
+
+
+class CpuRotaryEmbedding(LlamaRotaryEmbedding):
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As _turned() takes them: cosines, and sines that are negative in the first half; [N, T, 1, head_dim]."""
+        cos, sin = super().forward(x.float(), position_ids)
+        sin[..., : sin.shape[-1] // 2].neg_()
+        return cos[:, :, None], sin[:, :, None]
+
+
+class CpuLlamaLayer(LlamaDecoderLayer):
+    """Of a model that attends by paged_attention.ATTENTION."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        N, T, width = hidden_states.shape
+        attention: Any = self.self_attn  # whose layers are Int8Linear
+        mlp: Any = self.mlp
+        hidden = hidden_states.float().view(-1, width)
+        projected = attention.q_proj.together(_normed(hidden, self.input_layernorm))
+        attended = self._attend(projected.view(N, T, -1, attention.head_dim), **kwargs)
+        hidden = attention.o_proj.of_rows(attended.reshape(N * T, -1).float(), hidden)
+        gate, up = mlp.gate_proj.together(_normed(hidden, self.post_attention_layernorm)).chunk(2, -1)
+        return mlp.down_proj.of_rows(mlp.act_fn(gate).mul_(up), hidden).view(N, T, width)
+
+    def _attend(
+        self,
+        projected: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """projected: [N, T, heads + 2 * kv_heads, head_dim], float32, of query, key and value."""
+        attention = self.self_attn
+        kv_heads = projected.shape[2] // (attention.num_key_value_groups + 2)
+        turned = _turned(projected[:, :, :-kv_heads], *position_embeddings)
+        query, key = turned[:, :, :-kv_heads].transpose(1, 2), turned[:, :, -kv_heads:]
+        key, value = (states.bfloat16().transpose(1, 2) for states in (key, projected[:, :, -kv_heads:]))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        if "step" not in kwargs:  # then transformers' own attention computes
+            key, value = key.float(), value.float()
+        output, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
+        return output
+
+
+def _normed(hidden: Tensor, norm: LlamaRMSNorm) -> Tensor:
+    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States [N, T, heads, head_dim] with the rotary positions that CpuRotaryEmbedding gives."""
+    return (states * cos).addcmul_(states.roll(states.shape[-1] // 2, -1), sin)
