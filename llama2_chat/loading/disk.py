@@ -108,6 +108,11 @@ def not_writable(error: OSError, remedy: str) -> ModelUnavailable:
     return ModelUnavailable(f"The model cannot be written to {place}: {reason}. Please {remedy}.")
 
 
+def not_readable(path: Path, error: OSError) -> ModelUnavailable:
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    return ModelUnavailable(f"{quoted(path)} cannot be read: {reason}. Check whose it is, and the disk that it is on.")
+
+
 def in_gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 

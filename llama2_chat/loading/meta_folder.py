@@ -17,6 +17,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.loading.disk import not_readable
 from llama2_chat.loading.shards import SAFETENSORS_NAMES, Shards, groups, joined_shape
 
 log = logging.getLogger("llama2_chat")
@@ -24,7 +25,7 @@ log = logging.getLogger("llama2_chat")
 WEIGHTS = "consolidated.*.pth"
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 CHECKLIST_LINE = re.compile(r"\s*([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S+)\s*")
-MD5_BYTES = 2**24  # read at once
+MD5_BYTES = 2**22  # read at once
 # What Llama 2, Code Llama and the first Llama say in params.json; of any other model the tensors alone would not do.
 NEEDED = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
 ALSO = {"n_kv_heads", "rope_theta", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len"}
@@ -85,9 +86,12 @@ def check_md5(path: Path, report: Callable[[int], None] = lambda read_bytes: Non
         report(path.stat().st_size)
         return
     md5 = hashlib.md5(usedforsecurity=False)
-    for data in _pieces(path):
-        md5.update(data)
-        report(len(data))
+    try:
+        for data in _pieces(path):
+            md5.update(data)
+            report(len(data))
+    except OSError as error:
+        raise not_readable(path, error) from error
     if md5.hexdigest() != lists[name][path.name]:
         raise ModelUnavailable(
             f"{quoted(path)} is damaged or was changed: its MD5 is not the one in {name}. Download it again."

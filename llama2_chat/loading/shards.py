@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.loading.disk import not_readable
 
-BLOCK_BYTES = 2**24  # of rows that are joined or reordered at once
+BLOCK_BYTES = 2**22  # of rows that are joined or reordered at once
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 Shards = list[dict[str, Tensor]]
 
@@ -75,8 +76,8 @@ def mapped(paths: list[Path]) -> Iterator[Shards]:
 def _mapped(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        raise not_readable(path, error) from error
     except Exception as error:  # torch raises RuntimeError, UnpicklingError and what zip files and pickles break with
         if "weights_only" in str(error).lower():
             raise ModelUnavailable(

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,14 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half(make, monkeypatch):
     assert not list(settings.cache_dir.rglob("*.part"))
 
 
+def test_a_file_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(make, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", denied)
+    assert "consolidated.00.pth cannot be read: Permission denied" in refusal(get, make())
+
+
 def test_the_weights_are_read_in_float32_bfloat16_or_float16_and_nothing_else(tmp_path):
     tensors = {name: tensor.double() for name, tensor in whole_model(params(), ROWS).items()}
     folder = save_metas(tmp_path / "llama-2-7b-chat", tensors, params())
@@ -293,3 +303,14 @@ def test_a_folder_of_gguf_files_is_met_with_the_same(tmp_path):
     (tmp_path / "llama-2-7b.Q4_0.gguf").write_bytes(b"GGUF")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "INFERENCE_URL" in refusal(fetch, choose(asking_for(tmp_path)), ignore)
+
+
+@pytest.mark.slow
+def test_no_more_than_a_layer_is_in_memory_at_a_time(tmp_path):
+    # Of 13B, 1.3 layers are 0.8 GB; read whole it was 26.
+    said = params(dim=2048, n_heads=16)
+    folder = save_metas(tmp_path / "llama-2-7b", whole_model(said, ROWS, inner=5632), said, files=2)
+    command = [sys.executable, "-m", "tests.support.converting", folder, tmp_path / "cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert memory["peak_bytes"] <= 1.3 * memory["largest_group_bytes"], memory
