@@ -32,6 +32,7 @@ if __name__ == "__main__":
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
+from llama2_chat.agent import McpTools, Tool, read_mcp_servers
 from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
@@ -55,12 +56,13 @@ def main() -> int:
     try:
         context = server_context(certificate) if settings.https else None
         users = login.read_users(settings.auth_file) if settings.auth_file else None
+        mcp_tools = McpTools(read_mcp_servers(settings.mcp_servers)) if settings.mcp_servers else None
         listener = open_listener(settings)
     except ChatError as error:
         log.error("%s", error.detail)
         return 1
     chat = make_backend(settings)
-    app = create_app(chat, settings, users, certificate().hosts if context else ())
+    app = create_app(chat, settings, users, certificate().hosts if context else (), mcp_tools or ())
     server = make_server(app, chat, settings, context)
     announce(settings, listener, certificate() if context else None)
     # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
@@ -68,7 +70,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         chat.start()
+        if mcp_tools:
+            mcp_tools.start()
         server.run(sockets=[listener])
+    if mcp_tools:
+        mcp_tools.close()
     chat.close()
     if chat.state == "loading":
         os._exit(0)  # its thread may be deep inside a download or PyTorch, and Python would wait for it or crash on it
@@ -93,9 +99,16 @@ def make_backend(settings: Settings) -> ChatBackend:
 
 
 def create_app(
-    chat: ChatBackend, settings: Settings, users: login.Users | None = None, certificate_hosts: Iterable[str] = ()
+    chat: ChatBackend,
+    settings: Settings,
+    users: login.Users | None = None,
+    certificate_hosts: Iterable[str] = (),
+    more_tools: Iterable[Tool] = (),
 ) -> FastAPI:
-    """The whole site: the page at /, the API and health beside it. The chat may still be loading."""
+    """The whole site: the page at /, the API and health beside it. The chat may still be loading.
+
+    more_tools: that visitors may let the model use, beside the page's own.
+    """
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
     add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
@@ -111,7 +124,7 @@ def create_app(
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    return add_page(app, chat, settings, users, limiter, metrics)
+    return add_page(app, chat, settings, users, limiter, metrics, more_tools)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ CHAT_FORMATS = ("auto", "llama-2", "none")
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
-OPTIONAL = {"certfile": Path, "keyfile": Path, "auth_file": Path, "max_batch": int, "body_limit_mb": float}
+OPTIONAL = {
+    "certfile": Path,
+    "keyfile": Path,
+    "auth_file": Path,
+    "mcp_servers": Path,
+    "max_batch": int,
+    "body_limit_mb": float,
+}
 SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -65,6 +72,9 @@ class Settings:
     )
     tools: bool = _knob(
         True, "TOOLS", "let visitors switch on 'Use tools': the model may then use a clock and a calculator"
+    )
+    mcp_servers: Path | None = _knob(
+        None, "MCP_SERVERS", 'a file of MCP servers, whose tools the model may use too: {"mcpServers": {...}}'
     )
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
@@ -217,7 +227,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """What the flags gave, with the secrets and what follows from other knobs."""
-    for name in ("cache_dir", "documents_dir", "certfile", "keyfile", "auth_file"):
+    for name in ("cache_dir", "documents_dir", "certfile", "keyfile", "auth_file", "mcp_servers"):
         if values[name] is not None:
             values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
     api_keys = _split(environ.get("API_KEY", ""))

@@ -36,7 +36,7 @@ def dockerfile(services):
 @pytest.fixture(scope="module")
 def installed(dockerfile):
     """The packages that the page's image asks pip for."""
-    (names,) = re.findall(r"pip install .*?requirements\.txt \\\n\s*(.*)", dockerfile)
+    (names,) = re.findall(r"pip install .*?\.txt \\\n\s*(.*)", dockerfile)
     return names.split()
 
 

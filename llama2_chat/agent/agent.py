@@ -20,10 +20,10 @@ from typing import Self
 
 from llama2_chat.agent.calculator import Calculator
 from llama2_chat.agent.clock import Clock
-from llama2_chat.agent.loop import Call, Loop, Plan, Stopped
+from llama2_chat.agent.loop import Loop, Plan, Stopped
 from llama2_chat.agent.messages import Exchange
 from llama2_chat.agent.steps import ANSWER
-from llama2_chat.agent.tool import Step, Tool
+from llama2_chat.agent.tool import Call, Step, Tool, asks_first
 from llama2_chat.channel import Channel
 from llama2_chat.types import ChatBackend, FinishReason, Fit, SamplingParams, Timing, Usage
 
@@ -44,7 +44,8 @@ class Agent:
     max_steps, max_seconds: after which the model has to answer.
     params: how steps and answers are sampled; the grammar is the agent's own, and max_new_tokens are for the answer.
     instructions: what else the system text says, such as the language of answers.
-    Raises ValueError for tools with unfit names.
+    confirm: asks a person whether a call may be made, in a thread of its own, for tools that ask first.
+    Raises ValueError for tools with unfit names, and for one that asks first where nobody can be asked.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class Agent:
         max_seconds: float = MAX_SECONDS,
         params: SamplingParams = PARAMS,
         instructions: str = "",
+        confirm: Callable[[Call], bool] | None = None,
     ) -> None:
         tools = (Clock(), Calculator()) if tools is None else tuple(tools)
         _check_names([tool.name for tool in tools])
-        self.plan = Plan(chat, tools, params, max_steps, max_seconds, instructions)
+        if confirm is None and (asking := next((tool for tool in tools if asks_first(tool)), None)):
+            raise ValueError(f"The tool {asking.name} asks before each call: give the agent a function as confirm=.")
+        self.plan = Plan(chat, tools, params, max_steps, max_seconds, instructions, confirm)
         self.exchanges: deque[Exchange] = deque(maxlen=memory)  # whatever was answered to its end
 
     def ask(self, question: str) -> AgentReply:

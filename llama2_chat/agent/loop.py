@@ -6,19 +6,23 @@ grammar leaves nothing but the answer: a small model would call tools for ever.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama2_chat.agent.messages import Exchange, asked, begun, opening, reminded, steps_taken, turns
 from llama2_chat.agent.steps import ANSWER, StepReader, grammar
-from llama2_chat.agent.tool import Step, Tool, call
+from llama2_chat.agent.tool import Call, Step, Tool, asks_first, call
 from llama2_chat.types import ChatBackend, FinishReason, Fit, Message, Reply, SamplingParams, Timing, Usage
 
+log = logging.getLogger("llama2_chat")
+
+ASKED_S = 300.0  # that a person has to allow a call; it does not count in max_seconds
 STEP_TOKENS = 128  # for a call, and for what stands around an answer; params.max_new_tokens are for the answer's text
 
 
@@ -32,6 +36,7 @@ class Plan:
     max_steps: int
     max_seconds: float  # after which no step begins, and no tool is waited for
     instructions: str = ""  # of whoever asks, in the system text
+    confirm: Callable[[Call], bool] | None = None  # asks a person, in a thread of its own
 
     def conversation(self, question: str, exchanges: Sequence[Exchange]) -> tuple[list[Message], int]:
         """What the model reads, and how many of the latest exchanges are in it: as many as fit.
@@ -50,14 +55,6 @@ class Plan:
         """How that stands in the context window; an exchange is left out whole."""
         messages, remembered = self.conversation(question, exchanges)
         return replace(self.chat.fit(messages, self.params), dropped_messages=0), remembered
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tool that is being called."""
-
-    name: str
-    input: Any  # as json.loads gives it
 
 
 class Stopped(Exception):
@@ -200,14 +197,41 @@ class Loop:
         if tool is None:
             return Step(name, input, "There is no such tool.", 0, failed=True)
         outcome: Future[str] = Future()
-        self.calling = Call(name, input)
         try:
+            if refusal := asks_first(tool) and self._refusal(tool, input):
+                return Step(name, input, refusal, 0, failed=True)
+            self.calling = Call.of(tool, input)
             with self._cancelled_by(outcome.cancel):
                 return call(tool, input, outcome, self._left_s)
         except CancelledError as error:
             raise Stopped from error
         finally:
             self.calling = None
+
+    def _refusal(self, tool: Tool, input: Any) -> str:
+        """Why a person did not allow this call; "" if they did."""
+        confirm, allowed, begun = self._plan.confirm, Future[bool](), time.monotonic()
+        assert confirm  # Agent takes no tool that asks without it
+        self.calling = asked_for = Call.of(tool, input, asks=True)
+
+        def ask() -> None:
+            try:
+                answer = confirm(asked_for)
+            except Exception:
+                log.exception("Asking whether the tool %s may be called failed", tool.name)
+                answer = False
+            with suppress(InvalidStateError):  # nobody waits any more
+                allowed.set_result(answer)
+
+        threading.Thread(target=ask, name=f"ask {tool.name}", daemon=True).start()
+        try:
+            with self._cancelled_by(allowed.cancel):
+                return "" if allowed.result(ASKED_S) else "This call was not allowed."
+        except TimeoutError:
+            return "Nobody has allowed this call."
+        finally:
+            if self._deadline is not None:
+                self._deadline += time.monotonic() - begun
 
     def _say(self, text: str) -> None:
         if text:

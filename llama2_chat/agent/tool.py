@@ -57,6 +57,27 @@ class Tool(Protocol):
         """The result. The sentence of a ChatError is shown to the model and to people; other errors are logged."""
 
 
+def asks_first(tool: Tool) -> bool:
+    """Whether a person has to allow each call: what changes things says so in an attribute of this name."""
+    return bool(getattr(tool, "asks_first", False))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool that is being called, or would be if a person allowed it."""
+
+    name: str
+    input: Any  # as json.loads gives it
+    asks: bool = False  # it waits for a person
+    description: str = ""  # of the tool, as whoever made it wrote it
+    version: str = ""  # of the tool; another one once it is described otherwise
+
+    @classmethod
+    def of(cls, tool: Tool, input: Any, *, asks: bool = False) -> Call:
+        description = getattr(tool, "shown_description", tool.description)
+        return cls(tool.name, input, asks, description, getattr(tool, "version", ""))
+
+
 @dataclass(frozen=True)
 class Step:
     """One call of a tool, as pages and programs show it."""

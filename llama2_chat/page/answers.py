@@ -16,6 +16,7 @@ from llama2_chat.agent import Call, Step
 from llama2_chat.errors import Busy
 from llama2_chat.page import wording
 from llama2_chat.page.answering import End, Progress
+from llama2_chat.page.confirming import Confirming
 from llama2_chat.server.errors import ApiError
 
 KEPT_S = 600.0  # after its end, for a reader who was cut off
@@ -29,9 +30,15 @@ AllProgress = AsyncGenerator[Progress | End, None]
 class Answer:
     """One answer on its way or at its end, for any number of readers."""
 
-    def __init__(self, owner: str, client: str, start: Callable[[Callable[[], bool]], AllProgress]) -> None:
+    def __init__(
+        self,
+        owner: str,
+        client: str,
+        start: Callable[[Callable[[], bool]], AllProgress],
+        confirming: Confirming,
+    ) -> None:
         """start: given a function that says whether somebody listens, makes the answer."""
-        self.owner, self.client, self.end = owner, client, None
+        self.owner, self.client, self.end, self.confirming = owner, client, None, confirming
         self._text: list[str] = []
         self._steps: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] = {}
@@ -51,10 +58,11 @@ class Answer:
                         self._take(progress)
         finally:
             self.end = self.end or End("cancelled")
+            self.confirming.close()
             self._tell()
 
     def _take(self, progress: Progress) -> None:
-        waiting = _waiting(progress) if not progress.piece and not self._text else {}
+        waiting = self._waits_for(progress) if not progress.piece and not self._text else {}
         if progress.piece:
             self._text.append(progress.piece)
         if progress.step:
@@ -62,6 +70,17 @@ class Answer:
         if progress.piece or progress.step or waiting != self._waiting:
             self._waiting = waiting
             self._tell()
+
+    def _waits_for(self, progress: Progress) -> dict[str, Any]:
+        line = wording.waiting(progress.loading, progress.queue_position, progress.has_steps)
+        if progress.calling is None:
+            return {"waiting": line}
+        calling = _call(progress.calling)
+        if progress.calling.asks and (number := self.confirming.number(progress.calling)):
+            described = {"description": progress.calling.description, "version": progress.calling.version}
+            calling["asks"] = {"call": number, **described}
+            line = wording.ASKING
+        return {"waiting": line, "calling": calling}
 
     def _tell(self) -> None:
         self._changed.set()
@@ -100,11 +119,6 @@ class Answer:
             self._readers -= 1
 
 
-def _waiting(progress: Progress) -> dict[str, Any]:
-    line = wording.waiting(progress.loading, progress.queue_position, progress.has_steps)
-    return {"waiting": line, **({"calling": _call(progress.calling)} if progress.calling else {})}
-
-
 def _call(call: Call | Step) -> dict[str, Any]:
     """As the page keeps it: the input is JSON, however the model made it."""
     return {"name": call.name, "input": json.dumps(call.input, ensure_ascii=False)}
@@ -139,7 +153,14 @@ class Answers:
     def __init__(self) -> None:
         self._answers: dict[str, Answer] = {}
 
-    def start(self, id: str, owner: str, client: str, start: Callable[[Callable[[], bool]], AllProgress]) -> Answer:
+    def start(
+        self,
+        id: str,
+        owner: str,
+        client: str,
+        start: Callable[[Callable[[], bool]], AllProgress],
+        confirming: Confirming,
+    ) -> Answer:
         """The answer with this id, made now if there is none. Raises Busy if there are too many, ApiError if it is
         somebody else's."""
         if id in self._answers:
@@ -148,7 +169,7 @@ class Answers:
             raise Busy("Too many questions from your address are being answered. Please try again in a minute.")
         if len(self._answers) >= MOST_ANSWERS and not self._drop_oldest_ended():
             raise Busy("This server is answering as many questions as it can. Please try again in a minute.")
-        answer = self._answers[id] = Answer(owner, client, start)
+        answer = self._answers[id] = Answer(owner, client, start, confirming)
         answer.task.add_done_callback(lambda task: self._ended(id, task))
         return answer
 

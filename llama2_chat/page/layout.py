@@ -7,6 +7,8 @@ programs.py.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +18,7 @@ from gradio.routes import App
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from llama2_chat.agent import MEMORY, Calculator, Clock
+from llama2_chat.agent import MEMORY, Calculator, Clock, Tool
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
@@ -60,11 +62,15 @@ def add_page(
     users: Users | None,
     limiter: ConcurrencyLimiter,
     metrics: Metrics,
+    more_tools: Iterable[Tool] = (),
 ) -> FastAPI:
-    """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users."""
+    """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users.
+
+    more_tools: beside the clock and the calculator; which they are may change.
+    """
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
-    tools = (Clock(), Calculator()) if settings.tools else ()
-    page = build_page(settings.sampling, make_reply(answering, listeners, tools), has_tools=bool(tools))
+    tools = _Tools((Clock(), Calculator()), more_tools) if settings.tools else ()
+    page = build_page(settings.sampling, make_reply(answering, listeners, tools), has_tools=settings.tools)
     page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
     page._queue.sleep_when_free = 0.05  # seconds; Gradio would look for work a thousand times a second
@@ -97,6 +103,16 @@ def add_page(
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app
+
+
+class _Tools:
+    """All of them, as they are at the moment."""
+
+    def __init__(self, *parts: Iterable[Tool]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Tool]:
+        return itertools.chain.from_iterable(self._parts)
 
 
 def build_page(defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool) -> gr.Blocks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable, Container, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable
 from typing import Any
 
 import gradio as gr
@@ -24,7 +24,7 @@ Turn = dict[str, Any]  # with role and content, as Gradio keeps them
 ReplyFunction = Callable[..., AsyncGenerator[str, None]]
 
 
-def make_reply(answering: Answering, listeners: Container[str | None], tools: Sequence[Tool] = ()) -> ReplyFunction:
+def make_reply(answering: Answering, listeners: Container[str | None], tools: Iterable[Tool] = ()) -> ReplyFunction:
     """listeners: the sessions whose messages somebody reads; an answer that nobody reads is given up.
 
     tools: that programs may let the model use; with none, they have no such settings.

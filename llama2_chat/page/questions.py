@@ -5,11 +5,11 @@ All give a reply that answering.py reads; conversations say how they would stand
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from llama2_chat.agent import PARAMS, Agent, AgentReply, Exchange, Step, Tool
+from llama2_chat.agent import PARAMS, Agent, AgentReply, Call, Exchange, Step, Tool, asks_first
 from llama2_chat.errors import ChatError
 from llama2_chat.page import wording
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
@@ -73,6 +73,7 @@ class WithTools:
     tools: Sequence[Tool]
     memory: int
     steps: Mapping[int, Sequence[Step]] = field(default_factory=dict)
+    confirm: Callable[[Call], bool] | None = None
 
     def ask(self, chat: ChatBackend) -> AgentReply:
         talk = _Talk.of(self.messages, self.steps)
@@ -90,7 +91,9 @@ class WithTools:
         # The page's own short prompt says nothing that the agent's examples do not show.
         system = [message["content"] for message in self.messages if message["role"] == "system"]
         instructions = "\n\n".join(text for text in system if text != wording.SYSTEM_PROMPT)
-        agent = Agent(chat, self.tools, memory=self.memory, params=params, instructions=instructions)
+        agent = Agent(
+            chat, self.tools, memory=self.memory, params=params, instructions=instructions, confirm=self.confirm
+        )
         agent.exchanges.extend(talk.exchanges)
         return agent
 
@@ -98,14 +101,19 @@ class WithTools:
 def with_tools(
     messages: list[Message],
     params: SamplingParams,
-    tools: Sequence[Tool],
+    tools: Iterable[Tool],
     memory: int,
     steps: Mapping[int, Sequence[Step]] | None = None,
+    confirm: Callable[[Call], bool] | None = None,
 ) -> WithTools:
-    """Raises ChatError where no tools are offered."""
-    if not tools:
+    """confirm: asks the visitor; where nobody can be asked, tools that ask first are left out.
+
+    Raises ChatError where no tools are offered.
+    """
+    usable = [tool for tool in tools if confirm or not asks_first(tool)]
+    if not usable:
         raise ChatError(wording.NO_TOOLS)
-    return WithTools(messages, params, tools, memory, steps or {})
+    return WithTools(messages, params, usable, memory, steps or {}, confirm)
 
 
 @dataclass

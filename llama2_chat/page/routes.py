@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -17,11 +17,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from llama2_chat.agent import MEMORY, Step, Tool
+from llama2_chat.agent import MEMORY, Call, Step, Tool
 from llama2_chat.errors import ChatError
 from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.answers import Answer, Answers
+from llama2_chat.page.confirming import Confirming
 from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.bodies import JsonRequest
@@ -90,14 +91,17 @@ class Question(BaseModel):
     messages: Annotated[list[Turn], Field(min_length=1)]
     settings: PageSettings
 
-    def parsed(self, tools: Sequence[Tool]) -> questions.Question:
-        """Raises ChatError where the newest message says nothing, and for a setting outside its range."""
+    def parsed(self, tools: Iterable[Tool], confirm: Callable[[Call], bool]) -> questions.Question:
+        """confirm: asks the visitor whether a tool may be called.
+
+        Raises ChatError where the newest message says nothing, and for a setting outside its range.
+        """
         messages, params = self._conversation(), self.settings.params()
         if not self.settings.use_tools:
             return questions.Plain(messages, params)
         memory, first = parsed_memory(self.settings.tools_memory), len(messages) - len(self.messages)
         steps = {place: [step.parsed() for step in turn.steps] for place, turn in enumerate(self.messages, first)}
-        return questions.with_tools(messages, params, tools, memory, steps)
+        return questions.with_tools(messages, params, tools, memory, steps, confirm)
 
     def _conversation(self) -> list[Message]:
         if self.messages[-1].role == "user" and not self.messages[-1].content.strip():
@@ -120,20 +124,28 @@ class Completion(BaseModel):
         return questions.Completion(valid_unicode(self.text), self.settings.params())
 
 
+class Confirmation(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    call: int
+    allow: bool
+
+
 def page_router(
     answering: Answering,
     limiter: ConcurrencyLimiter,
     defaults: SamplingParams,
     visitors: Visitors,
-    tools: Sequence[Tool] = (),
+    tools: Iterable[Tool] = (),
 ) -> APIRouter:
-    """defaults: where the page's controls stand at first. tools: that visitors may let the model use."""
+    """defaults: where the page's controls stand at first. tools: that visitors may let the model use; which they
+    are may change."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
     async def state(request: Request) -> Response:
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
-        response = JSONResponse({**_state(chat, defaults, tools), **login})
+        response = JSONResponse({**_state(chat, defaults, has_tools=any(True for _ in tools)), **login})
         visitors.remember(request, response)
         return response
 
@@ -141,15 +153,17 @@ def page_router(
     async def start(id: AnswerId, question: Question, request: Request) -> Response:
         """Begin this answer, or read the one that has begun; as a stream."""
         client = client_address(request)
-        answer = functools.partial(answering.answer, functools.partial(question.parsed, tools), client)
-        return _stream(answers.start(id, visitors.owner(request), client, answer))
+        confirming = Confirming()
+        parse = functools.partial(question.parsed, tools, confirming)
+        answer = functools.partial(answering.answer, parse, client)
+        return _stream(answers.start(id, visitors.owner(request), client, answer, confirming))
 
     @router.put("/completions/{id}")
     async def complete(id: AnswerId, completion: Completion, request: Request) -> Response:
         """The same for a text. From then on it is an answer like any other."""
         client = client_address(request)
         answer = functools.partial(answering.answer, completion.parsed, client)
-        return _stream(answers.start(id, visitors.owner(request), client, answer))
+        return _stream(answers.start(id, visitors.owner(request), client, answer, Confirming()))
 
     @router.get("/answers/{id}")
     async def read(id: AnswerId, request: Request) -> Response:
@@ -159,11 +173,16 @@ def page_router(
     async def stop(id: AnswerId, request: Request) -> None:
         answers.get(id, visitors.owner(request)).stop()
 
+    @router.post("/answers/{id}/confirm", status_code=204)
+    async def confirm(id: AnswerId, confirmation: Confirmation, request: Request) -> None:
+        """What the visitor says of the call that waits for them."""
+        answers.get(id, visitors.owner(request)).confirming.answer(confirmation.call, confirmation.allow)
+
     @router.post("/fit")
     async def fit(question: Question, request: Request) -> dict[str, Any]:
         """How the conversation would stand in the model's window."""
         visitors.owner(request)
-        parsed = question.parsed(tools)
+        parsed = question.parsed(tools, Confirming())
         threads = limiter.threads(sum(len(message["content"].encode()) for message in parsed.messages))
         fitted = await anyio.to_thread.run_sync(parsed.fit, chat, limiter=threads)
         return {
@@ -208,7 +227,7 @@ def _stream(answer: Answer) -> Response:
     return StreamingResponse(answer.lines(), media_type="application/x-ndjson", headers=headers)
 
 
-def _state(chat: ChatBackend, defaults: SamplingParams, tools: Sequence[Tool]) -> dict[str, Any]:
+def _state(chat: ChatBackend, defaults: SamplingParams, *, has_tools: bool) -> dict[str, Any]:
     """What the page shows of the model, and what it may ask for."""
     status, chats = chat.status, chat.capabilities.chats
     return {
@@ -230,7 +249,7 @@ def _state(chat: ChatBackend, defaults: SamplingParams, tools: Sequence[Tool]) -
             # Code and prose repeat themselves: a text is gone on with as the model would write it.
             "repetitionPenalty": defaults.repetition_penalty if chats else 1.0,
             "seed": "" if defaults.seed is None else str(defaults.seed),
-            **({"useTools": False, "toolsMemory": MEMORY} if tools else {}),
+            **({"useTools": False, "toolsMemory": MEMORY} if has_tools else {}),
         },
         "prompts": {"meta": wording.META_SYSTEM_PROMPT, "short": wording.SYSTEM_PROMPT},
     }

@@ -26,6 +26,7 @@ LLAMA_2_NOTICE = (
 )
 MISTAKES = "Answers can be wrong."
 READING = "Reading …"
+ASKING = "Waiting for your permission …"
 READING_RESULTS = "Reading what came of it …"
 NO_TOOLS = "This server offers no tools."
 NO_MESSAGE = "Please type a message first."

@@ -58,6 +58,7 @@ PROBES = {
     "port": Probe(probes.probe_port, 15),
     "certificate": Probe(probes.probe_certificate, 30),
     "access": Probe(probes.probe_access, 15),
+    "tools": Probe(probes.probe_tools, 15),
 }
 LOCAL = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "disk")  # for a model that is loaded by the start
 REMOTE = ("server", "key", "answer")  # for one that INFERENCE_URL names

@@ -206,6 +206,17 @@ def probe_certificate(start: PlannedStart) -> str:
     return f"{found.certfile} for {', '.join(found.hosts)}, until {found.not_after:%Y-%m-%d}"
 
 
+def probe_tools(start: PlannedStart) -> str:
+    path = start.settings.mcp_servers
+    if not path:
+        raise NotApplicable("no MCP_SERVERS")
+    from llama2_chat.agent import McpTools, read_mcp_servers
+
+    specs = read_mcp_servers(path)
+    McpTools(specs)
+    return f"MCP servers, which are not started here: {', '.join(spec.name for spec in specs)}"
+
+
 def probe_access(start: PlannedStart) -> str:
     from llama2_chat.server import login
 

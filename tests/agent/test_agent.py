@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama2_chat.agent import PARAMS, Agent, Calculator, Call, Exchange, Step
+from llama2_chat.agent import PARAMS, Agent, Calculator, Exchange, Step
 from llama2_chat.agent.messages import REMINDER, SMALL_TALK
 from llama2_chat.agent.steps import write
 from llama2_chat.errors import Busy, ChatError
@@ -155,7 +155,7 @@ def test_a_reply_tells_which_tool_is_being_called():
     )
     with agent.ask("Do it") as reply:
         assert called.wait(30)
-        assert reply.calling == Call("tool", 1)
+        assert (reply.calling.name, reply.calling.input) == ("tool", 1)
         released.set()
         list(reply)
         assert reply.calling is None

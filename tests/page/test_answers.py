@@ -208,6 +208,28 @@ def test_a_question_with_tools_that_makes_no_sense_is_refused_in_words(tools, ch
     assert sentence in end["error"]
 
 
+@pytest.mark.parametrize(("allow", "result"), [(True, "done"), (False, "This call was not allowed.")])
+def test_a_call_that_asks_first_waits_for_its_visitor_and_for_nobody_else(allow, result):
+    tool = a_tool("calculator", lambda input: "done")
+    tool.asks_first, tool.version = True, "v1"
+    with (
+        site(computing(), tools=(tool,)) as address,
+        visitor(address) as http,
+        visitor(address) as mallory,
+        http.stream("PUT", f"answers/{ID}", json=WITH_TOOLS) as response,
+    ):
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        asks = next(line["calling"]["asks"] for line in lines if "asks" in line.get("calling", {}))
+        assert asks == {"call": 1, "description": "does it", "version": "v1"}
+        said = {"call": asks["call"], "allow": allow}
+        assert mallory.post(f"answers/{ID}/confirm", json=said).status_code == 404
+        assert http.post(f"answers/{ID}/confirm", json={**said, "call": 7}).status_code == 204  # of no call that waits
+        assert http.post(f"answers/{ID}/confirm", json=said).status_code == 204
+        step = next(line["step"] for line in lines if "step" in line)
+        assert [*lines][-1]["end"]["reason"] == "stop"
+    assert (step["result"], step["failed"]) == (result, not allow)
+
+
 def test_calls_of_tools_are_counted_and_a_refused_question_with_tools_goes_back(chat):
     metrics = Metrics(chat)
     with site(computing(), metrics=metrics, tools=(Calculator(),)) as address, visitor(address) as http:

@@ -170,6 +170,32 @@ def test_an_answer_that_was_cut_off_goes_on_without_tools_in_the_same_bubble(vis
     assert messages[-1]["content"].startswith('{"action": "answer", "action_input": "It is 36')
 
 
+def test_a_visitor_is_asked_before_a_call_until_they_allow_it_always_and_again_when_it_changes(
+    visit, perform, monkeypatch
+):
+    monkeypatch.setattr(Calculator, "asks_first", True, raising=False)
+    monkeypatch.setattr(Calculator, "version", "1", raising=False)
+    page = use_tools(visit(perform(computing())))
+    send(page, QUESTION)
+    expect(steps(page).last.locator(".description")).to_have_text(Calculator.description)
+    assert_accessible(page)
+    page.get_by_role("button", name="Don’t allow").click()
+    expect(answers(page).last).to_have_text("It is This call was not allowed..")
+    expect_unlocked(page)
+    send(page, QUESTION)
+    page.get_by_role("checkbox", name="Always in this chat").check()
+    page.get_by_role("button", name="Allow", exact=True).click()
+    expect(answers(page).last).to_have_text("It is 36.")
+    expect_unlocked(page)
+    ask(page, "What is 1 + 1?")
+    expect(answers(page).last).to_have_text("It is 2.")
+    monkeypatch.setattr(Calculator, "version", "2")
+    send(page, "What is 1 + 2?")
+    expect(page.get_by_role("button", name="Allow", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Allow", exact=True).press("Enter")
+    expect(answers(page).last).to_have_text("It is 3.")
+
+
 def test_the_gauge_counts_what_the_model_reads_with_tools(visit, perform):
     page = visit(perform(ScriptedChat()))
     box(page).fill("one two three")

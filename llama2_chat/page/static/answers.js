@@ -79,6 +79,11 @@ export async function stop(id) {
   return null;
 }
 
+/** What the visitor says of the call that waits for them. */
+export async function confirm(id, call, allow) {
+  await fetch(`page/answers/${id}/confirm`, { ...put({ call, allow }), method: "POST" });
+}
+
 /** How the conversation would stand in the model's window; null where that cannot be told now. */
 export async function fit(question, signal) {
   const response = await fetch("page/fit", { ...put(question), method: "POST", signal });

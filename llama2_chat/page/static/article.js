@@ -23,7 +23,7 @@ export class Article {
   constructor(message, handlers) {
     this.handlers = handlers;
     this.message = message;
-    this.steps = message.role === "assistant" ? new Steps() : null;
+    this.steps = message.role === "assistant" ? new Steps((...said) => handlers.onConfirm(this.message, ...said)) : null;
     this.body = h("div", { class: "body", dir: "auto" });
     this.remark = h("p", { class: "remark" });
     this.buttons = h("div", { class: "buttons" });

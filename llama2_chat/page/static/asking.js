@@ -1,7 +1,7 @@
 // From a message to its answer, in the tree of messages that is kept: what chat.js builds on. What is on the screen is
 // transcript.js's and composer.js's, what is kept is store.js's, the network is answers.js's.
 
-import { follow, Refused, turnsOf } from "./answers.js";
+import { confirm, follow, Refused, turnsOf } from "./answers.js";
 import { toast } from "./dialog.js";
 import { offerBox } from "./focus.js";
 import { inOneLine } from "./steps.js";
@@ -148,6 +148,7 @@ export class Asking {
         if (event.more) message.text += event.more;
         if (event.steps) message.steps = event.steps;
         if (event.step) this._addStep(message, event.step);
+        if (event.calling?.asks) await this._permit(message, event.calling);
         if (event.end) this._end(message, event.end);
         if (event.lost) this._end(message, { reason: "interrupted" });
         event.offline ? this.offline.add(message.id) : this.offline.delete(message.id);
@@ -166,6 +167,17 @@ export class Asking {
     if (this.running.get(message.id) === abort) this.running.delete(message.id);
     this.offline.delete(message.id);
     if (!abort.signal.aborted) await this._finish(message, refusal);
+  }
+
+  /** What the visitor allowed for the whole conversation is allowed at once; of the rest they are asked. */
+  async _permit(message, calling) {
+    const { allowed } = (await this.store.conversation(message.conversationId)) ?? {};
+    if (Object.hasOwn(allowed ?? {}, calling.name) && allowed[calling.name] === calling.asks.version) {
+      confirm(message.answerId, calling.asks.call, true).catch(() => {});
+      delete calling.asks;
+    } else if (message.conversationId === this.id) {
+      this.hooks.onSaid(T.steps.asking(calling.name));
+    }
   }
 
   _addStep(message, step) {

@@ -1,6 +1,6 @@
 // The open conversation: which it is, and what a visitor does in it. How an answer comes about is told in asking.js.
 
-import { stop } from "./answers.js";
+import { confirm, stop } from "./answers.js";
 import { Asking, emptyTalk, explain, newSeed, pathOf, talkOf } from "./asking.js";
 import { ContextWindow } from "./context_window.js";
 import { toast } from "./dialog.js";
@@ -131,6 +131,17 @@ export class Chat extends Asking {
     if (other) await this._setLeaf(this.talk, leafBelow(all, other.id));
     this.render();
     this.count();
+  }
+
+  /** always: for the tool as it is described now, in this conversation. */
+  async confirm(message, { name, asks }, allowed, always) {
+    const { conversation } = this.talk;
+    const allow = (kept) => (kept.allowed = { ...kept.allowed, [name]: asks.version });
+    if (allowed && always) {
+      allow(conversation);
+      await this.store.updateConversation(conversation.id, allow);
+    }
+    await confirm(message.answerId, asks.call, allowed);
   }
 
   async stop() {

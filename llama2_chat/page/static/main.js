@@ -55,6 +55,7 @@ async function start() {
     onContinue: (message) => chat.continue(message),
     onBranch: (message, step) => chat.branch(message, step),
     onEditing: (message, text) => chat.keepEditing(message, text),
+    onConfirm: (message, ...said) => chat.confirm(message, ...said),
     onExample: (text) => composer.running || chat.send(text),
   });
   const composer = new Composer(parts.composer, {

@@ -28,7 +28,9 @@ export const inOneLine = (step) => T.steps.step(step.name, oneLine(inputOf(step)
 const oneLine = (text) => text.slice(0, LONG).replace(/\s+/g, " ");
 
 export class Steps {
-  constructor() {
+  /** @param onConfirm (call, allowed, always) what the visitor says of a call that asks first */
+  constructor(onConfirm) {
+    this.onConfirm = onConfirm;
     this.line = h("summary");
     this.list = h("ol");
     this.element = h("details", { class: "steps", hidden: true }, this.line, this.list);
@@ -69,16 +71,27 @@ export class Steps {
       this.call?.remove();
       clearInterval(this.ticking);
       this.called = written;
-      this.call = calling && item(calling, "…");
+      this.call = calling && item(calling, calling.asks ? "" : "…");
+      if (calling?.asks) this.call.append(...this._question(calling));
       const begun = Date.now();
       const time = this.call?.querySelector(".time");
-      if (calling) this.ticking = setInterval(() => (time.textContent = T.steps.running(Math.floor((Date.now() - begun) / 1000))), 1000);
+      if (calling && !calling.asks) this.ticking = setInterval(() => (time.textContent = T.steps.running(Math.floor((Date.now() - begun) / 1000))), 1000);
     }
     if (this.call && this.list.lastElementChild !== this.call) this.list.append(this.call);
   }
 
+  /** What the tool's server says of it, and the buttons. */
+  _question(calling) {
+    const always = h("input", { type: "checkbox" });
+    const say = (allowed) => () => this.onConfirm(calling, allowed, always.checked);
+    const button = (text, kind, allowed) => h("button", { type: "button", class: kind, onclick: say(allowed) }, text);
+    const buttons = [button(T.steps.allow, "primary", true), button(T.steps.refuse, "", false)];
+    const description = h("p", { class: "description", dir: "auto" }, calling.asks.description);
+    return [description, h("div", { class: "confirm" }, ...buttons, h("label", {}, always, T.steps.always))];
+  }
+
   _summary(steps, calling) {
-    if (calling) return [T.steps.calling(calling.name)];
+    if (calling) return [calling.asks ? T.steps.asking(calling.name) : T.steps.calling(calling.name)];
     if (steps.length === 1) return [marked(steps[0], inOneLine(steps[0]))];
     const failed = steps.filter((step) => step.failed).length;
     const names = [...new Set(steps.map(({ name }) => name))];

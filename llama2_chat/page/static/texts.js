@@ -110,6 +110,10 @@ export const T = {
     running: (seconds) => `${seconds} s …`,
     input: (name) => `Input of ${name}`,
     result: (name) => `Result of ${name}`,
+    asking: (name) => `May ${name} be used?`,
+    allow: "Allow",
+    refuse: "Don’t allow",
+    always: "Always in this chat",
   },
   settings: {
     title: "Settings",

@@ -12,7 +12,7 @@ export class Transcript {
   /**
    * @param element the scrolling box
    * @param handlers onEdit(message, text) => whether it is done, onRetry(message), onSame(message), onContinue(message), onBranch(message, step),
-   *   onExample(text), onEditing(message, text) while one is edited, with null once it is not
+   *   onConfirm(message, call, allowed, always), onExample(text), onEditing(message, text) while one is edited, with null once it is not
    */
   constructor(element, handlers) {
     this.element = element;

@@ -1,0 +1,183 @@
+"""MCP servers: what an operator's file may say, what a grammar makes of their schemas, and what servers may do."""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from llama2_chat.agent import Agent, McpServerSpec, McpTools, mcp_server, read_mcp_servers
+from llama2_chat.agent.mcp_schema import ANY_OBJECT, signature, simplified
+from llama2_chat.agent.steps import write
+from llama2_chat.errors import ChatError
+from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.tool_users import a_tool
+
+SERVER = Path(__file__).parents[1] / "support" / "mcp_server.py"
+
+
+def servers(**entries):
+    return json.dumps({"mcpServers": entries})
+
+
+def test_a_file_in_the_usual_form_is_read(tmp_path):
+    path = tmp_path / "mcp.json"
+    path.write_text(
+        servers(
+            files={"command": "mcp-files", "args": ["/srv"], "env": {"A": "b"}, "readOnly": ["read"]},
+            search={"type": "http", "url": "https://mcp.example.com/mcp", "headers": {"X": "y"}, "readOnly": True},
+            off={"command": "x", "disabled": True},
+        )
+    )
+    files, search = read_mcp_servers(path)
+    assert (files.command, files.args, files.env) == ("mcp-files", ("/srv",), {"A": "b"})
+    assert [files.is_read_only(tool) for tool in ("read", "write")] == [True, False]
+    assert (search.url, search.headers, search.is_read_only("x")) == ("https://mcp.example.com/mcp", {"X": "y"}, True)
+    assert "headers" not in repr(search)  # a log may hold it
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold"),
+        (servers(), "must hold"),
+        (servers(**{"a b": {"command": "x"}}), "a server's name"),
+        (servers(a={}), 'must have either "command" or "url"'),
+        (servers(a={"command": "x", "url": "https://x"}), 'must have either "command" or "url"'),
+        (servers(a={"command": "x", "argv": []}), "'argv'"),
+        (servers(a={"command": ["x"]}), '"command" of a'),
+        (servers(a={"command": "x", "args": "y"}), '"args" of a'),
+        (servers(a={"command": "x", "env": {"A": 1}}), '"env" of a'),
+        (servers(a={"url": "http://far.example/mcp"}), "begins with https://"),
+        (servers(a={"url": "https://x", "headers": {"A": "\n"}}), '"headers" of a'),
+        (servers(a={"command": "x", "readOnly": "yes"}), '"readOnly" of a'),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused_in_one_sentence(tmp_path, text, why):
+    path = tmp_path / "mcp.json"
+    path.write_text(text)
+    with pytest.raises(ChatError) as refused:
+        read_mcp_servers(path)
+    assert why in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_schema_loses_references_and_rare_words_and_is_told_in_short():
+    schema = {
+        "type": "object",
+        "properties": {"p": {"$ref": "#/$defs/P"}, "n": {"type": "integer", "format": "int32", "minimum": 1}},
+        "required": ["p"],
+        "$defs": {"P": {"type": "string", "pattern": "(?=x)", "description": "long"}},
+    }
+    simple = simplified(schema)
+    assert simple == {
+        "type": "object",
+        "properties": {"p": {"type": "string"}, "n": {"type": "integer", "minimum": 1}},
+        "required": ["p"],
+        "additionalProperties": False,
+    }
+    assert signature(simple) == "{p: string, n?: integer}"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        {"type": "string"},
+        {"type": "nothing"},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}},
+        {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/a"}},
+            "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}},
+        },
+        {"type": "object", "properties": {"a": {"type": ["string", {}]}}},
+        {"type": "object", "properties": {str(number): {} for number in range(500)}},
+    ],
+    ids=["none", "no object", "type", "no such place", "recursive", "types", "large"],
+)
+def test_a_schema_that_cannot_be_followed_is_any_object(schema):
+    assert simplified(schema) == ANY_OBJECT
+
+
+def asking(name, run):
+    tool = a_tool(name, run)
+    tool.asks_first = True
+    return tool
+
+
+def read(agent):
+    with agent.ask("Do it") as reply:
+        return [*reply]
+
+
+@pytest.mark.parametrize(("answer", "result"), [(True, "done"), (False, "This call was not allowed.")])
+def test_a_tool_that_asks_first_is_called_once_a_person_has_allowed_it(answer, result):
+    said, asked = [write("tool", 1), write("answer", "Well.")], []
+    chat = ScriptedChat(say=lambda messages: Scripted(said.pop(0)))
+    agent = Agent(chat, [asking("tool", lambda input: "done")], confirm=lambda call: asked.append(call) or answer)
+    step, text = read(agent)
+    assert (step.result, step.failed, text) == (result, not answer, "Well.")
+    assert (asked[0].name, asked[0].input, asked[0].asks, asked[0].description) == ("tool", 1, True, "does it")
+
+
+def test_where_nobody_can_be_asked_such_a_tool_is_refused():
+    with pytest.raises(ValueError, match="confirm="):
+        Agent(ScriptedChat(), [asking("tool", str)])
+
+
+# With real servers, where the package is installed.
+
+
+@contextmanager
+def running(**changes):
+    pytest.importorskip("mcp")
+    env = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **changes.pop("env", {})}
+    tools = McpTools([McpServerSpec("test", command=sys.executable, args=(str(SERVER),), env=env, **changes)])
+    tools.start()
+    deadline = time.monotonic() + 60
+    while not [*tools] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield {tool.tool_name: tool for tool in tools}
+    tools.close()
+
+
+@pytest.mark.slow
+def test_a_server_over_stdio_gets_its_own_environment_and_whatever_it_does_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("SECRET", "sesame")
+    monkeypatch.setattr(mcp_server, "RETRY_S", (0.0,))
+    with running(env={"GIVEN": "yes"}, read_only=["add"]) as tools:
+        assert (tools["add"].name, tools["add"].asks_first, tools["die"].asks_first) == ("test_add", False, True)
+        assert tools["add"].description == "adds two numbers Input: {a: integer, b: integer}"
+        assert tools["add"].run({"a": 2, "b": 3}) == "5"
+        environment = tools["environment"].run({})
+        assert "GIVEN=yes" in environment
+        assert "sesame" not in environment
+        assert "HOME=" not in environment
+        assert len(tools["shout"].run({})) == 2**20  # which an agent makes a failed step of
+        with pytest.raises(ChatError, match="The tool failed"):
+            tools["fail"].run({})
+        with pytest.raises(ChatError, match="has gone away"):
+            tools["die"].run({})
+        assert tools["add"].run({"a": 2, "b": 3}) == "5"
+        assert tools["flood"].run({}) == "done"
+        monkeypatch.setattr(mcp_server, "CALL_S", 1.0)
+        with pytest.raises(ChatError, match="did not answer within 1 seconds"):
+            tools["hang"].run({})
+
+
+@pytest.mark.slow
+def test_a_server_that_is_dead_is_left_alone_for_a_while_and_the_start_does_not_wait(caplog):
+    pytest.importorskip("mcp")
+    tools = McpTools([McpServerSpec("dead", command="/bin/false")])
+    tools.start()
+    deadline = time.monotonic() + 30
+    while "The MCP server dead failed" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tools.close()
+    assert "it is left alone for 1 s" in caplog.text
+    assert [*tools] == []
