@@ -6,7 +6,7 @@
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
     python scripts/bench.py --shape 13b --page                           what 31 readers of the page and a Chromium cost
-    python scripts/bench.py --browser                            what the page takes from a Chromium: long tasks, search
+    python scripts/bench.py --browser           what the page takes from a Chromium, and 32 streams of it from an engine
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
     python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
@@ -19,6 +19,7 @@ two things measured in the same run, because machines are shared and noisy. The 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ from llama2_chat.benchmark import (
     Figures,
     browser_cost,
     embedded,
+    page_cost,
     server_load,
     serving_cost,
     shapes,
@@ -70,7 +72,7 @@ def read_arguments() -> argparse.Namespace:
     add("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
     add("--users", type=_counts, help="how many at once, such as 1,8,32")
     add("--page", action="store_true", help="measure what the page takes from 32 users, too")
-    add("--browser", action="store_true", help="measure the page in a Chromium, with no model")
+    add("--browser", action="store_true", help="measure the page in a Chromium and with 32 streams, with no model")
     add("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     add("--http", action="store_true", help="the embedded model's speed over HTTP and without")
     add("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
@@ -97,7 +99,7 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
     if args.http:
         return serving_cost.measure_api()
     if args.browser:
-        return browser_cost.measure()
+        return itertools.chain(page_cost.measure(), browser_cost.measure())
     if args.train:
         return training_cost.measure(args.shape, args.tokenizer, args.checkpoint)
     if args.starts:

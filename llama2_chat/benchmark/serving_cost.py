@@ -106,10 +106,10 @@ def _question(number: int) -> str:
 def _ask_page(url: str, numbers: Sequence[int], all_are_here: threading.Barrier) -> None:
     """As the page's own code asks, read to the end."""
     all_are_here.wait()
-    asyncio.run(_ask_together(url, [_question(number) for number in numbers]))
+    asyncio.run(ask_together(url, [_question(number) for number in numbers]))
 
 
-async def _ask_together(url: str, questions: Sequence[str]) -> None:
+async def ask_together(url: str, questions: Sequence[str]) -> None:
     import httpx
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
