@@ -252,22 +252,25 @@ def test_tokenize_counts_tools_too(http):
 
 
 @pytest.mark.slow
-def test_each_of_200_random_requests_gets_calls_that_are_valid(chat, settings):
+def test_each_of_200_random_requests_gets_calls_that_are_valid_and_the_same_whole_and_streamed(chat, settings):
     many = ChatModel(settings).serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, 8192))
 
     def ask(http, n):
         rng = random.Random(n // 20)  # twenty requests for the same tools
         tools = [{"type": "function", "function": each} for each in random_tools(rng, 5)]
         name = rng.choice(tools)["function"]["name"]
-        choices = ["auto", "required", {"type": "function", "function": {"name": name}}]
-        fields = {"tool_choice": choices[n % 3], "seed": n, "parallel_tool_calls": n % 40 < 20}
-        fields["max_tokens"] = 30 if n % 3 == 0 else 150  # random weights find no end of a text
+        named = {"type": "function", "function": {"name": name}}
+        tool_choice = ["auto", "required", named, "required", named, "none"][n % 6]
+        fields = {"tool_choice": tool_choice, "seed": n, "parallel_tool_calls": n % 40 < 20}
+        fields["max_tokens"] = 30 if tool_choice in ("auto", "none") else 150  # random weights find no end of a text
         whole = choice(http, tools, **fields)
-        if n % 20 == 1:
-            assert joined(chunks(http, tools, **fields)) == (whole["message"], whole["finish_reason"])
+        assert joined(chunks(http, tools, **fields)) == (whole["message"], whole["finish_reason"])
         calls = whole["message"].get("tool_calls", [])
         assert all(follows(each["function"], tools) for each in calls), (tools, whole)
-        assert calls or n % 3 == 0 or whole["finish_reason"] == "length"
+        if tool_choice == "none":
+            assert not calls
+        else:
+            assert calls or tool_choice == "auto" or whole["finish_reason"] == "length"
         return len(calls)
 
     with (
