@@ -34,6 +34,10 @@ from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 STATIC = Path(__file__).parent / "static"
 STYLES = (
     "page.css",
+    "transcript.css",
+    "composer.css",
+    "overlays.css",
+    "screens.css",
     "sidebar.css",
     "markdown.css",
     "steps.css",

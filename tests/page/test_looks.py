@@ -307,3 +307,20 @@ def test_the_answers_of_a_running_conversation_can_be_stopped_after_looking_at_a
     page.get_by_role("navigation").get_by_text("The first").click()
     stop(page)
     expect(remarks(page)).to_contain_text("stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("letters", "way"), [("שלום ", "rtl"), ("1) word ", "ltr")])
+def test_a_long_text_runs_as_its_beginning_does_and_a_short_one_as_it_reads(visit, perform, letters, way):
+    page = visit(perform(ScriptedChat()))
+    field = box(page)
+    field.fill(letters)
+    expect(field).to_have_attribute("dir", "auto")
+    field.press("ControlOrMeta+a")
+    page.keyboard.insert_text(letters * 4_000)
+    expect(field).to_have_attribute("dir", way)
+    field.press("ControlOrMeta+a")
+    page.keyboard.insert_text(letters)
+    expect(field).to_have_attribute("dir", way)  # until the next key
+    page.keyboard.insert_text(letters)
+    expect(field).to_have_attribute("dir", "auto")

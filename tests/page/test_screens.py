@@ -39,6 +39,7 @@ def guarded(settings, tmp_path_factory):
 # What a finger cannot hit, or an iPhone would zoom in on.
 TOO_SMALL = """[...document.querySelectorAll("button, input:not(:disabled), textarea, summary")]
   .filter((each) => each.checkVisibility())
+  .map((each) => each.type === "checkbox" ? each.closest("label") : each)
   .filter((each) => each.offsetWidth < 44 || each.offsetHeight < 44
     || (/^(number|search|text|password|textarea)$/.test(each.type) && parseFloat(getComputedStyle(each).fontSize) < 16))
   .map((each) => each.outerHTML)"""

@@ -4,7 +4,8 @@ INDEX = """<!doctype html>
 <html lang="en">
 <head>
   <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Sidebar</title>
-  <link rel="stylesheet" href="page.css"><link rel="stylesheet" href="sidebar.css">
+  <link rel="stylesheet" href="page.css"><link rel="stylesheet" href="overlays.css">
+  <link rel="stylesheet" href="screens.css"><link rel="stylesheet" href="sidebar.css">
 </head>
 <body class="sidebar-open"><main id="chat"><aside id="sidebar"></aside></main>
 <script type="module" src="start.js"></script></body>

@@ -3,6 +3,7 @@
 
 import { copyText } from "./clipboard.js";
 import { h, icon, toast } from "./dialog.js";
+import { setText, watchDirection } from "./direction.js";
 import { focusBox } from "./focus.js";
 import { AnswerView } from "./markdown.js";
 import { Steps } from "./steps.js";
@@ -146,8 +147,9 @@ export class Article {
     if (this.element.querySelector(".editor")) return;
     const { text, role } = this.message;
     const tell = () => this.handlers.onEditing(this.message, area.value === text ? null : area.value);
-    const area = h("textarea", { "aria-label": T.actions.editLabel, dir: "auto", oninput: tell });
-    area.value = begun;
+    const area = h("textarea", { "aria-label": T.actions.editLabel, oninput: tell });
+    watchDirection(area);
+    setText(area, begun);
     const close = () => {
       this.handlers.onEditing(this.message, null);
       editor.remove();

@@ -3,6 +3,7 @@
 
 import { follow, stop } from "./answers.js";
 import { h, toast } from "./dialog.js";
+import { setText, watchDirection } from "./direction.js";
 import { keep, kept } from "./kept.js";
 import { ofProfile } from "./profile.js";
 import { newId } from "./store.js";
@@ -15,7 +16,7 @@ export class Completing {
   /** @param onSaid says a sentence to who listens to the page */
   constructor(parts, { settings, profile, onSaid }) {
     Object.assign(this, { settings, onSaid, keptAs: ofProfile(KEPT, profile), before: [] });
-    this.area = h("textarea", { "aria-label": T.completion.label, placeholder: T.completion.hint, dir: "auto", spellcheck: false });
+    this.area = h("textarea", { "aria-label": T.completion.label, placeholder: T.completion.hint, spellcheck: false });
     const button = (name, act, more = {}) => h("button", { type: "button", class: "small", onclick: act, ...more }, T.completion[name]);
     this.complete = button("complete", () => this._complete(), { class: "primary", "aria-keyshortcuts": "Control+Enter" });
     this.stop = button("stop", () => this._stop());
@@ -24,6 +25,7 @@ export class Completing {
     const buttons = h("div", { class: "buttons" }, this.complete, this.stop, this.undo, this.note);
     this.element = h("section", { id: "completing", "aria-label": T.completion.title, hidden: true }, h("p", {}, T.completion.what), this.area, buttons);
     parts.transcript.after(this.element);
+    watchDirection(this.area);
     this.area.addEventListener("input", () => this._changed());
     this.element.addEventListener("keydown", (event) => this._key(event));
   }
@@ -63,7 +65,7 @@ export class Completing {
   }
 
   _undo() {
-    this.area.value = this.before.pop();
+    setText(this.area, this.before.pop());
     this._changed();
     this.area.focus();
   }
@@ -99,7 +101,7 @@ export class Completing {
   _write(text) {
     const { area } = this;
     const atEnd = area.scrollHeight - area.scrollTop - area.clientHeight < 40;
-    area.value = text;
+    setText(area, text);
     if (atEnd) area.scrollTop = area.scrollHeight;
   }
 
@@ -124,7 +126,7 @@ export class Completing {
   _restore() {
     try {
       const { text = "", before = [], answerId = null } = JSON.parse(kept(this.keptAs) || "{}");
-      this.area.value = text;
+      setText(this.area, text);
       Object.assign(this, { before, answerId });
     } catch {
       // Not ours.

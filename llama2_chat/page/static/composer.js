@@ -1,6 +1,7 @@
 // The box in which messages are typed, its buttons, and the gauge of the context window below it.
 
 import { h, icon } from "./dialog.js";
+import { setText, watchDirection } from "./direction.js";
 import { focusBox } from "./focus.js";
 import { T } from "./texts.js";
 
@@ -12,7 +13,7 @@ export class Composer {
    *   onInput(text) */
   constructor(element, handlers) {
     this.handlers = handlers;
-    this.area = h("textarea", { "aria-label": T.box.label, placeholder: T.box.hint, rows: 1, dir: "auto", enterkeyhint: "enter" });
+    this.area = h("textarea", { "aria-label": T.box.label, placeholder: T.box.hint, rows: 1, enterkeyhint: "enter" });
     const button = (path, name, more) => h("button", { "aria-label": name, title: name, ...more }, icon(path));
     this.send = button(SEND, T.box.send, { type: "submit", class: "primary send" });
     this.stop = button(STOP, T.box.stop, { type: "button", class: "primary send stop", onclick: () => this._stop() });
@@ -22,6 +23,7 @@ export class Composer {
     const form = h("form", { class: "box" }, this.area, this.stop, this.send);
     element.append(form, h("div", { class: "below" }, this.gauge, this.note));
     form.addEventListener("submit", (event) => (event.preventDefault(), this._submit()));
+    watchDirection(this.area);
     this.area.addEventListener("keydown", (event) => this._key(event));
     this.area.addEventListener("input", () => this._typed());
     this.running = false;
@@ -33,7 +35,7 @@ export class Composer {
   }
 
   set text(value) {
-    this.area.value = value;
+    setText(this.area, value);
     this._fit();
     this._face();
   }

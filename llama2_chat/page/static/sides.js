@@ -5,7 +5,7 @@ import { focusInto, holdFocus, returnFocus } from "./focus.js";
 import { keep, kept } from "./kept.js";
 import { T } from "./texts.js";
 
-const NARROW = matchMedia("(max-width: 899px)"); // as in page.css
+const NARROW = matchMedia("(max-width: 899px)"); // as in screens.css
 const KEPT = "llama2-chat.settings-open";
 const LABELS = { sidebar: T.sidebar.label, settings: T.settings.title };
 const BESIDE = { sidebar: null, settings: "region" }; // roles; in the sidebar stands a navigation
