@@ -41,6 +41,7 @@ COMPILE_CPU_S = 1  # ordinary schemas take a millisecond, and Python's start a t
 COMPILE_WALL_S = 10  # of a computer that is busy with other things
 COMPILE_BYTES = 2**28  # of addresses, of which a heap takes some for itself
 COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what passes has room to spare here
+SPARE_AFTER_S = 1  # when the answer that waited for this one's grammar has had its first token
 KEPT_CHARACTERS = 2**25  # of grammars and what they were translated to
 # As Python writes JSON. Where any whitespace is allowed, a small model can emit it until max_new_tokens. Which
 # alternatives of a oneOf exclude each other, Rewriter has seen to.
@@ -132,8 +133,9 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-    with contextlib.suppress(OSError):  # too many processes, say
-        _spare.append(_start())
+    later = threading.Timer(SPARE_AFTER_S, _start_spare)
+    later.daemon = True
+    later.start()
     if process.returncode:
         return Tried(error=too_complex(spec.kind))
     result = json.loads(written)
@@ -141,6 +143,17 @@ def _try_apart(spec: GrammarSpec) -> Tried:
 
 
 _spare: list[subprocess.Popen[bytes]] = []  # one that waits for a grammar: Python takes a tenth of a second to start
+
+
+def _start_spare() -> None:
+    if not _one_at_a_time.acquire(blocking=False):  # who is trying a grammar comes back here
+        return
+    try:
+        if not _spare:
+            with contextlib.suppress(OSError):  # too many processes, say
+                _spare.append(_start())
+    finally:
+        _one_at_a_time.release()
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -19,6 +19,7 @@ from llama2_chat.errors import BadGrammar, Busy
 from llama2_chat.types import GrammarSpec, SamplingParams
 from tests.support.serving import busy
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped
+from tests.support.waiting import until
 
 PERSON = {
     "type": "object",
@@ -381,9 +382,11 @@ def test_many_who_come_together_to_a_cold_start_are_all_answered(chat):
     assert [allowed(each, len(chat.serving.tokenizer)) for each in made] == [allowed(made[0], 49152)] * 8
 
 
-def test_the_process_for_the_next_grammar_is_started_beforehand():
+def test_the_process_for_the_next_grammar_is_started_beforehand(monkeypatch):
+    monkeypatch.setattr(try_grammar, "SPARE_AFTER_S", 0.2)
     specs = [GrammarSpec("regex", f"started beforehand {n}") for n in range(2)]
     try_grammar.tried(specs[0], 40)
+    until(lambda: try_grammar._spare)
     (waiting,) = try_grammar._spare
     assert waiting.poll() is None
     assert try_grammar.tried(specs[1], 40).error == ""
