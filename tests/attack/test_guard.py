@@ -7,9 +7,8 @@ import pytest
 from gradio_client import Client
 
 from llama2_chat.page.guard import TAKES_NO_FILES, names_a_file
+from tests.support.programs import GRADIO_SETTINGS
 from tests.support.serving import serving
-
-SETTINGS = ["", 8, 0.0, 0.9, 50, 1.1, ""]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +38,14 @@ def last_event(http, data, api="chat"):
 )
 def test_the_server_fetches_nothing_for_a_visitor(http, canary, wrap):
     # Any address in the shape of Gradio's FileData was downloaded into the server's memory and onto its disk.
-    answer = last_event(http, [wrap(file_data(canary.url)), *SETTINGS])
+    answer = last_event(http, [wrap(file_data(canary.url)), *GRADIO_SETTINGS])
     assert TAKES_NO_FILES in answer
     assert canary.requested == []
 
 
 def test_a_text_about_files_is_a_text(http):
     assert not names_a_file(["What is a path, a url, a meta?", [{"role": "user", "content": '{"meta": 1}'}]])
-    assert "event: complete" in last_event(http, ["What is gradio.FileData?", *SETTINGS])
+    assert "event: complete" in last_event(http, ["What is gradio.FileData?", *GRADIO_SETTINGS])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_of_gradios_routes_there_are_only_those_that_the_page_needs(http, method
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("run/chat", {"data": ["Hi", *SETTINGS]}),
+        ("run/chat", {"data": ["Hi", *GRADIO_SETTINGS]}),
         ("run/predict", {"data": ["Hi"]}),
         ("run/predict", {"data": [], "fn_index": 999}),
         ("run/nothing", {"data": []}),

@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from llama2_chat.prompt.codec import codec_of
+from tests.support.programs import GRADIO_SETTINGS
 from tests.support.serving import serving
 
 MEGABYTES = "word " * 1_800_000
-SETTINGS = ["", 8, 0.0, 0.9, 50, 1.1, ""]
 QUESTION = {"messages": [{"role": "user", "content": MEGABYTES}]}
 
 
@@ -61,7 +61,7 @@ def test_the_api_refuses_megabytes_unread(http, unread, path, body):
 )
 def test_gradios_api_refuses_megabytes_unread(http, unread, text):
     # Four of them took 5 GB, and everybody else waited.
-    event_id = http.post("/gradio_api/call/chat", json={"data": [text, *SETTINGS]}).json()["event_id"]
+    event_id = http.post("/gradio_api/call/chat", json={"data": [text, *GRADIO_SETTINGS]}).json()["event_id"]
     assert "maximum context length" in http.get(f"/gradio_api/call/chat/{event_id}").text
 
 
@@ -100,5 +100,5 @@ def test_forty_long_messages_leave_no_memory_behind(settings, tmp_path):
 
 
 def send(http, text):
-    event_id = http.post("/gradio_api/call/chat", json={"data": [text, *SETTINGS]}).json()["event_id"]
+    event_id = http.post("/gradio_api/call/chat", json={"data": [text, *GRADIO_SETTINGS]}).json()["event_id"]
     return http.get(f"/gradio_api/call/chat/{event_id}").text

@@ -7,10 +7,9 @@ import httpx
 import pytest
 
 from llama2_chat.page import answering
+from tests.support.programs import GRADIO_SETTINGS
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
-
-SETTINGS = ["", 8, 0.0, 0.9, 50, 1.1, ""]
 
 
 class Endless(Scripted):
@@ -52,7 +51,7 @@ def http(endless, settings):
 
 
 def ask(http, text):
-    return http.post("/gradio_api/call/chat", json={"data": [text, *SETTINGS]}).json()["event_id"]
+    return http.post("/gradio_api/call/chat", json={"data": [text, *GRADIO_SETTINGS]}).json()["event_id"]
 
 
 def wait_until(condition):

@@ -12,6 +12,8 @@ from tests.support.waiting import until
 
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 HELLO = [{"role": "user", "content": "Say hello."}]
+# What Gradio's API takes of /chat after the message, in its order: the settings on the page, with short answers.
+GRADIO_SETTINGS = ["", 8, 0.0, 0.9, 50, 1.1, "", False, 5]
 TALK = [*HELLO, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "And in French?"}]
 
 
