@@ -308,8 +308,8 @@ def test_a_folder_of_gguf_files_is_met_with_the_same(tmp_path):
 @pytest.mark.slow
 def test_no_more_than_a_layer_is_in_memory_at_a_time(tmp_path):
     # Of 13B, 1.3 layers are 0.8 GB; read whole it was 26.
-    said = params(dim=2048, n_heads=16)
-    folder = save_metas(tmp_path / "llama-2-7b", whole_model(said, ROWS, inner=5632), said, files=2)
+    said = params(dim=2560, n_heads=20)
+    folder = save_metas(tmp_path / "llama-2-7b", whole_model(said, ROWS, inner=6912), said, files=2)
     command = [sys.executable, "-m", "tests.support.converting", folder, tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout.splitlines()[-1])
