@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from llama2_chat import ROOT
+
+# What Python needs to start and to find its packages, and nothing that may be a secret. The last two: where
+# pip install --user puts them.
+VARIABLES = (
+    *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "SYSTEMROOT", "LD_LIBRARY_PATH"),
+    *("PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "PYTHONUTF8", "HOME", "APPDATA"),
+)
+
+
+def python_environment() -> dict[str, str]:
+    """The variables for a process that reads what strangers sent: no HF_TOKEN, no API_KEY."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def python_command(function: str) -> list[str]:

@@ -26,6 +26,7 @@ TAIL = (
     "Answer the question from the excerpts, and name those that you use by their numbers, such as [1]. "
     "If they do not say it, say so."
 )
+NO_EXCERPT = "(no excerpt matches)"
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,15 @@ def quote(
     pages = shelf.pages(ids, LETTERS_A_TOKEN * 2 * window)
     if pages and _fits(chat, whole := quoted(pages), params, trim=False, room=window // 2):
         return whole
-    chunks = _affordable(chat, search(shelf, query_of(messages), ids, MOST_EXCERPTS), int(SHARE * window))
+    found = search(shelf, query_of(messages), ids, MOST_EXCERPTS)
+    chunks = _affordable(chat, found, int(SHARE * window))
     while chunks and not _fits(chat, quoted(chunks), params, trim, room=window):
         chunks.pop()
-    return quoted(chunks) if chunks else Quoted(messages, ())
+    if chunks:
+        return quoted(chunks)
+    # Without a word of the documents the model would answer as if none had been named.
+    unanswered = bool(ids) and not found and _fits(chat, quoted(()), params, trim, room=window)
+    return quoted(()) if unanswered else Quoted(messages, ())
 
 
 def query_of(messages: Sequence[Message]) -> str:
@@ -94,7 +100,7 @@ def _check_readable(documents: Sequence[Document]) -> None:
 
 def _with_excerpts(question: str, sources: Sequence[Source]) -> str:
     excerpts = [f"[{each.number}] {each.name}, page {each.page}:\n{each.text}" for each in sources]
-    return "\n\n".join([HEAD, *excerpts, TAIL, question])
+    return "\n\n".join([HEAD, *(excerpts or [NO_EXCERPT]), TAIL, question])
 
 
 def _affordable(chat: ChatBackend, chunks: Sequence[Chunk], tokens: int) -> list[Chunk]:

@@ -24,12 +24,13 @@ from filelock import FileLock
 
 from llama2_chat.documents.parsing import NICE, parse
 from llama2_chat.documents.store import Document, Shelf
-from llama2_chat.errors import ChatError, NoRoom, NotHere
+from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
 
 log = logging.getLogger("llama2_chat")
 
 FREE_BYTES = 500_000_000  # that the disk keeps free
 MAX_FILE_BYTES = 50_000_000
+RETRY_S = 10.0  # after a lock or a full disk, which pass
 VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept after its last upload
 
 
@@ -113,8 +114,19 @@ class Library:
                     self._read(*job)
             except NotHere:
                 pass  # deleted meanwhile
+            except (Busy, NoRoom, OSError) as error:
+                log.warning("A document is read later: %s", error)
+                self._waiting.put(job)
+                self._closing.wait(RETRY_S)
             except Exception:
                 log.exception("A document could not be indexed")
+                self._give_up(*job)
+
+    def _give_up(self, shelf: Shelf, id: str) -> None:
+        try:
+            shelf.finish(id, "This file could not be read.")
+        except (ChatError, OSError, sqlite3.Error):
+            log.exception("A document stays unread until the next start")
 
     def _read(self, shelf: Shelf, id: str) -> None:
         document = shelf.get(id)
@@ -124,7 +136,7 @@ class Library:
         try:
             with self._original(shelf, id) as file:
                 self._read_pages(shelf, document, file)
-        except NotHere:
+        except (NotHere, Busy, NoRoom):
             raise
         except ChatError as problem:
             error = str(problem)

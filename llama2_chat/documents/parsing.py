@@ -20,7 +20,7 @@ from typing import IO, Any
 from llama2_chat.documents.chunks import chunks_of, page_text
 from llama2_chat.documents.texts import MAX_CHARACTERS, TOO_MUCH_TEXT
 from llama2_chat.errors import ChatError
-from llama2_chat.process import python_command
+from llama2_chat.process import python_command, python_environment
 
 PAGE_CPU_S = 8.0  # to open a file, and for each page; a page takes some ms
 TOTAL_CPU_S = 300
@@ -48,7 +48,8 @@ def parse(file: IO[bytes], name: str, first: int = 1) -> Generator[ParsedPage, N
     """
     file.seek(0)
     command = [*python_command(f"{__name__}:parse_here"), name, str(first)]
-    process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pipe, devnull, env = subprocess.PIPE, subprocess.DEVNULL, python_environment()
+    process = subprocess.Popen(command, stdin=file, stdout=pipe, stderr=devnull, env=env)
     assert process.stdout is not None
     seen = 0
     try:

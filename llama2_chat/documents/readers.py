@@ -58,6 +58,8 @@ def read(stream: BinaryIO, name: str, first: int) -> Reading:
 
 
 def _listed(pages: list[Page], first: int) -> Reading:
+    if len(pages) > MAX_PAGES:
+        raise ChatError(f"This file has {len(pages):,} pages. Up to {MAX_PAGES:,} can be read.")
     return Reading(len(pages), iter(pages[first - 1 :]))
 
 

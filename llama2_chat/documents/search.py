@@ -9,14 +9,20 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 
 from llama2_chat.documents.store import Chunk, Shelf
 
 CANDIDATES = 50  # of each ranking
 RANK_CONSTANT = 5  # of reciprocal rank fusion; 60, which is usual with many rankings, found less with two
 MAX_WORDS = 64  # of a question: a long text would be searched for minutes
+LONGEST_WORD = 40  # letters of it that are searched for
+MAX_LETTERS = 1_000  # of all that is searched for in one index: SQLite takes memory and time for each
 SHORTEST = 3  # letters that a trigram has
+MAX_PAIRS = 8  # of letters, for which all chunks are looked through
+# Thai, Chinese, Japanese and others that write no blanks between words, with Korean, which glues them together.
+UNSPACED = re.compile("[\u0e00-\u0e7f\u2e80-\U0010ffff]+")
 
 # Words that say nothing about what is asked, in the languages that most visitors write.
 _FUNCTION_WORDS = """
@@ -44,10 +50,14 @@ def content_words(text: str) -> list[str]:
 
 def search(shelf: Shelf, query: str, ids: Sequence[str], limit: int = 5) -> list[Chunk]:
     """The chunks of these documents that fit the query best, best first."""
-    words = _shortened(words_of(query))
-    stems = list(dict.fromkeys(stem for word in words if len(stem := _stem(word)) >= SHORTEST))
+    words = [word[:LONGEST_WORD] for word in _shortened(words_of(query))]
+    spaced = _shortened(words_of(UNSPACED.sub(" ", query)))
+    stems = [stem for word in spaced if len(stem := _stem(word[:LONGEST_WORD])) >= SHORTEST]
+    parts = _capped([*stems, *_trigrams(query)])
+    pairs = [run for run in _unspaced(query) if len(run) == SHORTEST - 1][:MAX_PAIRS]
     with shelf.reading() as db:
-        rankings = [_ranking(db, "words", words, ids), _ranking(db, "trigrams", stems, ids)]
+        rankings = [_ranking(db, "words", _capped(words), ids), _ranking(db, "trigrams", parts, ids)]
+        rankings.append(_with_pairs(db, pairs, ids))
         return [_chunk(db, id) for id in fused(rankings)[:limit]]
 
 
@@ -64,6 +74,35 @@ def _shortened(words: list[str]) -> list[str]:
     return words if len(words) <= MAX_WORDS else [word for word in words if word not in FUNCTION_WORDS][:MAX_WORDS]
 
 
+def _capped(terms: Iterable[str]) -> list[str]:
+    """The first of the different terms that have MAX_LETTERS together."""
+    capped, left = [], MAX_LETTERS
+    for term in dict.fromkeys(terms):
+        left -= len(term)
+        if left < 0:
+            break
+        capped.append(term)
+    return capped
+
+
+def _unspaced(text: str) -> list[str]:
+    """Runs of letters that have no blanks between words, with their vowel signs, of as much text as is searched for."""
+    runs: list[str] = []
+    left = MAX_LETTERS
+    for match in UNSPACED.finditer(text):
+        run = match[0][:left]
+        left -= len(run)
+        runs += "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in run).split()
+        if not left:
+            break
+    return list(dict.fromkeys(runs))
+
+
+def _trigrams(text: str) -> Iterator[str]:
+    for run in _unspaced(text):
+        yield from (run[start : start + SHORTEST] for start in range(len(run) - SHORTEST + 1))
+
+
 def _stem(word: str) -> str:
     """Most languages change words at their end, and German glues them together: this is found within others."""
     return word[:-2] if len(word) >= 7 else word
@@ -78,6 +117,18 @@ def _ranking(db: sqlite3.Connection, index: str, terms: list[str], ids: Sequence
         f"AND document IN (SELECT value FROM json_each(?)) ORDER BY {index}.rank LIMIT {CANDIDATES}"
     )
     return [id for (id,) in db.execute(query, (match, json.dumps(list(ids))))]
+
+
+def _with_pairs(db: sqlite3.Connection, pairs: list[str], ids: Sequence[str]) -> list[int]:
+    """Words of two letters, too short for trigrams: the chunks with most of them."""
+    if not pairs:
+        return []
+    count = " + ".join(["(instr(text, ?) > 0)"] * len(pairs))
+    query = (
+        f"SELECT id, {count} AS hits FROM chunks WHERE document IN (SELECT value FROM json_each(?)) AND hits "
+        f"ORDER BY hits DESC, id LIMIT {CANDIDATES}"
+    )
+    return [id for id, _ in db.execute(query, (*pairs, json.dumps(list(ids))))]
 
 
 def _chunk(db: sqlite3.Connection, id: int) -> Chunk:

@@ -23,7 +23,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from llama2_chat.engine.json_schema import Rewriter
 from llama2_chat.errors import Busy
-from llama2_chat.process import python_command
+from llama2_chat.process import python_command, python_environment
 from llama2_chat.types import GrammarKind, GrammarSpec
 
 # What one answer may take, in llguidance's units: some 10 ms of a core for a token and 30 MB. Its speed does not need
@@ -159,7 +159,8 @@ def _start_spare() -> None:
 def _start() -> subprocess.Popen[bytes]:
     """It ends by itself when this process does, for then it gets no grammar."""
     command, pipe = python_command(f"{__name__}:try_grammar"), subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    env = python_environment()
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env)
 
 
 @atexit.register

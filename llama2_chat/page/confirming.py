@@ -24,6 +24,8 @@ class Confirming:
         with self._lock:
             if self._closed:
                 return False
+            if self._waiting:  # the agent no longer waits for it, but its thread does
+                self._waiting[2].set_result(False)
             self._waiting = (next(self._numbers), call, allowed)
         return allowed.result()
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.types import Message
@@ -25,6 +25,7 @@ from llama2_chat.server.owners import Owners
 
 MOST_UPLOADS = 16  # of one address, which are received one after another
 FORM_BYTES = 100_000  # around the file
+LARGEST_PAGE = 1_000_000  # number of one; far more than a document may have
 PURPOSES = ("user_data", "assistants")
 STATUS: dict[State, str] = {"waiting": "uploaded", "ready": "processed", "failed": "error"}
 TOO_LARGE = f"A file may have {MAX_FILE_BYTES / 1e6:g} MB."
@@ -82,7 +83,7 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
         return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
     @router.get(prefix + "/files/{id}/pages/{page}")
-    def page(id: str, page: int, request: Request) -> dict[str, Any]:
+    def page(id: str, page: Annotated[int, Path(ge=0, le=LARGEST_PAGE)], request: Request) -> dict[str, Any]:
         document = _one(id, request)
         text = library.shelf(owners.owner(request) or "").page(id, page)
         return {"object": "file.page", "file_id": id, "filename": document.name, "page": page, "text": text}
@@ -101,7 +102,7 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
 
 
 def is_upload(method: str, path: str) -> bool:
-    return method == "POST" and path in ("/v1/files", "/page/files")
+    return method == "POST" and path == "/v1/files"
 
 
 def _file_object(library: Library, document: Document) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def _limited(request: Request) -> Request:
     async def receive() -> Message:
         nonlocal received
         message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "client_left", "The reader left before the whole file was here.")
         received += len(message.get("body", b""))
         if received > MAX_FILE_BYTES + FORM_BYTES:
             raise ApiError(413, "request_too_large", TOO_LARGE, "file")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from llama2_chat.documents.asking import HEAD, query_of, quote
+from llama2_chat.documents.asking import HEAD, NO_EXCERPT, TAIL, query_of, quote
 from llama2_chat.documents.library import Library
 from llama2_chat.errors import ChatError, NotHere
 from llama2_chat.prompt import encode
@@ -77,6 +77,13 @@ def test_a_document_that_fits_is_offered_whole(shelf, chat):
     id = kept(shelf, *TEXTS)
     quoted = quote(chat, shelf, [id], said("What is this all about?"), PARAMS, trim=True)
     assert [source.text for source in quoted.sources] == TEXTS
+
+
+def test_where_no_excerpt_matches_the_model_is_told_so(shelf, chat):
+    id = kept(shelf, *LONG)
+    quoted = quote(chat, shelf, [id], said("Zyzzyva xylograph?"), PARAMS, trim=True)
+    assert quoted.sources == ()
+    assert quoted.messages[0]["content"] == "\n\n".join([HEAD, NO_EXCERPT, TAIL, "Zyzzyva xylograph?"])
 
 
 @pytest.mark.parametrize("counts", [True, False])

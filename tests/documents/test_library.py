@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from llama2_chat.documents import library as module
+from llama2_chat.documents import parsing
 from llama2_chat.documents.chunks import chunks_of
 from llama2_chat.documents.library import Library
 from llama2_chat.documents.parsing import ParsedPage, parse
-from llama2_chat.documents.search import search
-from llama2_chat.errors import ChatError, NoRoom, NotHere
+from llama2_chat.documents.search import MAX_LETTERS, search
+from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
 from tests.support.files import pdf
 from tests.support.waiting import until
 
@@ -68,6 +69,31 @@ def test_a_page_is_found_by_other_forms_of_its_words_by_parts_of_them_and_withou
 @pytest.mark.parametrize("query", ['"', "AND OR NOT", "text:*", "a" * 100_000, "x " * 10_000, "", "?!", "\x00", "漢字"])
 def test_whatever_is_searched_for_is_words_and_no_query_language(shelf, query):
     pages_found(shelf, query, kept(shelf, *TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("東京の人口は千四百万人である。", "東京の人口を教えてください"),
+        ("那座灯塔建于一八七四年。", "灯塔建于哪一年？"),
+        ("首都是北京。", "北京"),
+        ("ประภาคารสร้างขึ้นด้วยหินแกรนิต", "สร้างขึ้นเมื่อไร"),
+    ],
+    ids=["japanese", "chinese", "two letters", "thai"],
+)
+def test_sentences_without_blanks_are_found(shelf, text, query):
+    id = kept(shelf, *TEXTS, text)
+    assert pages_found(shelf, query, id) == [4]
+
+
+@pytest.mark.parametrize("query", ["b" * 1_000_000, " ".join(f"{n:05}" * 8 for n in range(60)), "漢字" * 500_000])
+def test_only_so_many_letters_of_a_query_are_searched_for(shelf, query, monkeypatch):
+    asked = []
+    monkeypatch.setattr("llama2_chat.documents.search._ranking", lambda _, index, terms, ids: asked.append(terms) or [])
+    pages_found(shelf, query, kept(shelf, *TEXTS))
+    assert len(asked) == 2
+    assert all(sum(map(len, terms)) <= MAX_LETTERS for terms in asked)
+    assert max(len(term) for terms in asked for term in terms) <= 40
 
 
 def test_only_the_documents_that_are_named_are_searched(shelf):
@@ -166,6 +192,46 @@ def test_reading_goes_on_after_the_last_page_that_was_kept(library, shelf, monke
     until(lambda: shelf.get(document.id).state == "ready")
     assert [chunk.page for chunk in shelf.pages([document.id])] == [1, 2, 3]
     assert sorted(pages_found(shelf, "the lighthouse keeper Hauptstadt", document.id)) == [1, 2, 3]
+
+
+def test_a_document_waits_for_a_lock_or_a_full_disk_to_pass(library, shelf, monkeypatch):
+    faults = [Busy("Locked."), NoRoom("Full."), OSError("No such thing.")]
+    add_page = type(shelf).add_page
+
+    def faulty(*args):
+        if faults:
+            raise faults.pop()
+        return add_page(*args)
+
+    monkeypatch.setattr(type(shelf), "add_page", faulty)
+    monkeypatch.setattr(module, "RETRY_S", 0)
+    monkeypatch.setattr(module, "parse", lambda file, name, first: parsed(*TEXTS))
+    id = library.add("login anna", io.BytesIO(b"x"), "a.txt", "user_data").id
+    until(lambda: shelf.get(id).state != "waiting")
+    assert (faults, shelf.get(id).state, shelf.get(id).pages_done) == ([], "ready", 3)
+
+
+def test_whatever_goes_wrong_a_document_does_not_stay_unread(library, shelf, monkeypatch):
+    monkeypatch.setattr(module, "parse", lambda *_: {}["no such key"])
+    id = library.add("login anna", io.BytesIO(b"x"), "a.txt", "user_data").id
+    until(lambda: shelf.get(id).state != "waiting")
+    assert (shelf.get(id).state, shelf.get(id).error) == ("failed", "This file could not be read.")
+
+
+def test_the_process_that_reads_a_file_knows_no_secrets(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "sesame")
+    monkeypatch.setenv("API_KEY", "sesame")
+    started = {}
+
+    def start(*args, **kwargs):
+        started.update(kwargs)
+        raise NotHere
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(NotHere):
+        next(parsing.parse(io.BytesIO(b"x"), "a.txt"))
+    assert "sesame" not in started["env"].values()
+    assert started["env"]["PATH"] == os.environ["PATH"]
 
 
 def test_only_whoever_runs_the_server_may_read_its_files(library, shelf):

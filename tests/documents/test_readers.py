@@ -49,6 +49,37 @@ def test_a_web_page_is_read_as_it_is_shown():
     assert text == "T\n\nOne two.\n\na | b\n1 | 2"
 
 
+def test_a_table_in_a_table_takes_nothing_from_it():
+    file = b"<table><tr><td>a<td>b<tr><td>c<table><tr><td>x<tr><td>y</table><td>d</table><p>End."
+    (text,) = texts(file, "a.html")
+    assert text == "x\ny\n\na | b\nc | d\n\nEnd."
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("<p hidden>no <b>no<p>One.", "One."),
+        ("<p hidden>no<h2>One.</h2>Two.", "One.\n\nTwo."),
+        ("<ul><li style='display:none'>no<li>One.</ul>", "One."),
+        ("<ul><li hidden>no<p>no</ul>One.", "One."),
+        ("<ul><li hidden>no<ul><li>no</ul>no<li>One.</ul>", "One."),
+        ("<table><tr hidden><td>no<td>no<tr><td>One.</table>", "One."),
+        ("<table><tr><td hidden>no</table>One.", "One."),
+        ("<div hidden><p>no<p>no</div>One.", "One."),
+    ],
+)
+def test_what_is_hidden_ends_where_a_browser_ends_it(file, shown):
+    (text,) = texts(file.encode(), "a.html")
+    assert text == shown
+
+
+def test_a_file_with_too_many_pages_is_refused_whatever_it_is(monkeypatch):
+    monkeypatch.setattr("llama2_chat.documents.readers.MAX_PAGES", 2)
+    for content, name in ((b"\f".join([b"x"] * 3), "a.txt"), (docx("1", PAGE_BREAK, "2", PAGE_BREAK, "3"), "a.docx")):
+        with pytest.raises(ChatError, match="has 3 pages"):
+            pages(content, name)
+
+
 def test_rows_of_a_table_stand_under_their_header_in_every_chunk():
     (table,) = pages(b"name;city\n" + b"Anna;Paris\n" * 200, "a.csv")
     chunks = chunks_of(table.blocks)

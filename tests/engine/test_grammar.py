@@ -425,3 +425,11 @@ def test_a_schema_waits_in_line_like_any_other_question(chat):
         reply = chat.stream_reply(ANNA, LIKELIEST)
         assert reply.queue_position == 1
     assert follows("".join(reply), PERSON)
+
+
+def test_the_process_that_tries_a_grammar_knows_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "sesame")
+    started = {}
+    monkeypatch.setattr(try_grammar.subprocess, "Popen", lambda *args, **kwargs: started.update(kwargs))
+    try_grammar._start()
+    assert "sesame" not in started["env"].values()

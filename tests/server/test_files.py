@@ -1,15 +1,17 @@
 """Documents over HTTP: two visitors on every route, uploads that are too large, and answers with their sources."""
 
+import asyncio
 import json
 from dataclasses import replace
 
 import openai
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from llama2_chat.documents.library import Library
 from llama2_chat.server import files as module
+from llama2_chat.server.errors import ApiError
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
@@ -81,6 +83,27 @@ def test_a_file_is_uploaded_listed_asked_about_and_deleted(site):
     assert anna.delete(f"/v1/files/{id}").json() == {"id": id, "object": "file", "deleted": True}
     assert anna.get("/v1/files").json()["data"] == []
     assert ask(anna, id).status_code == 404
+
+
+def test_a_page_of_any_number_is_asked_for_without_an_error_of_the_server(site, still):
+    anna = site.visitor()
+    id = uploaded(anna).json()["id"]
+    for page, status in (("9" * 20, 400), ("-1", 400), ("0", 404), ("1000000", 404)):
+        assert anna.get(f"/v1/files/{id}/pages/{page}").status_code == status
+
+
+def test_a_sender_who_leaves_during_an_upload_is_no_error_of_the_server(site):
+    (route,) = [each for each in site.router.routes if each.path == "/v1/files" and "POST" in each.methods]
+    headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/files", "query_string": b"", "headers": headers}
+    messages = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    with pytest.raises(ApiError) as raised:
+        asyncio.run(route.endpoint(Request(scope | {"client": ("1.2.3.4", 5)}, receive), Response()))
+    assert (raised.value.status, raised.value.body["error"]["code"]) == (499, "client_left")
 
 
 def test_a_stream_ends_with_the_sources(site):
