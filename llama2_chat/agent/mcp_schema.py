@@ -6,6 +6,7 @@ description that makes no sense at all becomes any object.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ LIMITS = ("minimum", "maximum")
 MOST_NODES = 200
 MOST_CHOICES = 100
 MOST_COUNTED = 1_000
+MOST_CHARACTERS = 20_000  # of all of it in JSON
+LARGEST = 1e15  # a limit of numbers; what is beyond, infinity above all, limits nothing
 WRITTEN = 300  # characters of the signature
 
 
@@ -23,9 +26,10 @@ def simplified(schema: Any) -> dict[str, Any]:
     """The same without references and rare words; ANY_OBJECT for what is no schema of an object."""
     try:
         simple = _Simplifier(schema).node(schema, ())
-    except (_NoSchema, RecursionError):
+        written = json.dumps(simple, allow_nan=False)
+    except (_NoSchema, RecursionError, TypeError, ValueError):
         return ANY_OBJECT
-    return simple if simple.get("type") == "object" else ANY_OBJECT
+    return simple if simple.get("type") == "object" and len(written) <= MOST_CHARACTERS else ANY_OBJECT
 
 
 def signature(schema: Mapping[str, Any]) -> str:
@@ -76,15 +80,18 @@ class _Simplifier:
             if type(schema.get(word)) is int and 0 <= schema[word] <= MOST_COUNTED:
                 simple[word] = schema[word]
         for word in LIMITS:
-            if type(schema.get(word)) in (int, float):
+            if type(schema.get(word)) in (int, float) and -LARGEST <= schema[word] <= LARGEST:
                 simple[word] = schema[word]
+        for least, most in (*zip(COUNTS[::2], COUNTS[1::2], strict=True), LIMITS):
+            if least in simple and most in simple and simple[least] > simple[most]:
+                raise _NoSchema
         if "items" in schema:
             simple["items"] = self.node(schema["items"], inside)
         properties = schema.get("properties")
         if isinstance(properties, dict):
             simple["properties"] = {name: self.node(value, inside) for name, value in properties.items()}
             required = schema.get("required", [])
-            simple["required"] = [name for name in required if name in properties] if isinstance(required, list) else []
+            simple["required"] = [name for name in properties if name in required] if isinstance(required, list) else []
             simple["additionalProperties"] = False
         return simple
 

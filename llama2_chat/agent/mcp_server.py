@@ -25,7 +25,9 @@ log = logging.getLogger("llama2_chat")
 START_S = 10.0  # to start, shake hands and list the tools
 CALL_S = 30.0
 RETRY_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # that a server is left alone after so many failures in a row
+MOST_TIMEOUTS = 3  # calls in a row without an answer, after which a server counts as hanging
 MOST_PAGES = 10  # of a list of tools
+GONE = "The tool's server has gone away. It is started again at the next use."
 T = TypeVar("T")
 
 
@@ -54,7 +56,7 @@ class McpServer:
         self._client: Any = None
         self._closing: asyncio.Event | None = None
         self._holding: asyncio.Task[None] | None = None
-        self._failures, self._not_before = 0, 0.0
+        self._failures, self._timeouts, self._not_before = 0, 0, 0.0
         self._closed = False
 
     def start(self) -> None:
@@ -88,15 +90,20 @@ class McpServer:
         except MCPError as error:
             if error.code <= -32600 or error.code >= -31999:  # of the protocol: the server is there, and refuses
                 raise ChatError(f"The tool's server refused the call: {error.message:.300}") from error
-            await self._failed(error)
-            raise ChatError("The tool's server has gone away. It is started again at the next use.") from error
+            await self._failed(error, client)
+            raise ChatError(GONE) from error
         except TimeoutError as error:
-            await self._failed(error)
+            self._timeouts += 1
+            if self._timeouts >= MOST_TIMEOUTS:
+                await self._failed(error, client)
             raise ChatError(f"The tool's server did not answer within {CALL_S:g} seconds.") from error
-        except Exception as error:
-            await self._failed(error)
+        except (ValueError, RuntimeError) as error:  # pydantic's and the library's, about this one answer
+            log.warning("The MCP server %s: %s", self.spec.name, _reason(error))
             raise ChatError("The tool's server answered with something that is no answer.") from error
-        self._failures = 0
+        except Exception as error:
+            await self._failed(error, client)
+            raise ChatError(GONE) from error
+        self._failures = self._timeouts = 0
         text = _text_of(result)
         if result.is_error:
             raise ChatError(f"The tool failed: {text[:500] or 'it does not say why.'}")
@@ -113,7 +120,7 @@ class McpServer:
                 async with asyncio.timeout(START_S):
                     await self._connect()
             except Exception as error:
-                await self._failed(error)
+                await self._failed(error, self._client)
                 raise ChatError("The tool's server cannot be reached.") from error
             return self._client
 
@@ -137,8 +144,11 @@ class McpServer:
             else:
                 ready.set_exception(error if isinstance(error, Exception) else ConnectionError())
 
-    async def _failed(self, error: Exception) -> None:
-        self._failures += 1
+    async def _failed(self, error: Exception, client: Any) -> None:
+        """client: the one that failed. Where another has taken its place, whoever uses that one shall keep it."""
+        if client is not self._client:
+            return
+        self._failures, self._timeouts = self._failures + 1, 0
         wait_s = RETRY_S[min(self._failures, len(RETRY_S)) - 1]
         self._not_before = time.monotonic() + wait_s
         why = _reason(error)
@@ -148,11 +158,12 @@ class McpServer:
     async def _drop(self) -> None:
         """Leave the connection, which ends the process of a server that was started, and wait for neither."""
         self._client = None
-        if self._holding and self._closing:
-            self._closing.set()
-            done, _ = await asyncio.wait([self._holding], timeout=1)
+        holding, closing = self._holding, self._closing  # others may connect anew meanwhile
+        if holding and closing:
+            closing.set()
+            done, _ = await asyncio.wait([holding], timeout=1)
             if not done:
-                self._holding.cancel()
+                holding.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -69,8 +69,14 @@ class McpTools:
             server.close()
 
     def __iter__(self) -> Iterator[McpTool]:
-        for server in self._servers:
-            yield from self._tools.get(server.spec.name, ())
+        """Of two with the same name, the first: git_hub_search may be of a server git, or of another git_hub."""
+        offered: dict[str, McpTool] = {}
+        for tool in self._all():
+            offered.setdefault(tool.name, tool)
+        return iter(offered.values())
+
+    def _all(self) -> list[McpTool]:
+        return [tool for server in self._servers for tool in self._tools.get(server.spec.name, ())]
 
     def _taker(self, spec: McpServerSpec) -> Any:
         def take(listed: list[Any]) -> None:
@@ -79,6 +85,11 @@ class McpTools:
             if len(tools) < len(listed):
                 log.warning("Of the MCP server %s, %d tools are left out", spec.name, len(listed) - len(tools))
             self._tools[spec.name] = [*tools.values()]
+            offered = [*self]
+            for tool in self._all():
+                if tool not in offered:
+                    owner = tool.server.spec.name
+                    log.warning("The MCP tool %s of %s is left out: another has its name", tool.name, owner)
 
         return take
 

@@ -6,11 +6,13 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama2_chat.agent import Agent, McpServerSpec, McpTools, mcp_server, read_mcp_servers
 from llama2_chat.agent.mcp_schema import ANY_OBJECT, signature, simplified
+from llama2_chat.agent.mcp_server import EventLoop, McpServer
 from llama2_chat.agent.steps import write
 from llama2_chat.errors import ChatError
 from tests.support.scripted import Scripted, ScriptedChat
@@ -97,11 +99,89 @@ def test_a_schema_loses_references_and_rare_words_and_is_told_in_short():
         },
         {"type": "object", "properties": {"a": {"type": ["string", {}]}}},
         {"type": "object", "properties": {str(number): {} for number in range(500)}},
+        {"type": "object", "properties": {"a": {"enum": ["x" * 1_000_000]}}},
+        {"type": "object", "properties": {"a": {"const": float("inf")}}},
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}},
     ],
-    ids=["none", "no object", "type", "no such place", "recursive", "types", "large"],
+    ids=["none", "no object", "type", "no such place", "recursive", "types", "large", "long", "infinite", "none fits"],
 )
 def test_a_schema_that_cannot_be_followed_is_any_object(schema):
     assert simplified(schema) == ANY_OBJECT
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("-inf"), float("nan"), 10**400])
+def test_what_is_no_limit_and_no_name_is_left_out_of_a_schema(limit):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "number", "minimum": limit, "maximum": limit}},
+        "required": [["a"], {}, "b", "a"],
+    }
+    simple = simplified(schema)
+    assert (simple["properties"], simple["required"]) == ({"a": {"type": "number"}}, ["a"])
+
+
+def test_of_two_tools_with_the_same_name_the_second_is_left_out_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    tools = McpTools([McpServerSpec("git", command="x"), McpServerSpec("git_hub", command="x")])
+
+    def listed(name):
+        return SimpleNamespace(name=name, description="", title=None, input_schema={"type": "object"})
+
+    for server, names in zip(tools._servers, (["hub_search", "a.b", "a_b", "x" * 80], ["search"]), strict=True):
+        server._on_tools([*map(listed, names)])
+    names = [tool.name for tool in tools]
+    assert names == ["git_hub_search", "git_a_b", f"git_{'x' * 60}"]
+    assert next(iter(tools)).server.spec.name == "git"
+    assert "git_hub_search of git_hub is left out" in caplog.text
+    Agent(ScriptedChat(), [*tools], confirm=lambda call: True)
+
+
+class Client:
+    """Of a server, whose calls end as they are told to."""
+
+    def __init__(self, *faults):
+        self.faults = [*faults]
+
+    async def call_tool(self, tool, arguments):
+        raise self.faults.pop(0)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("mcp")
+    return McpServer(McpServerSpec("test", command="x"), EventLoop(), lambda tools: None)
+
+
+def called(server):
+    with pytest.raises(ChatError) as raised:
+        server.call("tool", {})
+    return str(raised.value)
+
+
+def test_what_is_wrong_with_one_answer_ends_one_step_and_not_the_server(server):
+    server._client = client = Client(TimeoutError(), ValueError("output"), RuntimeError("schema"), TimeoutError())
+    for sentence in ("did not answer", "no answer", "no answer", "did not answer"):
+        assert sentence in called(server)
+        assert server._client is client
+    client.faults = [TimeoutError(), OSError()]
+    assert "did not answer" in called(server)  # the third in a row
+    assert server._client is None
+
+
+def test_a_call_that_fails_late_leaves_the_connection_that_has_taken_its_place(server):
+    old, new = Client(OSError()), Client()
+
+    class Late(Client):
+        async def call_tool(self, tool, arguments):
+            server._client = new
+            raise OSError
+
+    server._client = Late()
+    assert "has gone away" in called(server)
+    assert (server._client, server._failures) == (new, 0)
+    server._client = old
+    assert "has gone away" in called(server)
+    assert (server._client, server._failures) == (None, 1)
 
 
 def asking(name, run):
