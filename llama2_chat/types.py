@@ -283,7 +283,7 @@ class Usage:
 
     prompt_tokens: int = 0  # the answer that is gone on with included
     completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, already in the KV cache
+    cached_tokens: int = 0  # of the prompt, in whole blocks that were already in the KV cache
     dropped_messages: int = 0  # oldest messages left out because they no longer fit
 
 

@@ -54,7 +54,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # ids that end the answer; they are not emitted
 
     prompt_tokens: int = field(init=False)
-    cached_tokens: int = 0  # of the prompt, found in the KV cache
+    cached_tokens: int = 0  # of the prompt, in whole blocks that were found in the KV cache
     finish_reason: FinishReason | None = None
     error: ChatError | None = None  # what to tell the visitor when finish_reason is "error"
     cancelled: bool = False

@@ -145,7 +145,8 @@ class Scheduler:
                 nearest = None
             table.own.append(block)
         if not request.answer_tokens:
-            request.cached_tokens = request.computed
+            # Whole blocks only: what others said is in the cache too, and could be guessed token by token.
+            request.cached_tokens = len(table.shared) * self.config.block_size
         return True
 
     def grow(self, request: Request) -> bool:

@@ -1,5 +1,5 @@
-"""Documents over HTTP, in OpenAI's words: upload, list, content, pages, delete. Programs and the page have the same
-routes, and differ in how they tell whose documents these are.
+"""Documents over HTTP, in OpenAI's words: upload, list, content, pages, delete. The page has none of
+these routes yet.
 
 A file is written to disk while it comes in; only pieces of it are ever in memory.
 """

@@ -96,8 +96,22 @@ def test_a_prompt_that_begins_as_another_did_is_computed_from_there_on():
     again = request([1, 2, 3, 4, 5, 9])
     s.add(again)
     (copy,) = s.admit()
-    assert (again.computed, again.cached_tokens) == (5, 5)
+    assert (again.computed, again.cached_tokens) == (5, 4)
     assert copy.target in again.blocks.own
+
+
+def test_what_is_told_of_the_cache_does_not_let_a_stranger_guess_token_by_token():
+    s = scheduler()
+    (secret,) = admitted(s, [1, 2, 3, 4, 5, 6, 7, 8])
+    prefill(s, [secret])
+    s.finish(secret)
+    told = []
+    for guess in ([1, 2, 3, 9], [1, 2, 3, 4, 5, 9, 9], [1, 2, 3, 4, 5, 6, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        s.add(each := request(guess))
+        s.admit()
+        told.append(each.cached_tokens)
+        s.finish(each)
+    assert told == [0, 4, 4, 8]
 
 
 def test_a_prompt_that_asks_for_it_is_computed_whole_whatever_the_cache_holds():
@@ -124,7 +138,7 @@ def test_a_prompt_that_is_being_read_is_not_read_for_another_at_the_same_time():
     prefill(s, [first])
     s.admit()
     assert s.running == [first, same, other]
-    assert same.cached_tokens == 19
+    assert same.computed == 19
 
 
 def test_long_prompts_are_read_in_chunks_and_short_ones_beside_them():

@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from llama2_chat.engine.kv_pool import BLOCK_SIZE
 from llama2_chat.errors import Busy, ChatError
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -184,13 +185,13 @@ def test_the_first_of_several_answers_is_the_one_alone_and_a_seed_gives_all_agai
 
 
 def test_the_prompt_of_several_answers_is_computed_once(chat):
-    prompt = [5, 3, 9] * 20
+    prompt = [5, 3, 9] * 30
     params = replace(LIKELIEST, max_new_tokens=1)
     with chat.serving.engine.paused():
         replies = [chat.stream_completion(prompt, params) for _ in range(3)]
     for reply in replies:
         list(reply)
-    assert [reply.usage.cached_tokens for reply in replies[1:]] == [len(prompt) - 1] * 2
+    assert [reply.usage.cached_tokens for reply in replies[1:]] == [BLOCK_SIZE] * 2
 
 
 def test_ids_become_text_again(http, small):

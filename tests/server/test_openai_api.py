@@ -38,7 +38,8 @@ def test_a_program_gets_the_text_that_the_page_would_get(client, chat):
 
 
 def test_streamed_pieces_join_to_the_whole_answer_and_the_usage_comes_last(client, chat):
-    fields = {"model": chat.status.model, "messages": TALK, "max_tokens": 12}
+    talk = [*TALK[:-1], {**TALK[-1], "content": "Tell me of llamas. " * 12}]
+    fields = {"model": chat.status.model, "messages": talk, "max_tokens": 12}
     whole = client.chat.completions.create(**fields)
     chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
