@@ -509,6 +509,51 @@ def test_a_private_chat_leaves_no_trace(visit, site):
 
 
 @pytest.mark.slow
+def test_what_goes_on_behind_a_private_chat_draws_nothing_in_it_and_is_kept(visit, site, echo):
+    page = visit(site)
+    send(page, "long")
+    expect(answers(page)).to_contain_text("word2")
+    box(page).fill("Thanks")
+    box(page).press("Enter")
+    expect(page.locator(".below .note")).not_to_be_empty()
+    page.get_by_role("button", name="Private chat").click()
+    expect(page.locator("body.private")).to_have_count(1)
+    ask(page, "Nobody may know")
+    box(page).fill("Nor this")
+    echo.gate.open()
+    page.evaluate(BOTH_ARE_ANSWERED)
+    expect(questions(page)).to_have_text(["Nobody may know"])
+    expect(answers(page)).to_have_text(["You said Nobody may know"])
+    expect(box(page)).to_have_value("Nor this")
+
+
+BOTH_ARE_ANSWERED = """async () => {
+  const store = await (await import("/page/store.js")).openStore();
+  const [{ id }] = await store.conversations();
+  while ((await store.messages(id)).filter(({ end }) => end).length < 2) await new Promise(requestAnimationFrame);
+}"""
+
+
+@pytest.mark.slow
+def test_the_draft_of_a_new_chat_outlives_a_message_that_is_sent_in_another(visit, site):
+    page = visit(site)
+    ask(page, "First")
+    page.get_by_role("button", name="New chat").first.click()
+    box(page).fill("Not sent yet")
+    page.get_by_role("navigation").get_by_text("First").click()
+    expect(questions(page)).to_have_text(["First"])
+    ask(page, "Second")
+    page.get_by_role("button", name="New chat").first.click()
+    expect(box(page)).to_have_value("Not sent yet")
+    page.locator(".examples button").first.click()
+    expect(questions(page)).to_have_count(1)
+    expect_unlocked(page)
+    expect(box(page)).to_have_value("Not sent yet")  # with the conversation of the example
+    page.get_by_role("button", name="New chat").first.click()
+    expect(box(page)).to_have_value("")
+
+
+@pytest.mark.slow
 def test_whoever_leaves_a_private_chat_frees_the_model(visit, site, echo):
     left = threading.Event()
     reply = Scripted("Once ", "upon", gate=Gate(first=1))

@@ -196,6 +196,24 @@ def test_a_visitor_is_asked_before_a_call_until_they_allow_it_always_and_again_w
     expect(answers(page).last).to_have_text("It is 3.")
 
 
+def test_the_question_whether_a_tool_may_be_used_stays_while_the_page_draws_anew(visit, perform, monkeypatch):
+    monkeypatch.setattr(Calculator, "asks_first", True, raising=False)
+    monkeypatch.setattr(Calculator, "version", "1", raising=False)
+    page = use_tools(visit(perform(computing())))
+    send(page, QUESTION)
+    allow = page.get_by_role("button", name="Allow", exact=True)
+    expect(allow).to_be_visible()
+    box(page).fill("Thanks")
+    box(page).press("Enter")  # it waits for the answer, which is said below the box
+    expect(page.locator(".below .note")).not_to_be_empty()
+    expect(allow).to_be_visible()
+    page.get_by_role("button", name="New chat").first.click()
+    expect(allow).to_have_count(0)
+    page.get_by_role("navigation").get_by_text(QUESTION).click()
+    allow.click()
+    expect(answers(page).first).to_have_text("It is 36.")
+
+
 def test_the_gauge_counts_what_the_model_reads_with_tools(visit, perform):
     page = visit(perform(ScriptedChat()))
     box(page).fill("one two three")

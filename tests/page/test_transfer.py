@@ -41,7 +41,7 @@ FAILED = {"name": "clock", "input": "{}", "result": "```\nThe tool failed.", "se
 MESSAGES = [
     QUESTION,
     {**ANSWER, "end": END, "settings": {**SETTINGS, "useTools": True, "toolsMemory": 5}},
-    {**OTHER, "answerId": "xyz", "steps": [STEP, FAILED]},
+    {**OTHER, "answerId": S, "steps": [STEP, FAILED]},
 ]
 
 HELPERS = """
@@ -210,7 +210,14 @@ BROKEN_FIELDS = [
     ("text", None),
     ("createdAt", -1),
 ]
-BROKEN_FIELDS += [("edited", "yes"), ("answerId", 1), ("end", "stop"), ("end", {"reason": "constructor"}), ("end", {})]
+BROKEN_FIELDS += [
+    ("edited", "yes"),
+    ("answerId", 1),
+    ("answerId", "../../x"),
+    ("end", "stop"),
+    ("end", {"reason": "constructor"}),
+    ("end", {}),
+]
 BROKEN_FIELDS += [
     ("end", {**END, "tokensPerS": "<b>"}),
     ("end", {**END, "completionTokens": -5}),
@@ -243,6 +250,13 @@ def test_what_the_page_itself_writes_passes(tab):
         "skipped": 0,
     }
     assert dump(tab)[0][1] == [answer]
+
+
+def test_what_a_file_says_is_null_is_not_there(tab):
+    conversation = {**CONVERSATION, "draft": None, "editing": None}
+    question = {**QUESTION, "steps": None, "answerId": None, "end": None}
+    imported(tab, file_of({**conversation, "messages": [question]}))
+    assert dump(tab) == [[CONVERSATION, [QUESTION]]]
 
 
 def test_names_that_mean_something_to_javascript_do_not_get_in(tab):

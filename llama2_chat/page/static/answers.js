@@ -79,9 +79,10 @@ export async function stop(id) {
   return null;
 }
 
-/** What the visitor says of the call that waits for them. */
+/** What the visitor says of the call that waits for them. Throws Refused where the server does not take it. */
 export async function confirm(id, call, allow) {
-  await fetch(`page/answers/${id}/confirm`, { ...put({ call, allow }), method: "POST" });
+  const response = await fetch(`page/answers/${id}/confirm`, { ...put({ call, allow }), method: "POST" });
+  if (!response.ok) throw new Refused(response.status, await sentence(response));
 }
 
 /** How the conversation would stand in the model's window; null where that cannot be told now. */

@@ -39,7 +39,7 @@ export class Article {
     this.message = message;
     this.running = running;
     this.element.setAttribute("aria-busy", running);
-    this._steps();
+    this._steps(running ? this.calling : null);
     if (!this.element.querySelector(".editor")) this._text(this.waiting ?? "");
     this.remark.replaceChildren(...this._remark());
     this.remark.hidden = !this.remark.hasChildNodes();
@@ -51,6 +51,7 @@ export class Article {
   grow(message, waiting, calling) {
     if (waiting !== this.waiting) this._sayWaiting(waiting);
     this.message = message;
+    this.calling = calling;
     this._steps(calling);
     this.waiting = waiting;
     this._text(waiting);
@@ -131,8 +132,9 @@ export class Article {
       buttons.push((this.editButton = button("edit", () => this.edit())));
       if (role === "assistant") {
         const ask = (handler) => () => (handler(this.message), focusBox());
-        buttons.push(button("retry", ask(on.onRetry), T.actions.retryHelp));
-        if (end?.seed != null) buttons.push(button("same", ask(on.onSame), T.actions.sameHelp));
+        const answersSomething = this.message.parentId !== null; // not in every file from elsewhere
+        if (answersSomething) buttons.push(button("retry", ask(on.onRetry), T.actions.retryHelp));
+        if (answersSomething && end?.seed != null) buttons.push(button("same", ask(on.onSame), T.actions.sameHelp));
         if (last && text && end && end.reason !== "stop") {
           const words = h("button", { type: "button", class: "words", onclick: ask(on.onContinue) }, T.actions.continue);
           buttons.push(words);
@@ -166,7 +168,8 @@ export class Article {
     };
     const onKey = (event) => {
       if (event.key === "Escape") event.stopPropagation(), close(), focusBox();
-      if (event.key === "Enter" && !event.shiftKey && event.target === area && role === "user") save(event);
+      const newLine = event.shiftKey || matchMedia("(pointer: coarse)").matches; // as in the box for messages
+      if (event.key === "Enter" && !newLine && event.target === area && role === "user") save(event);
     };
     const editor = h(
       "form",

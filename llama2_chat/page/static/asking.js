@@ -29,6 +29,7 @@ export class Asking {
     Object.assign(this, { store, settings, transcript, composer, hooks });
     this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
+    this.doing = new Map(); // message id -> [what it waits for, what is called for it], which the server says only once
     this.offline = new Set(); // ids of those whose line is down
   }
 
@@ -46,18 +47,24 @@ export class Asking {
   }
 
   /** Do what leads to an answer; from its first moment on, what is typed waits for it.
-   *  Nothing is done if one is on its way: this is the second of two quick clicks. */
-  async _begin(talk, lead) {
+   *  Nothing is done if one is on its way: this is the second of two quick clicks. text: what returns to the box if it fails */
+  async _begin(talk, lead, text = "") {
     if (this._isBusy(talk)) return;
     talk.isAsking = true; // until _run reads
     if (talk === this.talk) this.composer.setRunning(true);
     try {
       await lead();
     } catch (error) {
-      talk.isAsking = false;
+      if (talk.isAsking) this._giveBack(talk, text);
       this.render();
+      toast(error.message);
       throw error;
     }
+  }
+
+  _giveBack(talk, text) {
+    Object.assign(talk, { isAsking: false, queued: null });
+    if (text && talk === this.talk && !this.composer.text) this.composer.text = text;
   }
 
   async _ask(talk, text, parentId) {
@@ -78,13 +85,22 @@ export class Asking {
       text = kept.draft;
       Object.assign(kept, { queuedAfter: null, draft: "" });
     });
-    if (!text) return;
+    if (!text) return this._sentElsewhere(id);
     const isOpen = conversationId === this.id;
     const talk = isOpen ? this.talk : talkOf(conversation, await this.store.messages(conversationId));
     talk.queued = null;
     if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
-    if (isOpen) this.composer.text = "";
-    await this._begin(talk, () => this._ask(talk, text, id));
+    if (isOpen && this.composer.text === text) this.composer.text = ""; // else another tab's text is sent
+    await this._begin(talk, () => this._ask(talk, text, id), text);
+  }
+
+  /** What waited here for this answer, another tab has sent. */
+  _sentElsewhere(id) {
+    const { queued } = this.talk;
+    if (queued?.after !== id) return;
+    if (this.composer.text === queued.text) this.composer.text = "";
+    this.talk.queued = null;
+    this.render();
   }
 
   async _ensureConversation(talk, text) {
@@ -153,7 +169,8 @@ export class Asking {
         if (event.lost) this._end(message, { reason: "interrupted" });
         event.offline ? this.offline.add(message.id) : this.offline.delete(message.id);
         waiting = event.waiting ?? waiting; // a step changes nothing of it
-        this._show(message, event.offline ? T.connection.offline : waiting, event.calling);
+        this.doing.set(message.id, [event.offline ? T.connection.offline : waiting, event.calling]);
+        this._show(message);
         if ((event.step || Date.now() - keptAt > KEEP_EVERY_MS) && message.answerId) {
           keptAt = Date.now();
           this.store.putMessage({ ...message });
@@ -164,8 +181,7 @@ export class Asking {
       else console.error(error);
       this._end(message, { reason: "error", error: error.message, refused: !message.text });
     }
-    if (this.running.get(message.id) === abort) this.running.delete(message.id);
-    this.offline.delete(message.id);
+    if (this.running.get(message.id) === abort) this._noLonger(message);
     if (!abort.signal.aborted) await this._finish(message, refusal);
   }
 
@@ -248,10 +264,15 @@ export class Asking {
     if (message.conversationId === this.id) this.talk.messages.set(message.id, message);
   }
 
-  _show(message, waiting, calling) {
+  /** Nobody reads it. */
+  _noLonger({ id }) {
+    for (const known of [this.running, this.doing, this.offline]) known.delete(id);
+  }
+
+  _show(message) {
     if (message.conversationId !== this.id) return;
     this.talk.messages.set(message.id, message);
-    this.transcript.update(message, waiting, calling);
+    this.transcript.update(message, ...this.doing.get(message.id));
   }
 
   /** Read on what was under way when the page was left. */
@@ -268,7 +289,7 @@ export class Asking {
   /** While the line is down, the server hears of it later. */
   _stopHere(message) {
     this.running.get(message.id).abort();
-    this.running.delete(message.id);
+    this._noLonger(message);
     const stopped = { ...message };
     this._end(stopped, { reason: "cancelled" });
     this._finish(stopped);

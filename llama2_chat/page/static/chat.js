@@ -22,9 +22,15 @@ export class Chat extends Asking {
 
   /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
   close() {
+    this.closed = true;
     this.deaf();
+    this.window.stop();
     this._flush();
-    if (!this.store.private) return;
+    if (this.store.private) this._stopAll();
+    this.talk = emptyTalk(); // what goes on is only kept
+  }
+
+  _stopAll() {
     this.running.forEach((abort) => abort.abort());
     for (const { answerId } of this.talk.messages.values()) if (answerId) stop(answerId);
   }
@@ -41,6 +47,7 @@ export class Chat extends Asking {
     if (messageId && talk.messages.has(messageId) && !pathOf(talk).some((message) => message.id === messageId)) {
       await this._setLeaf(talk, leafBelow(messages, messageId));
     }
+    if (this.closed) return;
     this.talk = talk;
     this._resume(messages);
     const { queuedAfter, draft = "" } = conversation;
@@ -68,22 +75,35 @@ export class Chat extends Asking {
   // What a visitor does.
 
   async send(text) {
-    this.unkept.delete("draft"); // it is sent
     const { talk } = this;
-    await this._begin(talk, async () => {
+    const rest = this.composer.text; // where an example was sent
+    if (this._isBusy(talk)) {
+      this.composer.text = [text, rest].filter(Boolean).join("\n\n");
+      return this.queue(true);
+    }
+    this.unkept.delete("draft"); // it is sent
+    const lead = async () => {
       await this._ensureConversation(talk, text);
-      await this.store.updateConversation(talk.conversation.id, (conversation) => delete conversation.draft);
+      await this.store.updateConversation(talk.conversation.id, (conversation) => (conversation.draft = rest));
       await this._ask(talk, text, talk.conversation.leafId);
-    });
+    };
+    await this._begin(talk, lead, text);
   }
 
   /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
   async queue(waits) {
     const { talk } = this;
+    if (waits && !this._isBusy(talk)) return this._sendBox(); // it has ended a moment ago
     talk.queued = waits ? { after: this._runningHere()?.id, text: this.composer.text } : null;
     this.unkept.delete("draft"); // it is kept with it
     this.render();
     if (!waits || talk.queued.after) await this._keepQueue(talk);
+  }
+
+  _sendBox() {
+    const { text } = this.composer;
+    this.composer.text = "";
+    return this.send(text);
   }
 
   async retry(message) {
@@ -109,7 +129,7 @@ export class Chat extends Asking {
       toast(T.actions.busy);
       return false;
     } else {
-      this._begin(talk, () => this._ask(talk, text, parentId));
+      this._begin(talk, () => this._ask(talk, text, parentId), text);
     }
     return true;
   }
@@ -141,7 +161,7 @@ export class Chat extends Asking {
       allow(conversation);
       await this.store.updateConversation(conversation.id, allow);
     }
-    await confirm(message.answerId, asks.call, allowed);
+    await confirm(message.answerId, asks.call, allowed).catch(explain);
   }
 
   async stop() {
@@ -185,10 +205,12 @@ export class Chat extends Asking {
 
   /** Count the conversation, with what stands in the box, once typing pauses. */
   count() {
+    if (this.closed) return;
     this.window.count(() => [this.path, this.composer.text]);
   }
 
   render() {
+    if (this.closed) return; // another chat has the page
     const all = [...this.talk.messages.values()];
     const path = this.path.map((message) => {
       const { list, index } = siblings(all, message);
@@ -196,6 +218,7 @@ export class Chat extends Asking {
     });
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
     const running = this._runningHere();
+    if (this.doing.has(running?.id)) this._show(running); // it may be new on the page
     const isRunning = this._isBusy(this.talk);
     this.composer.setRunning(isRunning, isRunning && Boolean(this.talk.queued) && this.talk.queued.after === running?.id);
   }

@@ -18,6 +18,11 @@ export class ContextWindow {
     this.timer = setTimeout(() => this._count(...read()), COUNT_AFTER_MS);
   }
 
+  stop() {
+    clearTimeout(this.timer);
+    this.counting?.abort();
+  }
+
   /** How many of the oldest messages the model would not see; 0 where a newer count of a shorter talk is on its way. */
   forgotten(length) {
     const dropped = this.fitted?.droppedMessages ?? 0;

@@ -74,7 +74,7 @@ const MESSAGE = {
   text: is.text,
   createdAt: is.time,
   edited: optional(is.flag),
-  answerId: optional(is.text),
+  answerId: optional(is.id), // a part of addresses
   end: optional((value) => Boolean(checked(value, END))),
   settings: optional((value) => Boolean(checked(value, SETTINGS))),
   steps: optional(areSteps),
@@ -82,12 +82,12 @@ const MESSAGE = {
 
 /** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
 export function checkConversation(value) {
-  return checked(value, CONVERSATION);
+  return withoutNulls(checked(value, CONVERSATION));
 }
 
 /** @returns {object | null} as checkConversation, for a message of this conversation */
 export function checkMessage(value, conversationId) {
-  const message = checked(value, MESSAGE);
+  const message = withoutNulls(checked(value, MESSAGE));
   if (message?.conversationId !== conversationId) return null;
   if (message.end) message.end = checked(message.end, END);
   if (message.settings) message.settings = checked(message.settings, SETTINGS);
@@ -105,6 +105,12 @@ function checked(value, fields) {
   const own = new Map(Object.entries(value));
   if (!Object.entries(fields).every(([name, check]) => check(own.get(name)))) return null;
   return Object.fromEntries([...own].filter(([name, field]) => Object.hasOwn(fields, name) || isHarmless(name, field)));
+}
+
+/** The page reads null in these two alone; what else a record says is null, it does not have. */
+function withoutNulls(record) {
+  const isThere = ([name, field]) => field !== null || name === "parentId" || name === "leafId";
+  return record && Object.fromEntries(Object.entries(record).filter(isThere));
 }
 
 function isHarmless(name, field) {

@@ -56,13 +56,10 @@ async function start() {
     onBranch: (message, step) => chat.branch(message, step),
     onEditing: (message, text) => chat.keepEditing(message, text),
     onConfirm: (message, ...said) => chat.confirm(message, ...said),
-    onExample: (text) => composer.running || chat.send(text),
+    onExample: (text) => composer.running || ask(text),
   });
   const composer = new Composer(parts.composer, {
-    onSend: (text) => {
-      keep(draft, "");
-      chat.send(text);
-    },
+    onSend: (text) => ask(text),
     onQueue: (waits) => chat.queue(waits),
     onStop: () => chat.stop(),
     onEditLast: () => chat.editLast(),
@@ -91,6 +88,11 @@ async function start() {
     },
   };
   let chat, sidebar;
+
+  function ask(text) {
+    if (!chat.id && !store.private) keep(draft, ""); // what stands in the box is the conversation's now
+    chat.send(text);
+  }
 
   function use(opened) {
     store = opened;

@@ -73,11 +73,18 @@ export class Steps {
       this.called = written;
       this.call = calling && item(calling, calling.asks ? "" : "…");
       if (calling?.asks) this.call.append(...this._question(calling));
-      const begun = Date.now();
-      const time = this.call?.querySelector(".time");
-      if (calling && !calling.asks) this.ticking = setInterval(() => (time.textContent = T.steps.running(Math.floor((Date.now() - begun) / 1000))), 1000);
+      if (calling && !calling.asks) this._tick(this.call.querySelector(".time"));
     }
     if (this.call && this.list.lastElementChild !== this.call) this.list.append(this.call);
+  }
+
+  _tick(time) {
+    const begun = Date.now();
+    const ticking = setInterval(() => {
+      if (!time.isConnected) return clearInterval(ticking); // another conversation is shown
+      time.textContent = T.steps.running(Math.floor((Date.now() - begun) / 1000));
+    }, 1000);
+    this.ticking = ticking;
   }
 
   /** What the tool's server says of it, and the buttons. */
