@@ -71,3 +71,14 @@ def test_the_theme_that_was_chosen_stays_whatever_the_system_turns_to(visit, sit
     page.emulate_media(color_scheme="dark")
     page.emulate_media(color_scheme="light")
     expect(page.locator("body.dark")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_a_page_whose_server_is_away_says_so_and_opens_when_it_is_back(context, site):
+    page = context.new_page()
+    page.route("**/page/state", lambda route: route.fulfill(status=503))
+    page.goto(site)
+    expect(page.get_by_text("The server cannot be reached. Trying again")).to_be_visible()
+    page.unroute("**/page/state")
+    expect(box(page)).to_be_editable()
+    expect(page.get_by_text("The server cannot be reached. Trying again")).to_have_count(0)

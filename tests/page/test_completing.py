@@ -89,6 +89,19 @@ def test_stop_keeps_what_there_is(visit):
     assert text(page).input_value().startswith("x a b")
 
 
+def test_stop_acts_at_once_while_the_line_is_down(visit):
+    page = visit(Base(" a"))
+    page.locator("#setting-seed").wait_for(state="attached")
+    page.context.set_offline(True)
+    text(page).fill("x")
+    button(page, "Complete").click()
+    expect(page.get_by_text("Connection lost. Trying again")).to_be_visible()
+    button(page, "Stop").click()
+    expect(button(page, "Complete")).to_be_enabled()
+    expect(page.get_by_text("Connection lost. Trying again")).to_have_count(0)
+    expect(text(page)).to_have_value("x")
+
+
 def test_a_completion_under_way_survives_a_reload(visit):
     opened = threading.Event()
     pieces = iter(range(3))

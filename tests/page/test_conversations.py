@@ -193,6 +193,26 @@ def test_a_message_refused_while_its_reader_looks_elsewhere_waits_in_the_box_of_
 
 
 @pytest.mark.slow
+def test_a_message_that_is_refused_is_gone_from_every_tab(context, site, echo):
+    one = open_page(context.new_page(), site)
+    errors = []
+    ask(one, "First")
+    echo.status = Status(phase="load")
+    send(one, "Refuse me")
+    two = open_page(context.new_page(), one.url)
+    two.on("pageerror", lambda error: errors.append(str(error)))
+    expect(questions(two)).to_have_text(["First", "Refuse me"])
+    echo.stream_reply = raising(Busy("The line is full."))
+    echo.status = READY
+    for tab in (one, two):
+        expect(questions(tab)).to_have_text(["First"])
+        expect(answers(tab)).to_have_text(["You said First"])
+        tab.reload()
+        expect(answers(tab)).to_have_text(["You said First"])
+    assert not errors
+
+
+@pytest.mark.slow
 def test_what_is_sent_right_after_a_key_is_no_draft_any_more(visit, site):
     page = visit(site)
     ask(page, "First.")

@@ -235,6 +235,7 @@ export class Asking {
     const { conversationId, parentId } = message;
     const all = await this.store.messages(conversationId);
     const question = all.find(({ id }) => id === parentId);
+    if (!question) return this._drop(message); // another tab has taken it back
     const wasAnswered = siblings(all, message).list.length > 1; // only another try was refused
     const gone = wasAnswered ? [message.id] : [message.id, question.id];
     const left = all.filter(({ id }) => !gone.includes(id));
@@ -258,6 +259,12 @@ export class Asking {
     this.composer.text = draft;
     this.render();
     offerBox();
+  }
+
+  async _drop({ id, conversationId }) {
+    await this.store.removeMessages(conversationId, [id]);
+    if (conversationId === this.id) this.talk.messages.delete(id);
+    this.render();
   }
 
   _put(message) {

@@ -225,7 +225,7 @@ export class Chat extends Asking {
 
   // Other tabs.
 
-  async _changed({ kind, conversationId, here }) {
+  async _changed({ kind, id, conversationId, here }) {
     if (conversationId !== this.id || (here && kind !== "conversation")) return;
     const conversation = await this.store.conversation(this.id);
     if (conversationId !== this.id) return;
@@ -238,6 +238,8 @@ export class Chat extends Asking {
     const messages = await this.store.messages(conversationId);
     if (conversationId !== this.id) return;
     for (const message of messages) if (!this.running.has(message.id)) this.talk.messages.set(message.id, message);
+    const isGone = kind === "message" && id && !this.running.has(id) && !messages.some((message) => message.id === id);
+    if (isGone) this.talk.messages.delete(id);
     // Where this tab reads stays its own, until it has nothing of its own to show; what follows there is shown.
     const leafId = this.talk.messages.has(this.talk.conversation.leafId) ? this.talk.conversation.leafId : conversation.leafId;
     this.talk.conversation.leafId = leafId && leafBelow([...this.talk.messages.values()], leafId);

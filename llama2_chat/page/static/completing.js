@@ -60,7 +60,9 @@ export class Completing {
 
   async _stop() {
     if (!this._running) return;
-    const refused = await stop(this.answerId);
+    const { answerId } = this;
+    if (this.offline) this.reading.abort(); // the server hears of it later
+    const refused = await stop(answerId);
     if (refused) toast(refused.message);
   }
 
@@ -74,12 +76,14 @@ export class Completing {
   async _run(question) {
     const base = this.before.at(-1);
     let keptAt = 0;
+    this.reading = new AbortController();
     this.note.textContent = "";
     this._face();
     this._keep();
     this.onSaid(T.live.begun);
     try {
-      for await (const event of follow(this.answerId, question, new AbortController().signal)) {
+      for await (const event of follow(this.answerId, question, this.reading.signal)) {
+        this.offline = Boolean(event.offline);
         if (event.text !== undefined) this._write(base + event.text);
         if (event.more) this._write(this.area.value + event.more);
         this.note.textContent = event.offline ? T.connection.offline : event.end ? event.end.error : (event.waiting ?? "");
@@ -89,7 +93,9 @@ export class Completing {
     } catch (error) {
       this.note.textContent = error.message;
     }
+    if (this.reading.signal.aborted) this.note.textContent = "";
     this.answerId = null;
+    this.offline = false;
     this.onSaid(T.live.ended);
     if (this.area.value === base) this.before.pop(); // there is nothing to take back
     const hadFocus = document.activeElement === this.stop;

@@ -22,7 +22,7 @@ export function buildFrame(state) {
   const parts = {
     sidebar: h("div", { id: "sidebar" }),
     title: h("h1", {}, T.title),
-    status: h("p", { class: "status", role: "status", hidden: true }),
+    status: h("p", { class: "status", hidden: true }),
     transcript: h("section", { id: "transcript", tabindex: 0, "aria-label": T.conversation }),
     composer: h("div", { id: "composer" }),
     model: h("span", { class: "model" }),

@@ -27,6 +27,21 @@ async function readState() {
   return response.json();
 }
 
+/** As readState, tried until the server can be reached. */
+async function firstState() {
+  for (;;) {
+    try {
+      const state = await readState();
+      document.querySelector(".unreachable")?.remove();
+      return state;
+    } catch (error) {
+      console.error(error);
+      if (!document.querySelector(".unreachable")) document.body.append(h("p", { class: "unreachable", role: "status" }, T.connection.unreachable));
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  }
+}
+
 /** Calls look() until it says that it has found what it looks for. */
 function until(look) {
   if (!look()) setTimeout(() => until(look), 20);
@@ -39,7 +54,7 @@ function startGradio() {
 }
 
 async function start() {
-  let state = await readState();
+  let state = await firstState();
   if (!state) {
     startGradio();
     return until(completeLogin); // after it, the page is loaded anew
@@ -123,7 +138,7 @@ async function start() {
   }
 
   const linked = () => location.hash.slice(1) || null;
-  const openLinked = () => (linked() ? chat.open(linked()) : chat.startNew(kept(draft)));
+  const openLinked = async () => (linked() ? chat.open(linked()) : chat.startNew(kept(draft)));
   addEventListener("popstate", async () => {
     if (store.private) use(await openStore(state));
     else if (linked() === chat.id) return;
@@ -138,7 +153,10 @@ async function start() {
     onNew: () => (leavePrivate(), composer.focus()),
     onSettings: () => parts.sides.toggle("settings"),
   });
-  await openLinked();
+  await openLinked().catch((error) => {
+    console.error(error);
+    chat.startNew(kept(draft));
+  });
   offerBox();
   startGradio();
   until(() => settings.attach(parts.addSettings));
@@ -153,8 +171,11 @@ async function start() {
 
 /** Keep the line about the model up to date, while there is something to come. */
 async function watch(state, parts, onChange) {
+  let said = "ready";
   for (;;) {
     const calm = state.state === "ready";
+    if (state.state !== said) parts.live.textContent = state.line; // its figures change too often to be listened to
+    said = state.state;
     parts.status.hidden = calm;
     parts.status.className = `status ${state.state}`;
     parts.status.textContent = calm ? "" : state.line;

@@ -98,7 +98,7 @@ export const T = {
     forgotten: "The model no longer remembers what stands above this line.",
   },
   live: { begun: "Answering", ended: "Answer complete", stopped: "Answer stopped", failed: "The answer failed" },
-  connection: { offline: "Connection lost. Trying again …" },
+  connection: { offline: "Connection lost. Trying again …", unreachable: "The server cannot be reached. Trying again …" },
   sending: "Sending …",
   steps: {
     step: (name, input, result, failed) => (failed ? `${name} failed: ${result}` : `${name}: ${input} → ${result}`),
