@@ -82,3 +82,15 @@ def test_a_page_whose_server_is_away_says_so_and_opens_when_it_is_back(context, 
     page.unroute("**/page/state")
     expect(box(page)).to_be_editable()
     expect(page.get_by_text("The server cannot be reached. Trying again")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_what_gradio_lays_over_the_page_while_it_loads_is_in_nobodys_way(context, site):
+    page = context.new_page()
+    context.unroute_all()
+    page.route("**/assets/Blocks-*", lambda route: route.abort())
+    open_page(page, site)
+    page.locator("gradio-app [data-testid=status-tracker]").wait_for(state="attached")
+    box(page).fill("Hi")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(answers(page)).to_have_text("Hello!")

@@ -66,8 +66,13 @@ def site(echo, perform):
     return perform(echo)
 
 
+def wait_for_gradio(page):
+    """What it cannot fetch any more once the line is down, it says on the console."""
+    page.locator("#setting-seed").wait_for(state="attached")
+
+
 def drop_line(page):
-    page.locator("#setting-seed").wait_for(state="attached")  # what Gradio cannot fetch, it says on the console
+    wait_for_gradio(page)
     page.context.set_offline(True)
 
 
@@ -239,6 +244,7 @@ def test_a_line_that_is_down_in_mid_answer_is_said_and_stop_is_kept_for_later(vi
         page = visit(address)
         send(page, "long")
         expect(answers(page)).to_contain_text("word2")
+        wait_for_gradio(page)
     expect(remarks(page)).to_have_text("Connection lost. Trying again …")
     stop(page)
     expect(remarks(page)).to_contain_text("stopped")

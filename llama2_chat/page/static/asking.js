@@ -263,8 +263,8 @@ export class Asking {
 
   async _drop({ id, conversationId }) {
     await this.store.removeMessages(conversationId, [id]);
-    if (conversationId === this.id) this.talk.messages.delete(id);
-    this.render();
+    const conversation = await this.store.conversation(conversationId);
+    if (conversation && conversationId === this.id) await this._reread(conversation, id);
   }
 
   _put(message) {

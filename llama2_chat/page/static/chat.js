@@ -235,11 +235,16 @@ export class Chat extends Asking {
     }
     if (here) return;
     if (!conversation) return void this.startNew(this.composer.text);
-    const messages = await this.store.messages(conversationId);
-    if (conversationId !== this.id) return;
+    await this._reread(conversation, kind === "message" ? id : null);
+  }
+
+  /** Show what is kept of the open conversation. changedId: of a message that may be gone from it */
+  async _reread(conversation, changedId) {
+    const messages = await this.store.messages(conversation.id);
+    if (conversation.id !== this.id) return;
     for (const message of messages) if (!this.running.has(message.id)) this.talk.messages.set(message.id, message);
-    const isGone = kind === "message" && id && !this.running.has(id) && !messages.some((message) => message.id === id);
-    if (isGone) this.talk.messages.delete(id);
+    const isGone = changedId && !this.running.has(changedId) && !messages.some(({ id }) => id === changedId);
+    if (isGone) this.talk.messages.delete(changedId);
     // Where this tab reads stays its own, until it has nothing of its own to show; what follows there is shown.
     const leafId = this.talk.messages.has(this.talk.conversation.leafId) ? this.talk.conversation.leafId : conversation.leafId;
     this.talk.conversation.leafId = leafId && leafBelow([...this.talk.messages.values()], leafId);
