@@ -29,6 +29,7 @@ def whole(chat):
     return read(chat, QUESTION, greedy(LENGTH))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "trim"), [(1, True), (2, False), (5, True), (9, False), (13, True), (17, False)])
 def test_a_text_that_is_cut_off_and_gone_on_with_is_the_whole_text(chat, whole, cut, trim):
     first, reply = read(chat, QUESTION, greedy(cut))

@@ -255,6 +255,7 @@ def test_refusals_come_from_the_call_itself(small):
         small.stream_completion([5] * 8153, GREEDY)
 
 
+@pytest.mark.slow
 def test_ids_can_be_continued_without_a_chat_format(chat):
     ids = chat.serving.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
     with chat.stream_completion(ids, GREEDY) as reply:
@@ -290,6 +291,7 @@ def test_before_loading_and_after_closing_the_model_says_so(settings, small, loa
         chat.stream_reply(user("Hi"), GREEDY)
 
 
+@pytest.mark.slow
 def test_closing_while_loading_stops_the_loading(settings):
     chat = ChatModel(settings)
     chat.close()

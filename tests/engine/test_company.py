@@ -111,6 +111,7 @@ def test_closing_reaches_a_request_that_is_just_going_back_to_the_line(tiny_llam
         closing.join()
 
 
+@pytest.mark.slow
 def test_when_the_one_without_room_leaves_the_line_the_next_comes_in(tiny_llama):
     # The next waited for the end of somebody's long answer beside memory that nobody used.
     with running(tiny_llama, tokens=20 * BLOCK_SIZE) as engine:

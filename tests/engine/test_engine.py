@@ -49,7 +49,14 @@ def ids(embedded_tokenizer):
     return lambda text: embedded_tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("text", ["The three largest cities of Japan are", "Answer: <|im_end|", "1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The three largest cities of Japan are",
+        pytest.param("Answer: <|im_end|", marks=pytest.mark.slow),
+        pytest.param("1", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_ids_of_the_embedded_model_are_the_ones_generate_gives(embedded_engine, ids, text):
     engine, model = embedded_engine
     found, request = answer(engine, ids(text))

@@ -22,6 +22,7 @@ def test_a_model_without_a_run_needs_to_be_told_the_data(chat_model, no_weights)
     assert "has no run.json that names its eval split. Give --dataset_name." in refusal(chat_model)
 
 
+@pytest.mark.slow
 def test_models_trained_on_different_things_are_compared_only_on_data_that_is_named(
     run, chat_model, dataset, tmp_path, monkeypatch
 ):
@@ -36,6 +37,7 @@ def test_models_trained_on_different_things_are_compared_only_on_data_that_is_na
     assert "It is not known which of these conversations the models were trained on" in page
 
 
+@pytest.mark.slow
 def test_nothing_is_claimed_about_what_an_adapter_from_elsewhere_was_trained_on(chat_model, dataset, tmp_path):
     adapter = save_adapter(chat_model, tmp_path / "elsewhere")
     found, page = evaluate(adapter, "--dataset_name", dataset, "--sheet", "0")
@@ -43,6 +45,7 @@ def test_nothing_is_claimed_about_what_an_adapter_from_elsewhere_was_trained_on(
     assert "It is not known which of these conversations the models were trained on" in page
 
 
+@pytest.mark.slow
 def test_data_that_has_only_moved_is_recognised(run, dataset, tmp_path):
     moved = dataset.rename(tmp_path / "moved.jsonl")
     found, _ = evaluate(run, "--dataset_name", moved, "--sheet", "0")

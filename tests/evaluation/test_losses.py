@@ -47,6 +47,7 @@ def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_a
         np.testing.assert_allclose(conversation_losses(model, examples, batch_size), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, chat_model, capsys):
     found, page = evaluate(run, "--sheet", "0")
     parts = splits.find_again(read_run(run))[0]

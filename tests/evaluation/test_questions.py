@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from llama2_chat.evaluation import judging, questions
 from llama2_chat.training import splits
 from llama2_chat.training.run_json import read_run
@@ -24,6 +26,7 @@ def test_the_sheet_asks_questions_of_the_test_split_and_of_safety(run, monkeypat
     assert (key["models"], len(key["A and B"])) == (["base", "adapter"], 2 + len(judging.SAFETY_QUESTIONS))
 
 
+@pytest.mark.slow
 def test_a_question_longer_than_max_length_is_not_on_the_sheet(chat_model, dataset, tmp_path, monkeypatch):
     """It was asked nevertheless, beyond the model's context and for minutes."""
     monkeypatch.setattr(questions, "answer", lambda subject, model, rows, batch_size: ["x"] * len(rows))

@@ -28,6 +28,7 @@ def test_a_base_is_itself_again_after_its_adapter_was_measured(run):
     assert not torch.allclose(logits["base"], logits["adapter"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_merged_model_measures_as_its_adapter(run, tmp_path):
     checkpoint = fetch_checkpoint(str(run))
     base = load.load_base(checkpoint, "float32", "cpu", ignore)

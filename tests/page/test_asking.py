@@ -80,6 +80,7 @@ def test_stop_acts_while_a_long_message_is_read(page):
     expect(page.get_by_text("Stopped before an answer began.")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_an_answer_that_hits_the_limit_says_so_and_goes_on_when_asked(short_answers):
     ask(short_answers, LONG)
     expect(remarks(short_answers)).to_contain_text("8 tokens")
@@ -138,6 +139,7 @@ def test_letters_that_are_none_are_answered_all_the_same(short_answers, typed):
     expect_unlocked(short_answers)
 
 
+@pytest.mark.slow
 def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_lost(page):
     open_settings(page)
     page.get_by_role("textbox", name="Seed").fill("lucky")
@@ -234,6 +236,7 @@ def test_the_box_has_its_hint_and_the_keyboard_back_after_an_answer(short_answer
     expect(box(short_answers)).to_have_attribute("placeholder", "Type a message")
 
 
+@pytest.mark.slow
 def test_while_the_model_loads_the_page_shows_how_far_it_is_and_a_message_waits(visit, perform):
     chat = ScriptedChat(Status(phase="download", done_bytes=120_000_000, total_bytes=269_000_000))
     page = visit(perform(chat))
@@ -259,6 +262,7 @@ def test_a_model_that_could_not_be_loaded_is_said_on_the_page_and_at_every_quest
     expect_unlocked(page)
 
 
+@pytest.mark.slow
 def test_a_server_that_takes_its_time_to_accept_a_message_is_waited_for_in_words(visit, perform):
     accepted = threading.Event()
     chat = ScriptedChat(capabilities=replace(HERE, knows_queue=False), reply=Scripted("Hello!", accepted=accepted))

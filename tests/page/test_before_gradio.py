@@ -25,6 +25,7 @@ def context(browser):
         yield context
 
 
+@pytest.mark.slow
 def test_a_message_is_answered_before_gradio_has_come(context, site):
     page = open_page(context.new_page(), site)
     ask(page)

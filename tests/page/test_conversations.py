@@ -345,6 +345,7 @@ def test_a_conversation_is_there_after_reload_and_back(visit, site):
     expect(questions(page)).to_have_text(["The first one."])
 
 
+@pytest.mark.slow
 def test_edits_and_retries_keep_the_other_branch(visit, site):
     page = visit(site)
     ask(page, "One")
@@ -362,6 +363,7 @@ def test_edits_and_retries_keep_the_other_branch(visit, site):
     expect(page.get_by_text("2/2")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_an_answer_can_be_edited_and_the_model_reads_it_so(visit, site, echo):
     page = visit(site)
     ask(page, "One")

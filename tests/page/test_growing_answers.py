@@ -67,6 +67,7 @@ def test_an_answer_that_grew_letter_by_letter_ends_as_if_shown_at_once(answer_pa
     assert grown == whole
 
 
+@pytest.mark.slow
 def test_a_selection_in_what_is_finished_stays_while_the_answer_grows(answer_page):
     """It used to be gone with the next word: 403 characters, then 0."""
     answer_page.evaluate(

@@ -166,6 +166,7 @@ def test_the_reader_stays_where_they_are_while_an_answer_streams_and_a_selection
     expect(remarks(page)).to_be_in_viewport()
 
 
+@pytest.mark.slow
 def test_what_a_visitor_typed_is_shown_as_typed(visit, site):
     page = visit(site)
     typed = "<b>not bold</b>\n    *indented*  twice"
@@ -200,6 +201,7 @@ def test_the_longest_answer_starts_within_a_small_window(visit, perform):
     expect(page.get_by_role("spinbutton", name="Max new tokens")).to_have_value("256")
 
 
+@pytest.mark.slow
 def test_metas_system_prompt_is_one_click_away(visit, site):
     page = visit(site)
     open_settings(page)

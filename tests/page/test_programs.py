@@ -29,6 +29,7 @@ def test_programs_get_the_answer_alone_and_the_server_remembers_their_conversati
     ]
 
 
+@pytest.mark.slow
 def test_a_program_can_let_the_model_use_tools_and_gets_the_answer_alone(perform):
     client = Client(perform(computing()), verbose=False)
     assert client.predict(TOOL_QUESTION, api_name="/chat", use_tools=True) == "It is 36."

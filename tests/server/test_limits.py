@@ -132,6 +132,7 @@ def test_an_address_that_no_trusted_proxy_vouches_for_is_not_believed(small, set
         freed(small)
 
 
+@pytest.mark.slow
 def test_the_limit_holds_on_the_page_too(small, settings):
     with serving(small, replace(settings, client_limit=1)) as address, httpx.Client(base_url=address) as http:
         page = Client(address, verbose=False)

@@ -107,6 +107,7 @@ def test_a_wrong_name_or_password_stays_outside(http, wrong):
     assert http.get("/config").status_code == 401
 
 
+@pytest.mark.slow
 def test_gradio_client_gets_in_with_the_password_only(address):
     Client(address, auth=tuple(ANNA.values()), verbose=False)
     with pytest.raises(ValueError, match="Could not login"):
@@ -159,6 +160,7 @@ def make_line(monkeypatch, name, *passwords):
     return login.main()
 
 
+@pytest.mark.slow
 def test_the_helper_makes_a_line_that_lets_its_password_in(monkeypatch, capsys, tmp_path):
     assert make_line(monkeypatch, " carl ", "secret", "secret") == 0
     line = capsys.readouterr().out

@@ -106,6 +106,7 @@ def browser_that_trusts(ca, home, *arguments):
         browser.close()
 
 
+@pytest.mark.slow
 def test_chromium_that_trusts_the_ca_opens_every_host_without_a_warning_and_no_other(folder, tmp_path):
     assert shutil.which("certutil"), "certutil is in Debian's package libnss3-tools"
     resolve = "--host-resolver-rules=MAP llama.local 127.0.0.1, MAP llama 127.0.0.1, MAP bank.example 127.0.0.1"

@@ -66,6 +66,7 @@ def test_what_the_flags_say_is_what_the_trainer_does(prepare):
     assert trainer.args.gradient_accumulation_steps == 3
 
 
+@pytest.mark.slow
 def test_a_nan_loss_is_logged_as_nan(prepare):
     trainer, _ = prepare("--learning_rate", "1e20", "--num_train_epochs", "1")
     trainer.train()
