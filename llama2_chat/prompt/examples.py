@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import ChatError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TokenizedExample(NamedTuple):
-    """A conversation to train on: its ids, and the start and end of each answer among them, stop ids included."""
+    """A conversation to train on: its ids, and the start and end of each answer to learn, stop ids included."""
 
     input_ids: list[int]
     answers: list[tuple[int, int]]
@@ -26,8 +26,12 @@ def encode_example(
     messages: list[Message],
     stop_ids: Container[int],
     chat_format: str | None = None,
+    context: Set[int] = frozenset(),
 ) -> TokenizedExample:
     """A conversation that ends with an answer, in the ids that encode() would give it, and the answers among them.
+
+    context: places in messages of answers that are not to be learned. Several answers in a row are one in the format,
+    and the place of the first counts.
 
     An answer is what the model has to write after the prompt of its question, up to and including the stop
     id: without it a model never learns to end.
@@ -40,7 +44,10 @@ def encode_example(
         raise ChatError("A conversation to train on starts with a message from the user.")
     write = writer(tokenizer, chat_format)
     input_ids, answers = write(system, turns), []
+    spoken = [place for place, message in enumerate(messages) if message["role"] != "system"]
     for i in range(1, len(turns), 2):
+        if spoken[sum(turn.messages for turn in turns[:i])] in context:
+            continue
         asked = write(system, turns[:i])
         start = len(asked)
         end = next((t + 1 for t in range(start, len(input_ids)) if input_ids[t] in stop_ids), None)

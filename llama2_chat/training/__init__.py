@@ -4,7 +4,8 @@ run               from the flags to the reports; what scripts/sft_trainer.py cal
 options           the flags
 chat_data         conversations that are worth training on, by split
 row_sources       rows of files, folders and data sets on the Hub
-row_formats       messages, ShareGPT, Alpaca ...: what a row says, checked and cleaned
+row_formats       messages, ShareGPT, Alpaca ...: what a row says
+row_messages      its messages, checked and cleaned, and which answers are learned
 splits            train, eval and test split, or K folds
 near_duplicates   conversations that must not be in two splits
 examples          conversations as token ids and labels

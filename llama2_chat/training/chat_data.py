@@ -1,6 +1,6 @@
 """Conversations that are worth training on, by split. Rows that are not are left out, each with its place and reason.
 
-Where rows lie is row_sources.py's, what they say row_formats.py's; nothing here knows models or training.
+Where rows lie is row_sources.py's, what they say row_messages.py's; nothing here knows models or training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
-from llama2_chat.training.row_formats import read_messages, recognise
+from llama2_chat.training.row_formats import recognise
+from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
 from llama2_chat.training.row_sources import Row, read_parts
 from llama2_chat.types import Message
 
@@ -25,6 +26,12 @@ SHOWN_FAULTS = 10
 class Conversation(NamedTuple):
     messages: list[Message]
     place: str  # "train.jsonl, line 3"
+    context: frozenset[int] = frozenset()  # answers that are not learned, by their places in messages
+
+    @property
+    def key(self) -> str:
+        """What it teaches: equal for two that are trained on alike."""
+        return json.dumps([self.messages, sorted(self.context)] if self.context else self.messages)
 
 
 @dataclass
@@ -37,7 +44,11 @@ class Data:
     formats: set[str] = field(default_factory=set)  # names in row_formats.FORMATS
     faults: list[str] = field(default_factory=list)  # rows left out: place and reason
     duplicates: int = 0  # left out
-    unanswered: int = 0  # conversations whose last message, a question, was left out
+    unanswered: int = 0  # conversations whose last messages, after the last answer that is learned, were left out
+    greetings: int = 0  # conversations that began with the assistant's greeting, which was left out
+    unwanted: int = 0  # rows left out because they say that their answer is not to be learned
+    context: int = 0  # answers that are kept, but not learned
+    unread: set[str] = field(default_factory=set)  # columns and fields that say something, and that nothing reads
 
     def summary_lines(self) -> Iterator[str]:
         sizes = {"train": len(self.train), "eval": len(self.eval), "test": len(self.test)}
@@ -46,7 +57,15 @@ class Data:
         if self.duplicates:
             yield f"{self.duplicates:,} duplicates are left out."
         if self.unanswered:
-            yield f"{self.unanswered:,} end with a question that has no answer; that question is left out."
+            yield f"{self.unanswered:,} end with messages after the last answer to learn; those are left out."
+        if self.greetings:
+            yield f"{self.greetings:,} begin with a greeting by the assistant, before any question; it is left out."
+        if self.unwanted:
+            yield f"Rows left out, as they say that their answer is not to be learned (label): {self.unwanted:,}."
+        if self.context:
+            yield f"Answers that are read and not learned (weight, train): {self.context:,}."
+        if self.unread:
+            yield f"Columns not read: {', '.join(sorted(self.unread))}."
         if self.faults:
             yield f"{len(self.faults):,} rows cannot be used and are left out:"
             yield from (f"  {fault}" for fault in self.faults[:SHOWN_FAULTS])
@@ -66,11 +85,10 @@ def read(name: str) -> Data:
     for part in sorted(read_parts(name), key=lambda part: SPLITS.index(_split_of(part.name))):
         rows: list[Conversation] = getattr(data, _split_of(part.name))
         for conversation in _conversations(part.rows, data):
-            key = json.dumps(conversation.messages)
-            if key in seen:
+            if conversation.key in seen:
                 data.duplicates += 1
                 continue
-            seen.add(key)
+            seen.add(conversation.key)
             rows.append(conversation)
     if not data.eval:
         data.eval, data.test = data.test, []
@@ -92,20 +110,33 @@ def _conversations(rows: Iterable[Row], data: Data) -> Iterator[Conversation]:
         try:
             if not isinstance(row.columns, dict):
                 raise ChatError(row.fault or "it is not an object with named columns.")
+            check_columns(row.columns)
             row_format = row_format or recognise(row.columns)
-            messages = read_messages(row.columns, row_format)
+            found = read_row(row.columns, row_format)
         except ChatError as error:
             data.faults.append(f"{row.place}: {error}")
             continue
         data.formats.add(row_format)
-        if messages[-1]["role"] == "user":
-            data.unanswered += 1
-        while messages[-1]["role"] == "user":
-            messages.pop()
-        yield Conversation(messages, row.place)
+        data.unread |= found.unread
+        if found.is_wanted:
+            yield _conversation(found, row.place, data)
+        else:
+            data.unwanted += 1
+
+
+def _conversation(found: RowMessages, place: str, data: Data) -> Conversation:
+    """It ends with the last answer that is learned."""
+    last = max(i for i, m in enumerate(found.messages) if m["role"] == "assistant" and i not in found.context)
+    data.unanswered += last + 1 < len(found.messages)
+    data.greetings += found.has_greeting
+    context = frozenset(i for i in found.context if i < last)
+    data.context += len(context)
+    return Conversation(found.messages[: last + 1], place, context)
 
 
 def _why_none(data: Data) -> str:
     if data.eval:
         return ": all its parts have names of eval or test splits."
+    if data.unwanted and not data.faults:
+        return ": all its rows say that their answer is not to be learned (label)."
     return f". The first fault: {data.faults[0]}" if data.faults else "."

@@ -27,18 +27,18 @@ def tokenize(
     """Examples of at most max_length tokens, and notes on what had to go for that.
 
     A conversation that is too long loses its last exchanges: from an answer that is cut in the middle a model would
-    learn not to end. One whose first exchange is too long is left out.
+    learn not to end. One that is too long up to its first answer that is learned is left out.
     """
     examples, faults, shortened = [], [], 0
     for conversation in conversations:
         try:
-            example = prompt.encode_example(tokenizer, conversation.messages, stop_ids)
+            example = prompt.encode_example(tokenizer, conversation.messages, stop_ids, context=conversation.context)
         except ChatError as error:
             faults.append(f"{conversation.place}: {error}")
             continue
         answers = [answer for answer in example.answers if answer[1] <= max_length]
         if not answers:
-            faults.append(f"{conversation.place}: its first exchange is {example.answers[0][1]:,} tokens.")
+            faults.append(f"{conversation.place}: its first answer ends after {example.answers[0][1]:,} tokens.")
             continue
         if len(answers) < len(example.answers):
             shortened += 1

@@ -1,61 +1,59 @@
-"""What a row says: which of the common formats it has, and its messages, as the chat would take them."""
+"""What a row says: which of the common formats it has, and its messages as they stand in it, which may be anything.
+
+Which of them can be trained on, and which are learned, is row_messages.py's.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Set
+from typing import Any, NamedTuple
 
-from llama2_chat import prompt
 from llama2_chat.errors import ChatError
-from llama2_chat.text import valid_unicode
-from llama2_chat.types import Message
 
-ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+# As ShareGPT and others call them.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SYSTEMS = {"system", "system_prompt"}  # columns for the system message, beside any format
+# What data sets write where there is no input.
+NO_INPUT = ("<noinput>", "nan")
+
+
+class RowFormat(NamedTuple):
+    needed: Set[str]  # columns
+    read: Callable[[dict[str, Any]], list[Any]]
+    optional: Set[str] = frozenset()  # columns that it reads where they are
 
 
 def recognise(columns: dict[str, Any]) -> str:
     """The name in FORMATS of the format that has these columns. Raises ChatError if none has."""
-    for name, (needed, _) in FORMATS.items():
-        if needed <= columns.keys():
+    for name, row_format in FORMATS.items():
+        if row_format.needed <= columns.keys():
             return name
     raise ChatError(
         f"its columns ({', '.join(map(str, columns))[:200]}) belong to no known format: messages, conversations, "
-        "prompt and completion, instruction and output, or text."
+        "prompt and completion or response, instruction and output or response, question and answer or response, or "
+        "text."
     )
 
 
-def read_messages(columns: dict[str, Any], row_format: str) -> list[Message]:
-    """The messages of a row, clean. Raises ChatError, as the end of "train.jsonl, line 3: ...", if it is no use."""
-    return _clean(FORMATS[row_format][1](columns))
+def raw_messages(columns: dict[str, Any], row_format: str) -> list[Any]:
+    """The messages of a row, its system text first. Raises ChatError if a column is missing or is no list."""
+    messages = FORMATS[row_format].read(columns)
+    system = [columns[name] for name in sorted(SYSTEMS & columns.keys()) if not is_empty(columns[name])]
+    return [*({"role": "system", "content": text} for text in system), *messages]
 
 
-def _clean(messages: list[Any]) -> list[Message]:
-    """Messages as the chat would take them: roles in order, nothing empty, an answer among them."""
-    if messages and messages[0] in ({"role": "system", "content": ""}, {"role": "system", "content": None}):
-        messages = messages[1:]  # how data sets write that there is none
-    for message in messages:
-        if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
-            raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
-    if any(
-        isinstance(message, dict) and (message.get("role") == "tool" or message.get("tool_calls"))
-        for message in messages
-    ):
-        raise ChatError("it has calls of tools or their results, which are not trained on here.")
-    _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
-    # A chat takes both of these. To train on them would be to teach another order than the row has.
-    if any(message["role"] == "system" for message in messages[1:]):
-        raise ChatError("Only the first message can be a system message.")
-    if turns[0].role != "user":
-        raise ChatError("A conversation to train on starts with a message from the user.")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ChatError("it has no answer.")
-    # White space at the ends belongs to the chat format, and some formats would join it with their own.
-    return [{"role": message["role"], "content": valid_unicode(message["content"]).strip()} for message in messages]
+def columns_read(row_format: str) -> Set[str]:
+    return FORMATS[row_format].needed | FORMATS[row_format].optional | SYSTEMS
 
 
-# ---- The formats: messages as a row has them, which may be anything ----
+def is_empty(value: Any) -> bool:
+    """Whether this is how data sets write that there is nothing; NaN is pandas' way."""
+    return value is None or value in ("", [], {}) or (isinstance(value, float) and value != value)
+
+
+# ---- The formats ----
 
 
 def _from_messages(columns: dict[str, Any]) -> list[Any]:
@@ -68,21 +66,44 @@ def _from_sharegpt(columns: dict[str, Any]) -> list[Any]:
 
 def _from_sharegpt_turn(turn: Any) -> Any:
     if isinstance(turn, dict) and "from" in turn:
-        return {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        return {**others, "role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
     return turn  # prompt.check_messages says what is wrong with it
 
 
-def _from_prompt(columns: dict[str, Any]) -> list[Any]:
-    messages: list[Any] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        value = _column(columns, name)
-        messages += value if isinstance(value, list) else [{"role": role, "content": value}]
-    return messages
+def _exchange(question: str, answer: str) -> Callable[[dict[str, Any]], list[Any]]:
+    """The reader of a row with one question and one answer in these columns; each may be messages."""
+
+    def read(columns: dict[str, Any]) -> list[Any]:
+        messages: list[Any] = []
+        for name, role in ((question, "user"), (answer, "assistant")):
+            value = _column(columns, name)
+            messages += value if isinstance(value, list) else [{"role": role, "content": value}]
+        return messages
+
+    return read
 
 
-def _from_alpaca(columns: dict[str, Any]) -> list[Any]:
-    question = "\n\n".join(map(str, filter(None, [_column(columns, "instruction"), columns.get("input")])))
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _column(columns, "output")}]
+def _instruction(answer: str) -> Callable[[dict[str, Any]], list[Any]]:
+    """The reader of a row in Alpaca's way: an instruction, perhaps what it is about, and perhaps earlier exchanges."""
+
+    def read(columns: dict[str, Any]) -> list[Any]:
+        about = [columns[name] for name in ("input", "context") if not _has_no_input(columns.get(name))]
+        parts = [_column(columns, "instruction"), *about]
+        if not all(isinstance(part, str) for part in parts):
+            raise ChatError("its instruction, input and context are not text.")
+        earlier = [] if is_empty(columns.get("history")) else _list(columns, "history")
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in earlier):
+            raise ChatError("its history is not a list of pairs, each a question and its answer.")
+        pairs = [*earlier, ("\n\n".join(filter(None, parts)), _column(columns, answer))]
+        roles = ("user", "assistant")
+        return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+    return read
+
+
+def _has_no_input(value: Any) -> bool:
+    return is_empty(value) or (isinstance(value, str) and value.strip() in NO_INPUT)
 
 
 def _from_guanaco(columns: dict[str, Any]) -> list[Any]:
@@ -93,12 +114,17 @@ def _from_guanaco(columns: dict[str, Any]) -> list[Any]:
     return [{"role": roles[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)]
 
 
-FORMATS: dict[str, tuple[set[str], Callable[[dict[str, Any]], list[Any]]]] = {
-    "messages": ({"messages"}, _from_messages),
-    "ShareGPT": ({"conversations"}, _from_sharegpt),
-    "prompt and completion": ({"prompt", "completion"}, _from_prompt),
-    "Alpaca": ({"instruction", "output"}, _from_alpaca),
-    "### Human / ### Assistant": ({"text"}, _from_guanaco),
+ABOUT = {"input", "context", "history"}
+FORMATS: dict[str, RowFormat] = {
+    "messages": RowFormat({"messages"}, _from_messages),
+    "ShareGPT": RowFormat({"conversations"}, _from_sharegpt),
+    "prompt and completion": RowFormat({"prompt", "completion"}, _exchange("prompt", "completion")),
+    "Alpaca": RowFormat({"instruction", "output"}, _instruction("output"), ABOUT),
+    "Dolly": RowFormat({"instruction", "response"}, _instruction("response"), ABOUT),
+    "prompt and response": RowFormat({"prompt", "response"}, _exchange("prompt", "response")),
+    "question and response": RowFormat({"question", "response"}, _exchange("question", "response")),
+    "question and answer": RowFormat({"question", "answer"}, _exchange("question", "answer")),
+    "### Human / ### Assistant": RowFormat({"text"}, _from_guanaco),
 }
 
 

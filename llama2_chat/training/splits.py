@@ -7,7 +7,6 @@ finds again what a training has left out.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +53,7 @@ def find_again(run: Run) -> list[Splits]:
 
 def fingerprint(every: Iterable[Splits]) -> str:
     """SHA-256 of what is in any of the train splits, whatever its order."""
-    keys = {_key(row) for splits in every for row in splits.train}
+    keys = {row.key for splits in every for row in splits.train}
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
@@ -105,7 +104,7 @@ def _groups(data: Data, labels: np.ndarray, seed: int) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for i, label in enumerate(labels[: len(data.train)]):
         groups.setdefault(label, []).append(i)
-    keys = [hashlib.sha256(f"{seed} {_key(row)}".encode()).digest() for row in data.train]
+    keys = [hashlib.sha256(f"{seed} {row.key}".encode()).digest() for row in data.train]
     return sorted(groups.values(), key=lambda group: min(keys[i] for i in group))
 
 
@@ -127,7 +126,3 @@ def _draw(data: Data, groups: list[list[int]], fraction: float) -> tuple[list[Co
 
 def _rows(data: Data, groups: Iterable[list[int]]) -> list[Conversation]:
     return [data.train[i] for i in sorted(chain(*groups))]
-
-
-def _key(row: Conversation) -> str:
-    return json.dumps(row.messages)

@@ -38,7 +38,7 @@ def test_a_long_conversation_loses_whole_exchanges_and_is_counted():
     (short,), notes = examples_of(tokenizer, 100, long, conversation("hello " * 200, "hello"))
     assert short == whole
     assert notes[0].startswith("1 are longer than 100 tokens")
-    assert "row 2: its first exchange is" in notes[2]
+    assert "row 2: its first answer ends after" in notes[2]
 
 
 def test_the_embedded_model_is_trained_on_what_its_chat_has_to_write_and_on_stopping(settings):
