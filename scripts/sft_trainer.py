@@ -76,6 +76,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--packing", action="store_true", help="put short conversations together into one row of max_length")
     add("--seed", type=int, help="of everything random (0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    add("--resume_with_changes", action="store_true", help="the same with other flags or data than at the first start")
     add("--eval_fraction", type=float, help="of an eval split, where the data has none (0.1)")
     add("--test_fraction", type=float, help="of a test split, which training never looks at (0)")
     add("--folds", type=int, metavar="K",

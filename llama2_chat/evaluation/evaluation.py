@@ -92,7 +92,8 @@ def _finetuned(subject: Subject, base: str, run: Run) -> Finetuned:
         subject.name,
         base,
         subject.fold,
-        read_curves(folder),
+        # Its eval losses are of two eval splits, the second of which may have been trained on.
+        [] if own_run is not None and own_run.mixed_data else read_curves(folder),
         kept_lowest=own_run is not None and own_run.early_stopping,
         knows_splits=own_run is not None and run.train_sha256 is not None,
     )

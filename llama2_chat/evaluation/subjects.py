@@ -49,7 +49,13 @@ class Subject:
 def find_runs(models: Sequence[str]) -> dict[str, Run]:
     """What sft_trainer.py wrote about each of the models that it trained."""
     folders = {model: Path(model).expanduser() for model in models}
-    return {model: read_run(folder) for model, folder in folders.items() if (folder / "run.json").is_file()}
+    return {model: _known_run(folder) for model, folder in folders.items() if (folder / "run.json").is_file()}
+
+
+def _known_run(folder: Path) -> Run:
+    """What is known of a run: not what it was trained on, if its data changed in the middle."""
+    run = read_run(folder)
+    return replace(run, train_sha256=None) if run.mixed_data else run
 
 
 def has_folds(run: Run) -> bool:

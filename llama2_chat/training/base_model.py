@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading import choose, load
 from llama2_chat.loading.choose import Checkpoint, Plan
+from llama2_chat.loading.disk import Files
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.settings import Settings
 from llama2_chat.training.options import Options
+
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file of weights, read for the fingerprint
 
 
 class BaseModel(NamedTuple):
@@ -45,6 +49,24 @@ def fetch_checkpoint(model_name: str) -> Checkpoint:
     settings = Settings.read([])
     plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
     return choose.fetch(plan, no_progress)
+
+
+def fingerprint(files: Files) -> str:
+    """SHA-256 of which model this is: configuration, and index or names and sizes of the weights.
+
+    Of weights that lie in a folder of one's own, where other ones may have taken their place, samples are in it too.
+    """
+    digest = hashlib.sha256((files.folder / "config.json").read_bytes())
+    for index in sorted(files.folder.glob("*.index.json")):
+        digest.update(index.read_bytes())
+    for name, size in sorted(files.weights().items()):
+        digest.update(f"{name} {size}".encode())
+        if not (files.repo or files.original):
+            with (files.folder / name).open("rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * size // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training.options import Options
-from llama2_chat.training.run_json import read_run
+from llama2_chat.training.run_json import Run, read_run
+
+# What a checkpoint cannot take up: how many trainings there are, and what its adapter and optimizer are made of.
+FIXED = {"folds", "use_peft", "lora_r", "target_modules"}
+LONGER = {"num_train_epochs"}  # with more of it a run that is done goes on
 
 
 def check_folders(options: Options) -> None:
@@ -19,25 +25,66 @@ def check_folders(options: Options) -> None:
         if folder.resolve() in taken or not (existing.is_dir() and os.access(existing, os.W_OK)):
             raise ChatError(f"Nothing can be written to {folder}: give another --output_dir or --merge_to.")
         taken.add(folder.resolve())
-    if options.merge_to and not options.resume and options.merge_to.is_dir() and any(options.merge_to.iterdir()):
+    if options.merge_to and not options.goes_on and options.merge_to.is_dir() and any(options.merge_to.iterdir()):
         raise ChatError(f"--merge_to {options.merge_to} is not empty. Choose another folder.")
 
 
-def find_checkpoint(output_dir: Path, resume: bool, train_sha256: str | None = None) -> Path | None:
+def find_checkpoint(output_dir: Path, goes_on: bool) -> Path | None:
     """The newest whole checkpoint, if the run is to go on from there.
 
-    Raises ChatError if it is not to, or if its train split has another fingerprint.
+    Raises ChatError if there is one and the run is not to go on.
     """
-    # The trainer writes its state last: without it the process died while it wrote.
-    found = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
-    if not resume and (found or any(output_dir.glob("fold-*/checkpoint-*/trainer_state.json"))):
+    found = _checkpoints(output_dir)
+    if not goes_on and (found or _checkpoints(output_dir, "fold-*/")):
         raise ChatError(f"{output_dir} has a run already. Go on with --resume, or choose another --output_dir.")
-    if found and train_sha256 and read_run(output_dir).train_sha256 != train_sha256:
+    return max(found, key=_step, default=None)
+
+
+def take_up(run: Run, folder: Path, with_changes: bool) -> Run:
+    """The run as it goes on from what is in the folder: with the changes of earlier starts, and those of this one.
+
+    Raises ChatError, with what was and what is, if anything that decides a run has changed, unless that is wanted and
+    can be taken up.
+    """
+    found = _checkpoints(folder) or _checkpoints(folder, "fold-*/")
+    if not found:
+        return run
+    kept = read_run(folder)
+    changed = _differences(kept.deciding(), run.deciding())
+    said = [f"{name} was {before} and is now {after}" for name, (before, after) in changed.items()]
+    if changed and not with_changes:
         raise ChatError(
-            f"The run in {output_dir} was trained on other conversations: the data has changed, or --seed, --folds or "
-            "the fractions. Use those of the first start, or choose another --output_dir."
+            f"The run in {folder} began otherwise: {'; '.join(said)}. Use what the first start used, choose another "
+            "--output_dir, or go on knowingly with --resume_with_changes."
         )
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if fixed := sorted(FIXED & changed.keys()):
+        before, after = changed[fixed[0]]
+        raise ChatError(
+            f"{fixed[0]} was {before} and is now {after}: a run cannot go on with that. Choose another --output_dir."
+        )
+    if changed and (folder / "curves.csv").is_file() and not LONGER & changed.keys():
+        raise ChatError(f"{folder} is done, and {'; '.join(said)}: train anew in another --output_dir.")
+    step = max(map(_step, found))
+    return replace(
+        run,
+        changes=[*kept.changes, *(f"after step {step} {sentence}" for sentence in said)],
+        mixed_data=kept.mixed_data or bool({"train data", "eval data"} & changed.keys()),
+    )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = [*before, *(name for name in after if name not in before)]
+    pairs = {name: (before.get(name, "unknown"), after.get(name, "unknown")) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _checkpoints(folder: Path, below: str = "") -> list[Path]:
+    """The whole ones. The trainer writes its state last: without it the process died while it wrote."""
+    return [path.parent for path in folder.glob(f"{below}checkpoint-*/trainer_state.json") if _is_whole(path)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(state: Path) -> bool:

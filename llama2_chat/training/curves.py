@@ -45,6 +45,11 @@ def read_curves(folder: Path) -> Curves:
         raise ChatError(f"{folder / 'curves.csv'} cannot be read ({error}). Move it away, or train again.") from error
 
 
+def remove(folder: Path) -> None:
+    """Let the run in this folder no longer be done."""
+    (folder / "curves.csv").unlink(missing_ok=True)
+
+
 def values(rows: Curves, column: str) -> list[float]:
     """Of one column, without the steps that have none."""
     return [row[column] for row in rows if column in row]

@@ -21,6 +21,17 @@ DEMO: dict[str, Any] = {
     "num_train_epochs": 6.0,
     "learning_rate": 1e-3,
 }
+# Flags that decide what a training gives, beside those of the model, the data and its splits.
+DECIDING = (
+    "learning_rate",
+    "num_train_epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "packing",
+    "early_stopping",
+    "use_peft",
+)
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 POSITIVE = (
     "batch_size",
     "gradient_accumulation_steps",
@@ -54,6 +65,7 @@ class Options:
     packing: bool = False
     seed: int = 0
     resume: bool = False
+    resume_with_changes: bool = False
     eval_fraction: float = 0.1
     test_fraction: float = 0.0
     folds: int = 0  # 0: one training
@@ -65,6 +77,16 @@ class Options:
     def __post_init__(self) -> None:
         for fault in self._faults():
             raise ChatError(fault)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.resume or self.resume_with_changes
+
+    def deciding(self) -> dict[str, Any]:
+        """The flags that decide what a training gives, by name, as JSON has them."""
+        names = (*DECIDING, *(LORA if self.use_peft else ()))
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def memory_remedies(self) -> Iterator[str]:
         """What takes less memory, best first."""

@@ -13,6 +13,7 @@ from llama2_chat.training.markdown import public, table
 if TYPE_CHECKING:
     from llama2_chat.training.answers import Question
     from llama2_chat.training.options import Options
+    from llama2_chat.training.run_json import Run
     from llama2_chat.training.splits import Splits
 
 
@@ -21,7 +22,7 @@ class Subject(NamedTuple):
 
     model: str
     repo: str | None  # of the base, on the Hub
-    precision: str  # of the base
+    run: Run
     options: Options
 
 
@@ -82,15 +83,26 @@ def describe_loss(values: list[float]) -> str:
 
 
 def _settings(subject: Subject) -> dict[str, str]:
-    options = subject.options
-    method = f"LoRA of rank {options.lora_r}, alpha {options.lora_alpha}," if options.use_peft else "all weights"
-    return {
-        "model": f"{public(subject.model)}, {method} on {subject.precision}",
+    """What was used, all of it, and what of it was not from the beginning."""
+    options, run = subject.options, subject.run
+    lora = f"LoRA of rank {options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}"
+    method = f"{lora}, in {' '.join(options.target_modules)}," if options.use_peft else "all weights"
+    processes = run.settings.get("processes", 1)
+    batch = f"batch {options.batch_size} × {options.gradient_accumulation_steps}"
+    rows = {
+        "model": f"{public(subject.model)}, {method} on {run.precision}",
         "data": public(options.dataset_name),
-        "settings": f"{options.num_train_epochs:g} epochs, "
-        f"batch {options.batch_size} × {options.gradient_accumulation_steps}, "
-        f"learning rate {options.learning_rate:g}, {options.max_length:,} tokens, seed {options.seed}",
+        "settings": f"{options.num_train_epochs:g} epochs, {batch}{f' × {processes} processes' * (processes > 1)}, "
+        f"learning rate {options.learning_rate:g}, {options.max_length:,} tokens{', packed' * options.packing}, "
+        f"seed {options.seed}",
     }
+    if options.early_stopping:
+        rows["stops"] = f"when the eval loss has not fallen {options.early_stopping} times in a row; the best is kept"
+    if run.changes:
+        rows["changed in mid-run"] = "; ".join(run.changes)
+    if run.mixed_data:
+        rows["the eval split"] = "may hold conversations that were trained on before the data changed"
+    return rows
 
 
 def _write_page(subject: Subject, facts: Mapping[str, str], lines: list[str]) -> None:

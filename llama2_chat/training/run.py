@@ -8,15 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate import PartialState
+
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, merging, report, splits
-from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base
-from llama2_chat.training.checkpoints import check_folders, find_checkpoint
+from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fingerprint
+from llama2_chat.training.checkpoints import check_folders, find_checkpoint, take_up
 from llama2_chat.training.examples import tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
 from llama2_chat.training.resources import free_memory
-from llama2_chat.training.run_json import Run, write_run
+from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
 from llama2_chat.training.train_one import subject_of, train_one
 
@@ -24,12 +26,13 @@ from llama2_chat.training.train_one import subject_of, train_one
 def train(options: Options) -> None:
     """Raises ChatError."""
     check_folders(options)
-    find_checkpoint(options.output_dir, options.resume)
+    find_checkpoint(options.output_dir, options.goes_on)
     data, run = chat_data.read(options.dataset_name), new_run(options)
     every = splits.of_run(data, run)
     print_lines(*data.summary_lines(), *every[0].notes)
-    run = replace(run, train_sha256=splits.fingerprint(every))
     base = fetch_base(options.model_name)
+    run = replace(_with_hashes(run, every), model_sha256=fingerprint(base.checkpoint.base))
+    run = take_up(run, options.output_dir, options.resume_with_changes)
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
     if options.folds:
@@ -42,7 +45,7 @@ def train(options: Options) -> None:
 
 
 def new_run(options: Options) -> Run:
-    """What run.json will say, except for the fingerprint of what was trained on."""
+    """What run.json will say, except for the fingerprints of model and data."""
     data, here = Path(options.dataset_name).absolute(), Path.cwd()
     is_below = data.exists() and data.is_relative_to(here)
     merged = options.merge_to or (options.output_dir / "merged" if options.merge_and_push else None)
@@ -59,7 +62,12 @@ def new_run(options: Options) -> Run:
         early_stopping=bool(options.early_stopping),
         merged_to=str(merged) if merged else None,
         train_sha256=None,
+        settings=options.deciding() | {"processes": PartialState().num_processes},
     )
+
+
+def _with_hashes(run: Run, every: list[Splits]) -> Run:
+    return replace(run, train_sha256=splits.fingerprint(every), eval_sha256=splits.fingerprint(every, "eval"))
 
 
 def _train_folds(options: Options, run: Run, folds: list[Splits], base: BaseModel) -> None:
@@ -73,8 +81,10 @@ def _train_folds(options: Options, run: Run, folds: list[Splits], base: BaseMode
         write_run(run, options.output_dir)
     for i, fold in enumerate(folds, 1):
         print_lines(f"\nFold {i} of {options.folds}")
-        of_fold = replace(run, fold=i, train_sha256=splits.fingerprint([fold]))
-        train_one(replace(options, output_dir=options.output_dir / f"fold-{i}"), of_fold, fold, base)
+        folder = options.output_dir / f"fold-{i}"
+        of_fold = replace(_with_hashes(run, [fold]), fold=i, changes=[], mixed_data=False)
+        of_fold = take_up(of_fold, folder, options.resume_with_changes)
+        train_one(replace(options, output_dir=folder), of_fold, fold, base)
         free_memory()
     if is_main_process():
         eval_loss = report.write_folds_report(subject_of(base, run, options), folds)
@@ -86,7 +96,8 @@ def _merge(options: Options, run: Run, folder: Path, base: BaseModel, samples: l
     """samples: ids on which the merged model has to give the adapter's logits."""
     free_memory()  # for the full-precision base
     difference = merging.merge(base, options.output_dir, folder, samples)
-    write_run(run, options.output_dir)  # again: a run that was done already may be merged to another folder now
+    # Again: a run that was done already may be merged to another folder now.
+    write_run(replace(read_run(options.output_dir), merged_to=run.merged_to), options.output_dir)
     print_lines(f"The merged model is in {folder}; its logits differ from the adapter's by {difference:.1g} at most.")
     if options.merge_and_push:
         merging.push(folder, options.merge_and_push)

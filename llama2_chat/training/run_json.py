@@ -1,10 +1,14 @@
-"""run.json: which model was trained on which splits of which data, so that an evaluation finds them again."""
+"""run.json: all that decides what a training gives.
+
+By it a run goes on as it began, and an evaluation finds again what was trained on and what was not.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llama2_chat.errors import ChatError
 
@@ -22,7 +26,24 @@ class Run:
     precision: str  # of the base: nf4, int8, bfloat16, float16, float32
     early_stopping: bool  # then the best checkpoint was kept, else the last
     merged_to: str | None
-    train_sha256: str | None  # splits.fingerprint() of what was trained on; None is not compared
+    train_sha256: str | None  # splits.fingerprint() of what was trained on; None if nobody knows
+    eval_sha256: str | None = None  # the same of the eval split
+    model_sha256: str | None = None  # base_model.fingerprint() of the base
+    settings: dict[str, Any] = field(default_factory=dict)  # the flags that decide, by name: Options.deciding()
+    changes: list[str] = field(default_factory=list)  # what changed in mid-run, by --resume_with_changes, and when
+    mixed_data: bool = False  # the data was among it: what is in the eval split now may have been trained on before
+
+    def deciding(self) -> dict[str, Any]:
+        """All that must be the same when the run goes on, by its name."""
+        hashes = {"model": self.model_sha256, "train data": self.train_sha256, "eval data": self.eval_sha256}
+        drawn = {"eval_fraction": self.eval_fraction, "test_fraction": self.test_fraction, "folds": self.folds}
+        shape = {"precision": self.precision, "max_length": self.max_length, "seed": self.seed}
+        return {
+            **{name: (value or "unknown")[:12] for name, value in hashes.items()},
+            **drawn,
+            **shape,
+            **self.settings,
+        }
 
 
 def write_run(run: Run, folder: Path) -> None:

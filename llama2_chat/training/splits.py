@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -51,9 +51,9 @@ def find_again(run: Run) -> list[Splits]:
     return every
 
 
-def fingerprint(every: Iterable[Splits]) -> str:
-    """SHA-256 of what is in any of the train splits, whatever its order."""
-    keys = {row.key for splits in every for row in splits.train}
+def fingerprint(every: Iterable[Splits], split: Literal["train", "eval"] = "train") -> str:
+    """SHA-256 of what is in this split of any of them, whatever its order."""
+    keys = {row.key for splits in every for row in getattr(splits, split)}
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ from llama2_chat.training.examples import Examples, mark_answers, tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
 from llama2_chat.training.resources import memory_gb
-from llama2_chat.training.run_json import Run, write_run
+from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
 from llama2_chat.training.trainer import make_trainer
 
@@ -35,12 +35,13 @@ ANSWERS = "answers.json"  # those before training, which a resumed run cannot as
 
 def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> list[list[int]]:
     """Train one model into options.output_dir. Returns the ids of two conversations that it was trained on."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume, run.train_sha256)
+    checkpoint = find_checkpoint(options.output_dir, options.goes_on)
     examples = _tokenize_splits(options, splits, base)
     samples = [example.input_ids for example in examples["train"][:2]]
-    if checkpoint and curves.read_curves(options.output_dir):
+    if checkpoint and curves.read_curves(options.output_dir) and read_run(options.output_dir).changes == run.changes:
         print_lines(f"{options.output_dir} is done.")
         return samples
+    print_lines(*(f"Changed: {change}." for change in run.changes))
     if run.fold in (None, 1):
         _show_examples(examples, base)
 
@@ -49,6 +50,7 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
     _check_target_modules(model, options.target_modules)
     questions = choose_questions(splits, base.tokenizer, options.max_length)
     if is_main_process():
+        curves.remove(options.output_dir)  # of a run that was done, and goes on for longer
         write_run(run, options.output_dir)
         file = options.output_dir / ANSWERS
         if not (checkpoint and file.is_file()):
@@ -72,7 +74,7 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
 
 
 def subject_of(base: BaseModel, run: Run, options: Options) -> report.Subject:
-    return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run.precision, options)
+    return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run, options)
 
 
 def _tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examples:

@@ -49,7 +49,7 @@ def make_trainer(
         eval_dataset=_dataset(examples["eval"]) if examples["eval"] else None,
         processing_class=tokenizer,
         peft_config=_adapter(options) if options.use_peft else None,
-        callbacks=[Progress(), *stopping],
+        callbacks=[Progress(), *stopping, *([TakeUpLearningRate()] if resumed else [])],
     )
     trainer.remove_callback(PrinterCallback)
     if config.fp16:
@@ -120,6 +120,20 @@ def _dataset(examples: list[TokenizedExample]) -> Dataset:
     return datasets.Dataset.from_list(
         [{"input_ids": example.input_ids, "labels": labels(example)} for example in examples]
     )
+
+
+class TakeUpLearningRate(TrainerCallback):
+    """Goes on with the learning rate of the flags: a checkpoint's optimizer and scheduler bring their own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # within accelerate's
+        if all(rate == args.learning_rate for rate in scheduler.base_lrs):
+            return
+        scheduler.base_lrs = [args.learning_rate for _ in scheduler.base_lrs]
+        for group, scale in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = args.learning_rate
+            group["lr"] = args.learning_rate * scale(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # which is logged
 
 
 class Progress(TrainerCallback):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from llama2_chat.evaluation.evaluation import find_finetuned
 from llama2_chat.evaluation.subjects import fetch_checkpoint, find_runs, find_subjects, load_in_turn
 from llama2_chat.loading import load
+from llama2_chat.training.curves import write_curves
 from llama2_chat.training.run_json import read_run, write_run
 from tests.support.evaluating import evaluate, loss_of, refusal
 from tests.support.runs import save_adapter, save_run
@@ -26,6 +28,16 @@ def test_a_base_is_itself_again_after_its_adapter_was_measured(run):
         logits[subject.name] = model(ids).logits
     assert torch.equal(logits["base"], logits["base again"])
     assert not torch.allclose(logits["base"], logits["adapter"], atol=1e-3)
+
+
+def test_nobody_claims_to_know_what_a_run_was_trained_on_whose_data_changed_in_the_middle(run):
+    assert find_runs([str(run)])[str(run)].train_sha256
+    write_run(replace(read_run(run), mixed_data=True), run)
+    runs = find_runs([str(run)])
+    assert runs[str(run)].train_sha256 is None
+    write_curves([{"step": step, "epoch": step, "eval loss": 2.0 - step} for step in range(3)], run)
+    (finetuned,) = find_finetuned(find_subjects([str(run)], runs), runs[str(run)])
+    assert (finetuned.curves, finetuned.knows_splits) == ([], False)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """What can be trained, and that it can be trained after it has been asked."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.training.base_model import fetch_base, load_for_training
+from llama2_chat.loading.disk import Files
+from llama2_chat.training.base_model import fetch_base, fingerprint, load_for_training
 
 
 def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
@@ -31,3 +34,17 @@ def test_in_nf4_the_answers_before_training_do_not_cut_the_gradients_off(chat_mo
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_a_model_is_told_from_another_of_its_shape_by_configuration_and_weights(chat_model, tmp_path):
+    files = [Files(copy) for copy in (chat_model, tmp_path / "same", tmp_path / "config", tmp_path / "weights")]
+    for other in files[1:]:
+        shutil.copytree(chat_model, other.folder)
+    config = tmp_path / "config" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps"', '"other"'))
+    with (tmp_path / "weights" / "model.safetensors").open("r+b") as file:
+        file.seek(-200_000, os.SEEK_END)
+        file.write(bytes(100_000))
+    first, same, *others = map(fingerprint, files)
+    assert first == same
+    assert len({first, *others}) == 3

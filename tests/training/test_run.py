@@ -12,6 +12,7 @@ from llama2_chat.loading import load
 from llama2_chat.training.curves import read_curves
 from llama2_chat.training.options import Options
 from llama2_chat.training.run import new_run
+from llama2_chat.training.run_json import read_run
 from tests.support.small_tokenizer import CHATML
 from tests.support.training import arguments, train_here
 
@@ -87,3 +88,22 @@ def test_a_run_stops_early_when_the_eval_loss_rises_and_does_not_begin_to_count_
     Path(tmp_path, "curves.csv").unlink()  # as if it had been killed after its last checkpoint
     train_here(*command, "--resume")
     assert read_curves(tmp_path)[-1]["epoch"] == stopped[-1]["epoch"] + 2  # one measurement more
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_goes_on_for_longer_with_another_learning_rate_and_says_so(chat_model, dataset, tmp_path):
+    flags = ("--use_peft", "--batch_size", "8")
+    train_here(*arguments(chat_model, dataset, tmp_path, *flags, "--num_train_epochs", "1"))
+    done = read_curves(tmp_path)
+    more = arguments(chat_model, dataset, tmp_path, *flags, "--num_train_epochs", "2", "--learning_rate", "5e-2")
+    with pytest.raises(ChatError, match=r"learning_rate was 0.0002 and is now 0.05; num_train_epochs was 1.0 and"):
+        train_here(*more, "--resume")
+    train_here(*more, "--resume_with_changes")
+    after = read_curves(tmp_path)
+    step = int(done[-1]["step"])
+    assert [row for row in after if row["step"] < step] == done[:-1]
+    rates = {row["step"]: row["learning rate"] for row in after[1:]}
+    assert max(rates[i] for i in rates if i <= step) <= 2e-4
+    assert min(rates[i] for i in rates if i > step) > 1e-3
+    assert f"after step {step} learning_rate was 0.0002 and is now 0.05" in (tmp_path / "README.md").read_text()
+    assert len(read_run(tmp_path).changes) == 2
