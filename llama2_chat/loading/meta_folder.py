@@ -22,13 +22,14 @@ from llama2_chat.loading.shards import SAFETENSORS_NAMES, Shards, groups, joined
 
 log = logging.getLogger("llama2_chat")
 
-WEIGHTS = "consolidated.*.pth"
+WEIGHTS = "consolidated.[0-9][0-9].pth"  # and no "consolidated.00 (1).pth", which a browser makes
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 CHECKLIST_LINE = re.compile(r"\s*([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S+)\s*")
 MD5_BYTES = 2**22  # read at once
 # What Llama 2, Code Llama and the first Llama say in params.json; of any other model the tensors alone would not do.
 NEEDED = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
-ALSO = {"n_kv_heads", "rope_theta", "vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len"}
+MAY_SAY = {"n_kv_heads": int, "rope_theta": float}
+IGNORED = {"vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len"}
 CHAT_NAME = re.compile(r"chat|instruct", re.IGNORECASE)
 CODE_LLAMA_70B_INSTRUCT = re.compile(r"code-?llama-?70b.*instruct", re.IGNORECASE)
 FIRST_LLAMA = re.compile(r"(7|13|30|65)B")  # as their folders are called
@@ -121,6 +122,8 @@ def read_config(folder: Path, shards: Shards) -> LlamaConfig:
         rows, columns = embedding.shape
     except (KeyError, ValueError) as error:
         raise ModelUnavailable(f"{quoted(folder)} holds tensors of another model. {NOT_LLAMA_2}") from error
+    if params["n_layers"] > len(first):  # whose tensors we would list for a long time before we miss one
+        raise ModelUnavailable(f"{quoted(folder)} lacks layers that its params.json asks for. Download it again.")
     if columns * len(shards) < params["dim"]:
         raise ModelUnavailable(
             f"{quoted(folder)} is incomplete: it has {len(shards)} of the {params['dim'] // columns} files "
@@ -158,15 +161,21 @@ def _read_params(folder: Path) -> dict[str, Any]:
     path = folder / "params.json"
     try:
         params = json.loads(path.read_text("utf-8-sig"))
-        valid = all(isinstance(params[name], (int, kind)) and params[name] > 0 for name, kind in NEEDED.items())
+        said = NEEDED | {name: kind for name, kind in MAY_SAY.items() if params.get(name) is not None}
+        valid = all(_is_number(params[name], kind) for name, kind in said.items())
         valid = valid and params["dim"] % params["n_heads"] == 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
         raise ModelUnavailable(f"{quoted(path)} does not describe a model. Download it again.")
-    if more := sorted(name for name, value in params.items() if value and name not in {*NEEDED, *ALSO}):
+    if more := sorted(name for name, value in params.items() if value and name not in {*NEEDED, *MAY_SAY, *IGNORED}):
         raise ModelUnavailable(f"{quoted(path)} says {more[0]}, which Llama 2 does not have. {NOT_LLAMA_2}")
     return dict(params)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """One above 0 that a model can have."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < 2**31  # type: ignore[operator]
 
 
 def _check_tensors(folder: Path, config: LlamaConfig, shards: Shards) -> None:

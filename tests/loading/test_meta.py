@@ -212,6 +212,11 @@ BROKEN = {
     "another number of heads": (change_params(n_kv_heads=2), "has not the shape"),
     "more layers than there are": (change_params(n_layers=3), "lacks layers.2"),
     "no numbers": (change_params(dim="many"), "does not describe a model"),
+    "no number of layers": (change_params(n_layers=True), "does not describe a model"),
+    "more layers than anybody counts": (change_params(n_layers=2**30), "lacks layers that its params.json asks for"),
+    "heads in words": (change_params(n_kv_heads="8"), "does not describe a model"),
+    "positions that turn backwards": (change_params(rope_theta=-1e6), "does not describe a model"),
+    "positions in words": (change_params(rope_theta="big"), "does not describe a model"),
     "no JSON": (write("params.json", "dim: 64"), "does not describe a model"),
 }
 
@@ -230,6 +235,13 @@ def test_a_file_that_the_checklist_names_and_that_is_not_here_is_named(make):
     settings = make(files=2)
     path_in(settings.model_id, "consolidated.01.pth").unlink()
     assert "consolidated.01.pth is missing" in refusal(get, settings)
+
+
+def test_a_second_copy_that_a_browser_has_made_is_no_part_of_the_model(make):
+    settings = make()
+    first = path_in(settings.model_id, "consolidated.00.pth")
+    shutil.copy(first, first.with_name("consolidated.00 (1).pth"))
+    get(settings)
 
 
 @pytest.mark.slow
