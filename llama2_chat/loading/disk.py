@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ import huggingface_hub
 from filelock import FileLock, Timeout
 from huggingface_hub import errors
 
-from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.errors import ChatError, ModelUnavailable, quoted
 
 log = logging.getLogger("llama2_chat")
 
@@ -176,5 +177,16 @@ def one_at_a_time(lock_file: Path, waiting: Callable[[], None]) -> Iterator[None
 def translate_write_errors() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise not_writable(error, "set CACHE_DIR to a folder that has room and is yours") from error
+    except ChatError:
+        raise
+    except Exception as error:
+        problem = error if isinstance(error, OSError) else _in_rust(error)
+        if problem is None:
+            raise
+        raise not_writable(problem, "set CACHE_DIR to a folder that has room and is yours") from error
+
+
+def _in_rust(error: Exception) -> OSError | None:
+    """tokenizers and safetensors raise exceptions of their own, with the number of the system's error in their text."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), str(error)) if number else None

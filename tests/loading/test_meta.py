@@ -281,6 +281,16 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half(make, monkeypatch):
     assert not list(settings.cache_dir.rglob("*.part"))
 
 
+def test_a_disk_that_is_full_for_libraries_in_rust_is_told_as_one(make, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers has it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    settings = make()
+    assert "No space left on device. Please set CACHE_DIR" in refusal(get, settings)
+    assert not list(settings.cache_dir.rglob("*.staging"))
+
+
 def test_a_file_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(make, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
