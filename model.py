@@ -225,8 +225,7 @@ class ChatModel:
         if tools is not None and tools.may_call and goes_on:
             raise ChatError(BEGUN)
         if tools is not None and not goes_on:
-            most_tokens = min(self.context_length // 2, LONGEST_UNASKED) if to_the_end else params.max_new_tokens
-            params = replace(params, grammar=answer_grammar(tools, self.call_style, params.grammar, most_tokens))
+            params = replace(params, grammar=answer_grammar(tools, self.call_style, params.grammar))
         if trim:
             input_ids, dropped_messages = self._trimmed(messages, params, tools)
         else:
@@ -344,7 +343,8 @@ class ChatModel:
         stop = params.stop if params.ignore_eos else (*params.stop, *ends)
         usage = Usage(len(input_ids), dropped_messages=dropped_messages)
         reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)
-        reply.relaxed = () if grammar is None else grammar.relaxed
+        if grammar is not None:
+            reply.relaxed, reply.last_start = grammar.relaxed, grammar.last_start
         reply.request = serving.engine.submit(input_ids, params, reply, grammar)
         return reply
 

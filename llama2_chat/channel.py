@@ -65,6 +65,10 @@ class ChannelReply(ABC, Generic[T]):
     _finishing = threading.Lock()  # one for all replies: it is only held for a comparison
 
     @property
+    def json_ends(self) -> bool:
+        return False
+
+    @property
     @abstractmethod
     def channel(self) -> Channel[T]: ...
 

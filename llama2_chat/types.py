@@ -330,6 +330,11 @@ class Reply(Protocol):
     def relaxed(self) -> Sequence[str]: ...  # words of its JSON schema that it may violate; none where nobody knows
 
     @property
+    def json_ends(
+        self,
+    ) -> bool: ...  # whether JSON that begins now ends before max_new_tokens; False where nobody knows
+
+    @property
     def prompt_logprobs(self) -> Sequence[TokenLogprob]: ...  # none before the first piece, or if not asked for
 
     @property

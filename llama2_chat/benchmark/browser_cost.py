@@ -74,7 +74,7 @@ SEARCH = """async () => {
 class SteadyReply:
     """A text, word by word."""
 
-    queue_position, finish_reason, usage, timing, relaxed = 0, None, Usage(), Timing(), ()
+    queue_position, finish_reason, usage, timing, relaxed, json_ends = 0, None, Usage(), Timing(), (), False
 
     def __init__(self, words: list[str]) -> None:
         self._words, self._said, self._began = words, 0, time.perf_counter()

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
 
+from llama2_chat.engine.ending import Ending
 from llama2_chat.engine.json_state import JsonState
-from llama2_chat.engine.try_grammar import LIMITS, sentence, too_complex, tried
+from llama2_chat.engine.try_grammar import LIMITS, Tried, sentence, too_complex, tried
 from llama2_chat.engine.vocabulary import Vocabulary
 from llama2_chat.engine.way_out import way_out
 from llama2_chat.errors import BadGrammar, Busy
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-LOOK_AHEAD = 96  # tokens before its last at which an answer is first looked at, whether it will come to its end
+UNKNOWN = Ending(least=80, step=8)  # of JSON that may be endless
 LOOKED_AT = 1500  # tokens of ways to the end that one answer may have looked at, of 10 ms each where it is hostile
 SPARE = 6  # tokens that the way to the end may be longer in the middle of a character, or of an escape
+CLOSING = 24  # tokens that may stand behind the JSON of a call, its end and an id
 PATIENCE_S = 10  # a grammar waits no longer for others' to be compiled
 
 
@@ -67,7 +69,7 @@ class Grammars:
             self._one_at_a_time.release()
         if matcher.is_error():
             raise BadGrammar(sentence(spec.kind, matcher.get_error()))
-        return Grammar(matcher, vocabulary, spec, found.relaxed, most_tokens)
+        return Grammar(matcher, vocabulary, spec, found, most_tokens)
 
     def _tokenizer(self) -> tuple[LLTokenizer, Vocabulary]:
         """Made once, while those who come first wait for it."""
@@ -107,16 +109,18 @@ class Grammar:
         matcher: LLMatcher,
         vocabulary: Vocabulary,
         spec: GrammarSpec,
-        relaxed: tuple[str, ...] = (),
+        found: Tried,
         most_tokens: int | None = None,
     ) -> None:
-        self.relaxed = relaxed  # words of the JSON schema that the answer may violate
+        self.relaxed = found.relaxed  # words of the JSON schema that the answer may violate
         self._matcher, self._vocabulary, self._kind = matcher, vocabulary, spec.kind
         self._state = JsonState()
-        self._left = most_tokens
-        # With so many tokens left, an end is looked for; not at once, for the first token should not wait.
-        self._first_look = min(LOOK_AHEAD, (most_tokens or 0) * 3 // 4)
-        self._look_at, self._may_look_at = self._first_look, LOOKED_AT
+        self._left, self._ending = most_tokens, found.ending or UNKNOWN
+        # JSON that begins after more tokens of the answer may be cut.
+        self.last_start = (most_tokens or 0) - self._tokens_to_end(0) if found.ending else -1
+        # An end is not looked for at once where that may be in vain: the first token should not wait.
+        self._most = (most_tokens or 0) if self.last_start >= 0 else (most_tokens or 0) * 3 // 4
+        self._look_at, self._may_look_at = self._most, LOOKED_AT
         self._way: list[int] = []  # to the end, once there is no time for anything else
         # Around the JSON of a Lark grammar there may be text, in which a number is as long as it likes.
         self._least_depth = 0 if spec.kind == "json_schema" else 1 if "%json" in spec.text else math.inf
@@ -130,6 +134,8 @@ class Grammar:
         """Write to mask, int32 on the CPU, a bit for each id that may come next, the lowest first."""
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         self._check()
+        if self._least_depth == 1 and self._vocabulary.allows_line_end(mask):  # no JSON here does, so this is text
+            self._state = JsonState()
         if self._state.depth >= self._least_depth:
             self._end_number(mask)
             self._end_in_time(mask)
@@ -143,7 +149,7 @@ class Grammar:
         if self._left is not None:
             self._left -= 1
             if self._state.quotes != quotes:  # within a string, the way to the end stays as long as it is
-                self._look_at, self._may_look_at = self._first_look, LOOKED_AT
+                self._look_at, self._may_look_at = self._most, LOOKED_AT
         self._way = self._way[1:] if self._way[:1] == [token] else []
 
     def _end_number(self, mask: Tensor) -> None:
@@ -156,18 +162,24 @@ class Grammar:
             mask.copy_(shorter)
 
     def _end_in_time(self, mask: Tensor) -> None:
-        """Take the way to the end when there are only as many tokens left as it has."""
-        if self._left is None or self._left > self._look_at:
+        """Take the way to the end when one more token could make it longer than what is left."""
+        if self._left is None or self._left > min(self._look_at, self._tokens_to_end(self._state.depth)):
             return
         way = self._way or self._look()
         if way is None:  # it cannot be brought to its end, as far as is known
             self._look_at = 0
-        elif len(way) + SPARE < self._left:
-            # Outside of a string the next token may make it longer, by not much until the next string.
-            self._look_at = len(way) + SPARE if self._state.in_string else max(len(way) + SPARE, self._left - 8)
+            return
+        step, needed = self._ending.step, len(way) + SPARE
+        if needed + step < self._left and needed < self._may_look_at:
+            # Within a string, the way stays as long as it is.
+            self._look_at = needed + step if self._state.in_string else self._left - (self._left - needed) // step
         elif way:
             self._way = way
             mask.copy_(self._vocabulary.only(way[0]))
+
+    def _tokens_to_end(self, depth: int) -> int:
+        """As many as are enough anywhere where so many brackets and braces are open."""
+        return self._ending.within(depth) + SPARE + CLOSING
 
     def _look(self) -> list[int] | None:
         if self._left is None or self._may_look_at <= 0:

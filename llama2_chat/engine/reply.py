@@ -66,6 +66,7 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
         self._offsets: list[int] = []  # of each token, in what readers see
         self._stopwatch = Stopwatch()
         self._put_tokens = 0
+        self.last_start = -1  # as Grammar has it
 
     # What the engine's thread calls.
 
@@ -90,6 +91,10 @@ class StreamedReply(ChannelReply["torch.Tensor | None"], TextIteratorStreamer):
     @property
     def usage(self) -> Usage:
         return replace(self._usage, completion_tokens=len(self.token_cache), cached_tokens=self.request.cached_tokens)
+
+    @property
+    def json_ends(self) -> bool:
+        return len(self.token_cache) <= self.last_start
 
     @property
     def timing(self) -> Timing:

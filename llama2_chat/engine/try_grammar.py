@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
+from llama2_chat.engine.ending import Ending, ending_of, longest
 from llama2_chat.engine.json_schema import Rewriter
 from llama2_chat.errors import Busy
 from llama2_chat.process import python_command, python_environment
@@ -62,6 +64,7 @@ class Tried:
     source: str = ""  # as llguidance reads it: a list of grammars, of which the first is where an answer starts
     error: str = ""  # what is wrong with it, in a sentence
     relaxed: tuple[str, ...] = ()  # words of a JSON schema that answers may violate
+    ending: Ending | None = None  # of its JSON; None where that may be endless, or there is none
 
 
 def too_complex(kind: GrammarKind) -> str:
@@ -139,7 +142,8 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     if process.returncode:
         return Tried(error=too_complex(spec.kind))
     result = json.loads(written)
-    return Tried(result["source"], result["error"], tuple(result["relaxed"]))
+    ending = None if result["ending"] is None else Ending(*result["ending"])
+    return Tried(result["source"], result["error"], tuple(result["relaxed"]), ending)
 
 
 _spare: list[subprocess.Popen[bytes]] = []  # one that waits for a grammar: Python takes a tenth of a second to start
@@ -203,23 +207,24 @@ def compile_here(kind: GrammarKind, text: str) -> Tried:
         text = any_to_lark(text)
     except Exception as error:  # of many types, none of its own
         return Tried(error=sentence(kind, str(error)))
-    text, relaxed = _with_schemas(text)
-    return _compile(kind, json.dumps({"grammars": [{"lark_grammar": text}]}), relaxed)
+    text, schemas, relaxed = _with_schemas(text)
+    return _compile(kind, json.dumps({"grammars": [{"lark_grammar": text}]}), schemas, relaxed)
 
 
-def _with_schemas(lark: str) -> tuple[str, tuple[str, ...]]:
-    """The grammar with its JSON schemas as Rewriter writes them, and what of these is relaxed."""
+def _with_schemas(lark: str) -> tuple[str, list[dict[str, Any]], set[str]]:
+    """The grammar with its JSON schemas as Rewriter writes them, these, and what of them is relaxed."""
     relaxed: set[str] = set()
-    pieces, end, decoder = [], 0, json.JSONDecoder()
+    schemas, pieces, end, decoder = [], [], 0, json.JSONDecoder()
     for match in re.finditer(r"%json\s*(?=\{)", lark):
         try:
             schema, after = decoder.raw_decode(lark, match.end())
         except ValueError:
             continue  # as llguidance will say
         rewriter = Rewriter(schema)
-        pieces += [lark[end : match.end()], json.dumps(_rewritten(rewriter, schema) | {"x-guidance": FORM})]
+        schemas.append(_rewritten(rewriter, schema))
+        pieces += [lark[end : match.end()], json.dumps(schemas[-1] | {"x-guidance": FORM})]
         end, relaxed = after, relaxed | rewriter.relaxed
-    return "".join([*pieces, lark[end:]]), tuple(sorted(relaxed))
+    return "".join([*pieces, lark[end:]]), schemas, relaxed
 
 
 def _try_schema(schema: dict[str, Any]) -> Tried:
@@ -232,7 +237,7 @@ def _try_schema(schema: dict[str, Any]) -> Tried:
             source = LLMatcher.grammar_from_json_schema(json.dumps(written), overrides=FORM)
         except ValueError as error:  # half of a character
             return Tried(error=sentence("json_schema", str(error)))
-        result = _compile("json_schema", source, tuple(sorted(rewriter.relaxed)))
+        result = _compile("json_schema", source, [written], rewriter.relaxed)
         if not (result.error and rewriter.narrowed_one_of):
             break
     return result
@@ -245,10 +250,12 @@ def _rewritten(rewriter: Rewriter, schema: dict[str, Any]) -> dict[str, Any]:
         return schema  # which is none, as llguidance will say
 
 
-def _compile(kind: GrammarKind, source: str, relaxed: tuple[str, ...] = ()) -> Tried:
+def _compile(
+    kind: GrammarKind, source: str, schemas: Sequence[dict[str, Any]] = (), relaxed: Collection[str] = ()
+) -> Tried:
     # With a tokenizer of 256 bytes it costs what it costs with any, and with none at all much less.
     matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=LIMITS)
     matcher.compute_bitmask()
     if matcher.is_error():
         return Tried(error=sentence(kind, matcher.get_error()))
-    return Tried(source, relaxed=relaxed)
+    return Tried(source, relaxed=tuple(sorted(relaxed)), ending=longest(map(ending_of, schemas)))

@@ -10,6 +10,7 @@ import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
+LINE_END = ord("\n")
 IN_NUMBER = re.compile(rb"\.?[0-9]*\.?[0-9]*")
 
 
@@ -26,6 +27,10 @@ class Vocabulary:
     def only(self, token: int) -> Tensor:
         """A mask that allows one token."""
         return mask_of(np.arange(len(self.texts)) == token)
+
+    def allows_line_end(self, mask: Tensor) -> bool:
+        token = self.of_byte.get(LINE_END)
+        return token is not None and bool(mask[token // 32] >> token % 32 & 1)
 
     def longer_numbers(self, digits_left: int) -> Tensor | None:
         """Tokens that would give a number more digits than are left, as a mask. None if there are none such."""

@@ -59,8 +59,7 @@ class Question:
             return cls(system, turns, fields)
         if more and tools.may_call:
             raise ChatError(BEGUN)
-        most_tokens = None if to_the_end else params.max_new_tokens
-        json_only = json_only_grammar(tools, params.grammar, most_tokens) if tools.may_call else None
+        json_only = json_only_grammar(tools, params.grammar) if tools.may_call else None
         return cls(system, turns, fields | _tool_fields(tools), tools=tools, json_only=json_only)
 
     @property

@@ -139,6 +139,10 @@ class CutReply:
         return self._reply.timing
 
     @property
+    def json_ends(self) -> bool:
+        return self._reply.json_ends
+
+    @property
     def relaxed(self) -> Sequence[str]:
         return self._reply.relaxed
 

@@ -189,7 +189,7 @@ def api_router(
                     record.reply = await cleanup.enter_async_context(choices)
             except ChatError as error:
                 raise as_api_error(error, _field_of(error, body)) from error
-            writer = _writer(chat, body, params, question, len(choices.replies), sources)
+            writer = _writer(chat, body, params, question, choices, sources)
             if body.stream:
                 pieces = events(writer, choices, record)
                 return EventStream(pieces, record, cleanup.pop_all(), reply_headers(choices))
@@ -296,13 +296,13 @@ def _writer(
     body: BaseRequest,
     params: SamplingParams,
     question: Question,
-    answers: int,
+    choices: Choices,
     sources: Sequence[Source],
 ) -> AnswerWriter:
     if isinstance(body, InfillRequest):
         return Infills(chat.status.model, chat.context_length, with_text=body.max_tokens != 0)
     ids = CallIds(None if body.seed is None else f"{body.seed} {json.dumps(question)}")
-    readers = [_reader(chat, body) for _ in range(answers)]
+    readers = [_reader(chat, body, params, reply) for reply in choices.replies]
     with_logprobs, model = params.logprobs is not None, chat.status.model
     if isinstance(body, ResponsesRequest):
         return Items(model, body.settings(params), readers[0], ids, with_logprobs)
@@ -310,11 +310,14 @@ def _writer(
     return Chunks(model, isinstance(body, ChatRequest), speech, with_logprobs, body.usage_in, sources)
 
 
-def _reader(chat: ChatBackend, body: BaseRequest) -> Reader:
+def _reader(chat: ChatBackend, body: BaseRequest, params: SamplingParams, reply: Reply) -> Reader:
     if (offer := body.offer) is None or not offer.may_call:
         return TextReader()
-    # Of a call that max_tokens may cut, nothing is told before it is whole.
-    return CallReader(chat.call_style, [tool.name for tool in offer.callable], hold=body.requested_tokens is not None)
+
+    def may_be_cut() -> bool:
+        return bool(params.stop) or not (body.requested_tokens is None or reply.json_ends)
+
+    return CallReader(chat.call_style, [tool.name for tool in offer.callable], may_be_cut)
 
 
 def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:

@@ -14,24 +14,22 @@ from llama2_chat.types import CallStyle, GrammarSpec, ToolOffer
 MOST_CALLS = 16  # at once: a small model may not find an end
 
 
-def answer_grammar(
-    offer: ToolOffer, style: CallStyle, answer: GrammarSpec | None = None, most_tokens: int | None = None
-) -> GrammarSpec:
+def answer_grammar(offer: ToolOffer, style: CallStyle, answer: GrammarSpec | None = None) -> GrammarSpec:
     """What a reply with tools may say, in llguidance's kind of Lark.
 
-    answer: what a text must follow, if it is not free. most_tokens: of the reply, if it may not be as long as it needs.
+    answer: what a text must follow, if it is not free.
     Raises BadGrammar for an answer that is no JSON schema, and for tools that are too much for a grammar.
     """
     if not offer.may_call:
         return answer or GrammarSpec("lark", "\n".join(["start: text", *_free_text(style)]) + "\n")
     if answer is not None and not offer.must_call and not style.marker:
-        return _json_grammar(offer, style, answer, most_tokens)
+        return _json_grammar(offer, style, answer)
     may_follow = style.marker and not offer.must_call and answer is None
     rules = ["start: calls" if offer.must_call else "start: calls | text" + (" | before rest" if may_follow else "")]
     rules += _call_rules(offer, style, bool(may_follow))
     for i, tool in enumerate(offer.callable):
         rules.append(f"tool{i}: {_quoted(tool.name + style.middle)} arguments{i}")
-        rules.append(f"arguments{i}: %json {_json(parameters(tool, most_tokens))}")
+        rules.append(f"arguments{i}: %json {_json(parameters(tool))}")
     if not offer.must_call:
         rules += _free_text(style) if answer is None else [f"text: %json {_json(schema_of(answer))}"]
     if may_follow:
@@ -41,12 +39,12 @@ def answer_grammar(
     return GrammarSpec("lark", "\n".join(rules) + "\n", _is_strict(offer, answer))
 
 
-def _json_grammar(offer: ToolOffer, style: CallStyle, answer: GrammarSpec, most_tokens: int | None) -> GrammarSpec:
+def _json_grammar(offer: ToolOffer, style: CallStyle, answer: GrammarSpec) -> GrammarSpec:
     """Where calls and answers are both JSON, they have to be read as such: both may begin with the same words."""
     arguments = re.fullmatch(r'", "(\w+)": ?', style.middle)
     if not (style.opening == '{"name": "' and arguments and style.closing == "}"):
         raise BadGrammar("This model cannot have both tools and a JSON schema for its answer. Leave one of them out.")
-    schemas = call_schemas(offer, arguments[1], most_tokens) | {"answer": schema_of(answer)}
+    schemas = call_schemas(offer, arguments[1]) | {"answer": schema_of(answer)}
     return GrammarSpec("json_schema", json.dumps(one_of(schemas)), _is_strict(offer, answer))
 
 

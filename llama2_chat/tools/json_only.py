@@ -19,14 +19,14 @@ WHOLE_CHARACTERS = re.compile(
 )
 
 
-def json_only_grammar(offer: ToolOffer, answer: GrammarSpec | None, most_tokens: int | None = None) -> GrammarSpec:
+def json_only_grammar(offer: ToolOffer, answer: GrammarSpec | None) -> GrammarSpec:
     """The JSON schema of one call or, under "answer", of what the answer must follow.
 
     Raises BadGrammar for an answer that must follow another grammar.
     """
     value = {"type": "string"} if answer is None else schema_of(answer)
     answers = {} if offer.must_call else {"answer": closed_object(answer=value)}
-    return GrammarSpec("json_schema", json.dumps(one_of(call_schemas(offer, "arguments", most_tokens) | answers)))
+    return GrammarSpec("json_schema", json.dumps(one_of(call_schemas(offer, "arguments") | answers)))
 
 
 class JsonOnly:

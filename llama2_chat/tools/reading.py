@@ -41,16 +41,20 @@ class CallReader:
     """One reply's text as it comes.
 
     names: of the tools that can be called; what looks like a call of another one is text.
-    hold: until it is whole, nothing of a call is told; else its name and its arguments are told as they come.
+    may_be_cut: asked as a call begins. If so, nothing of it is told until it is whole; else its name and its arguments
+        are told as they come.
     """
 
-    def __init__(self, style: CallStyle, names: Collection[str], hold: bool = False) -> None:
+    def __init__(
+        self, style: CallStyle, names: Collection[str], may_be_cut: Callable[[], bool] = lambda: False
+    ) -> None:
         self.calls: list[ToolCall] = []  # those that are whole, without ids
         self.text = ""
-        self._style, self._names, self._hold = style, names, hold
+        self._style, self._names, self._may_be_cut = style, names, may_be_cut
         self._rest = ""  # read, and not yet certain
         self._read: Callable[[], bool] = self._beginning  # what comes next; whether that got any further
         self._told: list[Delta] = []
+        self._hold = False
         self._held: list[Delta] = []  # of a call that is not yet whole
         self._name, self._arguments = "", ""
         self._depth, self._in_string, self._escaped = 0, False, False  # in the JSON of the arguments
@@ -120,6 +124,7 @@ class CallReader:
             if self._rest.startswith(written := name + self._style.middle):
                 self._name, self._arguments = name, ""
                 self._depth, self._in_string, self._escaped = 0, False, False
+                self._hold = self._may_be_cut()
                 self._tell(Started(len(self.calls), name))
                 self._rest, self._read = self._rest[len(written) :], self._in_arguments
                 return True

@@ -1,6 +1,6 @@
-"""Parameters as answers are held to them: nothing but what the tool names, and strings that end before the answer does.
+"""Parameters as answers are held to them: nothing but what the tool names.
 
-Both only narrow a schema, so that whatever follows the narrower one follows the tool's own.
+That only narrows a schema, so that whatever follows the narrower one follows the tool's own.
 """
 
 from __future__ import annotations
@@ -16,35 +16,21 @@ NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProper
 ANNOTATIONS = {"title", "description", "default", "examples"}
 # Beside these, what an object may hold cannot be told from its own properties.
 OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "not"}
-# Where they stand, a string has an end, or more than one kind of it.
-BOUNDED = {"maxLength", "enum", "const", "format", "pattern"}
-SHORTEST = 8  # characters that a string may always have
-FORM_TOKENS = 12  # of a call, besides its strings and the names that its schema holds
-# Of most texts a token holds more, of digits and some languages less.
-CHARACTERS_PER_TOKEN = 2
 
 
-def parameters(tool: Tool, most_tokens: int | None = None) -> dict[str, Any]:
-    """The JSON schema of a tool's arguments, an object's always.
-
-    most_tokens: of the whole answer; None if there is room for everything.
-    """
+def parameters(tool: Tool) -> dict[str, Any]:
+    """The JSON schema of a tool's arguments, an object's always."""
     schema = NOTHING if tool.parameters is None else tool.parameters or ANYTHING
     if "type" not in schema and "$ref" not in schema:
         schema = {**schema, "type": "object"}
-    closed = _closed(schema)
-    if most_tokens is None:
-        return closed
-    strings = _count_strings(closed)
-    written = FORM_TOKENS + len(json.dumps(closed.get("properties", ""))) // CHARACTERS_PER_TOKEN // 2
-    room = (most_tokens - written) * CHARACTERS_PER_TOKEN
-    return _bounded(closed, max(room // strings, SHORTEST)) if strings else closed
+    closed: dict[str, Any] = _closed(schema)
+    return closed
 
 
-def call_schemas(offer: ToolOffer, arguments: str, most_tokens: int | None = None) -> dict[str, dict[str, Any]]:
+def call_schemas(offer: ToolOffer, arguments: str) -> dict[str, dict[str, Any]]:
     """Of a call as JSON, under a name for each tool. arguments: the name that they have in it."""
     return {
-        f"tool{i}": closed_object(name={"const": tool.name}, **{arguments: parameters(tool, most_tokens)})
+        f"tool{i}": closed_object(name={"const": tool.name}, **{arguments: parameters(tool)})
         for i, tool in enumerate(offer.callable)
     }
 
@@ -80,54 +66,20 @@ def _moved(schema: Any, path: str) -> Any:
 
 
 def _closed(schema: Any) -> Any:
-    """Without annotations, and without room for more properties: a small model goes on adding some of its own."""
+    """Without annotations, and without room for more properties: a small model goes on adding some of its own.
 
-    def close(schema: dict[str, Any]) -> dict[str, Any]:
-        schema = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
-        is_object = "properties" in schema and not OPEN & schema.keys()
-        return {**schema, "additionalProperties": False} if is_object else schema
-
-    return _changed(schema, close)
-
-
-def _bounded(schema: Any, most: int) -> Any:
-    def bound(schema: dict[str, Any]) -> dict[str, Any]:
-        if not _is_free_string(schema):
-            return schema
-        least = schema.get("minLength")
-        return {**schema, "maxLength": max(most, least) if isinstance(least, int) else most}
-
-    return _changed(schema, bound)
-
-
-def _is_free_string(schema: dict[str, Any]) -> bool:
-    return schema.get("type") == "string" and not BOUNDED & schema.keys()
-
-
-def _count_strings(schema: Any) -> int:
-    found = 0
-
-    def count(schema: dict[str, Any]) -> dict[str, Any]:
-        nonlocal found
-        found += _is_free_string(schema)
-        return schema
-
-    _changed(schema, count)
-    return found
-
-
-def _changed(schema: Any, change: Any) -> Any:
-    """The schema with each schema in it changed, but within `allOf`, whose members all hold at once, and `not`."""
+    Not within `allOf`, whose members all hold at once, and `not`.
+    """
     if not isinstance(schema, dict):
         return schema
-    below = dict(schema)
+    closed = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
     for name in ("properties", "$defs", "definitions"):
-        if isinstance(members := below.get(name), dict):
-            below[name] = {key: _changed(value, change) for key, value in members.items()}
+        if isinstance(members := closed.get(name), dict):
+            closed[name] = {key: _closed(value) for key, value in members.items()}
     for name in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(members := below.get(name), list) and "properties" not in below:
-            below[name] = [_changed(value, change) for value in members]
+        if isinstance(members := closed.get(name), list) and "properties" not in closed:
+            closed[name] = [_closed(value) for value in members]
     for name in ("items", "additionalProperties"):
-        if isinstance(below.get(name), dict):
-            below[name] = _changed(below[name], change)
-    return change(below)
+        closed |= {name: _closed(closed[name])} if isinstance(closed.get(name), dict) else {}
+    is_object = "properties" in closed and not OPEN & closed.keys()
+    return {**closed, "additionalProperties": False} if is_object else closed

@@ -87,11 +87,11 @@ def says(script, scripted):
 
 @pytest.mark.parametrize("tool_choice", ["required", NAMED], ids=["required", "named"])
 def test_a_call_that_is_required_is_valid_and_the_same_whole_and_streamed(http, tool_choice):
-    whole = choice(http, tool_choice=tool_choice, seed=1, max_tokens=400)
+    whole = choice(http, tool_choice=tool_choice, seed=1, max_tokens=150)
     (called,) = whole["message"]["tool_calls"]
     assert follows(called["function"], TOOLS)
     assert (whole["finish_reason"], whole["message"]["content"], called["type"]) == ("tool_calls", None, "function")
-    assert joined(chunks(http, tool_choice=tool_choice, seed=1, max_tokens=400)) == (
+    assert joined(chunks(http, tool_choice=tool_choice, seed=1, max_tokens=150)) == (
         whole["message"],
         whole["finish_reason"],
     )
@@ -133,6 +133,20 @@ def test_no_call_is_claimed_that_max_tokens_cuts(http, limit):
     assert (whole["finish_reason"], "tool_calls" in whole["message"]) == ("length", False)
     message, reason = joined(chunks(http, **fields))
     assert (reason, "tool_calls" in message) == ("length", False)
+
+
+def test_arguments_come_as_they_are_written_where_max_tokens_leaves_room_for_them(http):
+    fields = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "temperature": 0}
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": NAMED, "stream": True, "max_tokens": 150, **fields}
+    lines = http.post("/v1/chat/completions", json=body).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    calling = [event["usage"]["completion_tokens"] for event in events if "tool_calls" in str(event["choices"])]
+    assert len(set(calling)) > 4
+
+
+def test_a_call_that_a_stop_string_cuts_is_not_claimed(says):
+    message, _ = joined(chunks(says(PLAIN.write(PARIS)[:-4]), stop="Paris"))
+    assert message == {"role": "assistant", "content": None}
 
 
 def test_each_of_several_answers_has_calls_of_its_own(script, scripted):

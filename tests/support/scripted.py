@@ -23,6 +23,7 @@ class Scripted:
     usage = Usage()
     timing = Timing()
     relaxed = logprobs = prompt_logprobs = ()
+    json_ends = False
 
     def __init__(self, *pieces, error=None, accepted=None, gate=lambda: True, reason="stop"):
         self.pieces, self.error, self.accepted = list(pieces), error, accepted

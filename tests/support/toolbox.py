@@ -43,9 +43,9 @@ def function(tool):
     return {"name": tool.name, "description": tool.description, **more}
 
 
-def read(pieces, style, names=("get_weather", "clock"), hold=False):
+def read(pieces, style, names=("get_weather", "clock"), may_be_cut=False):
     """The text and the calls that were told of piece by piece, and the reader."""
-    reader, text, calls = CallReader(style, names, hold), "", []
+    reader, text, calls = CallReader(style, names, lambda: may_be_cut), "", []
     for delta in [delta for piece in pieces for delta in reader.read(piece)] + reader.finish():
         match delta:
             case Text(more):

@@ -9,7 +9,6 @@ from llguidance import LLMatcher, LLTokenizer
 from llama2_chat.engine.try_grammar import compile_here
 from llama2_chat.errors import BadGrammar, ChatError
 from llama2_chat.tools import PLAIN, answer_grammar
-from llama2_chat.tools.schemas import parameters
 from llama2_chat.types import GrammarSpec, Tool, ToolOffer
 from tests.support.toolbox import (
     CALCULATOR,
@@ -143,19 +142,6 @@ def test_a_schema_may_hold_what_other_grammars_are_told_by():
 def test_a_strict_tool_makes_the_grammar_strict():
     assert answer_grammar(ToolOffer((CLOCK, replace(WEATHER, strict=True))), PLAIN).strict
     assert not answer_grammar(AUTO, PLAIN).strict
-
-
-@pytest.mark.parametrize("odd", [{"minLength": "2"}, {"minLength": 40}, {"type": ["string", "null"]}])
-def test_odd_schemas_are_bounded_as_far_as_they_can_be(odd):
-    tool = Tool("say", "", {"properties": {"a": {"type": "string"} | odd}})
-    assert parameters(tool, 20)["properties"]["a"].get("maxLength") in (8, 40, None)
-
-
-def test_strings_end_where_max_tokens_would_cut_the_call():
-    limited = parameters(CALCULATOR, 60)["properties"]["expression"]["maxLength"]
-    assert 8 < limited <= 120
-    assert "maxLength" not in json.dumps(parameters(CALCULATOR))
-    assert parameters(CALCULATOR, 1)["properties"]["expression"]["maxLength"] == 8
 
 
 @pytest.mark.parametrize(

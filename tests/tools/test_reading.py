@@ -71,10 +71,10 @@ def test_a_call_that_was_cut_off_is_never_among_those_that_are_whole(style):
         text, _, reader = read([whole[:end]], style)
         assert reader.calls == []
         assert style.opening not in text
-        held = read([whole[:end]], style, hold=True)
+        held = read([whole[:end]], style, may_be_cut=True)
         assert held[1] == []
 
 
 def test_what_is_held_is_told_once_the_call_is_whole():
-    text, calls, reader = read(PLAIN.write(PARIS), PLAIN, hold=True)
+    text, calls, reader = read(PLAIN.write(PARIS), PLAIN, may_be_cut=True)
     assert (text, calls, reader.calls) == ("", [PARIS], [PARIS])
