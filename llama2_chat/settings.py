@@ -21,6 +21,7 @@ from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
+CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
 OPTIONAL = {
@@ -30,6 +31,7 @@ OPTIONAL = {
     "mcp_servers": Path,
     "max_batch": int,
     "body_limit_mb": float,
+    "client_limit": int,
 }
 SHOWN_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
@@ -66,9 +68,14 @@ class Settings:
         "comma-separated names that this server is reached by beside its own and its certificate's, such as "
         "chat.example.com or *.example.com",
     )
-    client_limit: int = _knob(0, "CLIENT_LIMIT", "answers in progress for one API key or address; 0 for no limit")
+    client_limit: int | None = _knob(
+        None,
+        "CLIENT_LIMIT",
+        "answers in progress for one API key, login or address; 0 for no limit. By default "
+        f"{CLIENT_LIMIT}, and no limit if only this machine is served, or on a Space without TRUSTED_PROXIES",
+    )
     trusted_proxies: str = _knob(
-        "127.0.0.1", "TRUSTED_PROXIES", "comma-separated addresses and networks whose X-Forwarded-For is believed"
+        "", "TRUSTED_PROXIES", "comma-separated addresses and networks whose X-Forwarded-For is believed"
     )
     tools: bool = _knob(
         True, "TOOLS", "let visitors switch on 'Use tools': the model may then use a clock and a calculator"
@@ -168,11 +175,11 @@ class Settings:
             raise ChatError(
                 "INFERENCE_KEY contains characters that an HTTP header cannot carry. Use printable ASCII only."
             )
-        if self.client_limit < 0:
+        if self.client_limit is not None and self.client_limit < 0:
             raise ChatError(f"client_limit must be 0 or more; it was {self.client_limit}.")
         if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
             raise ChatError(f"body_limit_mb must be above 0; it was {self.body_limit_mb}.")
-        if not all(map(_is_network, self.trusted_proxies.split(","))):
+        if not all(map(_is_network, _split(self.trusted_proxies))):
             raise ChatError(
                 f"trusted_proxies must be addresses and networks, such as 10.0.0.0/8; it was {self.trusted_proxies!r}."
             )
@@ -238,6 +245,10 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
     body_limit_mb = values["body_limit_mb"]
     if body_limit_mb is None and not _is_loopback(host):
         body_limit_mb = BODY_LIMIT_MB
+    client_limit = values["client_limit"]
+    # On a Space all come from the platform's own addresses.
+    if client_limit is None and not _is_loopback(host) and (values["trusted_proxies"] or not environ.get("SPACE_ID")):
+        client_limit = CLIENT_LIMIT
     return values | {
         "api_keys": api_keys,
         "inference_key": environ.get("INFERENCE_KEY", "").strip(),
@@ -245,6 +256,7 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
         "https": https,
         "host": host,
         "body_limit_mb": body_limit_mb,
+        "client_limit": client_limit,
         "root_path": values["root_path"].rstrip("/"),
     }
 

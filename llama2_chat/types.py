@@ -120,6 +120,7 @@ class SamplingParams:
     logprobs: int | None = None  # have the reply's `logprobs`, with so many of the likeliest tokens in each place
     prompt_logprobs: bool = False  # where logprobs are asked, those of the prompt, which is then computed whole
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
+    client: str = ""  # who asks; where several wait, each has the same share of the model
 
     def __post_init__(self) -> None:
         for field in fields(self):

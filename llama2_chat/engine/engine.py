@@ -21,14 +21,15 @@ from llama2_chat.engine.delivery import ANSWERING_FAILED, Delivery
 from llama2_chat.engine.request import Request, Streamer, TokenConstraint
 from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
-from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
+from llama2_chat.engine.scheduler import BlockCopy, Scheduler, SchedulerConfig
 from llama2_chat.engine.self_check import check_request
-from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
+from llama2_chat.errors import GPU_LOST, Busy, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
 from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import Occupancy, SamplingParams
 
 log = logging.getLogger("llama2_chat")
 
+CROWDED_OUT = "Too many questions of yours were waiting. Please try again in a minute."
 OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
 
 
@@ -103,11 +104,12 @@ class Engine:
         streamer: Streamer,
         constraint: TokenConstraint | None = None,
     ) -> Request:
-        """The request, placed last in the waiting queue. Its ids go to the streamer, then streamer.end() is called.
+        """The request, placed in the waiting queue. Its ids go to the streamer, then streamer.end() is called.
 
         constraint: what the ids of the answer must follow; made for params.grammar, and for this request alone.
 
-        Raises Busy when the waiting queue is full, ModelUnavailable after close(), PromptTooLong for more ids than fit,
+        Raises Busy when the waiting queue is full, and ends the last of a client who has more there with it.
+        Raises ModelUnavailable after close(), PromptTooLong for more ids than fit,
         ChatError for ids that the model does not know.
         """
         self.check_ids(input_ids)
@@ -123,8 +125,10 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
-            self._scheduler.add(request)
+            refused = self._scheduler.add(request)
             self._changed.notify()
+        if refused is not None:
+            self.delivery.fail(refused, Busy(CROWDED_OUT))
         return request
 
     def check_ids(self, input_ids: Sequence[int]) -> None:
@@ -204,12 +208,21 @@ class Engine:
             self.runner.maintain()
             for request in [request for request in scheduler.running if request.cancelled]:
                 self.delivery.finish(request, "cancelled")
-            with self._changed:
-                copies = scheduler.admit()
-            for source, target in copies:
+            for source, target in self._admit():
                 self.runner.copy_block(source, target)
             self._attempt(self._prefill, scheduler.prefilling)
             self._attempt(self._decode, scheduler.decoding)
+
+    def _admit(self) -> list[BlockCopy]:
+        """Let in who waits; whoever has more than a share makes room. Returns the copies to make, in this order."""
+        copies: list[BlockCopy] = []
+        while True:
+            with self._changed:
+                copies += self._scheduler.admit()
+                in_the_way = self._scheduler.in_the_way
+            if in_the_way is None:
+                return copies
+            self._preempt(in_the_way, memory_full=False)
 
     def _has_work(self) -> bool:
         scheduler = self._scheduler
@@ -250,12 +263,12 @@ class Engine:
                 request.computed += 1
         self.delivery.deliver(all_but=1 if requests and self.runner.pipelined else 0)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, *, memory_full: bool = True) -> None:
         self.delivery.deliver()
         if not request.runs:
             return  # it has ended with what was emitted
         with self._changed:
-            self._scheduler.preempt(request)
+            self._scheduler.preempt(request, memory_full=memory_full)
         if request.cancelled or self._closed:  # meanwhile, by someone who did not find it in the waiting queue
             self.cancel(request)
 

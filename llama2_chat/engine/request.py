@@ -74,6 +74,10 @@ class Request:
         return self.slot != NO_SLOT
 
     @property
+    def client(self) -> str:
+        return self.params.client
+
+    @property
     def answer_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
 

@@ -6,8 +6,8 @@ waiting queue is concerned, tells it how long a step took, and carries out what 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ from llama2_chat.engine.prefix_cache import PrefixCache
 from llama2_chat.engine.request import NO_SLOT, Request
 from llama2_chat.errors import Busy
 
-CHUNK_S = 0.1  # while others are being answered a chunk takes about so long, and no longer is the gap in their text
+CHUNK_S = (
+    0.1  # while others are being answered or read a chunk takes about so long: the gap in their text, or their wait
+)
 RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
 
 
@@ -58,7 +60,8 @@ class BlockCopy(NamedTuple):
 
 
 class Scheduler:
-    """Requests wait in the order received, and run as long as there are slots and blocks for them."""
+    """Requests run as long as there are slots and blocks for them; of those that wait, the next is the first of the
+    client who has the fewest running. Alone, a client may have all; whoever comes takes a share from who has most."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
@@ -75,6 +78,9 @@ class Scheduler:
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._memory_full = False  # then nobody comes in before somebody has left, or the youngest would thrash
         self._batch_limit, self._chunk_limit = config.max_batch, config.longest_chunk
+        self._readers: list[
+            str
+        ] = []  # clients in the order in which pieces of their prompts were read, the last at the end
 
     @property
     def kv_tokens(self) -> int:
@@ -83,21 +89,38 @@ class Scheduler:
 
     # ---- The waiting queue ----
 
-    def add(self, request: Request) -> None:
-        """Place a request last in the waiting queue. Raises Busy when that is full."""
+    def add(self, request: Request) -> Request | None:
+        """Place a request in the waiting queue. Of a full one, the last of whoever has the most there is returned: it
+        waits no longer. Raises Busy where that would be the request itself."""
+        refused = None
         if len(self.waiting) >= self.config.queue_limit:
-            raise Busy(f"The line is full ({len(self.waiting)} waiting). Please try again in a minute.")
+            waiting = _counted(self.waiting)
+            refused = _last_of_most(self.waiting)
+            if waiting[request.client] + 1 >= waiting[refused.client]:
+                raise Busy(f"The line is full ({len(self.waiting)} waiting). Please try again in a minute.")
+            self.withdraw(refused)
         self.waiting.append(request)
+        return refused
+
+    @property
+    def line(self) -> list[Request]:
+        """Who waits, in the order in which they come in if nobody leaves: each client's in the order received, and
+        the first of one before the second of another."""
+        running, places = _counted(self.running), []
+        for received, request in enumerate(self.waiting):
+            places.append((running[request.client], received, request))
+            running[request.client] += 1
+        return [request for _, _, request in sorted(places, key=lambda place: place[:2])]
 
     def position(self, request: Request) -> int:
-        """Its place in the waiting queue, 1 for the next; 0 if it does not wait."""
-        return self.waiting.index(request) + 1 if request in self.waiting else 0
+        """Its place in line, 1 for the next; 0 if it does not wait."""
+        return self.line.index(request) + 1 if request in self.waiting else 0
 
     def withdraw(self, request: Request) -> bool:
         """Take a request out of the waiting queue; False if it does not wait."""
         if request not in self.waiting:
             return False
-        if request is self.waiting[0]:
+        if request is self.line[0]:
             self._memory_full = False  # there may be room for the next
         self.waiting.remove(request)
         return True
@@ -105,7 +128,7 @@ class Scheduler:
     # ---- Admission and preemption ----
 
     def admit(self) -> list[BlockCopy]:
-        """Let requests in, first come first served, as long as there are slots, and blocks for what is known of them.
+        """Let requests in, in the order of the line, as long as there are slots, and blocks for what is known of them.
 
         Returns the copies between blocks that must be made before the next step, in this order.
         """
@@ -113,9 +136,10 @@ class Scheduler:
             self._memory_full = False
         copies: list[BlockCopy] = []
         while self.waiting and not self._memory_full and len(self.running) < self._batch_limit:
-            if self._is_being_read(self.waiting[0]) or not self._find_blocks(self.waiting[0], copies):
+            request = self.line[0]
+            if self._is_being_read(request) or not self._find_blocks(request, copies):
                 break
-            request = self.waiting.popleft()
+            self.waiting.remove(request)
             request.slot = self._free_slots.pop()
             self.running.append(request)
         return copies
@@ -161,14 +185,25 @@ class Scheduler:
 
     @property
     def youngest(self) -> Request:
-        """The running request that is preempted first."""
-        return self.running[-1]
+        """The running request that is preempted first: of whoever has the most."""
+        return _last_of_most(self.running)
 
-    def preempt(self, request: Request) -> None:
-        """Back to the head of the waiting queue with all its text: it goes on where it was once there is room."""
+    @property
+    def in_the_way(self) -> Request | None:
+        """The running request that must be preempted for the first in line, now that admit() has found no room for it:
+        its client would still have as many as the other."""
+        if not self.waiting or not self.running or self.config.piece_size:
+            return None  # in pieces nobody is preempted, see _find_blocks()
+        first, running = self.line[0], _counted(self.running)
+        fair = running[first.client] + 1 < running[self.youngest.client] and not self._is_being_read(first)
+        return self.youngest if fair else None
+
+    def preempt(self, request: Request, *, memory_full: bool = True) -> None:
+        """Back to the head of its client's part of the line with all its text: it goes on where it was once there is
+        room."""
         self._release(request)
         self.preemptions += 1
-        self._memory_full = True
+        self._memory_full = memory_full
         self.waiting.appendleft(request)
 
     def finish(self, request: Request) -> None:
@@ -207,26 +242,44 @@ class Scheduler:
         return [request for request in self.running if request.sampled]
 
     def prefill_chunks(self, requests: Sequence[Request]) -> list[Chunk]:
-        """The next ids of these requests, in order, as many as one step may read."""
+        """The next ids of these requests, each client's in order, as many as one step may read."""
         if piece := self.config.piece_size:
-            start, length = requests[0].computed, len(requests[0].ids)
-            return [Chunk(requests[0], start, min(length, start - start % piece + piece))]
-        room, chunks = self._chunk_tokens(), []
+            request = min(requests, key=self._last_read)
+            start, length = request.computed, len(request.ids)
+            return [Chunk(request, start, min(length, start - start % piece + piece))]
+        room, chunks = self._shares(requests), []
         for request in requests:
-            end = min(len(request.ids), request.computed + room)
+            end = min(len(request.ids), request.computed + room[request.client])
             if end > request.computed:
                 chunks.append(Chunk(request, request.computed, end))
-                room -= end - request.computed
+                room[request.client] -= end - request.computed
         return chunks
 
+    def _last_read(self, request: Request) -> int:
+        """Greater than that of whoever's client was read before its own was."""
+        return self._readers.index(request.client) if request.client in self._readers else -1
+
+    def _shares(self, requests: Sequence[Request]) -> dict[str, int]:
+        """Tokens of one step for each client: the same for all, and what one does not need is for the others."""
+        unread: Counter[str] = Counter()
+        for request in requests:
+            unread[request.client] += len(request.ids) - request.computed
+        room, shares = self._chunk_tokens(), {}
+        for served, (client, tokens) in enumerate(sorted(unread.items(), key=lambda each: each[1])):
+            shares[client] = min(tokens, room // (len(unread) - served))
+            room -= shares[client]
+        return shares
+
     def _chunk_tokens(self) -> int:
-        if not self.decoding:
+        if not self.decoding and len(_counted(self.running)) < 2:
             return self._chunk_limit
         return min(self._chunk_limit, max(int(self._prefill_tokens_per_s * CHUNK_S), self.config.shortest_chunk))
 
     def prefilled(self, chunks: Sequence[Chunk]) -> None:
         """The keys and values of these chunks are in their blocks."""
         for chunk in chunks:
+            client = chunk.request.client
+            self._readers = [*(each for each in self._readers if each != client), client][-self.config.max_batch :]
             chunk.request.computed = chunk.end
             self.cache.insert(chunk.request.blocks, chunk.request.ids[: chunk.end])
 
@@ -257,3 +310,15 @@ class Scheduler:
             return False
         self._chunk_limit //= 2
         return True
+
+
+def _counted(requests: Iterable[Request]) -> Counter[str]:
+    """How many of them each client has."""
+    return Counter(request.client for request in requests)
+
+
+def _last_of_most(requests: Sequence[Request]) -> Request:
+    """The last of whoever has the most of them."""
+    clients = _counted(requests)
+    most = max(clients.values())
+    return next(request for request in reversed(requests) if clients[request.client] == most)

@@ -64,7 +64,8 @@ class Answering:
         """Progress, several times a second, and at last an End. One that is closed before leaves nothing running.
 
         make_question: may raise ChatError.
-        client: whose limit it counts in. listened: whether somebody reads this now.
+        client: whose limit it counts in, and whose share of the model it takes.
+        listened: whether somebody reads this now.
         """
         record, end = Record(self._metrics, "page"), None
         try:
@@ -97,7 +98,7 @@ class Answering:
             record.question = question.messages
             yield Progress()
             threads = self._limiter.threads(sum(len(message["content"].encode()) for message in question.messages))
-            submitting = asyncio.ensure_future(submit(lambda: question.ask(self.chat), threads))
+            submitting = asyncio.ensure_future(submit(lambda: question.ask(self.chat, client), threads))
             try:
                 while not (await asyncio.wait([submitting], timeout=REFRESH_EVERY_S))[0]:
                     yield Progress()  # a long text waits for others and takes a while to encode

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -187,5 +188,10 @@ class Answers:
         task.get_loop().call_later(KEPT_S, self._answers.pop, id, None)
 
     def _drop_oldest_ended(self) -> bool:
-        oldest = next((id for id, answer in self._answers.items() if answer.end), None)
-        return self._answers.pop(oldest, None) is not None if oldest else False
+        """Of whoever has the most of them: many of one client push out none of another's."""
+        clients = Counter(answer.client for answer in self._answers.values() if answer.end)
+        if not clients:
+            return False
+        ((most, _),) = clients.most_common(1)
+        del self._answers[next(id for id, answer in self._answers.items() if answer.end and answer.client == most)]
+        return True

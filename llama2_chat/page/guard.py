@@ -23,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.errors import Busy
 from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
-from llama2_chat.server.limits import Turns, counted
+from llama2_chat.server.limits import Turns, counted, one_client
 from llama2_chat.server.security import content_security_policy
 
 log = logging.getLogger("llama2_chat")
@@ -123,7 +123,7 @@ class OnlyOurRoutes:
                 if session := self._session_read(scope, path):
                     stack.enter_context(self.listeners.listening(session))
                 if path.startswith("/login") and scope["method"] == "POST":  # each takes some tenths of a second
-                    await stack.enter_async_context(self._logins.turn((scope.get("client") or [""])[0]))
+                    await stack.enter_async_context(self._logins.turn(one_client((scope.get("client") or [""])[0])))
                 await _with_a_sentence(self.app, scope, receive, send)
         except Busy as error:
             await error_response(as_api_error(error))(scope, receive, send)

@@ -60,7 +60,7 @@ def make_reply(answering: Answering, listeners: Container[str | None], tools: It
                 return questions.Plain(messages, params)
             return questions.with_tools(messages, params, tools, parsed_memory(tools_memory))
 
-        answer = answering.answer(question, client_address(request), lambda: request.session_hash in listeners)
+        answer = answering.answer(question, _client(request), lambda: request.session_hash in listeners)
         text = ""
         async with contextlib.aclosing(answer):
             async for progress in answer:
@@ -72,6 +72,10 @@ def make_reply(answering: Answering, listeners: Container[str | None], tools: It
                     yield text  # an empty one too: Gradio notices only then that a client has left
 
     return reply
+
+
+def _client(request: gr.Request) -> str:
+    return f"login {request.username}" if request.username else client_address(request)
 
 
 class ProgramChat(gr.ChatInterface):

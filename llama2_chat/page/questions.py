@@ -21,7 +21,9 @@ class Asked(Protocol):
     @property
     def messages(self) -> list[Message]: ...  # as they were said
 
-    def ask(self, chat: ChatBackend) -> Reply | AgentReply: ...
+    def ask(
+        self, chat: ChatBackend, client: str
+    ) -> Reply | AgentReply: ...  # client: whose share of the model it takes
 
 
 class Question(Asked, Protocol):
@@ -35,8 +37,8 @@ class Plain:
     messages: list[Message]
     params: SamplingParams
 
-    def ask(self, chat: ChatBackend) -> Reply:
-        return chat.stream_reply(self.messages, self.params)
+    def ask(self, chat: ChatBackend, client: str) -> Reply:
+        return chat.stream_reply(self.messages, replace(self.params, client=client))
 
     def fit(self, chat: ChatBackend) -> Fit:
         return chat.fit(self.messages, self.params)
@@ -53,10 +55,11 @@ class Completion:
     def messages(self) -> list[Message]:
         return [Message(role="user", content=self.text)]
 
-    def ask(self, chat: ChatBackend) -> Reply:
+    def ask(self, chat: ChatBackend, client: str) -> Reply:
         ids = chat.encode_text(self.text)
         left = max(chat.context_length - len(ids), 1)
-        return chat.stream_completion(ids, replace(self.params, max_new_tokens=min(self.params.max_new_tokens, left)))
+        limit = min(self.params.max_new_tokens, left)
+        return chat.stream_completion(ids, replace(self.params, max_new_tokens=limit, client=client))
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class WithTools:
     steps: Mapping[int, Sequence[Step]] = field(default_factory=dict)
     confirm: Callable[[Call], bool] | None = None
 
-    def ask(self, chat: ChatBackend) -> AgentReply:
+    def ask(self, chat: ChatBackend, client: str) -> AgentReply:
         talk = _Talk.of(self.messages, self.steps)
-        agent = self._agent(chat, talk)
+        agent = self._agent(chat, talk, client)
         return agent.go_on(talk.unfinished) if talk.unfinished else agent.ask(talk.question)
 
     def fit(self, chat: ChatBackend) -> Fit:
@@ -85,9 +88,9 @@ class WithTools:
         fitted, remembered = self._agent(chat, talk).fit(talk.question)
         return replace(fitted, dropped_messages=talk.messages_before(remembered))
 
-    def _agent(self, chat: ChatBackend, talk: _Talk) -> Agent:
+    def _agent(self, chat: ChatBackend, talk: _Talk, client: str = "") -> Agent:
         given = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-        params = replace(PARAMS, **{name: getattr(self.params, name) for name in given})
+        params = replace(PARAMS, client=client, **{name: getattr(self.params, name) for name in given})
         # The page's own short prompt says nothing that the agent's examples do not show.
         system = [message["content"] for message in self.messages if message["role"] == "system"]
         instructions = "\n\n".join(text for text in system if text != wording.SYSTEM_PROMPT)

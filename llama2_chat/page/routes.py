@@ -27,7 +27,7 @@ from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.errors import as_api_error, error_response
-from llama2_chat.server.limits import ConcurrencyLimiter, client_address
+from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.text import valid_unicode
 from llama2_chat.types import ChatBackend, Message, SamplingParams
 
@@ -152,8 +152,7 @@ def page_router(
     @router.put("/answers/{id}")
     async def start(id: AnswerId, question: Question, request: Request) -> Response:
         """Begin this answer, or read the one that has begun; as a stream."""
-        client = client_address(request)
-        confirming = Confirming()
+        client, confirming = visitors.client(request), Confirming()
         parse = functools.partial(question.parsed, tools, confirming)
         answer = functools.partial(answering.answer, parse, client)
         return _stream(answers.start(id, visitors.owner(request), client, answer, confirming))
@@ -161,7 +160,7 @@ def page_router(
     @router.put("/completions/{id}")
     async def complete(id: AnswerId, completion: Completion, request: Request) -> Response:
         """The same for a text. From then on it is an answer like any other."""
-        client = client_address(request)
+        client = visitors.client(request)
         answer = functools.partial(answering.answer, completion.parsed, client)
         return _stream(answers.start(id, visitors.owner(request), client, answer, Confirming()))
 

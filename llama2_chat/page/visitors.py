@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from gradio.routes import App
 
 from llama2_chat.server.errors import ApiError
+from llama2_chat.server.limits import client_address
 from llama2_chat.server.owners import COOKIE, cookie_owner, renewed_cookie
 
 
@@ -28,6 +29,11 @@ class Visitors:
         if self._has_login:
             return f"login {self._login(request)[1]}"
         return f"cookie {request.cookies.get(COOKIE, '')}"
+
+    def client(self, request: Request) -> str:
+        """Whose share of the model this request takes: the login's, or that of the address, since anyone can have any
+        number of cookies."""
+        return self.owner(request) if self._has_login else client_address(request)
 
     def profile(self, request: Request) -> str:
         """Under which name a browser keeps this visitor's conversations: that of the login; "" where there is none."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
+import ipaddress
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -25,8 +27,8 @@ class ConcurrencyLimiter:
     Every way to ask has the same one. Used from the event loop alone.
     """
 
-    def __init__(self, limit: int) -> None:
-        """limit: of one client; 0 is any number."""
+    def __init__(self, limit: int | None) -> None:
+        """limit: of one client; 0 or None is any number."""
         self._limit = limit
         self._running: Counter[str] = Counter()
         self._long_texts = anyio.CapacityLimiter(1)
@@ -85,7 +87,12 @@ def counted(counts: Counter[str], name: str, more: int = 1) -> Iterator[None]:
 
 def client_id(request: Request, settings: Settings) -> str:
     """Who counts as one client: the key, or the address where there are no keys."""
-    return given_key(request) if settings.api_keys else client_address(request)
+    return key_id(request) if settings.api_keys else client_address(request)
+
+
+def key_id(request: Request) -> str:
+    """A name for the key of a request, which has been checked, that gives it away to nobody."""
+    return f"key {hashlib.sha256(given_key(request).encode()).hexdigest()}"
 
 
 def client_address(request: Any) -> str:
@@ -93,7 +100,18 @@ def client_address(request: Any) -> str:
 
     request: FastAPI's, or Gradio's, which passes on the attributes of FastAPI's.
     """
-    return request.client.host if request.client else ""
+    return one_client(request.client.host) if request.client else ""
+
+
+def one_client(host: str) -> str:
+    """The address or, of IPv6, the network that one household has: each of its devices has 2^64 addresses."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a test client has a name
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
 def check_key(request: Request, settings: Settings) -> None:

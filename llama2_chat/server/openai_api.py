@@ -178,9 +178,10 @@ def api_router(
         record: Record = request.state.record
         record.question = question
         async with AsyncExitStack() as cleanup:
-            cleanup.enter_context(limiter.slot(client_id(request, settings), len(starts) * body.choices_each))
+            client = client_id(request, settings)
+            cleanup.enter_context(limiter.slot(client, len(starts) * body.choices_each))
             try:
-                params = body.params(settings.sampling)
+                params = replace(body.params(settings.sampling), client=client)
                 start = functools.partial(_start, chat, body, starts, params)
                 has_grammar = params.grammar is not None or body.offer is not None
                 threads = await threads_for(request) or (schema_threads if has_grammar else None)

@@ -5,14 +5,13 @@ Nothing of an owner comes from a field of a request.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 from typing import Protocol
 
 from fastapi import Request, Response
 
-from llama2_chat.server.limits import given_key
+from llama2_chat.server.limits import key_id
 from llama2_chat.settings import Settings
 
 COOKIE = "llama2_chat_visitor"  # HttpOnly, SameSite and Secure as security.py makes all cookies
@@ -37,7 +36,7 @@ class ApiOwners:
 
     def owner(self, request: Request) -> str | None:
         if self._has_keys:  # which has been checked
-            return f"key {hashlib.sha256(given_key(request).encode()).hexdigest()}"
+            return key_id(request)
         return cookie_owner(request)
 
     def keep(self, request: Request, response: Response) -> str:

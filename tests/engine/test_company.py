@@ -9,7 +9,7 @@ import pytest
 from llama2_chat.engine.kv_pool import BLOCK_SIZE
 from llama2_chat.engine.model_runner import CPU_CHUNK
 from llama2_chat.engine.scheduler import Scheduler
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import Busy, ChatError
 from llama2_chat.types import SamplingParams
 from tests.support.engines import GREEDY, LONG, Ids, Slow, answer, letters, running, start
 
@@ -134,3 +134,39 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read(endless):
     reading.rest()
     assert streaming.queue.qsize() - before >= 1500 // CPU_CHUNK
     assert long.finish_reason == "length"
+
+
+def test_beside_one_client_with_eighty_long_answers_another_is_answered_at_once(tiny_llama):
+    # The second waited until a whole answer of the first had ended, and was refused once the line was full of them.
+    hog, other = replace(LONG, client="hog"), replace(GREEDY, client="other")
+    with running(tiny_llama, tokens=40_000, max_batch=4) as engine:
+        alone, _ = answer(engine, letters("Hello."), other)
+    with running(tiny_llama, tokens=40_000, max_batch=4, queue_limit=80) as engine:
+        hogs = [start(engine, letters(f"{n}. Tell me a long story."), hog) for n in range(80)]
+        hogs[0][1].next()
+        assert answer(engine, letters("Hello."), other)[0] == alone
+        assert not any(request.finish_reason for request, _ in hogs)
+
+
+def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(tiny_llama):
+    hog, other = replace(LONG, client="hog", max_new_tokens=60), replace(GREEDY, client="other")
+    with running(tiny_llama, max_batch=2) as engine:
+        alone, _ = answer(engine, letters("Second story."), hog)
+    with running(tiny_llama, max_batch=2) as engine:
+        start(engine, letters("First story."), hog)
+        _, streamer = start(engine, letters("Second story."), hog)
+        begun = [streamer.next()]
+        answer(engine, letters("Hello."), other)
+        assert engine.occupancy.preemptions == 1
+        assert begun + streamer.rest() == alone
+
+
+def test_whoever_fills_the_line_is_told_so_when_others_come(tiny_llama):
+    hog, other = replace(LONG, client="hog"), replace(GREEDY, client="other")
+    with running(tiny_llama, max_batch=2, queue_limit=2) as engine:
+        for _ in range(2):
+            start(engine, letters("Once upon a time"), hog)[1].next()
+        _, (last, ended) = [start(engine, letters("Another story."), hog) for _ in range(2)]
+        answer(engine, letters("Hello."), other)
+        assert ended.rest() == []
+        assert isinstance(last.error, Busy)

@@ -309,3 +309,130 @@ def test_in_pieces_a_step_that_failed_shares_nothing_that_decode_steps_computed(
         decode(s)
     s.rewind([only])
     assert only.computed == 8
+
+
+# ---- Shares: whoever asks for little is served beside whoever asks for much ----
+
+
+def test_a_second_client_is_the_next_however_many_of_the_first_wait():
+    s = scheduler()
+    first = admitted(s, *([n] * 3 for n in range(9)), client="first")
+    s.add(second := request([50], client="second"))
+    s.add(third := request([60], client="third"))
+    assert s.line == [second, third, *first[3:]]
+    assert [s.position(each) for each in (second, third, first[3], first[8])] == [1, 2, 3, 8]
+
+
+def test_who_runs_already_waits_behind_who_does_not():
+    s = scheduler()
+    first, second, also_first = [request([n], client=client) for n, client in enumerate(["a", "b", "a"])]
+    third = request([9], client="c")
+    for each in (first, second):
+        s.add(each)
+    s.admit()
+    for each in (also_first, third):
+        s.add(each)
+    assert s.line == [third, also_first]
+
+
+def test_a_client_with_all_slots_makes_room_for_another_until_both_have_as_many():
+    s = scheduler()
+    hogs = admitted(s, *([n] * 3 for n in range(9)), client="first")
+    assert s.in_the_way is None  # all are the same client's
+    s.add(second := request([50], client="second"))
+    s.admit()
+    assert s.in_the_way is hogs[2]
+    s.preempt(hogs[2], memory_full=False)
+    s.admit()
+    assert s.running == [*hogs[:2], second]
+    assert s.position(hogs[2]) == 1
+    s.add(request([60], client="second"))
+    s.admit()
+    assert s.in_the_way is None  # the first client would have fewer
+
+
+def test_a_client_with_all_memory_makes_room_for_another():
+    s = scheduler(num_blocks=9)
+    hogs = admitted(s, [1] * 11, [2] * 11, client="first")
+    assert s.running == hogs
+    s.add(second := request([50] * 7, client="second"))
+    s.admit()
+    s.preempt(s.in_the_way, memory_full=False)
+    s.admit()
+    assert s.running == [hogs[0], second]
+
+
+def test_when_memory_is_full_whoever_has_most_gives_some_of_it_back():
+    s = scheduler()
+    first = admitted(s, [1] * 3, [2] * 3, client="first")
+    s.add(second := request([3] * 3, client="second"))
+    s.admit()
+    assert s.running == [*first, second]
+    assert s.youngest is first[1]
+
+
+def test_in_pieces_nobody_makes_room():
+    s = in_pieces()
+    admitted(s, [1], [2], [3], [4], client="first")
+    s.add(request([50], client="second"))
+    s.admit()
+    assert s.in_the_way is None
+
+
+def test_a_full_line_has_a_place_for_whoever_has_fewest_in_it():
+    s = scheduler(queue_limit=3)
+    first = [request([n], client="first") for n in range(3)]
+    for each in first:
+        s.add(each)
+    assert s.add(second := request([50], client="second")) is first[2]
+    assert s.line == [first[0], second, first[1]]
+    for client in ("first", "second"):
+        with pytest.raises(Busy, match="3 waiting"):
+            s.add(request([9], client=client))
+
+
+def test_a_chunk_is_shared_by_clients_and_not_by_prompts():
+    s = scheduler(max_batch=4, num_blocks=65)
+    first = admitted(s, [1] * 40, [2] * 40, [3] * 40, client="first")
+    s.add(second := request([4] * 6, client="second"))
+    s.admit()
+    s.measured(s.prefill_chunks([first[0]]), seconds=0.025)  # 4 tokens, so 16 in a tenth of a second
+    assert [(c.request, c.end) for c in prefill(s, s.prefilling)] == [(first[0], 10), (second, 6)]
+
+
+def test_in_pieces_clients_are_read_by_turns():
+    s = in_pieces()
+    first = admitted(s, range(20), range(30, 50), client="first")
+    s.add(second := request(range(60, 70), client="second"))
+    s.admit()
+    found = [prefill(s, s.prefilling)[0].request for _ in range(5)]
+    assert found == [first[0], second, first[0], second, first[0]]
+
+
+@examples(max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.sampled_from("abc")), min_size=1, max_size=30),
+    st.integers(16, 40),
+    st.sampled_from([None, 8]),
+)
+def test_with_shares_everybody_is_served_in_the_end_too(visitors, num_blocks, piece_size):
+    s = scheduler(num_blocks=num_blocks, piece_size=piece_size)
+    for prompt_tokens, answer_tokens, client in visitors:
+        s.add(request([ord(client)] * prompt_tokens, answer_tokens, client=client))
+    finished = 0
+    for _ in range(20_000):
+        if not (s.waiting or s.running):
+            break
+        s.admit()
+        while (in_the_way := s.in_the_way) is not None:
+            s.preempt(in_the_way, memory_full=False)
+            s.admit()
+        assert s.running
+        if s.prefilling:
+            prefill(s, s.prefilling)
+        decode(s)
+        for each in [each for each in s.running if each.answer_tokens >= each.limit]:
+            s.finish(each)
+            finished += 1
+    assert finished == len(visitors)
+    assert s.kv_tokens == 0

@@ -414,4 +414,4 @@ def test_the_conversation_reaches_the_model_as_it_was_said(anna, chat, gate):
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert messages[1:3] == said[:2]
     assert messages[3]["content"] == "half \ufffd, whole \U0001f600"
-    assert params == replace(SamplingParams(), max_new_tokens=64, seed=7)
+    assert params == replace(SamplingParams(), max_new_tokens=64, seed=7, client="127.0.0.1")
