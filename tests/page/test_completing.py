@@ -33,18 +33,16 @@ class Base(ScriptedChat):
 @pytest.fixture
 def visit(browser, perform):
     """Opens the page in front of a base model; whatever goes wrong in its code fails the test."""
-    errors, pages = [], []
+    errors, context = [], browser.new_context()
 
     def visit(chat):
-        page = browser.new_page()
-        pages.append(page)
+        page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(perform(chat))
         return page
 
     yield visit
-    for page in pages:
-        page.close()
+    context.close()
     assert not errors
 
 
@@ -129,3 +127,32 @@ def test_what_the_server_refuses_is_said_and_the_text_stays(visit):
     expect(page.get_by_text("seed must be")).to_be_visible()
     expect(text(page)).to_have_value("x")
     expect(button(page, "Complete")).to_be_enabled()
+
+
+def test_two_tabs_show_one_text_and_neither_takes_back_what_the_other_made_of_it(visit):
+    opened = threading.Event()
+    pieces = iter(range(3))
+    chat = Base(" a", " b", gate=lambda: opened.is_set() or next(pieces, None) == 0)
+    page, other = visit(chat), visit(chat)
+    text(page).fill("x")
+    expect(text(other)).to_have_value("x")
+    button(page, "Complete").click()
+    expect(text(other)).to_have_value("x a")
+    expect(button(other, "Complete")).to_be_disabled()
+    opened.set()
+    expect(text(page)).to_have_value("x a b")
+    expect(text(other)).to_have_value("x a b")
+    text(other).fill("another text")
+    expect(text(page)).to_have_value("another text")
+    page.reload()
+    expect(text(page)).to_have_value("another text")
+
+
+def test_a_text_for_which_the_browser_has_no_room_says_so_and_stays(visit):
+    page = visit(Base(" a"))
+    page.evaluate("() => void (Storage.prototype.setItem = () => { throw new Error('full'); })")
+    text(page).fill("x")
+    expect(page.get_by_text("no room to keep this text")).to_be_visible()
+    button(page, "Complete").click()
+    expect(button(page, "Complete")).to_be_enabled()
+    expect(text(page)).to_have_value("x a")

@@ -23,6 +23,7 @@ from tests.support.browser import (
     send,
     stop,
     toast,
+    waiting,
 )
 from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import serving
@@ -376,17 +377,57 @@ def test_an_answer_can_be_edited_and_the_model_reads_it_so(visit, site, echo):
 
 
 @pytest.mark.slow
-def test_what_is_typed_and_not_sent_is_there_after_a_reload(visit, site):
+def test_what_is_typed_and_not_sent_is_there_after_a_reload_in_mid_word(visit, site):
     page = visit(site)
     box(page).fill("A question I have not sent")
-    page.wait_for_timeout(600)
     page.reload()
     expect(box(page)).to_have_value("A question I have not sent")
     ask(page, "Sent.")
     box(page).fill("A second one")
-    page.wait_for_timeout(600)
     page.reload()
     expect(box(page)).to_have_value("A second one")
+    box(page).fill("")
+    page.reload()
+    expect(questions(page)).to_have_text(["Sent."])
+    expect(box(page)).to_have_value("")
+
+
+@pytest.mark.slow
+def test_a_message_is_answered_though_the_page_is_reloaded_in_the_moment_it_is_sent(visit, site, echo):
+    page = visit(site)
+    for text in ("In a new chat", "And in one that has begun"):
+        box(page).fill(text)
+        page.evaluate("document.querySelector('#composer form').requestSubmit(); location.reload()")
+        expect(answers(page).last.or_(box(page))).to_be_visible()
+        if box(page).input_value():  # it was not taken yet
+            box(page).press("Enter")
+        expect(answers(page).last).to_have_text(f"You said {text}")
+        expect_unlocked(page)
+        expect(box(page)).to_have_value("")
+    assert [messages[-1]["content"] for messages, _ in echo.asked] == ["In a new chat", "And in one that has begun"]
+
+
+@pytest.mark.slow
+def test_a_question_that_the_line_swallowed_is_asked_by_the_page_that_comes_back(visit, site, echo):
+    page = visit(site)
+    page.route("**/page/answers/*", lambda route: route.abort())
+    send(page, "Are you there?")
+    expect(waiting(page)).to_have_attribute("data-waiting", "Connection lost. Trying again …")
+    page.reload()
+    expect(waiting(page)).to_have_attribute("data-waiting", "Connection lost. Trying again …")
+    page.unroute("**/page/answers/*")
+    expect(answers(page)).to_have_text("You said Are you there?")
+    assert len(echo.asked) == 1
+
+
+@pytest.mark.slow
+def test_each_tab_keeps_its_own_draft_and_a_new_one_has_the_newest(context, site):
+    first, second = (open_page(context.new_page(), site) for _ in range(2))
+    box(first).fill("For the first tab")
+    box(second).fill("For the second tab")
+    first.reload()
+    expect(box(first)).to_have_value("For the first tab")
+    expect(box(open_page(context.new_page(), site))).to_have_value("For the second tab")
 
 
 @pytest.mark.slow
@@ -422,7 +463,6 @@ def test_edits_of_two_messages_are_both_kept_and_one_that_is_given_up_is_not(vis
     begin_editing(page, 0, "A question half changed")
     page.locator("article.assistant").get_by_role("button", name="Edit", exact=True).click()
     page.get_by_role("textbox", name="Edit the message").nth(1).fill("An answer half changed")
-    page.wait_for_timeout(600)
     page.reload()
     fields = page.get_by_role("textbox", name="Edit the message")
     expect(fields).to_have_count(2)
@@ -631,5 +671,6 @@ def test_seven_tabs_load_and_stop_still_stops(context, site, echo):
 def test_an_idle_tab_holds_no_connection(browser, site):
     with browser.new_page() as page, open_streams(page) as running:
         open_page(page, site)
-        page.wait_for_timeout(1500)
+        wait_for_gradio(page)
+        page.wait_for_load_state("networkidle")
         assert not running

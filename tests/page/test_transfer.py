@@ -259,6 +259,12 @@ def test_what_a_file_says_is_null_is_not_there(tab):
     assert dump(tab) == [[CONVERSATION, [QUESTION]]]
 
 
+def test_what_comes_from_a_file_asks_the_model_nothing_by_itself(tab):
+    answer = {**ANSWER, "answerId": S, "unasked": True}
+    imported(tab, file_of({**CONVERSATION, "queuedAfter": R, "draft": "Send me", "messages": [QUESTION, answer]}))
+    assert dump(tab) == [[{**CONVERSATION, "draft": "Send me"}, [QUESTION, {**ANSWER, "answerId": S}]]]
+
+
 def test_names_that_mean_something_to_javascript_do_not_get_in(tab):
     hostile = '{"__proto__":{"admin":true},"constructor":{"prototype":{"admin":true}},"toString":"x","deletedAt":5,'
     hostile += '"tags":["x"],"colour":"red",'

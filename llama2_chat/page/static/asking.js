@@ -1,46 +1,20 @@
-// From a message to its answer, in the tree of messages that is kept: what chat.js builds on. What is on the screen is
-// transcript.js's and composer.js's, what is kept is store.js's, the network is answers.js's.
+// From a message to its answer, in the tree of messages that is kept: what chat.js builds on. How an answer is read is told
+// in reading.js. What is on the screen is transcript.js's and composer.js's, what is kept is store.js's.
 
-import { confirm, follow, Refused, turnsOf } from "./answers.js";
+import { turnsOf } from "./answers.js";
 import { toast } from "./dialog.js";
 import { offerBox } from "./focus.js";
-import { inOneLine } from "./steps.js";
+import { Reading, talkOf } from "./reading.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, pathTo, siblings, titleOf } from "./tree.js";
-
-const KEEP_EVERY_MS = 1000; // of an answer that is being written
 
 export function newSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
 }
 
-/** A conversation as this tab holds it; none is kept before its first message. */
-export const emptyTalk = () => ({ conversation: null, messages: new Map() });
-
-export const talkOf = (conversation, messages) => ({ conversation, messages: new Map(messages.map((each) => [each.id, each])) });
-
-/** The messages that are shown: from the first to the leaf at which the conversation stands. */
-export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
-
-/** Answers under way. Whoever extends it has render(), count(), keepDraft(text) and startNew(draft). */
-export class Asking {
-  constructor({ store, settings, transcript, composer, hooks }) {
-    Object.assign(this, { store, settings, transcript, composer, hooks });
-    this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
-    this.running = new Map(); // message id -> AbortController of its reading
-    this.doing = new Map(); // message id -> [what it waits for, what is called for it], which the server says only once
-    this.offline = new Set(); // ids of those whose line is down
-  }
-
-  get id() {
-    return this.talk.conversation?.id ?? null;
-  }
-
-  get path() {
-    return pathOf(this.talk);
-  }
-
+/** Whoever extends it has drafts, render(), count(), keepDraft(text) and startNew(draft). */
+export class Asking extends Reading {
   /** Whether what is typed in it now waits for an answer. */
   _isBusy(talk) {
     return Boolean(talk.isAsking || (talk === this.talk && this._runningHere()));
@@ -67,9 +41,18 @@ export class Asking {
     if (text && talk === this.talk && !this.composer.text) this.composer.text = text;
   }
 
-  async _ask(talk, text, parentId) {
+  /** @param onKept once the message is in the store */
+  async _ask(talk, text, parentId, onKept = () => {}) {
     const question = await this._addMessage(talk, { role: "user", text, parentId });
+    onKept();
     await this._answer(talk, question);
+  }
+
+  /** What stood in the box is kept as a message. rest: what stands in it now, where another conversation has it */
+  _sent(talk, rest, isNew = false) {
+    this.drafts.put(talk.conversation.id, "draft", talk === this.talk ? this.composer.text : rest);
+    this.drafts.flush();
+    if (isNew) this.hooks.onDraft("");
   }
 
   async _keepQueue({ conversation, queued }) {
@@ -91,7 +74,8 @@ export class Asking {
     talk.queued = null;
     if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
     if (isOpen && this.composer.text === text) this.composer.text = ""; // else another tab's text is sent
-    await this._begin(talk, () => this._ask(talk, text, id), text);
+    this.drafts.put(conversationId, "draft", text); // until it is kept as a message
+    await this._begin(talk, () => this._ask(talk, text, id, () => this._sent(talk, "")), text);
   }
 
   /** What waited here for this answer, another tab has sent. */
@@ -108,8 +92,8 @@ export class Asking {
     const now = Date.now();
     const kind = { renamed: false, pinned: false };
     talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
+    if (talk === this.talk) this.hooks.onOpened(talk.conversation); // a reload at this moment comes back to it
     await this.store.putConversation(talk.conversation);
-    if (talk === this.talk) this.hooks.onOpened(talk.conversation);
   }
 
   async _addMessage(talk, fields) {
@@ -127,86 +111,28 @@ export class Asking {
   }
 
   async _answer(talk, question, { seed, settings = this.settings.readFirst() } = {}) {
-    const fields = { role: "assistant", text: "", parentId: question.id, answerId: newId(), settings };
-    const message = await this._addMessage(talk, fields);
-    await this._run(talk, message, { seed: seed ?? (settings.seed === "" ? newSeed() : settings.seed), settings });
+    const first = seed ?? (settings.seed === "" ? newSeed() : settings.seed);
+    const asked = { answerId: newId(), unasked: true, settings, seed: first };
+    const message = await this._addMessage(talk, { role: "assistant", text: "", parentId: question.id, ...asked });
+    await this._run(talk, message, { seed: first, settings });
   }
 
-  /** Sends all before the answer, and of one that is to be continued what there is of it. */
   async _run(talk, message, { seed, settings }) {
-    const turns = turnsOf(pathTo([...talk.messages.values()], message.id));
     talk.isAsking = false;
     if (talk.queued && !talk.queued.after) {
       talk.queued.after = message.id;
       this._keepQueue(talk);
     }
-    await this._read({ ...message, seed: message.seed ?? seed }, { messages: turns, settings: { ...settings, seed: String(seed) } });
+    if (talk === this.talk) this.transcript.scrollToEnd();
+    this.hooks.onSaid(T.live.begun);
+    const unasked = { ...message, seed: message.seed ?? seed, unasked: true };
+    await this._read(unasked, this._question(talk, message, { seed, settings }));
   }
 
-  /** Follow an answer to its end, whichever conversation is open meanwhile. question: null if it was asked before. */
-  async _read(message, question) {
-    const abort = new AbortController();
-    const before = question && message.text ? message.text : (message.base ?? "");
-    if (before) message.base = before; // what it goes on with
-    else if (question) delete message.steps; // it is asked anew
-    this.running.set(message.id, abort);
-    this._put(message);
-    await this.store.putMessage(message);
-    this.render();
-    if (question && message.conversationId === this.id) this.transcript.scrollToEnd();
-    if (question) this.hooks.onSaid(T.live.begun);
-    let keptAt = 0;
-    let waiting = "";
-    let refusal = null;
-    try {
-      for await (const event of follow(message.answerId, question, abort.signal)) {
-        if (event.text !== undefined) message.text = before + event.text;
-        if (event.more) message.text += event.more;
-        if (event.steps) message.steps = event.steps;
-        if (event.step) this._addStep(message, event.step);
-        if (event.calling?.asks) await this._permit(message, event.calling);
-        if (event.end) this._end(message, event.end);
-        if (event.lost) this._end(message, { reason: "interrupted" });
-        event.offline ? this.offline.add(message.id) : this.offline.delete(message.id);
-        waiting = event.waiting ?? waiting; // a step changes nothing of it
-        this.doing.set(message.id, [event.offline ? T.connection.offline : waiting, event.calling]);
-        this._show(message);
-        if ((event.step || Date.now() - keptAt > KEEP_EVERY_MS) && message.answerId) {
-          keptAt = Date.now();
-          this.store.putMessage({ ...message });
-        }
-      }
-    } catch (error) {
-      if (error instanceof Refused) refusal = error;
-      else console.error(error);
-      this._end(message, { reason: "error", error: error.message, refused: !message.text });
-    }
-    if (this.running.get(message.id) === abort) this._noLonger(message);
-    if (!abort.signal.aborted) await this._finish(message, refusal);
-  }
-
-  /** What the visitor allowed for the whole conversation is allowed at once; of the rest they are asked. */
-  async _permit(message, calling) {
-    const { allowed } = (await this.store.conversation(message.conversationId)) ?? {};
-    if (Object.hasOwn(allowed ?? {}, calling.name) && allowed[calling.name] === calling.asks.version) {
-      confirm(message.answerId, calling.asks.call, true).catch(() => {});
-      delete calling.asks;
-    } else if (message.conversationId === this.id) {
-      this.hooks.onSaid(T.steps.asking(calling.name));
-    }
-  }
-
-  _addStep(message, step) {
-    message.steps = [...(message.steps ?? []), step];
-    if (message.conversationId === this.id) this.hooks.onSaid(inOneLine(step));
-  }
-
-  _end(message, end) {
-    const model = this.hooks.state().model;
-    message.end = { ...end, model, ...(message.seed !== undefined && { seed: message.seed }) };
-    delete message.answerId;
-    delete message.base;
-    delete message.seed;
+  /** All before the answer, and of one that is to be continued what there is of it. */
+  _question({ messages }, { id }, { seed, settings }) {
+    const turns = turnsOf(pathTo([...messages.values()], id));
+    return { messages: turns, settings: { ...settings, seed: String(seed) } };
   }
 
   async _finish(message, refusal) {
@@ -222,6 +148,15 @@ export class Asking {
     const said = { cancelled: T.live.stopped, error: T.live.failed }[end.reason] ?? T.live.ended;
     if (message.conversationId === this.id) this.hooks.onSaid(said);
     await this._sendQueued(message);
+  }
+
+  /** Ask for what had not reached the server when the page was left. The server takes a question once, whichever tab brings it. */
+  _askStill(messages) {
+    for (const message of messages) {
+      if (!message.unasked || this.running.has(message.id)) continue;
+      const seed = message.base ? newSeed() : message.seed;
+      this._read({ ...message }, this._question(this.talk, message, { seed, settings: message.settings }));
+    }
   }
 
   /** It lost its place in line while nobody read, and now somebody does. */
@@ -267,40 +202,6 @@ export class Asking {
     if (conversation && conversationId === this.id) await this._reread(conversation, id);
   }
 
-  _put(message) {
-    if (message.conversationId === this.id) this.talk.messages.set(message.id, message);
-  }
-
-  /** Nobody reads it. */
-  _noLonger({ id }) {
-    for (const known of [this.running, this.doing, this.offline]) known.delete(id);
-  }
-
-  _show(message) {
-    if (message.conversationId !== this.id) return;
-    this.talk.messages.set(message.id, message);
-    this.transcript.update(message, ...this.doing.get(message.id));
-  }
-
-  /** Read on what was under way when the page was left. */
-  _resume(messages) {
-    for (const message of messages) {
-      if (message.answerId && !this.running.has(message.id)) this._read({ ...message }, null);
-    }
-  }
-
-  _runningHere() {
-    return this.path.find((message) => this.running.has(message.id));
-  }
-
-  /** While the line is down, the server hears of it later. */
-  _stopHere(message) {
-    this.running.get(message.id).abort();
-    this._noLonger(message);
-    const stopped = { ...message };
-    this._end(stopped, { reason: "cancelled" });
-    this._finish(stopped);
-  }
 }
 
 /** Why the server did not do it; where the login has ended, with the way to a new one. Texts wait meanwhile. */

@@ -1,23 +1,25 @@
 // The open conversation: which it is, and what a visitor does in it. How an answer comes about is told in asking.js.
 
 import { confirm, stop } from "./answers.js";
-import { Asking, emptyTalk, explain, newSeed, pathOf, talkOf } from "./asking.js";
+import { Asking, explain, newSeed } from "./asking.js";
 import { ContextWindow } from "./context_window.js";
 import { toast } from "./dialog.js";
+import { Drafts, setText } from "./drafts.js";
 import { offerBox } from "./focus.js";
+import { emptyTalk, pathOf, talkOf } from "./reading.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, leafToShow, siblings } from "./tree.js";
 
 export class Chat extends Asking {
-  /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) of a
+  /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) and newDraft() of a
    *   conversation that has not begun, onTitle(conversation) when it has another, state() what the server says of its model */
   constructor(parts) {
     super(parts);
     const { store, settings, composer, hooks } = parts;
     this.window = new ContextWindow({ settings, composer, state: hooks.state, onCounted: () => this.render() });
     this.deaf = store.onChange((change) => this._changed(change));
-    this.unkept = new Map(); // what was typed last: where, and what keeps it
+    this.drafts = new Drafts(store, hooks.state().profile);
   }
 
   /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
@@ -25,7 +27,7 @@ export class Chat extends Asking {
     this.closed = true;
     this.deaf();
     this.window.stop();
-    this._flush();
+    this.drafts.close();
     if (this.store.private) this._stopAll();
     this.talk = emptyTalk(); // what goes on is only kept
   }
@@ -38,7 +40,7 @@ export class Chat extends Asking {
   // Which conversation is open.
 
   async open(id, messageId) {
-    this._flush();
+    this.drafts.flush();
     const conversation = await this.store.conversation(id);
     if (!conversation) return void this.startNew();
     const messages = await this.store.messages(id);
@@ -50,6 +52,7 @@ export class Chat extends Asking {
     if (this.closed) return;
     this.talk = talk;
     this._resume(messages);
+    this._askStill(messages);
     const { queuedAfter, draft = "" } = conversation;
     if (this.running.has(queuedAfter)) talk.queued = { after: queuedAfter, text: draft }; // else it ended where nobody saw it
     this.composer.text = draft;
@@ -61,8 +64,8 @@ export class Chat extends Asking {
     this.count();
   }
 
-  startNew(draft = "") {
-    this._flush();
+  startNew(draft = this.hooks.newDraft()) {
+    this.drafts.flush();
     this.talk = emptyTalk();
     if (draft) this.hooks.onDraft(draft);
     this.composer.text = draft;
@@ -81,11 +84,12 @@ export class Chat extends Asking {
       this.composer.text = [text, rest].filter(Boolean).join("\n\n");
       return this.queue(true);
     }
-    this.unkept.delete("draft"); // it is sent
+    const isNew = !talk.conversation;
     const lead = async () => {
-      await this._ensureConversation(talk, text);
-      await this.store.updateConversation(talk.conversation.id, (conversation) => (conversation.draft = rest));
-      await this._ask(talk, text, talk.conversation.leafId);
+      const made = this._ensureConversation(talk, text);
+      this.drafts.put(this.id, "draft", text); // until it is kept as a message
+      await made;
+      await this._ask(talk, text, talk.conversation.leafId, () => this._sent(talk, rest, isNew));
     };
     await this._begin(talk, lead, text);
   }
@@ -95,7 +99,8 @@ export class Chat extends Asking {
     const { talk } = this;
     if (waits && !this._isBusy(talk)) return this._sendBox(); // it has ended a moment ago
     talk.queued = waits ? { after: this._runningHere()?.id, text: this.composer.text } : null;
-    this.unkept.delete("draft"); // it is kept with it
+    if (this.id) this.drafts.put(this.id, "draft", this.composer.text);
+    this.drafts.flush(); // before the answer ends and it is sent
     this.render();
     if (!waits || talk.queued.after) await this._keepQueue(talk);
   }
@@ -178,29 +183,15 @@ export class Chat extends Asking {
   }
 
   keepDraft(text) {
-    this._keepSoon("draft", (conversation) => (conversation.draft = text));
+    if (this.id) this.drafts.put(this.id, "draft", text);
     this.count();
   }
 
   /** What a message reads while it is edited; null once it is not. */
   keepEditing({ id }, text) {
-    const { conversation } = this.talk;
-    conversation.editing = withOrWithout(conversation.editing, id, text);
-    this._keepSoon(id, (kept) => (kept.editing = withOrWithout(kept.editing, id, text)));
-    if (text === null) this._flush(); // it is sent, or given up
-  }
-
-  _keepSoon(where, change) {
-    const { id } = this;
-    if (id) this.unkept.set(where, () => this.store.updateConversation(id, change));
-    clearTimeout(this.keepTimer);
-    this.keepTimer = setTimeout(() => this._flush(), 300);
-  }
-
-  /** Keep at once what was typed last, before another conversation takes the box. */
-  _flush() {
-    for (const keep of this.unkept.values()) keep();
-    this.unkept.clear();
+    setText(this.talk.conversation, id, text);
+    this.drafts.put(this.id, id, text);
+    if (text === null) this.drafts.flush(); // it is sent, or given up
   }
 
   /** Count the conversation, with what stands in the box, once typing pauses. */
@@ -251,10 +242,4 @@ export class Chat extends Asking {
     this._resume([...this.talk.messages.values()]);
     this.render();
   }
-}
-
-/** texts by the ids of their messages, with another text for one of them, or none. */
-function withOrWithout(texts, id, text) {
-  const { [id]: _, ...others } = texts ?? {};
-  return text === null ? others : { ...others, [id]: text };
 }

@@ -1,5 +1,5 @@
 // What stands in place of the chat where the model is a base model: one text, which the model goes on with.
-// The text is kept in this browser, and so is which completion of it is under way.
+// The text is kept in this browser, and so is which completion of it is under way; all tabs show the same text.
 
 import { follow, stop } from "./answers.js";
 import { h, toast } from "./dialog.js";
@@ -22,12 +22,14 @@ export class Completing {
     this.stop = button("stop", () => this._stop());
     this.undo = button("undo", () => this._undo());
     this.note = h("span", { class: "note", role: "status" });
+    this.unkept = h("p", { class: "unkept", role: "status", hidden: true }, T.completion.unkept);
     const buttons = h("div", { class: "buttons" }, this.complete, this.stop, this.undo, this.note);
-    this.element = h("section", { id: "completing", "aria-label": T.completion.title, hidden: true }, h("p", {}, T.completion.what), this.area, buttons);
+    this.element = h("section", { id: "completing", "aria-label": T.completion.title, hidden: true }, h("p", {}, T.completion.what), this.area, this.unkept, buttons);
     parts.transcript.after(this.element);
     watchDirection(this.area);
     this.area.addEventListener("input", () => this._changed());
     this.element.addEventListener("keydown", (event) => this._key(event));
+    addEventListener("storage", ({ key }) => key === this.keptAs && !this.element.hidden && this._hear());
   }
 
   /** @param {boolean} instead of the chat */
@@ -36,6 +38,14 @@ export class Completing {
     if (!instead || !this.element.hidden) return;
     this.element.hidden = false;
     this._restore();
+    if (this._running) this._run(null);
+  }
+
+  /** Another tab has changed the text, or lets it be gone on with. */
+  _hear() {
+    if (this._running) return;
+    this._restore();
+    if (this._running) this._run(null, { isElsewhere: true });
   }
 
   get _running() {
@@ -72,14 +82,18 @@ export class Completing {
     this.area.focus();
   }
 
-  /** Follow a completion to its end, behind the text that it goes on with. question: null if it was asked before. */
-  async _run(question) {
+  /**
+   * Follow a completion to its end, behind the text that it goes on with.
+   * @param question null if it was asked before
+   * @param options isElsewhere: another tab keeps what comes of it
+   */
+  async _run(question, { isElsewhere = false } = {}) {
     const base = this.before.at(-1);
     let keptAt = 0;
     this.reading = new AbortController();
     this.note.textContent = "";
     this._face();
-    this._keep();
+    if (!isElsewhere) this._keep();
     this.onSaid(T.live.begun);
     try {
       for await (const event of follow(this.answerId, question, this.reading.signal)) {
@@ -88,19 +102,26 @@ export class Completing {
         if (event.more) this._write(this.area.value + event.more);
         this.note.textContent = event.offline ? T.connection.offline : event.end ? event.end.error : (event.waiting ?? "");
         if (event.lost) this.note.textContent = T.completion.lost;
-        if (Date.now() - keptAt > KEEP_EVERY_MS) (keptAt = Date.now()), this._keep();
+        if (!isElsewhere && Date.now() - keptAt > KEEP_EVERY_MS) (keptAt = Date.now()), this._keep();
       }
     } catch (error) {
       this.note.textContent = error.message;
     }
     if (this.reading.signal.aborted) this.note.textContent = "";
+    const { answerId } = this;
     this.answerId = null;
     this.offline = false;
     this.onSaid(T.live.ended);
     if (this.area.value === base) this.before.pop(); // there is nothing to take back
     const hadFocus = document.activeElement === this.stop;
-    this._changed();
+    if (this._hasGoneOn(answerId)) this._hear();
+    else this._changed();
     if (hadFocus) this.complete.focus();
+  }
+
+  /** Whether another tab saw the end before this one did: what is kept is what has been made of it since. */
+  _hasGoneOn(answerId) {
+    return this.unkept.hidden && kept(this.keptAs) !== "" && this._kept().answerId !== answerId;
   }
 
   /** What is read stays in view while the text grows, unless its end is. */
@@ -126,19 +147,23 @@ export class Completing {
 
   _keep() {
     const { answerId, before } = this;
-    keep(this.keptAs, JSON.stringify({ text: this.area.value, before: before.slice(-1), answerId }));
+    const isKept = keep(this.keptAs, JSON.stringify({ text: this.area.value, before: before.slice(-1), answerId }));
+    this.unkept.hidden = isKept || !this.area.value;
+  }
+
+  _kept() {
+    try {
+      const { text, before, answerId } = JSON.parse(kept(this.keptAs));
+      return typeof text === "string" && Array.isArray(before) ? { text, before, answerId } : {};
+    } catch {
+      return {}; // there is nothing, or not ours
+    }
   }
 
   _restore() {
-    try {
-      const { text = "", before = [], answerId = null } = JSON.parse(kept(this.keptAs) || "{}");
-      setText(this.area, text);
-      Object.assign(this, { before, answerId });
-    } catch {
-      // Not ours.
-    }
-    if (this._running && this.before.length) this._run(null);
-    else this.answerId = null;
+    const { text = "", before = [], answerId = null } = this._kept();
+    setText(this.area, text);
+    Object.assign(this, { before, answerId: before.length ? answerId : null });
     this._face();
   }
 }

@@ -82,12 +82,12 @@ const MESSAGE = {
 
 /** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
 export function checkConversation(value) {
-  return withoutNulls(checked(value, CONVERSATION));
+  return withoutNulls(checked(value, CONVERSATION), ["queuedAfter"]);
 }
 
 /** @returns {object | null} as checkConversation, for a message of this conversation */
 export function checkMessage(value, conversationId) {
-  const message = withoutNulls(checked(value, MESSAGE));
+  const message = withoutNulls(checked(value, MESSAGE), ["unasked"]);
   if (message?.conversationId !== conversationId) return null;
   if (message.end) message.end = checked(message.end, END);
   if (message.settings) message.settings = checked(message.settings, SETTINGS);
@@ -107,9 +107,12 @@ function checked(value, fields) {
   return Object.fromEntries([...own].filter(([name, field]) => Object.hasOwn(fields, name) || isHarmless(name, field)));
 }
 
-/** The page reads null in these two alone; what else a record says is null, it does not have. */
-function withoutNulls(record) {
-  const isThere = ([name, field]) => field !== null || name === "parentId" || name === "leafId";
+/**
+ * The page reads null in these two alone; what else a record says is null, it does not have.
+ * @param asking fields by which the page would ask the model, which no file may
+ */
+function withoutNulls(record, asking) {
+  const isThere = ([name, field]) => !asking.includes(name) && (field !== null || name === "parentId" || name === "leafId");
   return record && Object.fromEntries(Object.entries(record).filter(isThere));
 }
 

@@ -7,7 +7,7 @@ import { Composer } from "./composer.js";
 import { h, toast } from "./dialog.js";
 import { offerBox, watchFocus } from "./focus.js";
 import { buildFrame } from "./frame.js";
-import { keep, kept } from "./kept.js";
+import { keepOfTab, keptOfTab } from "./kept.js";
 import { addShortcuts, leaveCompositionsAlone } from "./keys.js";
 import { completeLogin } from "./login.js";
 import { ofProfile } from "./profile.js";
@@ -42,6 +42,14 @@ async function firstState() {
   }
 }
 
+let saidUnkept = false;
+
+/** Once: the browser has no room for a short text. */
+function sayUnkept() {
+  if (!saidUnkept) toast(T.header.unkept);
+  saidUnkept = true;
+}
+
 /** Calls look() until it says that it has found what it looks for. */
 function until(look) {
   if (!look()) setTimeout(() => until(look), 20);
@@ -62,7 +70,7 @@ async function start() {
   let store = await openStore(state);
   const draft = ofProfile(DRAFT, state.profile);
   const parts = buildFrame(state);
-  const settings = new Settings(state, { onChange: () => chat.count() });
+  const settings = new Settings(state, { onChange: () => chat.count(), onUnkept: sayUnkept });
   const transcript = new Transcript(parts.transcript, {
     onEdit: (message, text) => chat.edit(message, text),
     onRetry: (message) => chat.retry(message),
@@ -71,10 +79,10 @@ async function start() {
     onBranch: (message, step) => chat.branch(message, step),
     onEditing: (message, text) => chat.keepEditing(message, text),
     onConfirm: (message, ...said) => chat.confirm(message, ...said),
-    onExample: (text) => composer.running || ask(text),
+    onExample: (text) => composer.running || chat.send(text),
   });
   const composer = new Composer(parts.composer, {
-    onSend: (text) => ask(text),
+    onSend: (text) => chat.send(text),
     onQueue: (waits) => chat.queue(waits),
     onStop: () => chat.stop(),
     onEditLast: () => chat.editLast(),
@@ -90,7 +98,8 @@ async function start() {
   const hooks = {
     state: () => state,
     onSaid: (text) => (parts.live.textContent = text),
-    onDraft: (text) => store.private || keep(draft, text),
+    onDraft: (text) => store.private || keepOfTab(draft, text) || sayUnkept(),
+    newDraft: () => (store.private ? "" : keptOfTab(draft)),
     onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
       parts.title.textContent = conversation?.title ?? T.title;
@@ -103,11 +112,6 @@ async function start() {
     },
   };
   let chat, sidebar;
-
-  function ask(text) {
-    if (!chat.id && !store.private) keep(draft, ""); // what stands in the box is the conversation's now
-    chat.send(text);
-  }
 
   function use(opened) {
     store = opened;
@@ -134,11 +138,11 @@ async function start() {
   async function leavePrivate() {
     parts.sides.closeSheet();
     if (store.private) use(await openStore(state));
-    chat.startNew(kept(draft));
+    chat.startNew();
   }
 
   const linked = () => location.hash.slice(1) || null;
-  const openLinked = async () => (linked() ? chat.open(linked()) : chat.startNew(kept(draft)));
+  const openLinked = async () => (linked() ? chat.open(linked()) : chat.startNew());
   addEventListener("popstate", async () => {
     if (store.private) use(await openStore(state));
     else if (linked() === chat.id) return;
@@ -146,16 +150,18 @@ async function start() {
   });
   parts.onNew = leavePrivate;
   use(store);
-  if (!store.persistent) toast(T.header.memoryOnly);
+  if (!store.persistent) (saidUnkept = true), toast(T.header.memoryOnly);
   addShortcuts({
     onEscape: () => parts.sides.escape() || chat.stop(),
     onSearch: () => (parts.sides.open("sidebar"), sidebar.focusSearch()),
     onNew: () => (leavePrivate(), composer.focus()),
     onSettings: () => parts.sides.toggle("settings"),
   });
+  const homeless = await chat.drafts.recover().catch(() => "");
+  if (homeless && !hooks.newDraft()) hooks.onDraft(homeless);
   await openLinked().catch((error) => {
     console.error(error);
-    chat.startNew(kept(draft));
+    chat.startNew();
   });
   offerBox();
   startGradio();

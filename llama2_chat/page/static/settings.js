@@ -26,8 +26,8 @@ const controlsOf = ({ defaults }) => ("useTools" in defaults ? { ...CONTROLS, ..
 
 export class Settings {
   /** @param state what the server says of its defaults and prompts */
-  constructor(state, { onChange }) {
-    Object.assign(this, { defaults: state.defaults, prompts: state.prompts, onChange });
+  constructor(state, { onChange, onUnkept }) {
+    Object.assign(this, { defaults: state.defaults, prompts: state.prompts, onChange, onUnkept });
     this.keptAs = ofProfile(KEPT, state.profile);
     this.controls = controlsOf(state);
     this.waiting = { ...this.defaults, ...this._kept() }; // for its controls; null once they are there
@@ -112,7 +112,7 @@ export class Settings {
   _keep() {
     const values = this.read();
     const changed = Object.entries(values).filter(([name, value]) => value !== this.defaults[name]);
-    keep(this.keptAs, JSON.stringify(Object.fromEntries(changed)));
+    if (!keep(this.keptAs, JSON.stringify(Object.fromEntries(changed)))) this.onUnkept();
   }
 
   /** What of it is of the kind that its default is; nothing of what is not ours. */

@@ -28,6 +28,7 @@ export const T = {
     logOut: "Log out",
     private: "Private chat: nothing is kept",
     insecure: ["Not encrypted: others on this network can read this chat. ", "python app.py --https", " fixes that."],
+    unkept: "This browser has no room to keep what you type and set here: it is gone after a reload.",
     memoryOnly: "This browser lets the page keep nothing: conversations are lost when it closes.",
   },
   login: {
@@ -52,6 +53,7 @@ export const T = {
     stop: "Stop",
     undo: "Undo",
     lost: "The rest of this text was lost.",
+    unkept: "This browser has no room to keep this text: it is gone after a reload. Copy it to keep it.",
   },
   actions: {
     copy: "Copy",
