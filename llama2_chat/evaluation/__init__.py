@@ -4,7 +4,7 @@ evaluation   from the models' names to a report; what scripts/evaluate_model.py 
 options      what was requested
 subjects     the models to measure: bases, adapters and merged models, loaded one after another
 eval_data    the conversations they are measured on
-losses       what a model loses on each conversation
+losses       what the subjects lose on each split
 perplexity   losses as perplexities, with a bootstrap interval
 harness      tasks of lm-evaluation-harness
 questions    which questions the judging sheet asks, and the models' answers

@@ -12,6 +12,8 @@ examples          conversations as token ids and labels
 base_model        the model to train, before its weights
 train_one         one training, with all that is kept of it
 trainer           TRL's SFTTrainer as we use it, and the progress bar
+sft               the same with an eval loss that weighs all tokens alike
+losses            what a model loses on each conversation
 checkpoints       what a killed run goes on from; what must not be overwritten
 answers           what the model answers before and after
 merging           an adapter becomes part of its base model's weights

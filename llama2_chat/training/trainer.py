@@ -38,17 +38,18 @@ def make_trainer(
     eval_steps: float = EVAL_STEPS,
 ) -> SFTTrainer:
     """examples: of the train split, and of the eval split if there is one."""
-    from trl import SFTTrainer
+    from llama2_chat.training.sft import TokenWeightedTrainer
 
     config = _config(options, bool(examples["eval"]), resumed, eval_steps)
     stopping = [EarlyStoppingCallback(options.early_stopping)] if options.early_stopping else []
-    trainer = SFTTrainer(
+    trainer = TokenWeightedTrainer(
         model,
         args=config,
         train_dataset=_dataset(examples["train"]),
         eval_dataset=_dataset(examples["eval"]) if examples["eval"] else None,
         processing_class=tokenizer,
         peft_config=_adapter(options) if options.use_peft else None,
+        eval_examples=examples["eval"],
         callbacks=[Progress(), *stopping, *([TakeUpLearningRate()] if resumed else [])],
     )
     trainer.remove_callback(PrinterCallback)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from llama2_chat.evaluation.losses import conversation_losses
 from llama2_chat.loading import load
 from llama2_chat.training import chat_data, splits
 from llama2_chat.training.base_model import fetch_checkpoint
 from llama2_chat.training.examples import labels, tokenize
+from llama2_chat.training.losses import conversation_losses
 from llama2_chat.training.run_json import read_run
 from tests.support.evaluating import evaluate, loss_of
 from tests.support.serving import ignore

@@ -8,8 +8,12 @@ import pytest
 
 from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
+from llama2_chat.evaluation import eval_data
+from llama2_chat.evaluation.subjects import find_runs, find_subjects, load_in_turn
 from llama2_chat.loading import load
+from llama2_chat.training import splits
 from llama2_chat.training.curves import read_curves
+from llama2_chat.training.losses import conversation_losses
 from llama2_chat.training.options import Options
 from llama2_chat.training.run import new_run
 from llama2_chat.training.run_json import read_run
@@ -107,3 +111,19 @@ def test_a_run_that_is_done_goes_on_for_longer_with_another_learning_rate_and_sa
     assert min(rates[i] for i in rates if i > step) > 1e-3
     assert f"after step {step} learning_rate was 0.0002 and is now 0.05" in (tmp_path / "README.md").read_text()
     assert len(read_run(tmp_path).changes) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--use_peft",), ("--use_peft", "--load_in_4bit")])
+def test_the_eval_loss_of_a_training_is_what_an_evaluation_of_it_measures(chat_model, dataset, tmp_path, flags):
+    flags = (*flags, "--eval_fraction", "0.4", "--learning_rate", "1e-2", "--num_train_epochs", "1")
+    train_here(*arguments(chat_model, dataset, tmp_path, *flags))
+    (subject,) = [one for one in find_subjects([str(tmp_path)], find_runs([str(tmp_path)])) if one.base]
+    evals = eval_data.encode(subject, splits.find_again(read_run(tmp_path)), read_run(tmp_path))["eval"]
+    loaded = load_in_turn([subject], read_run(tmp_path).precision)
+    _, model = next(loaded)
+    last = read_curves(tmp_path)[-1]["eval loss"]
+    for batch_size in (1, 8):
+        total, tokens = conversation_losses(model, evals, batch_size).sum(0)
+        # On a CPU, training and evaluation multiply NF4 in different kernels.
+        assert total / tokens == pytest.approx(last, abs=3e-4 if "--load_in_4bit" in flags else 1e-4)

@@ -9,7 +9,7 @@ from llama2_chat.loading import load
 from llama2_chat.training import chat_data, curves, splits
 from llama2_chat.training.base_model import base_precision, fetch_base
 from llama2_chat.training.examples import IGNORED, labels, tokenize
-from llama2_chat.training.trainer import make_trainer
+from llama2_chat.training.trainer import Progress, make_trainer
 from scripts.sft_trainer import read_arguments
 from tests.support.serving import ignore
 from tests.support.training import arguments
@@ -55,6 +55,22 @@ def test_packed_conversations_give_the_loss_of_separate_ones(prepare):
         rows.append(len(trainer.train_dataset))
     assert rows[1] < rows[0] == len(examples["train"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_the_eval_loss_weighs_all_tokens_alike_whatever_the_batch_size(prepare):
+    """It was the mean of batches' means, in which short answers counted for more: 9.685 or 9.128 of one adapter."""
+    trainer, examples = prepare("--eval_fraction", "0.4")  # in float32
+    trainer.remove_callback(Progress)
+    losses, tokens = [], []
+    for example in examples["eval"]:
+        targets = torch.tensor([labels(example)])
+        with torch.no_grad():
+            losses.append(trainer.model(torch.tensor([example.input_ids]), labels=targets).loss.item())
+        tokens.append(int((targets != IGNORED).sum()))
+    expected = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert abs(expected - sum(losses) / len(losses)) > 1e-3  # the mean of means is another figure
+    for trainer.args.per_device_eval_batch_size in range(1, 9):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_the_flags_say_is_what_the_trainer_does(prepare):
