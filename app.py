@@ -124,7 +124,7 @@ def create_app(
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    return add_page(app, chat, settings, users, limiter, metrics, more_tools)
+    return add_page(app, chat, settings, users, limiter, metrics, more_tools, library)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ typed text, so that nothing in a document can become a control token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llama2_chat.documents.chunks import size
 from llama2_chat.documents.search import content_words, search
 from llama2_chat.documents.store import Chunk, Document, Shelf
 from llama2_chat.errors import ChatError
-from llama2_chat.types import ChatBackend, Message, SamplingParams
+from llama2_chat.types import ChatBackend, Fit, Message
 
 MOST_EXCERPTS = 12
 SHARE = 1 / 4  # of the context window, for excerpts
@@ -49,13 +49,15 @@ def quote(
     shelf: Shelf,
     ids: Sequence[str],
     messages: list[Message],
-    params: SamplingParams,
+    fit: Callable[[list[Message]], Fit],
     trim: bool,
 ) -> Quoted:
     """The conversation with excerpts in its newest question: whole documents if they fit, else what fits best.
 
-    trim: whether the oldest exchanges may be left out for them, as in stream_reply. Raises NotHere for a document that
-    this owner does not have, ChatError for one that cannot be read or is not read yet. Takes some ms.
+    fit: how a conversation would stand in the context window, with all that is asked beside it; not called where the
+    chat does not count tokens. trim: whether the oldest exchanges may be left out for them, as in stream_reply. Raises
+    NotHere for a document that this owner does not have, ChatError for one that cannot be read or is not read yet.
+    Takes some ms.
     """
     ids = list(dict.fromkeys(ids))
     _check_readable([shelf.get(id) for id in ids])
@@ -70,16 +72,16 @@ def quote(
 
     window = chat.context_length or UNKNOWN_WINDOW
     pages = shelf.pages(ids, LETTERS_A_TOKEN * 2 * window)
-    if pages and _fits(chat, whole := quoted(pages), params, trim=False, room=window // 2):
+    if pages and _fits(chat, whole := quoted(pages), fit, trim=False, room=window // 2):
         return whole
     found = search(shelf, query_of(messages), ids, MOST_EXCERPTS)
     chunks = _affordable(chat, found, int(SHARE * window))
-    while chunks and not _fits(chat, quoted(chunks), params, trim, room=window):
+    while chunks and not _fits(chat, quoted(chunks), fit, trim, room=window):
         chunks.pop()
     if chunks:
         return quoted(chunks)
     # Without a word of the documents the model would answer as if none had been named.
-    unanswered = bool(ids) and not found and _fits(chat, quoted(()), params, trim, room=window)
+    unanswered = bool(ids) and not found and _fits(chat, quoted(()), fit, trim, room=window)
     return quoted(()) if unanswered else Quoted(messages, ())
 
 
@@ -120,9 +122,9 @@ def _tokens(chat: ChatBackend, text: str) -> int:
     return size(text) // LETTERS_A_TOKEN + 1
 
 
-def _fits(chat: ChatBackend, quoted: Quoted, params: SamplingParams, trim: bool, room: int) -> bool:
+def _fits(chat: ChatBackend, quoted: Quoted, fit: Callable[[list[Message]], Fit], trim: bool, room: int) -> bool:
     """room: tokens of all messages together, where only they can be estimated."""
     if not chat.capabilities.counts_tokens:
         return sum(size(message["content"]) // LETTERS_A_TOKEN for message in quoted.messages) <= room
-    fit = chat.fit(quoted.messages, params)
-    return fit.fits and (trim or not fit.dropped_messages)
+    fitted = fit(quoted.messages)
+    return fitted.fits and (trim or not fitted.dropped_messages)

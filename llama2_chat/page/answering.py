@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import anyio.to_thread
+
 from llama2_chat.agent import AgentReply, Call, Step
+from llama2_chat.documents.asking import Source
+from llama2_chat.documents.store import Document
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.page import wording
-from llama2_chat.page.questions import Asked
+from llama2_chat.page.questions import AboutDocuments, Asked
 from llama2_chat.server.errors import as_api_error
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Answered, Metrics, Record
@@ -38,6 +42,8 @@ class Progress:
     calling: Call | None = None  # a tool, just now
     has_steps: bool = False  # one has ended before
     loading: Status | None = None  # the model, which is not ready yet
+    reading: Document | None = None  # that the question is about
+    sources: Sequence[Source] = ()  # what was quoted in the question
     queue_position: int = 0  # place in line
 
 
@@ -90,12 +96,16 @@ class Answering:
         yield _with_costs(end, record.reply)
 
     async def _progress(self, question: Asked, client: str, record: Record) -> AsyncGenerator[Progress, None]:
-        """A message that arrives while the model loads waits for it."""
+        """A message that arrives while the model loads, or a document that it is about is being read, waits for it."""
         with self._limiter.slot(client):
             while self.chat.state == "loading":
                 yield Progress(loading=self.chat.status)
                 await asyncio.sleep(REFRESH_EVERY_S)
             record.question = question.messages
+            about = question if isinstance(question, AboutDocuments) else None
+            while about and (unread := await anyio.to_thread.run_sync(about.unread)):
+                yield Progress(reading=unread)
+                await asyncio.sleep(REFRESH_EVERY_S)
             yield Progress()
             threads = self._limiter.threads(sum(len(message["content"].encode()) for message in question.messages))
             submitting = asyncio.ensure_future(submit(lambda: question.ask(self.chat, client), threads))
@@ -106,6 +116,8 @@ class Answering:
                 submitting.cancel()
             async with submitting.result() as reply:
                 record.reply = reply
+                if about and about.sources:
+                    yield Progress(sources=about.sources)
                 has_steps = False
                 async for event in _events(reply):
                     if isinstance(event, Step):

@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any
 
 from llama2_chat.agent import Call, Step
@@ -42,6 +43,7 @@ class Answer:
         self.owner, self.client, self.end, self.confirming = owner, client, None, confirming
         self._text: list[str] = []
         self._steps: list[dict[str, Any]] = []
+        self._sources: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] = {}
         self._readers = 0
         self._changed = asyncio.Event()
@@ -68,12 +70,14 @@ class Answer:
             self._text.append(progress.piece)
         if progress.step:
             self._steps.append(_step(progress.step))
-        if progress.piece or progress.step or waiting != self._waiting:
+        if progress.sources:
+            self._sources = [asdict(source) for source in progress.sources]
+        if progress.piece or progress.step or progress.sources or waiting != self._waiting:
             self._waiting = waiting
             self._tell()
 
     def _waits_for(self, progress: Progress) -> dict[str, Any]:
-        line = wording.waiting(progress.loading, progress.queue_position, progress.has_steps)
+        line = wording.waiting(progress.loading, progress.queue_position, progress.has_steps, progress.reading)
         if progress.calling is None:
             return {"waiting": line}
         calling = _call(progress.calling)
@@ -91,16 +95,26 @@ class Answer:
         """End it at once; what is written of it stays."""
         self.task.cancel()
 
+    def _so_far(self) -> dict[str, Any]:
+        """Beside the text."""
+        known = {"steps": self._steps, "sources": self._sources}
+        return {name: value for name, value in known.items() if value}
+
     async def lines(self) -> AsyncIterator[str]:
         """JSON, a line each: all of the steps and the text so far, then every step and piece, what it waits for
-        meanwhile, and its end."""
+        meanwhile, and its end. The excerpts that it was made from come once, as soon as they are known."""
         self._readers += 1
         try:
-            sent, steps, waiting = len(self._text), len(self._steps), self._waiting
-            yield _line({"text": "".join(self._text), **({"steps": self._steps} if steps else {}), **waiting})
-            while self.end is None or sent < len(self._text) or steps < len(self._steps):
+            sent, steps, sources, waiting = len(self._text), len(self._steps), self._sources, self._waiting
+            yield _line({"text": "".join(self._text), **self._so_far(), **waiting})
+            while (
+                self.end is None or sent < len(self._text) or steps < len(self._steps) or sources is not self._sources
+            ):
                 changed = self._changed
-                if steps < len(self._steps):
+                if sources is not self._sources:
+                    sources = self._sources
+                    yield _line({"sources": sources})
+                elif steps < len(self._steps):
                     steps += 1
                     yield _line({"step": self._steps[steps - 1]})
                 elif sent < len(self._text):

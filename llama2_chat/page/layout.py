@@ -19,6 +19,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from llama2_chat.agent import MEMORY, Calculator, Clock, Tool
+from llama2_chat.documents.library import Library
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
@@ -41,6 +42,7 @@ STYLES = (
     "sidebar.css",
     "markdown.css",
     "steps.css",
+    "documents.css",
     "settings.css",
     "login.css",
     "completing.css",
@@ -67,10 +69,11 @@ def add_page(
     limiter: ConcurrencyLimiter,
     metrics: Metrics,
     more_tools: Iterable[Tool] = (),
+    library: Library | None = None,
 ) -> FastAPI:
     """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users.
 
-    more_tools: beside the clock and the calculator; which they are may change.
+    more_tools: beside the clock and the calculator; which they are may change. library: of documents, if there are any.
     """
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
     tools = _Tools((Clock(), Calculator()), more_tools) if settings.tools else ()
@@ -103,7 +106,7 @@ def add_page(
     gradio = cast(App, mount.app)
     mount.app = OnlyOurRoutes(gradio, listeners, HEAD, settings.on_space)
     visitors = Visitors(gradio, has_login=users is not None)
-    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools))
+    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app

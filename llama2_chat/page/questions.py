@@ -1,5 +1,7 @@
 """What is asked: a conversation for the model, one for an agent, which may call tools first, or a text to go on with.
 
+A conversation may be about documents, which are quoted in its newest question whichever of the two it is for.
+
 All give a reply that answering.py reads; conversations say how they would stand in the model's window.
 """
 
@@ -10,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llama2_chat.agent import PARAMS, Agent, AgentReply, Call, Exchange, Step, Tool, asks_first
+from llama2_chat.documents.asking import Quoted, Source, quote
+from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import ChatError
 from llama2_chat.page import wording
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
@@ -99,6 +103,39 @@ class WithTools:
         )
         agent.exchanges.extend(talk.exchanges)
         return agent
+
+
+class AboutDocuments:
+    """A conversation whose newest question quotes these documents, searched anew each time. What was said stays as it
+    is: excerpts are in no history."""
+
+    def __init__(self, question: Plain | WithTools, shelf: Shelf, ids: Sequence[str]) -> None:
+        self._question, self._shelf, self._ids = question, shelf, ids
+        self.sources: tuple[Source, ...] = ()  # what was quoted, once it has been asked
+
+    @property
+    def messages(self) -> list[Message]:
+        return self._question.messages
+
+    def unread(self) -> Document | None:
+        """The first of the documents that is still being read. Raises NotHere."""
+        documents = map(self._shelf.get, self._ids)
+        return next((document for document in documents if document.state == "waiting"), None)
+
+    def ask(self, chat: ChatBackend, client: str) -> Reply | AgentReply:
+        quoted = self._quoted(chat)
+        self.sources = quoted.sources
+        return replace(self._question, messages=quoted.messages).ask(chat, client)
+
+    def fit(self, chat: ChatBackend) -> Fit:
+        question = self._question if self.unread() else replace(self._question, messages=self._quoted(chat).messages)
+        return question.fit(chat)
+
+    def _quoted(self, chat: ChatBackend) -> Quoted:
+        def fit(messages: list[Message]) -> Fit:
+            return replace(self._question, messages=messages).fit(chat)
+
+        return quote(chat, self._shelf, self._ids, self.messages, fit, trim=True)
 
 
 def with_tools(

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from llama2_chat.agent import MEMORY, Call, Step, Tool
+from llama2_chat.documents.library import MAX_FILE_BYTES, Library
+from llama2_chat.documents.store import Shelf
 from llama2_chat.errors import ChatError
 from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering
@@ -26,8 +28,10 @@ from llama2_chat.page.confirming import Confirming
 from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.bodies import JsonRequest
-from llama2_chat.server.errors import as_api_error, error_response
+from llama2_chat.server.errors import ApiError, as_api_error, error_response
+from llama2_chat.server.files import add_file_routes
 from llama2_chat.server.limits import ConcurrencyLimiter
+from llama2_chat.server.openai_types import MAX_NAMED_DOCUMENTS, DocumentIds
 from llama2_chat.text import valid_unicode
 from llama2_chat.types import ChatBackend, Message, SamplingParams
 
@@ -90,12 +94,19 @@ class Question(BaseModel):
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     settings: PageSettings
+    documents: DocumentIds = []
 
-    def parsed(self, tools: Iterable[Tool], confirm: Callable[[Call], bool]) -> questions.Question:
-        """confirm: asks the visitor whether a tool may be called.
+    def parsed(self, tools: Iterable[Tool], confirm: Callable[[Call], bool], shelf: Shelf | None) -> questions.Question:
+        """confirm: asks the visitor whether a tool may be called. shelf: where the documents are.
 
         Raises ChatError where the newest message says nothing, and for a setting outside its range.
         """
+        question = self._without_documents(tools, confirm)
+        return questions.AboutDocuments(question, shelf, self.documents) if shelf and self.documents else question
+
+    def _without_documents(
+        self, tools: Iterable[Tool], confirm: Callable[[Call], bool]
+    ) -> questions.Plain | questions.WithTools:
         messages, params = self._conversation(), self.settings.params()
         if not self.settings.use_tools:
             return questions.Plain(messages, params)
@@ -137,15 +148,18 @@ def page_router(
     defaults: SamplingParams,
     visitors: Visitors,
     tools: Iterable[Tool] = (),
+    library: Library | None = None,
 ) -> APIRouter:
     """defaults: where the page's controls stand at first. tools: that visitors may let the model use; which they
-    are may change."""
+    are may change. library: where documents are; None for none at all."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
     async def state(request: Request) -> Response:
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
-        response = JSONResponse({**_state(chat, defaults, has_tools=any(True for _ in tools)), **login})
+        limits = {"largest": MAX_FILE_BYTES, "most": MAX_NAMED_DOCUMENTS, "kept": wording.kept(visitors.has_login)}
+        shown = _state(chat, defaults, has_tools=any(True for _ in tools))
+        response = JSONResponse({**shown, **login, "documents": limits if library else None})
         visitors.remember(request, response)
         return response
 
@@ -153,7 +167,7 @@ def page_router(
     async def start(id: AnswerId, question: Question, request: Request) -> Response:
         """Begin this answer, or read the one that has begun; as a stream."""
         client, confirming = visitors.client(request), Confirming()
-        parse = functools.partial(question.parsed, tools, confirming)
+        parse = functools.partial(question.parsed, tools, confirming, shelf_for(question, request))
         answer = functools.partial(answering.answer, parse, client)
         return _stream(answers.start(id, visitors.owner(request), client, answer, confirming))
 
@@ -181,7 +195,7 @@ def page_router(
     async def fit(question: Question, request: Request) -> dict[str, Any]:
         """How the conversation would stand in the model's window."""
         visitors.owner(request)
-        parsed = question.parsed(tools, Confirming())
+        parsed = question.parsed(tools, Confirming(), shelf_for(question, request))
         threads = limiter.threads(sum(len(message["content"].encode()) for message in parsed.messages))
         fitted = await anyio.to_thread.run_sync(parsed.fit, chat, limiter=threads)
         return {
@@ -199,6 +213,17 @@ def page_router(
         visitors.log_out(request, response)
         return response
 
+    def shelf_for(question: Question, request: Request) -> Shelf | None:
+        """The visitor's documents, if the question is about some."""
+        if not question.documents:
+            return None
+        owner = visitors.document_owner(request)
+        if library is None or owner is None:
+            raise ApiError(404, "not_found", "There are no documents of yours here.", "documents")
+        return library.shelf(owner)
+
+    if library is not None:
+        add_file_routes(router, library, visitors)
     return router
 
 

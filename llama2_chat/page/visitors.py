@@ -13,12 +13,16 @@ from llama2_chat.server.errors import ApiError
 from llama2_chat.server.limits import client_address
 from llama2_chat.server.owners import COOKIE, cookie_owner, renewed_cookie
 
+NO_COOKIE = (
+    "Your browser keeps no cookie for this page, so your documents cannot be kept apart. Open it in its own tab."
+)
+
 
 class Visitors:
     """Tells visitors apart, and lets nobody in who has not logged in where a login is needed."""
 
     def __init__(self, gradio: App, *, has_login: bool) -> None:
-        self._gradio, self._has_login = gradio, has_login
+        self._gradio, self.has_login = gradio, has_login
         self._secret = secrets.token_bytes(32)
 
     def owner(self, request: Request) -> str:
@@ -26,27 +30,31 @@ class Visitors:
 
         A browser that keeps no cookie in a frame is told apart by the ids alone that it chose for its answers.
         """
-        if self._has_login:
+        if self.has_login:
             return f"login {self._login(request)[1]}"
         return f"cookie {request.cookies.get(COOKIE, '')}"
 
     def client(self, request: Request) -> str:
         """Whose share of the model this request takes: the login's, or that of the address, since anyone can have any
         number of cookies."""
-        return self.owner(request) if self._has_login else client_address(request)
+        return self.owner(request) if self.has_login else client_address(request)
 
     def profile(self, request: Request) -> str:
         """Under which name a browser keeps this visitor's conversations: that of the login; "" where there is none."""
-        return self._login(request)[1] if self._has_login else ""
+        return self._login(request)[1] if self.has_login else ""
+
+    def document_owner(self, request: Request) -> str | None:
+        """As owner(), where documents are kept for longer than answers; None for a browser without a cookie of ours."""
+        return self.owner(request) if self.has_login else cookie_owner(request)
 
     def remember(self, request: Request, response: Response) -> None:
         """Give a browser that has none its cookie."""
-        if not self._has_login and cookie_owner(request) is None:
+        if not self.has_login and cookie_owner(request) is None:
             renewed_cookie(request, response)
 
     def log_out_token(self, request: Request) -> str | None:
         """What log_out() wants to see in the header X-Token; None where there is no login."""
-        if not self._has_login:
+        if not self.has_login:
             return None
         session, _ = self._login(request)
         return hmac.new(self._secret, session.encode(), hashlib.sha256).hexdigest()
@@ -59,6 +67,14 @@ class Visitors:
         for cookie in self._session_cookies():
             self._gradio.tokens.pop(request.cookies.get(cookie, ""), None)
             response.delete_cookie(cookie)
+
+    # What server/files.py asks for.
+
+    def keep_owner(self, request: Request, response: Response) -> str:
+        """Who owns a document that is uploaded. Raises ApiError for a browser that keeps no cookie."""
+        if not self.has_login and cookie_owner(request) is None:
+            raise ApiError(403, "no_cookie", NO_COOKIE)
+        return self.owner(request) if self.has_login else renewed_cookie(request, response)
 
     def _login(self, request: Request) -> tuple[str, str]:
         """The session and the name of whoever has logged in. Raises ApiError for everybody else."""

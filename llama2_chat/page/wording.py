@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from llama2_chat.documents.library import VISITOR_S
+from llama2_chat.documents.store import Document
 from llama2_chat.errors import ChatError
 from llama2_chat.types import Status
 
@@ -64,13 +66,30 @@ def progress(status: Status) -> str:
     return f"{phase} …"
 
 
-def waiting(loading: Status | None, queue_position: int, has_steps: bool = False) -> str:
-    """What an answer without text yet is waiting for. has_steps: a tool was called for it."""
+def waiting(
+    loading: Status | None, queue_position: int, has_steps: bool = False, reading: Document | None = None
+) -> str:
+    """What an answer without text yet is waiting for. has_steps: a tool was called for it. reading: a
+    document that it is about."""
     if loading is not None:
         return progress(loading)
+    if reading is not None:
+        pages = f", page {reading.pages_done + 1:,} of {reading.pages:,}" if reading.pages else ""
+        return f"Reading {isolated(reading.name)}{pages} …"
     if queue_position:
         return f"Waiting in line, position {queue_position} …"
     return READING_RESULTS if has_steps else READING
+
+
+def kept(has_login: bool) -> str:
+    """For how long documents are, which are a login's or a cookie's."""
+    until = "" if has_login else f", or for {VISITOR_S // 86_400} days after your last upload"
+    return f"Documents stay on this server, for you alone, until you delete them{until}."
+
+
+def isolated(name: str) -> str:
+    """A name that is written from right to left turns nothing around it."""
+    return f"\u2068{name}\u2069"
 
 
 def error_sentence(error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""Documents over HTTP, in OpenAI's words: upload, list, content, pages, delete. The page has none of
-these routes yet.
+"""Documents over HTTP, in OpenAI's words: upload, list, content, pages, delete; for programs under /v1, and for
+the page under /page.
 
 A file is written to disk while it comes in; only pieces of it are ever in memory.
 """
@@ -38,7 +38,7 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
 
     @router.post(f"{prefix}/files")
     async def upload(request: Request, response: Response) -> dict[str, Any]:
-        owner = owners.keep(request, response)
+        owner = owners.keep_owner(request, response)
         async with uploads.turn(client_address(request)), _limited(request).form(max_files=1) as form:
             file, purpose = form.get("file"), form.get("purpose") or PURPOSES[0]
             if not isinstance(file, UploadFile):
@@ -59,7 +59,7 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
     ) -> dict[str, Any]:
-        owner = owners.owner(request)
+        owner = owners.document_owner(request)
         documents = library.shelf(owner).all() if owner else []
         found = [document for document in documents if purpose in (None, document.purpose)]
         found = found[::-1] if order == "desc" else found
@@ -79,30 +79,30 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
         document = _one(id, request)
         # As an attachment of no type, so that no browser shows what a stranger wrote as a page of this site.
         headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(document.name, safe='')}"}
-        pieces = library.shelf(owners.owner(request) or "").original(id)
+        pieces = library.shelf(owners.document_owner(request) or "").original(id)
         return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
     @router.get(prefix + "/files/{id}/pages/{page}")
     def page(id: str, page: Annotated[int, Path(ge=0, le=LARGEST_PAGE)], request: Request) -> dict[str, Any]:
         document = _one(id, request)
-        text = library.shelf(owners.owner(request) or "").page(id, page)
+        text = library.shelf(owners.document_owner(request) or "").page(id, page)
         return {"object": "file.page", "file_id": id, "filename": document.name, "page": page, "text": text}
 
     @router.delete(prefix + "/files/{id}")
     def delete(id: str, request: Request) -> dict[str, Any]:
         _one(id, request)
-        library.shelf(owners.owner(request) or "").delete(id)
+        library.shelf(owners.document_owner(request) or "").delete(id)
         return {"id": id, "object": "file", "deleted": True}
 
     def _one(id: str, request: Request) -> Document:
-        owner = owners.owner(request)
+        owner = owners.document_owner(request)
         if owner is None:
             raise ApiError(404, "not_found", f"There is no document {id!r:.60} here.", "id")
         return library.shelf(owner).get(id)
 
 
 def is_upload(method: str, path: str) -> bool:
-    return method == "POST" and path == "/v1/files"
+    return method == "POST" and path in ("/v1/files", "/page/files")
 
 
 def _file_object(library: Library, document: Document) -> dict[str, Any]:

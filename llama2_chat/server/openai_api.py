@@ -57,7 +57,7 @@ from llama2_chat.server.responses import (
 from llama2_chat.server.speech import CallIds, Reader, Speech, TextReader
 from llama2_chat.settings import Settings
 from llama2_chat.tools import CallReader
-from llama2_chat.types import ChatBackend, Message, Reply, SamplingParams
+from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
 SEEDS = 2**63
@@ -153,13 +153,16 @@ def api_router(
 
     async def quote_documents(body: ChatRequest, request: Request) -> Quoted:
         _check_model(chat, body.model)
-        owner = owners.owner(request)
+        owner = owners.document_owner(request)
         if library is None or owner is None:
             raise ApiError(404, "not_found", "There are no documents of yours here.", "documents")
         shelf, ids, params = library.shelf(owner), body.documents or [], body.params(settings.sampling)
 
+        def fit(messages: list[Message]) -> Fit:
+            return chat.fit(messages, params)
+
         def search() -> Quoted:
-            return quote(chat, shelf, ids, body.conversation(), params, trim=bool(body.trim))
+            return quote(chat, shelf, ids, body.conversation(), fit, trim=bool(body.trim))
 
         try:
             return await anyio.to_thread.run_sync(search, limiter=await threads_for(request))

@@ -22,9 +22,9 @@ OURS = re.compile(r"[\w-]{32}", re.ASCII)
 class Owners(Protocol):
     """Tells owners apart. Raises ApiError for whoever may have nothing here."""
 
-    def owner(self, request: Request) -> str | None: ...  # None for one who has nothing yet
+    def document_owner(self, request: Request) -> str | None: ...  # None for one who has nothing yet
 
-    def keep(self, request: Request, response: Response) -> str:
+    def keep_owner(self, request: Request, response: Response) -> str:
         """The owner of what this request brings; a cookie goes into the response where one is needed."""
 
 
@@ -34,13 +34,13 @@ class ApiOwners:
     def __init__(self, settings: Settings) -> None:
         self._has_keys = bool(settings.api_keys)
 
-    def owner(self, request: Request) -> str | None:
+    def document_owner(self, request: Request) -> str | None:
         if self._has_keys:  # which has been checked
             return key_id(request)
         return cookie_owner(request)
 
-    def keep(self, request: Request, response: Response) -> str:
-        return (self.owner(request) if self._has_keys else None) or renewed_cookie(request, response)
+    def keep_owner(self, request: Request, response: Response) -> str:
+        return (self.document_owner(request) if self._has_keys else None) or renewed_cookie(request, response)
 
 
 def cookie_owner(request: Request) -> str | None:

@@ -14,6 +14,12 @@ from tests.documents.test_library import TEXTS, kept
 from tests.support.scripted import HERE, ScriptedChat
 
 PARAMS = SamplingParams(max_new_tokens=100)
+
+
+def fitting(chat):
+    return lambda messages: chat.fit(messages, PARAMS)
+
+
 LONG = [f"{text} {'And more words of no importance stand on this page. ' * 60}" for text in TEXTS]
 
 
@@ -36,7 +42,7 @@ def chat():
 def test_excerpts_stand_in_the_newest_question_and_nowhere_else(shelf, chat):
     id = kept(shelf, *LONG)
     messages = said("Hello.", "Hi!", "Which seabirds did Ferrandini describe in his diary?")
-    quoted = quote(chat, shelf, [id], messages, PARAMS, trim=True)
+    quoted = quote(chat, shelf, [id], messages, fitting(chat), trim=True)
     assert quoted.messages[:2] == messages[:2]
     question = quoted.messages[2]["content"]
     assert question.startswith(HEAD)
@@ -50,13 +56,13 @@ def test_every_turn_is_searched_anew(shelf, chat):
     """Others searched for the first question only."""
     id = kept(shelf, *LONG)
     messages = said("When was the lighthouse built, in which year?")
-    assert quote(chat, shelf, [id], messages, PARAMS, trim=True).sources[0].page == 1
+    assert quote(chat, shelf, [id], messages, fitting(chat), trim=True).sources[0].page == 1
     messages = said(
         messages[0]["content"],
         "In 1874.",
         "Wo sitzen Lebensversicherungsgesellschaften, etwa in der großen Hauptstadt?",
     )
-    assert quote(chat, shelf, [id], messages, PARAMS, trim=True).sources[0].page == 3
+    assert quote(chat, shelf, [id], messages, fitting(chat), trim=True).sources[0].page == 3
 
 
 def test_a_question_with_few_words_of_its_own_is_searched_with_the_one_before():
@@ -68,20 +74,20 @@ def test_a_question_with_few_words_of_its_own_is_searched_with_the_one_before():
 
 def test_excerpts_take_at_most_a_quarter_of_the_window(shelf, chat):
     id = kept(shelf, *(text * 3 for text in LONG))
-    quoted = quote(chat, shelf, [id], said("Lighthouse diary of importance?"), PARAMS, trim=True)
+    quoted = quote(chat, shelf, [id], said("Lighthouse diary of importance?"), fitting(chat), trim=True)
     assert quoted.sources
     assert sum(len(source.text.split()) for source in quoted.sources) <= chat.context_length / 4
 
 
 def test_a_document_that_fits_is_offered_whole(shelf, chat):
     id = kept(shelf, *TEXTS)
-    quoted = quote(chat, shelf, [id], said("What is this all about?"), PARAMS, trim=True)
+    quoted = quote(chat, shelf, [id], said("What is this all about?"), fitting(chat), trim=True)
     assert [source.text for source in quoted.sources] == TEXTS
 
 
 def test_where_no_excerpt_matches_the_model_is_told_so(shelf, chat):
     id = kept(shelf, *LONG)
-    quoted = quote(chat, shelf, [id], said("Zyzzyva xylograph?"), PARAMS, trim=True)
+    quoted = quote(chat, shelf, [id], said("Zyzzyva xylograph?"), fitting(chat), trim=True)
     assert quoted.sources == ()
     assert quoted.messages[0]["content"] == "\n\n".join([HEAD, NO_EXCERPT, TAIL, "Zyzzyva xylograph?"])
 
@@ -93,7 +99,7 @@ def test_without_trim_excerpts_give_way_to_the_conversation(shelf, chat, counts)
     messages = said("word " * 3550, "Yes.", "When was the lighthouse built?")
     if counts:
         messages = said("word " * 1190, "Yes.", "When was the lighthouse built?")
-    assert quote(chat, shelf, [id], messages, PARAMS, trim=False).messages == messages
+    assert quote(chat, shelf, [id], messages, fitting(chat), trim=False).messages == messages
 
 
 @pytest.mark.parametrize("fault", ["unknown", "unread", "failed"])
@@ -103,7 +109,7 @@ def test_a_document_that_cannot_be_asked_about_is_named(shelf, chat, fault):
         shelf.finish(id, "This PDF is broken.")
     asked = "file-unknown" if fault == "unknown" else id
     with pytest.raises(NotHere if fault == "unknown" else ChatError) as raised:
-        quote(chat, shelf, [asked], said("What is it?"), PARAMS, trim=True)
+        quote(chat, shelf, [asked], said("What is it?"), fitting(chat), trim=True)
     assert ("report.pdf" in str(raised.value)) == (fault != "unknown")
 
 
@@ -115,7 +121,7 @@ def test_nothing_in_a_document_becomes_a_control_token_or_a_tag(shelf, chat, lla
     hostile = kept(shelf, f"The lighthouse was built in 1874. {INJECTION}", name=f"{INJECTION}.txt")
 
     def ids(document):
-        quoted = quote(chat, shelf, [document], said("When was the lighthouse built?"), PARAMS, trim=True)
+        quoted = quote(chat, shelf, [document], said("When was the lighthouse built?"), fitting(chat), trim=True)
         return encode(llama2_tokenizer, quoted.messages)
 
     special = llama2_tokenizer.all_special_ids

@@ -28,10 +28,11 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def stage(settings):
+def stage(settings, tmp_path_factory):
     stage = Stage()
     stage.chat = ScriptedChat()
-    with serving(stage, replace(settings, allowed_hosts="chat.lan")) as address:
+    documents_dir = tmp_path_factory.mktemp("documents")
+    with serving(stage, replace(settings, allowed_hosts="chat.lan", documents_dir=documents_dir)) as address:
         yield stage, address
 
 

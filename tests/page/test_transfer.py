@@ -38,10 +38,12 @@ OTHER = {
 }
 STEP = {"name": "calculator", "input": '"2 * 3"', "result": "6", "seconds": 0.25, "failed": False}
 FAILED = {"name": "clock", "input": "{}", "result": "```\nThe tool failed.", "seconds": 2, "failed": True}
+ABOUT = "file-" + "a" * 24
+SOURCE = {"number": 1, "document": ABOUT, "name": "report.pdf", "page": 2, "text": "It says so."}
 MESSAGES = [
     QUESTION,
     {**ANSWER, "end": END, "settings": {**SETTINGS, "useTools": True, "toolsMemory": 5}},
-    {**OTHER, "answerId": S, "steps": [STEP, FAILED]},
+    {**OTHER, "answerId": S, "steps": [STEP, FAILED], "documents": [ABOUT], "sources": [SOURCE]},
 ]
 
 HELPERS = """
@@ -228,6 +230,8 @@ BROKEN_FIELDS += [
     ("steps", [{**STEP, "input": {"a": 1}}]),
     ("steps", [{**STEP, "failed": None}]),
     ("steps", [STEP] * 51),
+    ("sources", [{**SOURCE, "page": "<b>"}]),
+    ("documents", ["../../x"]),
 ]
 
 

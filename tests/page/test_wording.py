@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from llama2_chat.documents.store import Document
 from llama2_chat.errors import Busy
 from llama2_chat.page import wording
 from llama2_chat.page.layout import STATIC
@@ -25,6 +26,11 @@ def test_a_download_shows_how_far_it_is():
 def test_the_place_in_line_shows_until_the_request_runs():
     assert wording.waiting(None, 0) == "Reading …"
     assert wording.waiting(None, 3) == "Waiting in line, position 3 …"
+
+
+def test_a_question_waits_for_its_document_page_by_page():
+    document = Document("file-1", "report.pdf", 9, "user_data", 0, "waiting", "", 40, 2, 0, ())
+    assert wording.waiting(None, 0, reading=document) == "Reading \u2068report.pdf\u2069, page 3 of 40 …"
 
 
 def test_metas_notice_stands_below_llama_models_only():

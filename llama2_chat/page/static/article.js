@@ -6,6 +6,7 @@ import { h, icon, toast } from "./dialog.js";
 import { setText, watchDirection } from "./direction.js";
 import { focusBox } from "./focus.js";
 import { AnswerView } from "./markdown.js";
+import { Sources } from "./sources.js";
 import { Steps } from "./steps.js";
 import { T } from "./texts.js";
 
@@ -26,10 +27,11 @@ export class Article {
     this.message = message;
     this.steps = message.role === "assistant" ? new Steps((...said) => handlers.onConfirm(this.message, ...said)) : null;
     this.body = h("div", { class: "body", dir: "auto" });
+    this.sources = message.role === "assistant" ? new Sources() : null;
     this.remark = h("p", { class: "remark" });
     this.buttons = h("div", { class: "buttons" });
     const speaker = h("h2", { class: "visually-hidden" }, message.role === "user" ? T.you : T.assistant);
-    this.element = h("article", { class: message.role }, speaker, this.steps?.element, this.body, h("footer", {}, this.remark, this.buttons));
+    this.element = h("article", { class: message.role }, speaker, this.steps?.element, this.body, this.sources?.element, h("footer", {}, this.remark, this.buttons));
     this.element.article = this;
     this.view = null; // of an answer, once it has come near
     this.shown = "";
@@ -87,6 +89,7 @@ export class Article {
       this.view.update(text, { done: !this.running });
     }
     this.shown = text;
+    this.sources?.show(this.message.sources, text, this.running ? null : this.view && this.body);
   }
 
   _remark() {

@@ -13,7 +13,7 @@ export function newSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
 }
 
-/** Whoever extends it has drafts, render(), count(), keepDraft(text) and startNew(draft). */
+/** Whoever extends it has drafts, render(), count(), keepDraft(text) and startNew(draft, documents). */
 export class Asking extends Reading {
   /** Whether what is typed in it now waits for an answer. */
   _isBusy(talk) {
@@ -52,7 +52,9 @@ export class Asking extends Reading {
   _sent(talk, rest, isNew = false) {
     this.drafts.put(talk.conversation.id, "draft", talk === this.talk ? this.composer.text : rest);
     this.drafts.flush();
-    if (isNew) this.hooks.onDraft("");
+    if (!isNew) return;
+    this.hooks.onDraft("");
+    this.hooks.onDraftDocuments([]);
   }
 
   async _keepQueue({ conversation, queued }) {
@@ -90,7 +92,7 @@ export class Asking extends Reading {
   async _ensureConversation(talk, text) {
     if (talk.conversation) return;
     const now = Date.now();
-    const kind = { renamed: false, pinned: false };
+    const kind = { renamed: false, pinned: false, ...(talk.documents.length && { documents: talk.documents }) };
     talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
     if (talk === this.talk) this.hooks.onOpened(talk.conversation); // a reload at this moment comes back to it
     await this.store.putConversation(talk.conversation);
@@ -110,9 +112,10 @@ export class Asking extends Reading {
     await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  async _answer(talk, question, { seed, settings = this.settings.readFirst() } = {}) {
+  async _answer(talk, question, { seed, settings = this.settings.readFirst(), documents = talk.documents } = {}) {
     const first = seed ?? (settings.seed === "" ? newSeed() : settings.seed);
-    const asked = { answerId: newId(), unasked: true, settings, seed: first };
+    const about = this.documents.known(documents);
+    const asked = { answerId: newId(), unasked: true, settings, seed: first, ...(about.length && { documents: about }) };
     const message = await this._addMessage(talk, { role: "assistant", text: "", parentId: question.id, ...asked });
     await this._run(talk, message, { seed: first, settings });
   }
@@ -130,9 +133,10 @@ export class Asking extends Reading {
   }
 
   /** All before the answer, and of one that is to be continued what there is of it. */
-  _question({ messages }, { id }, { seed, settings }) {
+  _question({ messages }, { id, documents = [] }, { seed, settings }) {
     const turns = turnsOf(pathTo([...messages.values()], id));
-    return { messages: turns, settings: { ...settings, seed: String(seed) } };
+    const about = this.documents.known(documents);
+    return { messages: turns, settings: { ...settings, seed: String(seed) }, ...(about.length && { documents: about }) };
   }
 
   async _finish(message, refusal) {
@@ -186,7 +190,7 @@ export class Asking extends Reading {
     this.talk.queued = null;
     if (!left.length) {
       await this.store.deleteConversation(conversationId);
-      this.startNew(draft);
+      this.startNew(draft, this.talk.documents);
       return;
     }
     gone.forEach((id) => this.talk.messages.delete(id));

@@ -13,7 +13,8 @@ import { leafBelow, leafToShow, siblings } from "./tree.js";
 
 export class Chat extends Asking {
   /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) and newDraft() of a
-   *   conversation that has not begun, onTitle(conversation) when it has another, state() what the server says of its model */
+   *   conversation that has not begun, onDraftDocuments(ids) and newDocuments() of what it is about, onTitle(conversation)
+   *   when it has another, state() what the server says of its model */
   constructor(parts) {
     super(parts);
     const { store, settings, composer, hooks } = parts;
@@ -64,10 +65,11 @@ export class Chat extends Asking {
     this.count();
   }
 
-  startNew(draft = this.hooks.newDraft()) {
+  startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments()) {
     this.drafts.flush();
-    this.talk = emptyTalk();
+    this.talk = { ...emptyTalk(), documents };
     if (draft) this.hooks.onDraft(draft);
+    this.hooks.onDraftDocuments(documents);
     this.composer.text = draft;
     this.render();
     this.hooks.onOpened(null);
@@ -94,6 +96,16 @@ export class Chat extends Asking {
     await this._begin(talk, lead, text);
   }
 
+  /** Which documents its questions are about from now on. change: makes ids of those that they are about now */
+  async chooseDocuments(change, talk = this.talk) {
+    talk.documents = change(talk.documents);
+    if (talk === this.talk && !talk.conversation) this.hooks.onDraftDocuments(talk.documents);
+    this.render();
+    this.count();
+    const { id } = talk.conversation ?? {};
+    if (id) await this.store.updateConversation(id, (kept) => (kept.documents = change(kept.documents ?? [])));
+  }
+
   /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
   async queue(waits) {
     const { talk } = this;
@@ -117,7 +129,7 @@ export class Chat extends Asking {
 
   async sameAgain(message) {
     const settings = { ...this.settings.defaults, ...message.settings, seed: String(message.end.seed) };
-    await this._answerAgain(message, { seed: message.end.seed, settings });
+    await this._answerAgain(message, { seed: message.end.seed, settings, documents: message.documents ?? [] });
   }
 
   async _answerAgain({ parentId }, options) {
@@ -126,10 +138,10 @@ export class Chat extends Asking {
   }
 
   /** A visitor's message is asked anew, beside the old one; an answer is only changed. False if that has to wait. */
-  edit({ role, parentId, steps }, text) {
+  edit({ role, parentId, steps, sources }, text) {
     const { talk } = this;
     if (role === "assistant") {
-      this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }) }).then(() => this.render());
+      this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }), ...(sources && { sources }) }).then(() => this.render());
     } else if (this._isBusy(talk)) {
       toast(T.actions.busy);
       return false;
@@ -197,7 +209,7 @@ export class Chat extends Asking {
   /** Count the conversation, with what stands in the box, once typing pauses. */
   count() {
     if (this.closed) return;
-    this.window.count(() => [this.path, this.composer.text]);
+    this.window.count(() => [this.path, this.composer.text, this.documents.known(this.talk.documents)]);
   }
 
   render() {
@@ -208,6 +220,7 @@ export class Chat extends Asking {
       return { message, index, count: list.length, editing: this.talk.conversation.editing?.[message.id] };
     });
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
+    this.documents.show(this.talk.documents);
     const running = this._runningHere();
     if (this.doing.has(running?.id)) this._show(running); // it may be new on the page
     const isRunning = this._isBusy(this.talk);
@@ -224,9 +237,18 @@ export class Chat extends Asking {
       this.talk.conversation.title = conversation.title;
       this.hooks.onTitle(conversation);
     }
+    if (conversation?.documents) this._chosenElsewhere(conversation.documents);
     if (here) return;
     if (!conversation) return void this.startNew(this.composer.text);
     await this._reread(conversation, kind === "message" ? id : null);
+  }
+
+  /** In another tab, or when a file arrived that was sent before another conversation was opened. */
+  _chosenElsewhere(documents) {
+    if (String(documents) === String(this.talk.documents)) return;
+    this.talk.documents = documents;
+    this.render();
+    this.count();
   }
 
   /** Show what is kept of the open conversation. changedId: of a message that may be gone from it */

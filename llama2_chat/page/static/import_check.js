@@ -12,6 +12,7 @@ const is = {
   typed: (value) => is.text(value) || is.number(value),
   time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
   texts: (value) => typeof value === "object" && Object.entries(value).every(([id, text]) => is.id(id) && is.text(text)),
+  documents: (value) => Array.isArray(value) && value.length <= 500 && value.every((id) => /^file-[0-9a-f]{24}$/.test(id)),
   role: (value) => value === "user" || value === "assistant",
   reason: (value) => ["stop", "length", "cancelled", "unread", "error", "interrupted"].includes(value),
 };
@@ -28,6 +29,7 @@ const CONVERSATION = {
   leafId: or(is.id, null),
   draft: optional(is.text),
   editing: optional(is.texts),
+  documents: optional(is.documents),
 };
 
 // As they were typed: the server refuses what is no number with a sentence.
@@ -66,6 +68,16 @@ const STEP = {
 const MOST_STEPS = 50;
 const areSteps = (value) => Array.isArray(value) && value.length <= MOST_STEPS && value.every((each) => checked(each, STEP));
 
+const SOURCE = {
+  number: is.count,
+  document: is.text,
+  name: is.text,
+  page: is.count,
+  text: is.text,
+};
+const MOST_SOURCES = 2000;
+const areSources = (value) => Array.isArray(value) && value.length <= MOST_SOURCES && value.every((each) => checked(each, SOURCE));
+
 const MESSAGE = {
   id: is.id,
   conversationId: is.id,
@@ -78,6 +90,8 @@ const MESSAGE = {
   end: optional((value) => Boolean(checked(value, END))),
   settings: optional((value) => Boolean(checked(value, SETTINGS))),
   steps: optional(areSteps),
+  documents: optional(is.documents),
+  sources: optional(areSources),
 };
 
 /** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
@@ -92,6 +106,7 @@ export function checkMessage(value, conversationId) {
   if (message.end) message.end = checked(message.end, END);
   if (message.settings) message.settings = checked(message.settings, SETTINGS);
   if (message.steps) message.steps = message.steps.map(asStep);
+  if (message.sources) message.sources = message.sources.map((source) => checked(source, SOURCE));
   return message;
 }
 

@@ -5,6 +5,7 @@ import { Chat } from "./chat.js";
 import { Completing } from "./completing.js";
 import { Composer } from "./composer.js";
 import { h, toast } from "./dialog.js";
+import { Documents } from "./documents.js";
 import { offerBox, watchFocus } from "./focus.js";
 import { buildFrame } from "./frame.js";
 import { keepOfTab, keptOfTab } from "./kept.js";
@@ -18,6 +19,7 @@ import { T } from "./texts.js";
 import { Transcript } from "./transcript.js";
 
 const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
+const DRAFT_DOCUMENTS = "llama2-chat.draft-documents"; // that it is about: their ids
 
 /** What the server says of its model and this visitor; null where nobody has logged in. */
 async function readState() {
@@ -69,6 +71,7 @@ async function start() {
   }
   let store = await openStore(state);
   const draft = ofProfile(DRAFT, state.profile);
+  const draftDocuments = ofProfile(DRAFT_DOCUMENTS, state.profile);
   const parts = buildFrame(state);
   const settings = new Settings(state, { onChange: () => chat.count(), onUnkept: sayUnkept });
   const transcript = new Transcript(parts.transcript, {
@@ -91,6 +94,11 @@ async function start() {
       chat.keepDraft(text);
     },
   });
+  const documents = new Documents(parts.composer, state.documents, {
+    talk: () => chat.talk,
+    onChoose: (change, talk) => chat.chooseDocuments(change, talk),
+    onSaid: (text) => (parts.live.textContent = text),
+  });
   watchFocus(composer.area, parts.transcript);
   const { profile } = state;
   const completing = new Completing(parts, { settings, profile, onSaid: (text) => (parts.live.textContent = text) });
@@ -100,6 +108,8 @@ async function start() {
     onSaid: (text) => (parts.live.textContent = text),
     onDraft: (text) => store.private || keepOfTab(draft, text) || sayUnkept(),
     newDraft: () => (store.private ? "" : keptOfTab(draft)),
+    onDraftDocuments: (ids) => store.private || keepOfTab(draftDocuments, ids.join(" ")) || sayUnkept(),
+    newDocuments: () => (store.private ? [] : keptOfTab(draftDocuments).split(" ").filter(Boolean)),
     onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
       parts.title.textContent = conversation?.title ?? T.title;
@@ -116,7 +126,7 @@ async function start() {
   function use(opened) {
     store = opened;
     chat?.close();
-    chat = new Chat({ store, settings, transcript, composer, hooks });
+    chat = new Chat({ store, settings, transcript, composer, documents, hooks });
     parts.sidebar.replaceChildren();
     sidebar = makeSidebar(parts.sidebar, {
       store,

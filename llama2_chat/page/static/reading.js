@@ -9,17 +9,19 @@ import { pathTo } from "./tree.js";
 const KEEP_EVERY_MS = 1000; // of an answer that is being written
 
 /** A conversation as this tab holds it; none is kept before its first message. */
-export const emptyTalk = () => ({ conversation: null, messages: new Map() });
+export const emptyTalk = () => ({ conversation: null, messages: new Map(), documents: [] });
 
-export const talkOf = (conversation, messages) => ({ conversation, messages: new Map(messages.map((each) => [each.id, each])) });
+export function talkOf(conversation, messages) {
+  return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents: conversation.documents ?? [] };
+}
 
 /** The messages that are shown: from the first to the leaf at which the conversation stands. */
 export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
 
 /** Whoever extends it has render(), and _finish(message, refusal) for what follows the end of one. */
 export class Reading {
-  constructor({ store, settings, transcript, composer, hooks }) {
-    Object.assign(this, { store, settings, transcript, composer, hooks });
+  constructor({ store, settings, transcript, composer, documents, hooks }) {
+    Object.assign(this, { store, settings, transcript, composer, documents, hooks });
     this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
     this.doing = new Map(); // message id -> [what it waits for, what is called for it], which the server says only once
@@ -39,7 +41,7 @@ export class Reading {
     const abort = new AbortController();
     const before = question && message.text ? message.text : (message.base ?? "");
     if (before) message.base = before; // what it goes on with
-    else if (question) delete message.steps; // it is asked anew
+    else if (question) ["steps", "sources"].forEach((name) => delete message[name]); // it is asked anew
     this.running.set(message.id, abort);
     this._put(message);
     await this.store.putMessage(message);
@@ -54,6 +56,7 @@ export class Reading {
         if (event.text !== undefined) message.text = before + event.text;
         if (event.more) message.text += event.more;
         if (event.steps) message.steps = event.steps;
+        if (event.sources) message.sources = event.sources;
         if (event.step) this._addStep(message, event.step);
         if (event.calling?.asks) await this._permit(message, event.calling);
         if (event.end) this._end(message, event.end);
