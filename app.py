@@ -36,6 +36,7 @@ from llama2_chat.agent import McpTools, Tool, read_mcp_servers
 from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
+from llama2_chat.server.head import HeadAsGet
 from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.listen import announce, make_server, open_listener
@@ -110,6 +111,7 @@ def create_app(
     more_tools: that visitors may let the model use, beside the page's own.
     """
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(HeadAsGet)
     add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
     app.include_router(health_router(chat))

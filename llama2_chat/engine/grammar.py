@@ -16,7 +16,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from llama2_chat.engine.ending import Ending
 from llama2_chat.engine.json_state import JsonState
-from llama2_chat.engine.try_grammar import LIMITS, Tried, sentence, too_complex, tried
+from llama2_chat.engine.refusals import sentence, too_complex
+from llama2_chat.engine.try_grammar import LIMITS, Tried, tried
 from llama2_chat.engine.vocabulary import Vocabulary
 from llama2_chat.engine.way_out import way_out
 from llama2_chat.errors import BadGrammar, Busy

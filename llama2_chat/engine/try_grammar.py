@@ -24,6 +24,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from llama2_chat.engine.ending import Ending, ending_of, longest
 from llama2_chat.engine.json_schema import Rewriter
+from llama2_chat.engine.refusals import sentence, too_complex
 from llama2_chat.errors import Busy
 from llama2_chat.process import python_command, python_environment
 from llama2_chat.types import GrammarKind, GrammarSpec
@@ -54,7 +55,6 @@ FORM: Any = {
     "whitespace_pattern": None,
     "coerce_one_of": True,
 }
-WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}  # of GrammarSpec.kind
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,6 @@ class Tried:
     error: str = ""  # what is wrong with it, in a sentence
     relaxed: tuple[str, ...] = ()  # words of a JSON schema that answers may violate
     ending: Ending | None = None  # of its JSON; None where that may be endless, or there is none
-
-
-def too_complex(kind: GrammarKind) -> str:
-    return f"This {WHAT[kind]} is too complex to be followed. Make it smaller."
-
-
-def sentence(kind: GrammarKind, error: str) -> str:
-    """What llguidance says is wrong with a grammar of this kind, in one sentence."""
-    if "regex parse error" in error:  # then it draws the pattern, and says below it what is wrong
-        error = f"regex parse error: {error.rpartition('error: ')[2]}"
-    reason = error.partition("\n")[0].strip().rstrip(".").replace(". ", "; ")
-    reason = "no value satisfies it" if reason.startswith("NoExtension") else reason
-    return f"Answers cannot be held to this {WHAT[kind]}: {reason:.300}."
 
 
 # ---- What is known ----

@@ -142,7 +142,7 @@ def api_router(
     if library is not None:
         add_file_routes(router, library, owners, "/v1")
 
-    methods = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
+    methods = ["GET", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
 
     @router.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
     async def unknown(path: str, request: Request) -> None:

@@ -46,3 +46,13 @@ def test_health_says_why_loading_failed_in_a_sentence(client, loading):
 def test_the_process_is_alive_whatever_the_model_does(client, loading):
     loading.status = Status(state="failed", error="No such model.")
     assert client.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/livez", "/metrics", "/v1/models", "/v1/models/scripted", "/page/state"]
+)
+def test_who_asks_for_the_head_alone_gets_that_of_what_get_answers(script, path):
+    whole, head = script.get(path), script.head(path)
+    assert (head.status_code, head.headers["content-type"]) == (200, whole.headers["content-type"])
+    assert (head.content, "content-length" in head.headers) == (b"", True)
+    assert script.head("/v1/nothing").status_code == 404
