@@ -89,7 +89,16 @@ def log_to_stderr() -> None:
 
 
 def make_backend(settings: Settings) -> ChatBackend:
-    """What answers: the servers that INFERENCE_URL names, or a model in this process."""
+    """What answers: the servers that INFERENCE_URL names, or a model in this process; behind a guard, if one is set."""
+    chat = _make_unguarded(settings)
+    if not settings.guard_url:
+        return chat
+    from llama2_chat.guard import GuardedChat
+
+    return GuardedChat(chat, settings)
+
+
+def _make_unguarded(settings: Settings) -> ChatBackend:
     if settings.inference_urls:
         from llama2_chat.remote import RemoteModel
 
@@ -114,6 +123,11 @@ def create_app(
     app.add_middleware(HeadAsGet)
     add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
+    if settings.guard_url:
+        from llama2_chat.guard import GuardedChat
+
+        assert isinstance(chat, GuardedChat)  # as make_backend() makes it
+        metrics.registry.register(chat.verdicts)
     app.include_router(health_router(chat))
     library = Library(settings.documents_dir) if settings.documents else None
     app.include_router(api_router(chat, settings, limiter, metrics, library))

@@ -98,6 +98,10 @@ class ModelUnavailable(ChatError):
         super().__init__(without_folders(detail), detail)
 
 
+class Unsafe(ChatError):
+    """A guard has judged the question, or the answer to it, unsafe."""
+
+
 class Busy(ChatError):
     """The waiting queue is full."""
 

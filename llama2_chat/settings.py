@@ -20,6 +20,7 @@ from llama2_chat.errors import ChatError
 from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
+GUARD_FAILS = ("closed", "open")
 QUANTIZATIONS = ("auto", "none", "int8", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
@@ -101,6 +102,21 @@ class Settings:
         None, "INFERENCE_MODEL", "the model's name on those servers; may be left out where a server has only one"
     )
     inference_key: str = field(default="", repr=False)  # from the environment only
+    guard_url: str = _knob(
+        "",
+        "GUARD_URL",
+        "an OpenAI-compatible server that judges each message before the model sees it, and each answer before it is "
+        "shown",
+    )
+    guard_model: str | None = _knob(
+        None,
+        "GUARD_MODEL",
+        "the guard's name there, such as meta-llama/Llama-Guard-3-8B; may be left out where the server has only one",
+    )
+    guard_fails: str = _knob(
+        "closed", "GUARD_FAILS", "closed or open: what has no verdict, for the guard fails, is refused or let through"
+    )
+    guard_key: str = field(default="", repr=False)  # from the environment only
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
     chat_format: str = _knob(
         "auto",
@@ -142,7 +158,9 @@ class Settings:
     sampling: SamplingParams = SamplingParams()  # where the page's sliders start, and what an API request leaves out
 
     def __post_init__(self) -> None:
-        for name in ("model_id", "model_name", "base_model"):  # a line end from a file of variables is no part of them
+        # A line end from a file of variables is no part of them.
+        object.__setattr__(self, "guard_url", self.guard_url.strip())
+        for name in ("model_id", "model_name", "base_model", "guard_model"):
             object.__setattr__(self, name, (getattr(self, name) or "").strip() or None)
         if self.model_name and not self.model_name.isprintable():
             raise ChatError(f"model_name must be one line of printable characters; it was {self.model_name[:40]!r}.")
@@ -171,10 +189,12 @@ class Settings:
                 raise ChatError(
                     f"inference_url must be like http://gpu-1:8000, or several with commas; it was {url!r}."
                 )
-        if not (self.inference_key.isascii() and self.inference_key.isprintable()):
-            raise ChatError(
-                "INFERENCE_KEY contains characters that an HTTP header cannot carry. Use printable ASCII only."
-            )
+        for name, key in (("INFERENCE_KEY", self.inference_key), ("GUARD_KEY", self.guard_key)):
+            if not (key.isascii() and key.isprintable()):
+                raise ChatError(
+                    f"{name} contains characters that an HTTP header cannot carry. Use printable ASCII only."
+                )
+        self._check_guard()
         if self.client_limit is not None and self.client_limit < 0:
             raise ChatError(f"client_limit must be 0 or more; it was {self.client_limit}.")
         if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
@@ -187,6 +207,14 @@ class Settings:
             raise ChatError(f"root_path must start with a slash; it was {self.root_path!r}.")
         if self.json and not self.check:
             raise ChatError("--json needs --check: it says how --check prints.")
+
+    def _check_guard(self) -> None:
+        if self.guard_url and not _is_http(self.guard_url):
+            raise ChatError(f"guard_url must be like http://gpu-1:8000; it was {self.guard_url!r}.")
+        if self.guard_fails not in GUARD_FAILS:
+            raise ChatError(f"guard_fails must be one of {', '.join(GUARD_FAILS)}; it was {self.guard_fails!r}.")
+        if self.guard_model and not self.guard_url:  # who names a guard wants one
+            raise ChatError("guard_model needs guard_url: without the address of its server nothing is judged.")
 
     @property
     def on_loopback(self) -> bool:
@@ -214,7 +242,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags for every knob, whose defaults are what the environment says."""
     parser = argparse.ArgumentParser(
         description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
-        "API_KEY (one or several, comma-separated), INFERENCE_KEY, KEY_PASSWORD."
+        "API_KEY (one or several, comma-separated), INFERENCE_KEY, GUARD_KEY, KEY_PASSWORD."
     )
     for knob in fields(Settings):
         if knob.metadata:
@@ -252,6 +280,7 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
     return values | {
         "api_keys": api_keys,
         "inference_key": environ.get("INFERENCE_KEY", "").strip(),
+        "guard_key": environ.get("GUARD_KEY", "").strip(),
         "key_password": environ.get("KEY_PASSWORD") or None,
         "https": https,
         "host": host,

@@ -22,7 +22,7 @@ LAYERS = [
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
     {"model"},
-    {"agent", "documents", "training"},
+    {"agent", "documents", "training", "guard"},
     {"server"},
     {"page", "evaluation"},
     {"app"},
@@ -39,6 +39,7 @@ ONLY = {
     # From here on: ChatBackend, and never who keeps it.
     "agent": GROUND_FLOOR,
     "documents": GROUND_FLOOR,
+    "guard": GROUND_FLOOR | {"remote"},  # for its client
     "server": GROUND_FLOOR | {"agent", "documents", "tools"},
     "page": GROUND_FLOOR | {"agent", "documents", "server"},
 }
@@ -46,7 +47,7 @@ ONLY = {
 # Files that know more, and why.
 MORE = {
     # --check tries what a start would do.
-    "llama2_chat/server/probes.py": {"loading", "prompt", "remote"},
+    "llama2_chat/server/probes.py": {"guard", "loading", "prompt", "remote"},
     "llama2_chat/server/gpu_probes.py": {"loading"},
 }
 

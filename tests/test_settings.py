@@ -159,9 +159,21 @@ def test_something_that_is_not_an_address_is_refused(url, capsys):
     assert "inference_url must be like" in capsys.readouterr().err
 
 
-def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(capsys):
+def test_a_guard_has_an_address_and_fails_closed_unless_told():
+    read = Settings.read([], {"GUARD_URL": " http://a:8000\n", "GUARD_MODEL": "guard ", "GUARD_KEY": " secret\n"})
+    assert (read.guard_url, read.guard_model, read.guard_fails) == ("http://a:8000", "guard", "closed")
+    assert read.guard_key == "secret"
+    assert "secret" not in repr(read)
+    assert Settings.read([], {}).guard_url == ""
+    for wrong in ({"guard_url": "gpu-1"}, {"guard_fails": "half open"}, {"guard_model": "guard"}):
+        with pytest.raises(ChatError, match=next(iter(wrong))):
+            Settings(**wrong)
+
+
+@pytest.mark.parametrize("name", ["INFERENCE_KEY", "GUARD_KEY"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(name, capsys):
     with pytest.raises(SystemExit):
-        Settings.read([], {"INFERENCE_KEY": "zwölf"})
+        Settings.read([], {name: "zwölf"})
     assert "zwölf" not in capsys.readouterr().err
 
 

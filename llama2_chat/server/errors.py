@@ -23,6 +23,7 @@ from llama2_chat.errors import (
     NotHere,
     PromptTooLong,
     UnknownToken,
+    Unsafe,
 )
 
 log = logging.getLogger("llama2_chat")
@@ -72,6 +73,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(400, "invalid_value", str(error), param or "response_format")
         case UnknownToken():
             return ApiError(400, "invalid_value", str(error), error.setting)
+        case Unsafe():
+            return ApiError(400, "content_filter", str(error), param)
         case ModelUnavailable():
             return ApiError(503, "model_unavailable", str(error))
         case NotHere():
@@ -86,8 +89,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
 
 
 def generation_error(error: Exception) -> ApiError:
-    """Of an answer that has begun: but for a grammar that turned out too hard, the request was fine."""
-    if isinstance(error, ChatError) and not isinstance(error, BadGrammar):
+    """Of an answer that has begun: but for a grammar that turned out too hard, and a guard, the request was fine."""
+    if isinstance(error, ChatError) and not isinstance(error, (BadGrammar, Unsafe)):
         return ApiError(500, "generation_failed", str(error))
     return as_api_error(error)
 

@@ -120,9 +120,9 @@ class Record:
         log.info("%s", json.dumps(line))  # JSON escapes line breaks: one line, whatever was said
 
     def _error_code(self, error: str) -> str:
-        if self.reply is not None and self.reply.finish_reason == "error":
-            return "generation_failed"
-        return error or self.error
+        error = error or self.error
+        has_failed = self.reply is not None and self.reply.finish_reason == "error"
+        return "generation_failed" if has_failed and error != "content_filter" else error
 
     def _finish_reason(self) -> str:
         if self.reply is None:

@@ -59,6 +59,7 @@ PROBES = {
     "certificate": Probe(probes.probe_certificate, 30),
     "access": Probe(probes.probe_access, 15),
     "tools": Probe(probes.probe_tools, 15),
+    "guard": Probe(probes.probe_guard, 60, if_late=NETWORK),
 }
 LOCAL = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "disk")  # for a model that is loaded by the start
 REMOTE = ("server", "key", "answer")  # for one that INFERENCE_URL names

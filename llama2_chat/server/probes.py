@@ -7,6 +7,7 @@ themselves: a package that is missing costs one line and not the screen.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import platform
 import shutil
@@ -215,6 +216,23 @@ def probe_tools(start: PlannedStart) -> str:
     specs = read_mcp_servers(path)
     McpTools(specs)
     return f"MCP servers, which are not started here: {', '.join(spec.name for spec in specs)}"
+
+
+def probe_guard(start: PlannedStart) -> str:
+    settings = start.settings
+    if not settings.guard_url:
+        raise NotApplicable("no GUARD_URL, so nothing is judged")
+    from llama2_chat.guard import Judge, sentence_of
+    from llama2_chat.remote.client import use_our_http
+
+    use_our_http()
+    try:
+        verdict = asyncio.run(Judge(settings).judge("Why is the sky blue?"))
+    except ChatError as error:
+        raise ChatError(sentence_of(error)) from error
+    if not verdict.safe:
+        raise ChatError("The guard judges a question about the sky unsafe. Check GUARD_MODEL and its chat template.")
+    return f"gives verdicts; what it cannot judge is {'let through' if settings.guard_fails == 'open' else 'refused'}"
 
 
 def probe_access(start: PlannedStart) -> str:

@@ -39,6 +39,9 @@ class Scripted:
             raise StopIteration
         return self._piece(StopIteration)
 
+    def __aiter__(self):
+        return self
+
     async def __anext__(self):
         while not self.gate():  # noqa: ASYNC110 - it is opened in another thread
             await asyncio.sleep(0.01)
@@ -106,6 +109,9 @@ class ScriptedChat:
         tokens = sum(words[dropped:])
         left = max(self.context_length - tokens, 0)
         return Fit(tokens, dropped, left, self.context_length, fits=tokens <= self.context_length)
+
+    def start(self):
+        pass
 
     def close(self, timeout_s=5):
         pass
