@@ -23,6 +23,7 @@ from llama2_chat.errors import ChatError, ModelUnavailable, quoted
 log = logging.getLogger("llama2_chat")
 
 POLL_S = 0.2
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ class Files:
     def _shards(self, index: str) -> list[str]:
         with translate_parse_errors(self):
             return sorted(set(json.loads((self.folder / index).read_text("utf-8"))["weight_map"].values()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of which model this is: its configuration, and sizes and samples of its weights, which are here."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, size in sorted(self.weights().items()):
+            digest.update(f"{name} {size}".encode())
+            with (self.folder / name).open("rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * size // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
     def missing(self) -> dict[str, int]:
         """Those of the weights that are still to be downloaded or converted."""

@@ -6,6 +6,7 @@ goes wrong is a ModelUnavailable with a sentence. Nothing here knows prompts, de
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     if size.comes_in:
         check_room(files, read_config(files), checkpoint.cache_dir)
-    _bring_weights(files, progress)
+    bring_weights(files, progress)
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)
@@ -179,14 +180,14 @@ def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progres
     size = measure(files)
     if method := size.comes_in:
         raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
-    _bring_weights(files, progress)
+    bring_weights(files, progress)
     config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
     needed_bytes = size.needed_bytes(precision, 0)
     with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
         return _read(files, getattr(torch, precision) if precision in UNQUANTIZED else dtype, config, {"": device})
 
 
-def _bring_weights(files: Files, progress: Progress) -> None:
+def bring_weights(files: Files, progress: Progress) -> None:
     """Have them on this disk in a format that transformers reads."""
     if files.original:
         convert_weights(files, progress)
@@ -206,15 +207,24 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
         adapted = PeftModel.from_pretrained(model, adapter.folder)
-    base = checkpoint.base.repo or str(checkpoint.base.folder)
     made_for = str(adapted.active_peft_config.base_model_name_or_path)
-    if Path(made_for).name != Path(base).name:
+    if not _is_made_for(adapter, made_for, checkpoint.base):
+        base = checkpoint.base.repo or str(checkpoint.base.folder)
         log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, base)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def _is_made_for(adapter: Files, name: str, base: Files) -> bool:
+    """By the fingerprint that a training here leaves in run.json, or else by the name of the base."""
+    try:
+        trained_on = json.loads((adapter.folder / "run.json").read_text("utf-8"))["model_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        trained_on = None
+    return trained_on == base.fingerprint() if trained_on else Path(name).name == Path(base.repo or base.folder).name
 
 
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading import choose, load
 from llama2_chat.loading.choose import Checkpoint, Plan
-from llama2_chat.loading.disk import Files
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.settings import Settings
+from llama2_chat.text import first_line
 from llama2_chat.training.options import Options
-
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file of weights, read for the fingerprint
 
 
 class BaseModel(NamedTuple):
@@ -51,24 +48,6 @@ def fetch_checkpoint(model_name: str) -> Checkpoint:
     return choose.fetch(plan, no_progress)
 
 
-def fingerprint(files: Files) -> str:
-    """SHA-256 of which model this is: configuration, and index or names and sizes of the weights.
-
-    Of weights that lie in a folder of one's own, where other ones may have taken their place, samples are in it too.
-    """
-    digest = hashlib.sha256((files.folder / "config.json").read_bytes())
-    for index in sorted(files.folder.glob("*.index.json")):
-        digest.update(index.read_bytes())
-    for name, size in sorted(files.weights().items()):
-        digest.update(f"{name} {size}".encode())
-        if not (files.repo or files.original):
-            with (files.folder / name).open("rb") as file:
-                for i in range(SAMPLES):
-                    file.seek(i * size // SAMPLES)
-                    digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:
     """The model with its weights; they stay differentiable, whatever it is asked before and between."""
     model = load.load_base(checkpoint, precision, device, no_progress)
@@ -79,6 +58,38 @@ def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int)
             # for a kernel that has no backward pass, and training would go on with gradients that end there.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def fetch_weights(checkpoint: Checkpoint) -> None:
+    """Have the base's weights on this disk."""
+    load.bring_weights(checkpoint.base, no_progress)
+
+
+def mend_generation_config(model: Any) -> str:
+    """Let the model be saved though its generation_config.json is invalid today. Returns what was done, or nothing.
+
+    Copies of Llama 2 have a temperature and no do_sample: they are meant to be sampled from.
+    """
+    fault = _generation_fault(model.generation_config)
+    if not fault:
+        return ""
+    model.generation_config.do_sample = True
+    done = "do_sample was set"
+    if _generation_fault(model.generation_config):
+        kept = {
+            name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        model.generation_config = GenerationConfig(**kept)
+        done = "only its token ids were kept"
+    return f"The base's generation_config.json is invalid today ({fault}); {done}, so that the result can be saved."
+
+
+def _generation_fault(config: GenerationConfig) -> str:
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return next((line.strip() for line in str(error).splitlines() if "`" in line), first_line(error))
+    return ""
 
 
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:

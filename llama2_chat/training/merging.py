@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,9 +13,24 @@ from llama2_chat.errors import ChatError
 from llama2_chat.loading.config import read_config
 from llama2_chat.loading.load import load_base, merge_adapter
 from llama2_chat.text import first_line
-from llama2_chat.training.base_model import BaseModel, no_progress
+from llama2_chat.training.base_model import BaseModel, fetch_checkpoint, mend_generation_config, no_progress
+from llama2_chat.training.main_process import print_lines
+from llama2_chat.training.resources import free_memory
 
 LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
+# The same for what was written, as a part of the largest logit: rounding to 16 bits moves logits by 1 % or less.
+WRITTEN_TOLERANCE = 0.05
+
+
+class Moved(NamedTuple):
+    """How far logits moved by merging, at most."""
+
+    in_float32: float
+    as_written: float
+    dtype: str  # in which it was written
+
+    def __str__(self) -> str:
+        return f"{self.in_float32:.1g} at most in float32, and by {self.as_written:.1g} as written in {self.dtype}"
 
 
 def create_repo(repo: str) -> None:
@@ -31,26 +47,53 @@ def create_repo(repo: str) -> None:
         ) from error
 
 
-def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]) -> float:
+def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]) -> Moved:
     """Write the model with the adapter in its weights, in the base's own precision. Returns how far its logits moved.
 
-    It is merged in float32, on the CPU. Raises ChatError, and writes nothing, if its logits on the samples differ by
-    more than LOGIT_TOLERANCE from those of base and adapter.
+    It is merged in float32, on the CPU, and what was written is read back. Raises ChatError, and writes nothing, if its
+    logits on the samples are too far from those of base and adapter, in float32 or as written.
     """
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_base(base.checkpoint, "float32", "cpu", no_progress), adapter).eval()
     before = _logits(model, samples)
     merged: Any = merge_adapter(model)
-    difference = max((x - y).abs().max().item() for x, y in zip(before, _logits(merged, samples), strict=True))
-    if not difference <= LOGIT_TOLERANCE:  # true for NaN too
-        raise ChatError(f"The merged model's logits differ by {difference:.2g} from the adapter's; it was not written.")
+    in_float32 = _distance(before, _logits(merged, samples))
+    if not in_float32 <= LOGIT_TOLERANCE:  # true for NaN too
+        raise ChatError(f"The merged model's logits differ by {in_float32:.2g} from the adapter's; it was not written.")
     dtype = read_config(base.checkpoint.base).dtype or torch.float32
-    merged.to(dtype).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    for name in ("README.md", "curves.png"):  # the report, which the Hub shows
-        shutil.copyfile(adapter / name, folder / name)
-    return difference
+    print_lines(*filter(None, [mend_generation_config(merged)]))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        merged.to(dtype).save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        for name in ("README.md", "curves.png"):  # the report, which the Hub shows
+            shutil.copyfile(adapter / name, Path(aside) / name)
+        del model, merged
+        as_written = _distance(before, _logits_of_folder(aside, samples))
+        if not as_written <= WRITTEN_TOLERANCE * max(logits.abs().max().item() for logits in before):
+            raise ChatError(
+                f"Read back in {_name(dtype)}, the merged model's logits differ by {as_written:.2g} from the "
+                "adapter's; it was not written."
+            )
+        folder.mkdir(exist_ok=True)
+        for file in Path(aside).iterdir():
+            file.replace(folder / file.name)
+    return Moved(in_float32, as_written, _name(dtype))
+
+
+def _logits_of_folder(folder: str, samples: list[list[int]]) -> list[torch.Tensor]:
+    free_memory()
+    return _logits(load_base(fetch_checkpoint(folder), "float32", "cpu", no_progress).eval(), samples)
+
+
+def _distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest difference; NaN if there is one anywhere."""
+    return float(torch.stack([(x - y).abs().max() for x, y in zip(ours, theirs, strict=True)]).max())
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:

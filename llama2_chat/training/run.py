@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, merging, report, splits
-from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fingerprint
+from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fetch_weights
 from llama2_chat.training.checkpoints import check_folders, find_checkpoint, take_up
 from llama2_chat.training.examples import tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
@@ -31,10 +31,11 @@ def train(options: Options) -> None:
     every = splits.of_run(data, run)
     print_lines(*data.summary_lines(), *every[0].notes)
     base = fetch_base(options.model_name)
-    run = replace(_with_hashes(run, every), model_sha256=fingerprint(base.checkpoint.base))
-    run = take_up(run, options.output_dir, options.resume_with_changes)
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
+    fetch_weights(base.checkpoint)
+    run = replace(_with_hashes(run, every), model_sha256=base.checkpoint.base.fingerprint())
+    run = take_up(run, options.output_dir, options.resume_with_changes)
     if options.folds:
         _train_folds(options, run, every, base)
         return
@@ -95,10 +96,10 @@ def _train_folds(options: Options, run: Run, folds: list[Splits], base: BaseMode
 def _merge(options: Options, run: Run, folder: Path, base: BaseModel, samples: list[list[int]]) -> None:
     """samples: ids on which the merged model has to give the adapter's logits."""
     free_memory()  # for the full-precision base
-    difference = merging.merge(base, options.output_dir, folder, samples)
+    moved = merging.merge(base, options.output_dir, folder, samples)
     # Again: a run that was done already may be merged to another folder now.
     write_run(replace(read_run(options.output_dir), merged_to=run.merged_to), options.output_dir)
-    print_lines(f"The merged model is in {folder}; its logits differ from the adapter's by {difference:.1g} at most.")
+    print_lines(f"The merged model is in {folder}; its logits differ from the adapter's by {moved}.")
     if options.merge_and_push:
         merging.push(folder, options.merge_and_push)
         print_lines(f"It is at https://huggingface.co/{options.merge_and_push}.")

@@ -28,7 +28,7 @@ class Run:
     merged_to: str | None
     train_sha256: str | None  # splits.fingerprint() of what was trained on; None if nobody knows
     eval_sha256: str | None = None  # the same of the eval split
-    model_sha256: str | None = None  # base_model.fingerprint() of the base
+    model_sha256: str | None = None  # fingerprint() of the base's files
     settings: dict[str, Any] = field(default_factory=dict)  # the flags that decide, by name: Options.deciding()
     changes: list[str] = field(default_factory=list)  # what changed in mid-run, by --resume_with_changes, and when
     mixed_data: bool = False  # the data was among it: what is in the eval split now may have been trained on before

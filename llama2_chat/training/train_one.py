@@ -16,7 +16,7 @@ from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.memory import visible_gpus
 from llama2_chat.training import curves, report
 from llama2_chat.training.answers import Question, answer, choose_questions
-from llama2_chat.training.base_model import BaseModel, load_for_training
+from llama2_chat.training.base_model import BaseModel, load_for_training, mend_generation_config
 from llama2_chat.training.chat_data import SPLITS
 from llama2_chat.training.checkpoints import find_checkpoint
 from llama2_chat.training.examples import Examples, mark_answers, tokenize
@@ -47,6 +47,8 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
 
     device = PartialState().local_process_index if visible_gpus() else "cpu"
     model = load_for_training(base.checkpoint, run.precision, device)
+    if not options.use_peft:
+        print_lines(*filter(None, [mend_generation_config(model)]))
     _check_target_modules(model, options.target_modules)
     questions = choose_questions(splits, base.tokenizer, options.max_length)
     if is_main_process():

@@ -1,6 +1,7 @@
 """An adapter finds its base, and answers merged as it does beside it."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.disk import Files
 from llama2_chat.loading.load import load, load_tokenizer
 from llama2_chat.loading.quantize import nf4_config
 from tests.support.loading import asking_for, get, logits, refusal
@@ -91,6 +93,21 @@ def test_an_adapter_made_for_another_base_of_equal_shape_is_used_with_a_warning(
     get(asking_for(adapter, base_model=str(other)))
     assert "was made for" in caplog.text
     assert str(other) in caplog.text
+
+
+def test_an_adapter_that_was_trained_here_knows_its_base_by_its_weights_and_not_by_its_name(
+    adapter, tiny, tmp_path, caplog
+):
+    run, moved = shutil.copytree(adapter, tmp_path / "run"), shutil.copytree(tiny, tmp_path / "moved")
+    (run / "run.json").write_text(json.dumps({"model_sha256": Files(tiny).fingerprint()}))
+    get(asking_for(run, base_model=str(moved)))
+    assert "was made for" not in caplog.text
+    impostor = shutil.copytree(tiny, tmp_path / "elsewhere" / tiny.name)
+    with (impostor / "model.safetensors").open("r+b") as file:
+        file.seek(-20_000, os.SEEK_END)
+        file.write(bytes(20_000))
+    get(asking_for(run, base_model=str(impostor)))
+    assert "was made for" in caplog.text
 
 
 ON_THE_EMBEDDING = {

@@ -9,7 +9,7 @@ import torch
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.disk import Files
-from llama2_chat.training.base_model import fetch_base, fingerprint, load_for_training
+from llama2_chat.training.base_model import fetch_base, load_for_training, mend_generation_config
 
 
 def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
@@ -45,6 +45,33 @@ def test_a_model_is_told_from_another_of_its_shape_by_configuration_and_weights(
     with (tmp_path / "weights" / "model.safetensors").open("r+b") as file:
         file.seek(-200_000, os.SEEK_END)
         file.write(bytes(100_000))
-    first, same, *others = map(fingerprint, files)
+    first, same, *others = (file.fingerprint() for file in files)
     assert first == same
     assert len({first, *others}) == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "said"),
+    [
+        (
+            {"temperature": 0.9, "top_p": 0.6},
+            {"do_sample": True, "temperature": 0.9, "top_p": 0.6},
+            "do_sample was set",
+        ),
+        ({"temperature": 0.9, "do_sample": False, "num_beams": 1, "length_penalty": 2.0}, {}, "only its token ids"),
+        ({"do_sample": True, "top_p": 0.6}, {"do_sample": True, "top_p": 0.6}, ""),
+    ],
+)
+def test_a_generation_config_that_is_invalid_today_is_mended_so_that_the_model_can_be_saved(
+    chat_model, tmp_path, written, kept, said
+):
+    """Copies of Llama 2 have one: with all weights, training ended at the first checkpoint."""
+    shutil.copytree(chat_model, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": 267, **written}))
+    model = load_for_training(fetch_base(str(tmp_path / "copy")).checkpoint, "float32", "cpu")
+    assert said in mend_generation_config(model)
+    model.generation_config.max_length = 30  # modified, as the trainer does: then all must be valid
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {"eos_token_id": 267, **kept}.items() <= saved.items()
+    assert bool(mend_generation_config(model)) is False
