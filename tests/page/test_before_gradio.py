@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.support.browser import answers, ask, box, open_page, open_settings
+from tests.support.browser import answers, ask, box, open_page, open_settings, toast
 from tests.support.scripted import ScriptedChat
 
 
@@ -95,3 +95,27 @@ def test_what_gradio_lays_over_the_page_while_it_loads_is_in_nobodys_way(context
     box(page).fill("Hi")
     page.get_by_role("button", name="Send", exact=True).click()
     expect(answers(page)).to_have_text("Hello!")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["index-*.js", "core-*.js", "Blocks-*.css"])
+def test_settings_come_though_the_line_went_down_while_gradio_loaded(context, site, lost):
+    page = context.new_page()
+    context.unroute_all()
+    page.route(f"**/assets/{lost}", lambda route: route.abort())
+    with page.expect_event("requestfailed"):
+        open_page(page, site)
+    page.unroute_all()
+    expect(page.locator("#setting-seed")).to_be_attached()
+
+
+@pytest.mark.slow
+def test_settings_that_gradio_cannot_make_any_more_are_a_click_away(context, site):
+    page = context.new_page()
+    context.unroute_all()
+    page.route("**/assets/Index-*.css", lambda route: route.abort())
+    open_page(page, site)
+    expect(toast(page)).to_contain_text("The settings could not be loaded.", timeout=40_000)
+    page.unroute_all()
+    toast(page).get_by_role("button", name="Reload").click()
+    expect(page.locator("#setting-seed")).to_be_attached()

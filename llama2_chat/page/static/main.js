@@ -8,6 +8,7 @@ import { h, toast } from "./dialog.js";
 import { Documents } from "./documents.js";
 import { offerBox, watchFocus } from "./focus.js";
 import { buildFrame } from "./frame.js";
+import { startGradio } from "./gradio.js";
 import { keepOfTab, keptOfTab } from "./kept.js";
 import { addShortcuts, leaveCompositionsAlone } from "./keys.js";
 import { completeLogin } from "./login.js";
@@ -52,22 +53,10 @@ function sayUnkept() {
   saidUnkept = true;
 }
 
-/** Calls look() until it says that it has found what it looks for. */
-function until(look) {
-  if (!look()) setTimeout(() => until(look), 20);
-}
-
-/** Gradio's code waits in the document until the page is painted, which its work of some tenths of a second would delay. */
-function startGradio() {
-  const { src } = document.querySelector("#gradio");
-  requestAnimationFrame(() => setTimeout(() => document.head.append(h("script", { type: "module", src }))));
-}
-
 async function start() {
   let state = await firstState();
   if (!state) {
-    startGradio();
-    return until(completeLogin); // after it, the page is loaded anew
+    return startGradio(completeLogin); // after it, the page is loaded anew
   }
   let store = await openStore(state);
   const draft = ofProfile(DRAFT, state.profile);
@@ -174,8 +163,7 @@ async function start() {
     chat.startNew();
   });
   offerBox();
-  startGradio();
-  until(() => settings.attach(parts.addSettings));
+  startGradio(() => settings.attach(parts.addSettings));
   watch(state, parts, (newer) => {
     state = newer;
     settings.useDefaults(state.defaults);

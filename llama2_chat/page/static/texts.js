@@ -124,6 +124,8 @@ export const T = {
     short: "Use the short prompt",
     wrongSeed: "A seed is a whole number, or empty for a random one.",
     close: "Close",
+    missing: "The settings could not be loaded. Reload the page to have them.",
+    reload: "Reload",
   },
   documents: {
     label: "Documents",
