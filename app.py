@@ -36,6 +36,7 @@ from llama2_chat.agent import McpTools, Tool, read_mcp_servers
 from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
+from llama2_chat.server.connections import Listener, room_for_connections
 from llama2_chat.server.head import HeadAsGet
 from llama2_chat.server.health import health_router
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -73,7 +74,7 @@ def main() -> int:
         chat.start()
         if mcp_tools:
             mcp_tools.start()
-        server.run(sockets=[listener])
+        server.run(sockets=[Listener(listener, room_for_connections(), settings.trusted_proxies)])
     if mcp_tools:
         mcp_tools.close()
     chat.close()

@@ -58,9 +58,12 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
     """How the app is served. options: uvicorn's own."""
     import uvicorn
 
+    from llama2_chat.server.connections import HttpProtocol
+
     return uvicorn.Config(
         app,
-        http="h11",  # has a limit to the headers of a request, which httptools has not
+        http=HttpProtocol,
+        loop="asyncio",  # which accepts from our own Listener; uvloop would not
         log_level="warning",
         forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=2,
