@@ -27,7 +27,11 @@ def auth_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(auth_file, settings):
-    with serving(ChatModel(settings), replace(settings, auth_file=auth_file), login.read_users(auth_file)) as address:
+    with serving(
+        ChatModel(settings),
+        replace(settings, auth_file=auth_file, trusted_proxies="127.0.0.1"),
+        login.read_users(auth_file),
+    ) as address:
         yield address
 
 
