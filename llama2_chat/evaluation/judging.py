@@ -85,6 +85,7 @@ class Judgement:
     ties: int
     agreement: float | None  # how often two judges of a row see the same winner or tie; None with one judge
     kappa: dict[str, float]  # Cohen's, with quadratic weights, mean over the pairs of judges; criteria that have one
+    alike: list[str]  # pairs of sheets that hold the same marks: one judge's, perhaps, saved twice
 
     def summary_lines(self) -> Iterator[str]:
         yield f"Judges: {self.judges:,}. Rows judged: {self.judged:,}."
@@ -99,6 +100,8 @@ class Judgement:
             kappas = ", ".join(f"{kappa:.2f} for {name}" for name, kappa in self.kappa.items())
             kappa = f"; the weighted Cohen's kappa of their marks is {kappas}" if kappas else ""
             yield f"Two judges of the same row agree on which answer is better in {self.agreement:.0%} of cases{kappa}."
+        for pair in self.alike:
+            yield f"{pair} hold the same marks. If they are one judge's, count only one of them."
 
 
 def check_free(folder: Path) -> None:
@@ -136,7 +139,11 @@ def read(files: Sequence[Path], key_file: Path) -> Judgement:
         models, sides = tuple(key["models"]), key["A and B"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ChatError(f"{key_file}, which says which model is A and which is B, is missing or damaged.") from error
-    faults: list[str] = []
+    faults = [
+        f"{a.name} and {b.name} are one file."
+        for a, b in itertools.combinations(files, 2)
+        if a.resolve() == b.resolve()
+    ]
     judges = [_marks(file, sides, faults) for file in files]
     if faults:
         more = f"\n  and {len(faults) - SHOWN_FAULTS:,} more" if len(faults) > SHOWN_FAULTS else ""
@@ -146,6 +153,7 @@ def read(files: Sequence[Path], key_file: Path) -> Judgement:
     if not rows:
         raise ChatError("Nothing has been judged yet: all columns for marks are empty.")
     winners = [{name: _winner(marks) for name, marks in judge.items()} for judge in judges]
+    sheets = itertools.combinations(zip(files, judges, strict=True), 2)
     won = [winner for judge in winners for winner in judge.values()]
     pairs = [(a[name], b[name]) for a, b in itertools.combinations(winners, 2) for name in a.keys() & b.keys()]
     return Judgement(
@@ -160,6 +168,7 @@ def read(files: Sequence[Path], key_file: Path) -> Judgement:
         won.count(None),
         statistics.fmean(a == b for a, b in pairs) if pairs else None,
         {name: kappa for name in CRITERIA if (kappa := _kappa(judges, name)) is not None},
+        [f"{a.name} and {b.name}" for (a, marks), (b, others) in sheets if marks == others != {}],
     )
 
 

@@ -4,6 +4,7 @@ run               from the flags to the reports; what scripts/sft_trainer.py cal
 options           the flags
 chat_data         conversations that are worth training on, by split
 row_sources       rows of files, folders and data sets on the Hub
+row_files         JSON Lines, JSON, CSV, Parquet: the rows of a file
 row_formats       messages, ShareGPT, Alpaca ...: what a row says
 row_messages      its messages, checked and cleaned, and which answers are learned
 splits            train, eval and test split, or K folds

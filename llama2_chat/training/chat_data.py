@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
+from llama2_chat.training.row_files import Row
 from llama2_chat.training.row_formats import recognise
 from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
-from llama2_chat.training.row_sources import Row, read_parts
+from llama2_chat.training.row_sources import read_parts
 from llama2_chat.types import Message
 
 SPLITS = ("train", "eval", "test")
 EVAL_NAMES = r"(held_out|validation|valid|eval|dev)(?![a-z])"  # how the name of a part that is an eval split begins
 TEST_NAMES = r"test(?![a-z])"  # the same of a test split
+TRAIN_NAMES = r"train(?![a-z])"  # and of one that is trained on, whatever is in it
 SHOWN_FAULTS = 10
 
 
@@ -98,9 +100,12 @@ def read(name: str) -> Data:
 
 
 def _split_of(part_name: str) -> str:
-    if re.match(EVAL_NAMES, part_name.lower()):
-        return "eval"
-    return "test" if re.match(TEST_NAMES, part_name.lower()) else "train"
+    """By the first of its folders, or else by the file, whose name begins as one of the splits'."""
+    for name in part_name.lower().split("/"):
+        for split, names in (("train", TRAIN_NAMES), ("eval", EVAL_NAMES), ("test", TEST_NAMES)):
+            if re.match(names, name):
+                return split
+    return "train"
 
 
 def _conversations(rows: Iterable[Row], data: Data) -> Iterator[Conversation]:

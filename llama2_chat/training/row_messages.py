@@ -72,7 +72,7 @@ def _check(messages: list[Any]) -> None:
     if any(_is_of_tools(message) for message in messages):
         raise ChatError("it has calls of tools or their results, which are not trained on here.")
     for message in messages:
-        if isinstance(message, dict) and isinstance(message.get("content"), str) and not message["content"].strip():
+        if isinstance(message, dict) and _says_nothing(message.get("content", 0)):
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
     _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
     # A chat takes both of these. To train on them would be to teach another order than the row has.
@@ -82,6 +82,10 @@ def _check(messages: list[Any]) -> None:
         raise ChatError("A conversation to train on starts with a message from the user.")
     if all(message["role"] != "assistant" for message in messages):
         raise ChatError("it has no answer.")
+
+
+def _says_nothing(content: Any) -> bool:
+    return is_empty(content) or (isinstance(content, str) and not content.strip())
 
 
 def _is_of_tools(message: Any) -> bool:

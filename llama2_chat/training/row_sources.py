@@ -1,30 +1,26 @@
-"""Rows of conversations where they lie: a JSONL, JSON, CSV or Parquet file, a folder of them, a data set on the Hub.
+"""Rows of conversations where they lie: a file, a folder of files, a data set on the Hub.
 
-What a row says is row_formats.py's.
+How a file is read is row_files.py's, what a row says row_formats.py's.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.text import first_line
+from llama2_chat.training.row_files import Row, can_read, numbered, read_file, suffixes
 
-
-class Row(NamedTuple):
-    place: str  # "train.jsonl, line 3"
-    columns: Any  # a dict, if the file is as it should be
-    fault: str = ""  # why there are no columns
+# What tools leave beside data: descriptions of data sets, and no rows.
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 class Part(NamedTuple):
     """A file or a split on the Hub."""
 
-    name: str
+    name: str  # with the subfolder that it lies in: "test/part-1"
     rows: Iterator[Row]  # read as they are asked for
 
 
@@ -32,15 +28,18 @@ def read_parts(name: str) -> Iterator[Part]:
     """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+        files = sorted(file for file in path.rglob("*") if _is_data(file, path))
         if not files:
-            raise ChatError(f"The folder {name} has no file that ends with {_suffixes()}.")
-        yield from (Part(file.stem, _read_file(file)) for file in files)
-    elif path.is_file() and path.suffix.lower() in READERS:
-        yield Part("train", _read_file(path))  # by itself it is the train split, whatever it is called
+            raise ChatError(f"The folder {name} has no file that ends with {suffixes()}.")
+        for file in files:
+            relative = file.relative_to(path)
+            name_of_part = relative.with_name(file.name.partition(".")[0]).as_posix()
+            yield Part(name_of_part, read_file(file, relative.as_posix()))
+    elif path.is_file() and can_read(path):
+        yield Part("train", read_file(path, path.name))  # by itself it is the train split, whatever it is called
     elif path.is_file():
-        raise ChatError(f"{name} is not a file that ends with {_suffixes()}.")
-    elif path.suffix.lower() in READERS or name.startswith((".", "/", "~")):
+        raise ChatError(f"{name} is not a file that ends with {suffixes()}.")
+    elif can_read(path) or name.startswith((".", "/", "~")):
         raise ChatError(f"There is no file or folder {name}. Check --dataset_name.")
     else:
         yield from read_hub(name)
@@ -58,69 +57,10 @@ def read_hub(name: str) -> Iterator[Part]:
             f"({first_line(error)}). Check --dataset_name and the network; a private one needs HF_TOKEN."
         ) from error
     for split, rows in splits.items():
-        yield Part(split, _numbered(split, rows))
+        yield Part(split, numbered(split, rows))
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    try:
-        yield from READERS[path.suffix.lower()](path)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are among them
-        raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path.name}, line {number}"
-            try:
-                yield Row(place, json.loads(line.decode("utf-8-sig")))
-            except (ValueError, RecursionError) as error:
-                yield Row(place, None, f"it is not JSON in UTF-8 ({first_line(error)}).")
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    rows = json.loads(path.read_text("utf-8-sig"))
-    if not isinstance(rows, list):
-        raise ChatError(f"{path} is not a list of rows.")
-    yield from _numbered(path.name, rows)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**30)  # 128 KB otherwise, which a long conversation exceeds
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, line = csv.DictReader(file, strict=True), 2
-        for columns in reader:
-            place = f"{path.name}, line {line}"
-            if None in columns:
-                yield Row(place, None, "it has more columns than the first line names.")
-            elif None in columns.values():
-                yield Row(place, None, "it has fewer columns than the first line names.")
-            else:
-                yield Row(place, columns)
-            line = reader.line_num + 1
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        yield from _numbered(path.name, (row for batch in file.iter_batches() for row in batch.to_pylist()))
-
-
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
-    yield from (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _suffixes() -> str:
-    *most, last = READERS
-    return f"{', '.join(most)} or {last}"
+def _is_data(file: Path, folder: Path) -> bool:
+    """Not in hidden folders, such as .git and .cache."""
+    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and can_read(file) and file.name not in NO_DATA and not is_hidden

@@ -101,7 +101,14 @@ def _show_examples(examples: Examples, base: BaseModel) -> None:
 
 
 def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
-    """Raise ChatError for a layer that the model lacks: PEFT ignores a misspelt one beside others."""
+    """Raise ChatError for a layer that the model lacks, as PEFT ignores a misspelt one beside others, and for the head.
+
+    TRL computes the loss from the head's weights themselves, past an adapter.
+    """
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    if head is not None and {*names, *(name.rpartition(".")[2] for name in names)} & {*target_modules}:
+        raise ChatError(f"--target_modules: the output head, {names[0]}, cannot have an adapter. Leave it out.")
     layers = [f".{name}" for name, _ in model.named_modules()]
     for target in target_modules:
         if target != "all-linear" and not any(layer.endswith(f".{target}") for layer in layers):

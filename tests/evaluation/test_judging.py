@@ -95,6 +95,16 @@ def test_two_judges_agree_or_do_not(sheet):
     assert "agree on which answer is better in 0%" in "\n".join(indifferent.summary_lines())
 
 
+def test_one_judges_sheet_is_not_counted_twice_unawares(sheet, tmp_path):
+    anna, carl = judged(sheet, "anna.csv", prefers_right), judged(sheet, "carl.csv", lambda *_: "3")
+    with pytest.raises(ChatError, match=r"anna.csv and anna.csv are one file"):
+        read(anna, tmp_path / "." / "anna.csv")
+    copy = judged(sheet, "copy.csv", prefers_right, delimiter=";")
+    assert read(anna, carl).alike == []
+    lines = "\n".join(read(anna, carl, copy).summary_lines())
+    assert "anna.csv and copy.csv hold the same marks. If they are one judge's, count only one of them." in lines
+
+
 def test_marks_that_are_near_count_as_near(sheet):
     one = judged(sheet, "anna.csv", lambda answer, _: str(1 + int(answer[-1]) // 2))
     two = judged(sheet, "ben.csv", lambda answer, _: str(2 + int(answer[-1]) // 2))

@@ -1,13 +1,15 @@
 """Every common format is read from every kind of file, and what cannot be used is named with its line."""
 
+import gzip
+import math
 from pathlib import Path
 
 import datasets
 import pytest
 
 from llama2_chat.errors import ChatError
-from llama2_chat.training import chat_data, row_sources
-from llama2_chat.training.row_sources import Row
+from llama2_chat.training import chat_data, row_files, row_sources
+from llama2_chat.training.row_files import Row
 from tests.support.conversations import conversation, write_rows
 
 QUESTION, ANSWER = "What is the llama?", "The llama is an animal."
@@ -21,7 +23,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("suffix", row_sources.READERS)
+@pytest.mark.parametrize("suffix", row_files.READERS)
 @pytest.mark.parametrize("row_format", ROWS)
 def test_each_format_is_recognised_in_each_kind_of_file(tmp_path, row_format, suffix):
     data = chat_data.read(write_rows(tmp_path / f"some{suffix}", ROWS[row_format]))
@@ -95,6 +97,65 @@ def test_a_csv_row_with_too_few_columns_is_named_with_its_line(tmp_path):
     assert data.train[1].place == "some.csv, line 5"
 
 
+STRAY_QUOTES = {
+    "within quotes": ('Say one,one\n"he said "yo" loudly",right\nSay two,two\n', 3, ["Say one", "Say two"]),
+    "never closed": ('"Say one,one\nSay two,two\nSay three,three\n', 2, ["Say two", "Say three"]),
+    "closed by another row's": ('"Say one,one\n"Say two",two\nSay three,three\n', 2, ["Say two", "Say three"]),
+    "at the end": ('Say one,one\nSay two,"two\n', 3, ["Say one"]),
+}
+
+
+@pytest.mark.parametrize("name", STRAY_QUOTES)
+def test_a_stray_quote_in_a_csv_costs_its_row_alone(tmp_path, name):
+    text, line, questions = STRAY_QUOTES[name]
+    (tmp_path / "some.csv").write_text(f"prompt,completion\n{text}")
+    data = chat_data.read(str(tmp_path / "some.csv"))
+    assert [row.messages[0]["content"] for row in data.train] == questions
+    (fault,) = data.faults
+    assert fault.startswith(f"some.csv, line {line}: it is not CSV")
+    lines = [number for number, written in enumerate(text.splitlines(), 2) if questions[-1] in written]
+    assert data.train[-1].place == f"some.csv, line {lines[0]}"
+
+
+@pytest.mark.parametrize("name", ["some.csv", "some.jsonl", "some.json"])
+def test_an_empty_cell_as_pandas_writes_it_is_no_answer(tmp_path, name):
+    rows = ({"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": math.nan})
+    if name == "some.csv":
+        rows[1]["completion"] = "NaN"
+    data = chat_data.read(write_rows(tmp_path / name, *rows))
+    assert len(data.train) == 1
+    assert "its answer is empty" in data.faults[0]
+
+
+@pytest.mark.parametrize("name", ["some.jsonl.gz", "some.CSV.GZ", "some.json.gz"])
+def test_a_file_may_be_packed(tmp_path, name):
+    plain = tmp_path / name.lower().removesuffix(".gz")
+    write_rows(plain, ROWS["messages"])
+    (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    for source in (tmp_path, tmp_path / name):
+        assert chat_data.read(str(source)).train[0].messages == MESSAGES
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    write_rows(tmp_path / "some.jsonl", ROWS["messages"], "{", conversation("a", "b"))
+    data = chat_data.read(str((tmp_path / "some.jsonl").rename(tmp_path / "some.json")))
+    assert [row.place for row in data.train] == ["some.json, line 1", "some.json, line 3"]
+    write_rows(tmp_path / "one.jsonl", ROWS["messages"])
+    assert len(chat_data.read(str((tmp_path / "one.jsonl").rename(tmp_path / "one.json"))).train) == 1
+
+
+def test_subfolders_are_read_and_name_their_split_and_what_is_no_data_is_passed_over(tmp_path):
+    for name in ("train/test_of_wits", "test/part-1", "more/held_out", ".cache/copy"):
+        (tmp_path / name).parent.mkdir()
+        write_rows(tmp_path / f"{name}.jsonl", conversation(name, "a"))
+    (tmp_path / "train" / "dataset_info.json").write_text('{"kto": {"file_name": "kto.jsonl"}}')
+    data = chat_data.read(str(tmp_path))
+    found = {split: [row.messages[0]["content"] for row in getattr(data, split)] for split in ("train", "eval", "test")}
+    assert found == {"train": ["train/test_of_wits"], "eval": ["more/held_out"], "test": ["test/part-1"]}
+    assert (data.train[0].place, data.faults) == ("train/test_of_wits.jsonl, line 1", [])
+
+
 def test_a_conversation_that_comes_twice_is_in_the_train_split_only(tmp_path):
     write_rows(tmp_path / "train.jsonl", ROWS["messages"], conversation(f" {QUESTION}", f"{ANSWER}\n"))
     write_rows(tmp_path / "eval.jsonl", ROWS["messages"], conversation("a", "b"))
@@ -147,7 +208,9 @@ def test_a_file_given_by_itself_is_the_train_split_whatever_it_is_called(tmp_pat
         ("some.jsonl", '{"a": 1}', "its columns (a) belong to no known format"),
         ("some.jsonl", '{"conversations": [{"from": ["gpt"], "value": "a"}]}', "it was \"['gpt']\""),
         ("some.json", "{", "cannot be read"),
-        ("some.json", "{}", "is not a list of rows"),
+        ("some.json", "{}", "its columns () belong to no known format"),
+        ("some.json", "7", "it is not an object with named columns"),
+        ("some.jsonl.gz", "a", "cannot be read"),
         ("some.json", "[" * 100_000, "cannot be read"),
         ("some.csv", "messages\n" + "[" * 100_000, "its messages are not a list"),
         ("some.parquet", "a", "cannot be read"),

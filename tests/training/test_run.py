@@ -52,10 +52,10 @@ def test_what_cannot_be_trained_or_measured_is_refused_before_weights_are_loaded
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layer_that_the_model_lacks_is_refused(chat_model, dataset, tmp_path):
-    flags = ("--use_peft", "--target_modules", "q_proj", "v_porj")
-    with pytest.raises(ChatError, match="no layer called v_porj"):
-        train_here(*arguments(chat_model, dataset, tmp_path, *flags))
+def test_a_layer_that_the_model_lacks_or_that_cannot_learn_is_refused(chat_model, dataset, tmp_path):
+    for name, sentence in (("v_porj", "no layer called v_porj"), ("lm_head", "the output head, lm_head, cannot have")):
+        with pytest.raises(ChatError, match=sentence):
+            train_here(*arguments(chat_model, dataset, tmp_path, "--use_peft", "--target_modules", "q_proj", name))
 
 
 @pytest.mark.slow

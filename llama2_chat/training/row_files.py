@@ -1,0 +1,148 @@
+"""The rows of a file: JSON Lines, JSON, CSV or Parquet, packed by gzip or not. A row that cannot be read is named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from llama2_chat.errors import ChatError
+from llama2_chat.text import first_line
+
+NO_VALUE = {"nan", "NaN"}  # as pandas writes an empty cell
+
+
+class Row(NamedTuple):
+    place: str  # "train.jsonl, line 3"
+    columns: Any  # a dict, if the file is as it should be
+    fault: str = ""  # why there are no columns
+
+
+def can_read(path: Path) -> bool:
+    """By its name."""
+    return _kind(path) in READERS
+
+
+def suffixes() -> str:
+    *most, last = READERS
+    return f"{', '.join(most)} or {last}, or with .gz behind it"
+
+
+def read_file(path: Path, name: str) -> Iterator[Row]:
+    """name: what the places of the rows begin with. Raises ChatError if the file cannot be read at all."""
+    try:
+        yield from READERS[_kind(path)](path, name)
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error, csv.Error) as error:  # pyarrow's are among them
+        raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
+
+
+def numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
+    yield from (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]  # a GzipFile
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{name}, line {number}"
+            try:
+                yield Row(place, json.loads(line.decode("utf-8-sig")))
+            except (ValueError, RecursionError) as error:
+                yield Row(place, None, f"it is not JSON in UTF-8 ({first_line(error)}).")
+
+
+def _read_json(path: Path, name: str) -> Iterator[Row]:
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _read_jsonl(path, name)  # JSON Lines are often called .json
+        return
+    yield from numbered(name, rows if isinstance(rows, list) else [rows])
+
+
+def _read_csv(path: Path, name: str) -> Iterator[Row]:
+    """A row with a stray quote costs itself alone: what follows it on other lines is read anew."""
+    csv.field_size_limit(2**30)  # 128 KB otherwise, which a long conversation exceeds
+    with _open(path) as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, strict=True)
+        head = next(reader, [])
+        while True:
+            place = f"{name}, line {lines.begin()}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                lines.give_back()
+                yield Row(place, None, f"it is not CSV ({first_line(error)}); a quote within quotes is written twice.")
+                continue
+            if cells is None:
+                return
+            if cells and len(cells) != len(head):
+                count = "more" if len(cells) > len(head) else "fewer"
+                yield Row(place, None, f"it has {count} columns than the first line names.")
+            elif cells:
+                values = (None if cell in NO_VALUE else cell for cell in cells)
+                yield Row(place, dict(zip(head, values, strict=True)))
+
+
+class _Lines:
+    """The lines of a CSV file, of which all but the first of a row can be given back."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.lines = iter(file)
+        self.ahead: deque[str] = deque()  # given back
+        self.taken: list[str] = []  # of this row
+        self.number = 0  # of lines read
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = (
+            self.ahead.popleft() if self.ahead else next(self.lines).decode("utf-8-sig" if not self.number else "utf-8")
+        )
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def begin(self) -> int:
+        """A row begins. Returns the number of its first line."""
+        self.taken = []
+        return self.number + 1
+
+    def give_back(self) -> None:
+        self.ahead.extendleft(reversed(self.taken[1:]))
+        self.number -= len(self.taken) - 1
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        yield from numbered(name, (row for batch in file.iter_batches() for row in batch.to_pylist()))
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
