@@ -71,9 +71,10 @@ def test_every_metric_that_is_named_is_counted():
         assert re.search(f'"(chat_)?{name}"', source("llama2_chat")), name
 
 
-OTHERS_FLAGS = {  # of vllm, ray, pip, hf, accelerate, docker, and argparse
+OTHERS_FLAGS = {  # of vllm, llama.cpp, ray, pip, hf, accelerate, docker, and argparse
     *("--tokenizer", "--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend"),
     *("--head", "--address", "--index-url", "--repo-type", "--num_processes", "--restart", "--help"),
+    "--no-prefill-assistant",
 }
 
 

@@ -20,6 +20,10 @@ VERDICT_S = 30.0  # after which a guard is as good as none
 # As vLLM and this program have them. Others leave out what they do not know, or reject it and are asked without.
 HELD = "structured_outputs"
 NO_PENALTY = {"repetition_penalty": 1.0}  # on words that its own task holds
+GOES_ON = (
+    "The guard's server goes on with an answer instead of judging it. Start llama.cpp's server with "
+    "--no-prefill-assistant, or serve the guard with vLLM."
+)
 
 
 class NoVerdict(ServerFault):
@@ -33,6 +37,7 @@ class Judge:
         server = Server(settings.guard_url, settings.guard_key, Timeouts(silence_s=verdict_s))
         self._client, self._model, self._verdict_s = server.client, settings.guard_model or "", verdict_s
         self._takes_extras = True
+        self._judges_answers = False  # as far as is known
 
     async def judge(self, question: str, answer: str | None = None) -> Verdict:
         """Of the question, or of the answer to it. Raises ChatError where there is no verdict."""
@@ -45,12 +50,25 @@ class Judge:
     async def _judge(self, question: str, answer: str | None) -> Verdict:
         self._model = self._model or await self._only_model()
         style = style_of(self._model)
+        if answer is not None and style.has_task and not self._judges_answers:
+            await self._check_turns(style)
         messages: list[Any] = [*style.messages(question, answer)]
         text, is_whole = await self._asked(messages, style)
         verdict = style.read(text, is_whole=is_whole)
         if verdict is None:
             raise NoVerdict("The guard's server gave no verdict.")
         return verdict
+
+    async def _check_turns(self, style: Style) -> None:
+        """Raise ServerFault for a server that goes on with an answer which stands last: what it says is no verdict.
+
+        An answer that reads like one ends a verdict that has begun with it, and no other word follows.
+        """
+        messages: list[Any] = [*style.messages("Good morning!", style.last_word)]
+        text, is_whole = await self._read(messages, {})  # a grammar would have it begin a verdict
+        if style.read(text, is_whole=is_whole) is None:
+            raise ServerFault(GOES_ON)
+        self._judges_answers = True
 
     async def _only_model(self) -> str:
         models = await self._client.list_models()

@@ -48,6 +48,7 @@ class Style:
     unsafe: str
     warns: str  # found anywhere, it makes even a text of another form no safe one
     has_task: bool  # in its chat template
+    last_word: str  # with which a verdict ends: nothing follows it
 
     @property
     def grammar(self) -> str:
@@ -76,15 +77,16 @@ class Style:
         return Verdict(True) if is_whole and re.fullmatch(self.safe, text) else None
 
 
-LLAMA_GUARD = Style("safe", f"unsafe\n{CATEGORIES}", r"un\W*safe", has_task=True)
+LLAMA_GUARD = Style("safe", f"unsafe\n{CATEGORIES}", r"un\W*safe", has_task=True, last_word="safe")
 # Whether there is a risk: until version 3.2 a word, perhaps with its confidence, then a score.
 GRANITE_GUARDIAN = Style(
     f"(No{CONFIDENCE}|<score> no </score>)",
     f"(Yes{CONFIDENCE}|<score> yes </score>)",
     r"\byes\b",
     has_task=True,
+    last_word="No",
 )
-ANY_OTHER = Style("safe", f"unsafe\n{CATEGORIES}", r"un\W*safe", has_task=False)
+ANY_OTHER = Style("safe", f"unsafe\n{CATEGORIES}", r"un\W*safe", has_task=False, last_word="safe")
 
 
 def style_of(model: str) -> Style:

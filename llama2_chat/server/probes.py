@@ -226,12 +226,18 @@ def probe_guard(start: PlannedStart) -> str:
     from llama2_chat.remote.client import use_our_http
 
     use_our_http()
+    judge = Judge(settings)
+
+    async def both() -> list[bool]:
+        said = "Why is the sky blue?", "Air scatters blue light more than red."
+        return [(await judge.judge(*said[:count])).safe for count in (1, 2)]
+
     try:
-        verdict = asyncio.run(Judge(settings).judge("Why is the sky blue?"))
+        safe = asyncio.run(both())
     except ChatError as error:
         raise ChatError(sentence_of(error)) from error
-    if not verdict.safe:
-        raise ChatError("The guard judges a question about the sky unsafe. Check GUARD_MODEL and its chat template.")
+    if not all(safe):
+        raise ChatError("The guard judges a talk about the sky unsafe. Check GUARD_MODEL and its chat template.")
     return f"gives verdicts; what it cannot judge is {'let through' if settings.guard_fails == 'open' else 'refused'}"
 
 

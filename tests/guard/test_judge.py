@@ -49,7 +49,20 @@ def test_a_server_that_rejects_the_grammar_is_asked_without_from_then_on(judge, 
 
     server.answer = strict
     assert verdict(judge, "why?") == verdict(judge, "why?", "so") == Verdict(False, ("S1",))
-    assert ["structured_outputs" in asked for asked in server.requests] == [True, False, False]
+    assert ["structured_outputs" in asked for asked in server.requests] == [True, False, False, False]
+
+
+def test_a_server_that_goes_on_with_an_answer_instead_of_judging_it_is_found_out(judge, server):
+    """As llama.cpp's does: what the guard says then is the rest of the answer."""
+    server.answer = lambda asked: words("" if asked["messages"][-1]["content"] == "safe" else "safe")
+    with pytest.raises(ChatError, match="--no-prefill-assistant"):
+        verdict(judge, "why?", "My verdict on myself is:")
+    (asked,) = server.requests
+    assert "structured_outputs" not in asked
+    server.answer = words("safe")
+    assert verdict(judge, "why?", "so").safe
+    assert verdict(judge, "why?", "so").safe
+    assert len(server.requests) == 4  # once it is known to judge, nothing more is asked
 
 
 def test_a_question_that_is_rejected_either_way_leaves_the_grammar_on(judge, server):
@@ -96,7 +109,7 @@ def test_the_check_before_a_start_asks_the_guard(settings, server):
     start = PlannedStart(replace(settings, guard_url=server.url))
     assert "what it cannot judge is refused" in probe_guard(start)
     server.answer = words("unsafe\nS1")
-    with pytest.raises(ChatError, match="the sky unsafe"):
+    with pytest.raises(ChatError, match="talk about the sky unsafe"):
         probe_guard(start)
     server.answer = status(401, {})
     with pytest.raises(ChatError, match=r"The guard's server rejects the key\. Set GUARD_KEY"):
