@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server import login, preflight
@@ -29,6 +29,7 @@ if __name__ == "__main__":
         sys.exit(preflight.main(requested))
     print("Starting Llama 2 Chat …", file=sys.stderr, flush=True)  # the imports below take seconds
 
+import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
@@ -120,7 +121,17 @@ def create_app(
 
     more_tools: that visitors may let the model use, beside the page's own.
     """
-    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
+    library = Library(settings.documents_dir) if settings.documents else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if library:
+            library.start()
+        yield
+        if library:
+            await anyio.to_thread.run_sync(library.close)
+
+    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(HeadAsGet)
     add_security_middleware(app, settings, certificate_hosts)
     limiter, metrics = ConcurrencyLimiter(settings.client_limit), Metrics(chat, settings.log_messages)
@@ -130,10 +141,7 @@ def create_app(
         assert isinstance(chat, GuardedChat)  # as make_backend() makes it
         metrics.registry.register(chat.verdicts)
     app.include_router(health_router(chat))
-    library = Library(settings.documents_dir) if settings.documents else None
     app.include_router(api_router(chat, settings, limiter, metrics, library))
-    if library is not None:
-        library.start()
     if settings.https and not settings.certfile:
 
         @app.get("/ca.crt")

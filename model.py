@@ -233,11 +233,11 @@ class ChatModel:
         before = input_ids if goes_on else ()
         return self._submit(input_ids, params, to_the_end, dropped_messages, before, serving.ends)
 
-    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+    def fit(self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None) -> Fit:
         """How the conversation would stand in the context window; see types.ChatBackend."""
         context_length = self.context_length
         try:
-            input_ids, dropped_messages = self._trimmed(messages, params)
+            input_ids, dropped_messages = self._trimmed(messages, params, tools)
         except PromptTooLong as error:
             dropped, tokens = prompt.droppable(messages), error.prompt_tokens or context_length + 1
             return Fit(tokens, dropped, max(context_length - tokens, 0), context_length, fits=False)

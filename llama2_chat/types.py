@@ -461,7 +461,7 @@ class ChatBackend(Protocol):
         when the reply is entered.
         """
 
-    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+    def fit(self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None) -> Fit:
         """How the conversation would stand in the context window if stream_reply were asked now, with trim.
 
         A few ms for a hundred turns, or a request to a server, so it is not for an event loop.

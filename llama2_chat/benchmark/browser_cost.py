@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.serving_cost import serving
 from llama2_chat.settings import Settings
-from llama2_chat.types import Capabilities, Fit, Message, SamplingParams, Status, Timing, Usage
+from llama2_chat.types import Capabilities, Fit, Message, SamplingParams, Status, Timing, ToolOffer, Usage
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -111,7 +111,7 @@ class SteadyChat:
             words += [CODE, TABLE] if len(words) % 5 == 0 else []
         return SteadyReply(words[:wanted])
 
-    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+    def fit(self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None) -> Fit:
         tokens = min(sum(len(message["content"]) // 4 for message in messages), 3_000)
         return Fit(tokens, 0, self.context_length - tokens, self.context_length)
 

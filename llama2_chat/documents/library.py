@@ -1,7 +1,7 @@
 """All documents of this server: a folder with one database for each owner, and the thread that reads what is new.
 
 An owner is a text that the caller vouches for, such as "login anna"; the file is named by its hash. Reading goes one
-document at a time, in the order in which they came, and goes on after the last page that was kept.
+document at a time, the owners in turn, and goes on after the last page that was kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import queue
 import shutil
 import sqlite3
 import tempfile
@@ -22,6 +21,7 @@ from typing import IO
 
 from filelock import FileLock
 
+from llama2_chat.documents.line import Line
 from llama2_chat.documents.parsing import NICE, parse
 from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
@@ -30,6 +30,8 @@ log = logging.getLogger("llama2_chat")
 
 FREE_BYTES = 500_000_000  # that the disk keeps free
 MAX_FILE_BYTES = 50_000_000
+COOKIES_SHARE = 1 / 2  # of the disk's room, for all whom only a cookie tells apart: anyone may have any number of them
+TURN_S = 10.0  # that one owner's document is read while others wait
 RETRY_S = 10.0  # after a lock or a full disk, which pass
 VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept after its last upload
 
@@ -39,7 +41,7 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._waiting: queue.SimpleQueue[tuple[Shelf, str] | None] = queue.SimpleQueue()
+        self._line = Line()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -63,14 +65,14 @@ class Library:
                     continue
                 for document in Shelf(path).all():
                     if document.state == "waiting":
-                        self._waiting.put((Shelf(path), document.id))
+                        self._line.put(Shelf(path), document.id)
             except (ChatError, OSError, sqlite3.Error):
                 log.exception("The documents in %s cannot be read", path.name)
 
     def add(self, owner: str, file: IO[bytes], name: str, purpose: str) -> Document:
         """Keep a file, and have it read. Raises NoRoom."""
         size = file.seek(0, os.SEEK_END)
-        self._check_disk(3 * size)  # the file, the log that it goes through, and the indexes
+        self._check_disk(3 * size, owner)  # the file, the log that it goes through, and the indexes
         shelf = self.shelf(owner)
         document = shelf.add(file, name, purpose)
         if document.state == "waiting":
@@ -85,18 +87,22 @@ class Library:
     def close(self) -> None:
         """What is being read is gone on with after the next start()."""
         self._closing.set()
-        self._waiting.put(None)
+        self._line.close()
         if self._thread is not None:
             self._thread.join(5)
 
-    def _check_disk(self, size: int) -> None:
+    def _check_disk(self, size: int, owner: str) -> None:
         folder = next(each for each in (self.folder, *self.folder.parents) if each.exists())
-        if shutil.disk_usage(folder).free < size + FREE_BYTES:
+        free = shutil.disk_usage(folder).free - FREE_BYTES
+        if free < size:
             raise NoRoom("The disk of this server is full, so nothing more can be kept.")
+        used = sum(map(_size, self.folder.glob("cookie-*"))) if owner.startswith("cookie ") else 0
+        if owner.startswith("cookie ") and used + size > COOKIES_SHARE * (free + used):
+            raise NoRoom("This server has no room for more documents of visitors who have not logged in.")
 
     def _read_later(self, shelf: Shelf, id: str) -> None:
         self._start_thread()
-        self._waiting.put((shelf, id))
+        self._line.put(shelf, id)
 
     def _start_thread(self) -> None:
         with self._lock:
@@ -108,7 +114,7 @@ class Library:
         with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         self._look_around()
-        while (job := self._waiting.get()) is not None and not self._closing.is_set():
+        while (job := self._line.take()) is not None:
             try:
                 with FileLock(self.folder / "reading.lock"):  # other processes on this folder wait as well
                     self._read(*job)
@@ -116,7 +122,7 @@ class Library:
                 pass  # deleted meanwhile
             except (Busy, NoRoom, OSError) as error:
                 log.warning("A document is read later: %s", error)
-                self._waiting.put(job)
+                self._line.put(*job)
                 self._closing.wait(RETRY_S)
             except Exception:
                 log.exception("A document could not be indexed")
@@ -132,27 +138,33 @@ class Library:
         document = shelf.get(id)
         if document.state != "waiting":
             return
-        error = ""
+        error, is_whole = "", True
         try:
             with self._original(shelf, id) as file:
-                self._read_pages(shelf, document, file)
+                is_whole = self._read_pages(shelf, document, file)
         except (NotHere, Busy, NoRoom):
             raise
         except ChatError as problem:
             error = str(problem)
         finally:
             self._speed.pop(id, None)
-        if not self._closing.is_set():
+        if is_whole:
             shelf.finish(id, error or _without_text(shelf.get(id)))
+        else:
+            self._line.put_back(shelf, id)
 
-    def _read_pages(self, shelf: Shelf, document: Document, file: IO[bytes]) -> None:
+    def _read_pages(self, shelf: Shelf, document: Document, file: IO[bytes]) -> bool:
+        """Whether all of them are read; else it is somebody else's turn, or the end."""
         started, first = time.monotonic(), document.pages_done + 1
         with contextlib.closing(parse(file, document.name, first)) as pages:
             for page in pages:
-                if self._closing.is_set():
-                    return
                 shelf.add_page(document.id, page)
-                self._speed[document.id] = (time.monotonic() - started) / (page.number - first + 1)
+                seconds = time.monotonic() - started
+                self._speed[document.id] = seconds / (page.number - first + 1)
+                is_over = seconds > TURN_S and self._line.others_wait(shelf)
+                if (is_over and page.number < page.pages) or self._closing.is_set():
+                    return False
+        return True
 
     @contextlib.contextmanager
     def _original(self, shelf: Shelf, id: str) -> Iterator[IO[bytes]]:
@@ -173,6 +185,14 @@ def _without_text(document: Document) -> str:
 def _used(path: Path) -> float:
     """When it was last changed, in seconds since 1970."""
     return max(each.stat().st_mtime for each in (path, *path.parent.glob(f"{path.name}-wal")))
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 of a file that is gone meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _remove(path: Path) -> None:

@@ -132,13 +132,20 @@ class Shelf:
             return _one(db, id)
 
     def original(self, id: str) -> Iterator[bytes]:
-        """Its bytes, piece by piece. Raises NotHere, at the first piece."""
+        """Its bytes, piece by piece. Raises NotHere, at the next piece if it is deleted meanwhile."""
+        offset = 0
+        while piece := self._piece(id, offset):
+            yield piece
+            offset += len(piece)
+
+    def _piece(self, id: str, offset: int) -> bytes:
+        """Each in a moment of its own: while somebody reads, what is deleted stays in the log."""
         with self.reading() as db:
             _one(db, id)
             (row,) = db.execute("SELECT rowid FROM originals WHERE document = ?", (id,)).fetchone()
             with db.blobopen("originals", "content", row, readonly=True) as blob:
-                while piece := blob.read(PIECE):
-                    yield piece
+                blob.seek(offset)
+                return blob.read(PIECE)
 
     def delete(self, id: str) -> None:
         """Raises NotHere."""

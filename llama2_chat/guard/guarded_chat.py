@@ -205,8 +205,8 @@ class GuardedChat:
     def servers(self) -> Sequence[ServerStatus]:
         return self._chat.servers
 
-    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
-        return self._chat.fit(messages, params)
+    def fit(self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None) -> Fit:
+        return self._chat.fit(messages, params, tools)
 
     def encode(self, messages: list[Message], tools: ToolOffer | None = None) -> list[int]:
         return self._chat.encode(messages, tools)

@@ -148,12 +148,12 @@ class RemoteModel:
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
         raise ChatError(NO_TOKENS)
 
-    def fit(self, messages: list[Message], params: SamplingParams) -> Fit:
+    def fit(self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None) -> Fit:
         """As a server counts it that has /tokenize, in as many steps as stream_reply would take to leave out what goes.
 
         Raises ChatError if there is none, or it does not answer.
         """
-        question = Question.of(messages, params)
+        question = Question.of(messages, params, tools=tools)
         with self._lock:
             if self._loop is None or self._stopped:
                 raise ModelUnavailable(STOPPED)

@@ -10,6 +10,7 @@ import functools
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -24,6 +25,8 @@ from llama2_chat.server.limits import Turns, client_address
 from llama2_chat.server.owners import Owners
 
 MOST_UPLOADS = 16  # of one address, which are received one after another
+MOST_DELETES = 64  # of one address, which go one after another as well: each merges all of its owner's indexes
+DELETING = 4  # at once, of all
 FORM_BYTES = 100_000  # around the file
 LARGEST_PAGE = 1_000_000  # number of one; far more than a document may have
 PURPOSES = ("user_data", "assistants")
@@ -34,7 +37,7 @@ NO_FILE = "Send a form (multipart/form-data) with the file in the field file."
 
 def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix: str = "") -> None:
     """POST and GET /files, and what is below. prefix: on top of the router's own."""
-    uploads = Turns(MOST_UPLOADS)
+    uploads, deletes, deleting = Turns(MOST_UPLOADS), Turns(MOST_DELETES), anyio.CapacityLimiter(DELETING)
 
     @router.post(f"{prefix}/files")
     async def upload(request: Request, response: Response) -> dict[str, Any]:
@@ -89,10 +92,14 @@ def add_file_routes(router: APIRouter, library: Library, owners: Owners, prefix:
         return {"object": "file.page", "file_id": id, "filename": document.name, "page": page, "text": text}
 
     @router.delete(prefix + "/files/{id}")
-    def delete(id: str, request: Request) -> dict[str, Any]:
+    async def delete(id: str, request: Request) -> dict[str, Any]:
+        async with deletes.turn(client_address(request)):
+            await anyio.to_thread.run_sync(_delete, id, request, limiter=deleting)
+        return {"id": id, "object": "file", "deleted": True}
+
+    def _delete(id: str, request: Request) -> None:
         _one(id, request)
         library.shelf(owners.document_owner(request) or "").delete(id)
-        return {"id": id, "object": "file", "deleted": True}
 
     def _one(id: str, request: Request) -> Document:
         owner = owners.document_owner(request)

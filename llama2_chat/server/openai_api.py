@@ -159,7 +159,7 @@ def api_router(
         shelf, ids, params = library.shelf(owner), body.documents or [], body.params(settings.sampling)
 
         def fit(messages: list[Message]) -> Fit:
-            return chat.fit(messages, params)
+            return chat.fit(messages, params, body.offer)
 
         def search() -> Quoted:
             return quote(chat, shelf, ids, body.conversation(), fit, trim=bool(body.trim))

@@ -1,5 +1,6 @@
 """One owner's documents from upload to the last trace, with the process that reads them and without."""
 
+import functools
 import io
 import os
 import sqlite3
@@ -7,13 +8,15 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama2_chat.documents import library as module
-from llama2_chat.documents import parsing
+from llama2_chat.documents import parsing, store
 from llama2_chat.documents.chunks import chunks_of
 from llama2_chat.documents.library import Library
+from llama2_chat.documents.line import Line
 from llama2_chat.documents.parsing import ParsedPage, parse
 from llama2_chat.documents.search import MAX_LETTERS, search
 from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
@@ -251,8 +254,10 @@ def test_a_process_that_computes_for_too_long_is_ended(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from llama2_chat.documents import library as module
 from llama2_chat.documents.library import Library
+from llama2_chat.documents.line import Line
 
 def killed_at_50(*args):
     for page in parse(*args):
@@ -281,3 +286,63 @@ def test_a_server_that_is_killed_at_page_50_of_100_goes_on_there(tmp_path, libra
     with shelf.reading() as db:
         assert db.execute("SELECT count(*), count(DISTINCT page) FROM chunks").fetchone() == (100, 100)
     assert pages_found(shelf, "subject77x", document.id)[0] == 77
+
+
+def test_owners_have_their_documents_read_in_turn(library):
+    line, anna, bob = Line(), library.shelf("login anna"), library.shelf("login bob")
+    for shelf, id in ((anna, "a1"), (anna, "a2"), (anna, "a3"), (bob, "b1")):
+        line.put(shelf, id)
+    order = [line.take()[1] for _ in range(2)]
+    line.put_back(bob, "b1")  # it is not read to its end
+    assert line.others_wait(bob)
+    order += [line.take()[1] for _ in range(3)]
+    assert order == ["a1", "b1", "a2", "b1", "a3"]
+    assert not line.others_wait(bob)
+    line.close()
+    assert line.take() is None
+
+
+def test_a_long_document_lets_others_be_read_in_between(library, monkeypatch):
+    anna, bob = library.shelf("login anna"), library.shelf("login bob")
+    read = []
+
+    def read_slowly(file, name, first):
+        for page in parsed(*TEXTS[first - 1 :], first=first):
+            if name == "long.txt" and page.number == 1:
+                library._line.put(bob, short)
+            read.append((name, page.number))
+            yield page
+
+    monkeypatch.setattr(module, "TURN_S", 0)
+    monkeypatch.setattr(module, "parse", read_slowly)
+    short = bob.add(io.BytesIO(b"x"), "short.txt", "user_data").id
+    bob.add_page(short, ParsedPage(1, 3, "x", ()))
+    id = library.add("login anna", io.BytesIO(b"y"), "long.txt", "user_data").id
+    until(lambda: anna.get(id).state == bob.get(short).state == "ready")
+    assert read.index(("short.txt", 2)) < read.index(("long.txt", 2))
+    assert [chunk.page for chunk in anna.pages([id])] == [1, 2, 3]
+
+
+def test_whoever_downloads_a_document_keeps_none_of_its_words_once_it_is_deleted(library, shelf, monkeypatch):
+    monkeypatch.setattr(store, "PIECE", 1000)
+    monkeypatch.setattr(store, "BUSY_S", 0)
+    id = kept(shelf, "Quetzalcoatlus flew here. " * 300)
+    download = shelf.original(id)
+    next(download)
+    shelf.delete(id)
+    assert b"quetzalcoatlus" not in b"".join(path.read_bytes() for path in library.folder.iterdir()).lower()
+    with pytest.raises(NotHere):
+        next(download)
+
+
+def test_visitors_with_cookies_alone_take_half_of_the_disk_together(library, monkeypatch):
+    add = functools.partial(library.add, file=io.BytesIO(b"x" * 1000), name="a.txt", purpose="user_data")
+    monkeypatch.setattr(Library, "_read_later", lambda *_: None)
+    add("cookie 1")
+    used = sum(path.stat().st_size for path in library.folder.iterdir())
+    room = module.FREE_BYTES + used + 3_000
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    with pytest.raises(NoRoom, match="not logged in"):
+        add("cookie 2")
+    add("login anna")
+    add("key 1")

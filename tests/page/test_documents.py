@@ -1,6 +1,8 @@
 """Documents on the page, in a real browser: brought, read, asked about, opened, left out and deleted; two visitors."""
 
 import re
+import threading
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,6 +18,7 @@ from tests.support.axe import assert_accessible
 from tests.support.browser import answers, ask, box, questions, send, toast, waiting
 from tests.support.files import pdf
 from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.serving import serving
 from tests.support.waiting import until
 
 TEXTS = (
@@ -266,3 +269,12 @@ def test_the_gauge_counts_the_excerpts_of_a_question(address):
         question = {"messages": [{"role": "user", "content": QUESTION}], "settings": SETTINGS}
         plain = visitor.post("/page/fit", json=question).json()["promptTokens"]
         assert visitor.post("/page/fit", json={**question, "documents": [id]}).json()["promptTokens"] > plain + 30
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_stops_reading_documents(settings, tmp_path):
+    with serving(ScriptedChat(), replace(settings, documents_dir=tmp_path)) as address, httpx.Client() as visitor:
+        visitor.get(f"{address}page/state")
+        visitor.post(f"{address}page/files", files={"file": ("a.txt", NOTES["buffer"])})
+        assert "documents" in {thread.name for thread in threading.enumerate()}
+    assert "documents" not in {thread.name for thread in threading.enumerate()}

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import openai
@@ -10,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from llama2_chat.documents.library import Library
+from llama2_chat.documents.store import Shelf
 from llama2_chat.server import files as module
 from llama2_chat.server.errors import ApiError
 from llama2_chat.server.limits import ConcurrencyLimiter
@@ -29,7 +32,7 @@ class Site:
 
     def __init__(self, folder, settings, **more):
         self.library, self.chat = Library(folder), ScriptedChat(say=lambda _: Scripted("In ", "1874 [1]."))
-        settings = replace(settings, body_limit_mb=1, **more)
+        self.settings = settings = replace(settings, body_limit_mb=1, **more)
         self.app = FastAPI()
         add_security_middleware(self.app, settings)
         self.router = router = api_router(self.chat, settings, ConcurrencyLimiter(0), Metrics(self.chat), self.library)
@@ -230,3 +233,28 @@ def test_a_server_without_documents_has_no_such_route_and_says_so(tmp_path, sett
     visitor = TestClient(app)
     assert error(visitor.get("/v1/files"))["code"] == "unknown_url"
     assert error(ask(visitor, "file-1"))["param"] == "documents"
+
+
+def test_excerpts_leave_room_for_the_tools_of_a_request(site):
+    anna = site.visitor()
+    id = read(anna, b"\n\n".join(b"The lighthouse was built in 1874. " * 3 for _ in range(200)))
+    described = {"name": "look", "description": "word " * 3_900, "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": described}]
+    assert "annotations" in ask(anna, id).json()["choices"][0]["message"]
+    assert "annotations" not in ask(anna, id, tools=tools, tool_choice="none").json()["choices"][0]["message"]
+
+
+def test_deletions_of_one_address_go_one_after_another_and_only_so_many_wait(site, still, monkeypatch):
+    monkeypatch.setattr(module, "MOST_DELETES", 1)
+    site = Site(site.library.folder, site.settings)
+    anna = site.visitor()
+    first, second = uploaded(anna).json()["id"], uploaded(anna, b"Other.").json()["id"]
+    begun, goes_on = threading.Event(), threading.Event()
+    delete = Shelf.delete
+    monkeypatch.setattr(Shelf, "delete", lambda *args: (begun.set(), goes_on.wait(60), delete(*args)))
+    with ThreadPoolExecutor(1) as pool, anna:
+        running = pool.submit(anna.delete, f"/v1/files/{first}")
+        begun.wait(60)
+        refused = anna.delete(f"/v1/files/{second}").status_code
+        goes_on.set()
+        assert (running.result().status_code, refused) == (200, 429)

@@ -100,8 +100,10 @@ class ScriptedChat:
     def encode_text(self, text):
         return text.split()
 
-    def fit(self, messages, params):
+    def fit(self, messages, params, tools=None):
         """A token a word; what has more than the window loses its oldest exchanges."""
+        if tools is not None:
+            messages = [{"role": "user", "content": str(tools)}, *messages]
         words = [len(message["content"].split()) for message in messages if message["role"] != "system"]
         dropped = 0
         while sum(words[dropped:]) > self.context_length and dropped + 2 < len(words):
