@@ -21,9 +21,8 @@ from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
-from llama2_chat.errors import Busy
-from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
-from llama2_chat.server.limits import Turns, counted, one_client
+from llama2_chat.server.errors import ApiError, error_response, no_such_route
+from llama2_chat.server.limits import counted
 from llama2_chat.server.security import content_security_policy
 
 log = logging.getLogger("llama2_chat")
@@ -35,14 +34,13 @@ FOR_PROGRAMS = (
 )
 # Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
 MOST_JOBS = 1_000
-MOST_LOGINS = 20  # that one address may attempt at once
 MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio keeps of its components for each
 
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
 READ += r"|/(static|assets|svelte|pwa_icon)/.+"
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
 READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
-ASK = r"/login/?|/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
+ASK = r"/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
 # Gradio writes all that a visitor could put into these as JSON with < escaped.
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 # Ours runs first and starts it (startGradio in static/main.js), so that nobody waits for Gradio to type a message.
@@ -106,7 +104,6 @@ class OnlyOurRoutes:
     def __init__(self, app: App, listeners: Listeners, head: bytes, on_space: bool) -> None:
         """head: HTML before Gradio's code in the document of the page, and of the login, where gr.Blocks has none."""
         self.app, self.listeners, self.head, self.on_space = app, listeners, head, on_space
-        self._logins = Turns(MOST_LOGINS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -118,15 +115,9 @@ class OnlyOurRoutes:
             return await error_response(problem)(scope, receive, send)
         if path == "/":
             return await self.app(scope, receive, _Document(send, self.head, self.on_space))
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                if session := self._session_read(scope, path):
-                    stack.enter_context(self.listeners.listening(session))
-                if path.startswith("/login") and scope["method"] == "POST":  # each takes some tenths of a second
-                    await stack.enter_async_context(self._logins.turn(one_client((scope.get("client") or [""])[0])))
-                await _with_a_sentence(self.app, scope, receive, send)
-        except Busy as error:
-            await error_response(as_api_error(error))(scope, receive, send)
+        session = self._session_read(scope, path)
+        with self.listeners.listening(session) if session else contextlib.nullcontext():
+            return await _with_a_sentence(self.app, scope, receive, send)
 
     def _session_read(self, scope: Scope, path: str) -> str | None:
         """The session whose messages this request reads, if it reads any."""

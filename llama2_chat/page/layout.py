@@ -23,6 +23,7 @@ from llama2_chat.documents.library import Library
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
+from llama2_chat.page.log_in import login_router
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
 from llama2_chat.page.visitors import Visitors
@@ -106,6 +107,9 @@ def add_page(
     gradio = cast(App, mount.app)
     mount.app = OnlyOurRoutes(gradio, listeners, HEAD, settings.on_space)
     visitors = Visitors(gradio, has_login=users is not None)
+    if users is not None:
+        app.include_router(login_router(users, visitors))
+        users.on_change = visitors.end_sessions
     app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Collection
 
 from fastapi import Request, Response
 from gradio.routes import App
@@ -51,6 +52,19 @@ class Visitors:
         """Give a browser that has none its cookie."""
         if not self.has_login and cookie_owner(request) is None:
             renewed_cookie(request, response)
+
+    def log_in(self, name: str, response: Response) -> None:
+        """A session for a user whose password has been checked. Its cookies are what Gradio's own login gives."""
+        session = secrets.token_urlsafe(32)
+        self._gradio.tokens[session] = name
+        for cookie in self._session_cookies():  # security.py sends the one for this scheme, with what it lacks
+            response.set_cookie(cookie, session)
+
+    def end_sessions(self, names: Collection[str]) -> None:
+        """Of users who are none any longer, or whose password is another one."""
+        tokens = self._gradio.tokens
+        for session in [session for session, name in tokens.items() if name in names]:
+            del tokens[session]
 
     def log_out_token(self, request: Request) -> str | None:
         """What log_out() wants to see in the header X-Token; None where there is no login."""

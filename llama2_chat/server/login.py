@@ -17,6 +17,7 @@ import os
 import secrets
 import sys
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llama2_chat.errors import ChatError
@@ -31,8 +32,14 @@ class Users:
 
     def __init__(self, lines: dict[str, str]) -> None:
         self._hashes = lines
+        self.on_change: Callable[[Collection[str]], None] = lambda names: None  # told whose hash is no longer the same
         self._nobody = hash_password(secrets.token_hex())
         self._one_at_a_time = threading.Lock()  # many guesses at once must not take all memory and cores
+
+    def replace(self, users: Users) -> None:
+        """From now on these are the users."""
+        before, self._hashes = self._hashes, users._hashes
+        self.on_change({name for name, hashed in before.items() if self._hashes.get(name) != hashed})
 
     def __len__(self) -> int:
         return len(self._hashes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,7 @@ class Closable(Protocol):
 
 
 ReplyT = TypeVar("ReplyT", bound=Closable)
+ResultT = TypeVar("ResultT")
 
 
 async def submit(start: Callable[[], ReplyT], threads: anyio.CapacityLimiter | None = None) -> ReplyT:
@@ -59,16 +60,22 @@ def _close_unread(submitting: asyncio.Future[ReplyT | None]) -> None:
 
 
 async def submit_for(request: Request, start: Callable[[], ReplyT], threads: anyio.CapacityLimiter | None) -> ReplyT:
-    """submit(), given up when the reader leaves: that alone cancels no route. Raises ApiError then."""
-    submitting = asyncio.ensure_future(submit(start, threads))
+    """submit(), given up when the reader leaves. Raises ApiError then."""
+    return await unless_left(request, submit(start, threads))
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The work of a request whose body has been read, cancelled when the reader leaves: that alone cancels no route.
+    Raises ApiError then."""
+    working = asyncio.ensure_future(work)
     disconnected = asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait((submitting, disconnected), return_when=asyncio.FIRST_COMPLETED)
-        if not submitting.done():
+        await asyncio.wait((working, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ApiError(499, "client_left", "The reader left before there was an answer.")
-        return submitting.result()
+        return working.result()
     finally:
-        submitting.cancel()
+        working.cancel()
         disconnected.cancel()
 
 

@@ -13,6 +13,7 @@ from gradio_client import Client
 from llama2_chat.errors import ChatError
 from llama2_chat.server import login
 from model import ChatModel
+from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
 
 ANNA = {"username": "anna", "password": "sésame: öffne dich"}
@@ -109,6 +110,39 @@ def test_whoever_logs_out_is_out_on_this_device_and_in_on_the_others(http, addre
 def test_a_wrong_name_or_password_stays_outside(http, wrong):
     assert http.post("/login", data={**ANNA, **wrong}).status_code in (400, 422)
     assert http.get("/config").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"json": {"username": "anna"}},
+        {"data": {"username": "anna"}},
+        {"data": {"username": "a" * 2000, "password": "x"}},
+        {"files": {"username": b"anna"}},
+        {"content": b"\xff", "headers": {"Content-Type": "multipart/form-data"}},
+    ],
+    ids=["JSON", "no password", "long", "a file", "no form"],
+)
+def test_what_is_no_login_is_refused_calmly(http, body, capsys):
+    assert http.post("/login", **body).status_code == 400
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_new_password_ends_the_sessions_of_its_user_and_of_nobody_else(auth_file, settings, monkeypatch):
+    users = login.Users({"anna": "1", "bert": "1"})
+    monkeypatch.setattr(login, "_fits", lambda hashed, password: hashed == password)
+    with (
+        serving(ScriptedChat(), replace(settings, auth_file=auth_file), users) as address,
+        httpx.Client(base_url=address) as anna,
+        httpx.Client(base_url=address) as bert,
+    ):
+        for http, name in ((anna, "anna"), (bert, "bert")):
+            assert http.post("/login", data={"username": name, "password": "1"}).status_code == 200
+        users.replace(login.Users({"anna": "2", "bert": "1"}))
+        assert (anna.get("/page/state").status_code, anna.get("/config").status_code) == (401, 401)
+        assert bert.get("/page/state").status_code == 200
+        assert anna.post("/login", data={"username": "anna", "password": "1"}).status_code == 400
+        assert anna.post("/login", data={"username": "anna", "password": "2"}).status_code == 200
 
 
 @pytest.mark.slow
