@@ -55,6 +55,7 @@ class McpTools:
         """Raises ChatError if the package is missing. The servers are started at start()."""
         if importlib.util.find_spec("mcp") is None:
             raise ChatError("MCP_SERVERS needs the package mcp: pip install -r requirements-mcp.txt")
+        logging.getLogger("mcp").setLevel(logging.CRITICAL)  # it would log what servers say
         self._tools: dict[str, list[McpTool]] = {}
         loop = EventLoop()
         self._servers = [McpServer(spec, loop, self._taker(spec)) for spec in specs]

@@ -1,10 +1,13 @@
 """MCP servers: what an operator's file may say, what a grammar makes of their schemas, and what servers may do."""
 
+import functools
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +171,30 @@ def test_what_is_wrong_with_one_answer_ends_one_step_and_not_the_server(server):
     assert server._client is None
 
 
+def test_a_server_that_has_forgotten_the_connection_is_called_again_over_another(server, monkeypatch):
+    from mcp import MCPError
+
+    class Knowing(Client):
+        async def call_tool(self, tool, arguments):
+            return SimpleNamespace(content=[SimpleNamespace(type="text", text="5")], is_error=False)
+
+    async def connect():
+        server._client = Knowing()
+
+    server._client = Client(MCPError(-32600, "Session terminated"))
+    monkeypatch.setattr(server, "_connect", connect)
+    assert (server.call("tool", {}), server._failures) == ("5", 0)
+
+
+def test_what_the_log_keeps_of_an_answer_that_is_none_holds_nothing_of_it(server, caplog):
+    from mcp import MCPError
+
+    server._client = Client(ValueError("1 error for result\n  [input_value='secret']"), MCPError(-32700, "no\nsecret"))
+    assert {called(server), called(server)} == {"The tool's server answered with something that is no answer."}
+    assert "1 error for result" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_a_call_that_fails_late_leaves_the_connection_that_has_taken_its_place(server):
     old, new = Client(OSError()), Client()
 
@@ -219,11 +246,69 @@ def running(**changes):
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **changes.pop("env", {})}
     tools = McpTools([McpServerSpec("test", command=sys.executable, args=(str(SERVER),), env=env, **changes)])
     tools.start()
-    deadline = time.monotonic() + 60
-    while not [*tools] and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: [*tools])
     yield {tool.tool_name: tool for tool in tools}
     tools.close()
+
+
+def until(true):
+    deadline = time.monotonic() + 60
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert true()
+
+
+@contextmanager
+def at(port):
+    """The same server over HTTP."""
+    process = subprocess.Popen(
+        [sys.executable, SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until(lambda: _listens(port))
+    yield
+    process.kill()
+    process.wait()
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "legacy"])  # servers of 2026, and those before them, which keep sessions
+def test_a_server_over_http_may_change_its_tools_die_and_come_back(mode, monkeypatch):
+    mcp = pytest.importorskip("mcp")
+    monkeypatch.setattr(mcp, "Client", functools.partial(mcp.Client, mode=mode))
+    monkeypatch.setattr(mcp_server, "RETRY_S", (0.0,))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with at(port):
+        all_tools = McpTools([McpServerSpec("test", url=f"http://127.0.0.1:{port}/mcp")])
+        all_tools.start()
+        until(lambda: [*all_tools])
+        tools = {tool.tool_name: tool for tool in all_tools}
+        assert tools["add"].run({"a": 2, "b": 3}) == "5"
+        assert tools["grow"].run({}) == "done"
+        until(lambda: "test_grown" in [tool.name for tool in all_tools])
+        monkeypatch.setattr(mcp_server, "CALL_S", 1.0)
+        with pytest.raises(ChatError, match="did not answer within 1 seconds"):
+            tools["hang"].run({})
+        monkeypatch.setattr(mcp_server, "CALL_S", 30.0)
+
+    def adds():
+        with suppress(ChatError):
+            return tools["add"].run({"a": 2, "b": 3}) == "5"
+
+    with at(port):  # which knows nothing of the connection
+        until(adds)
+        with pytest.raises(ChatError, match="has gone away"):
+            tools["die"].run({})
+        with pytest.raises(ChatError, match="cannot be reached"):
+            tools["add"].run({"a": 2, "b": 3})
+    with at(port):
+        until(adds)
+        all_tools.close()
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 
 server = MCPServer("test")
 
@@ -39,6 +39,14 @@ def die() -> str:
 def hang() -> str:
     time.sleep(60)
     return ""
+
+
+@server.tool(description="has one more tool from now on")
+async def grow(context: Context, name: str = "grown") -> str:
+    server.add_tool(lambda: "big", name=name, description="is new")
+    await context.notify_tools_changed()
+    await context.session.send_tool_list_changed()
+    return "done"
 
 
 @server.tool(description="prints what is no protocol")
