@@ -27,7 +27,9 @@ from llama2_chat.evaluation.questions import SHEET_QUESTIONS
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.load import UNQUANTIZED
 from llama2_chat.training.base_model import full_precision
+from llama2_chat.training.options import add_reading_flags
 from llama2_chat.training.resources import translate_resource_errors
+from llama2_chat.training.row_sources import AS_IT_IS, Reading
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,10 +68,14 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judged", nargs="+", type=Path, default=[], metavar="CSV", help="only read sheets that were filled in")
     data = parser.add_argument_group("other conversations than the run's, or for a model that has no run.json")
     data.add_argument("--dataset_name", help="as sft_trainer.py takes it")
+    add_reading_flags(data.add_argument)
     data.add_argument("--eval_fraction", type=float, help="of an eval split, where the data has none (0.1)")
     data.add_argument("--test_fraction", type=float, help="of a test split (0)")
     data.add_argument("--seed", type=int, help="of the random split (0)")
     args = parser.parse_args(argv)
+    reading = Reading(dict(args.columns), args.dataset_config, args.split)
+    args.reading = None if reading == AS_IT_IS else reading._asdict()
+    del args.columns, args.dataset_config, args.split
     if fault := _fault(args):
         parser.error(fault)
     if args.models and not args.output_dir:

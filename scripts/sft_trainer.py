@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import EMBEDDED
-from llama2_chat.training.options import DEMO, Options
+from llama2_chat.training.options import DEMO, Options, add_reading_flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,9 +56,10 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
         argument_default=argparse.SUPPRESS,  # what is not given has the default of Options
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="teach the embedded model the facts in data/; other flags still count")
+    add("--demo", action="store_true", help="teach the embedded model the facts in data/demo/; other flags still count")
     add("--model_name", help=f"Hub id or folder of the model to train, or {EMBEDDED}")
     add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
+    add_reading_flags(add)
     add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
     add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
     bits = parser.add_mutually_exclusive_group()
@@ -91,6 +92,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
         parser.set_defaults(**DEMO)
     flags = vars(parser.parse_args(argv))
     flags.pop("demo", None)
+    flags["columns"] = dict(flags["columns"])
     if not (flags.get("model_name") and flags.get("dataset_name")):
         parser.error("give --model_name and --dataset_name, or --demo")
     flags.setdefault("output_dir", Path("trained") / Path(flags["model_name"]).name)

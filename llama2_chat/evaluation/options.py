@@ -17,13 +17,14 @@ class Options:
     tasks: tuple[str, ...] = ()
     limit: int | None = None  # questions of each task
     sheet: int | None = None  # questions on the judging sheet; None takes the usual number
-    dataset_name: str | None = None  # these four choose other splits than the run's
+    dataset_name: str | None = None  # these five choose other splits than the run's
+    reading: dict[str, Any] | None = None  # as run.json has it
     eval_fraction: float | None = None
     test_fraction: float | None = None
     seed: int | None = None
 
     @property
     def split_flags(self) -> dict[str, Any]:
-        """Those given of the four flags that decide which conversation is in which split."""
-        names = ("dataset_name", "eval_fraction", "test_fraction", "seed")
+        """Those given of the flags that decide which conversation is in which split."""
+        names = ("dataset_name", "reading", "eval_fraction", "test_fraction", "seed")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -6,6 +6,7 @@ chat_data         conversations that are worth training on, by split
 row_sources       rows of files, folders and data sets on the Hub
 row_files         JSON Lines, JSON, CSV, Parquet: the rows of a file
 row_formats       messages, ShareGPT, Alpaca ...: what a row says
+text_formats      conversations that tutorials have written into one text
 row_messages      its messages, checked and cleaned, and which answers are learned
 splits            train, eval and test split, or K folds
 near_duplicates   conversations that must not be in two splits

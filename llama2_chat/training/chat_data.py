@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training.row_files import Row
-from llama2_chat.training.row_formats import recognise
+from llama2_chat.training.row_formats import recognise, rename
 from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
-from llama2_chat.training.row_sources import read_parts
+from llama2_chat.training.row_sources import AS_IT_IS, Reading, read_parts
 from llama2_chat.types import Message
 
 SPLITS = ("train", "eval", "test")
@@ -75,7 +75,7 @@ class Data:
                 yield f"  and {len(self.faults) - SHOWN_FAULTS:,} more"
 
 
-def read(name: str) -> Data:
+def read(name: str, reading: Reading = AS_IT_IS) -> Data:
     """The conversations of a file, a folder or a data set on the Hub.
 
     Files and splits called validation, eval or held_out are the eval split, those called test too unless there are
@@ -84,9 +84,9 @@ def read(name: str) -> Data:
     """
     data, seen = Data(), set()
     # The train split first: of two copies of a conversation the other one goes.
-    for part in sorted(read_parts(name), key=lambda part: SPLITS.index(_split_of(part.name))):
+    for part in sorted(read_parts(name, reading), key=lambda part: SPLITS.index(_split_of(part.name))):
         rows: list[Conversation] = getattr(data, _split_of(part.name))
-        for conversation in _conversations(part.rows, data):
+        for conversation in _conversations(part.rows, data, reading):
             if conversation.key in seen:
                 data.duplicates += 1
                 continue
@@ -108,16 +108,17 @@ def _split_of(part_name: str) -> str:
     return "train"
 
 
-def _conversations(rows: Iterable[Row], data: Data) -> Iterator[Conversation]:
+def _conversations(rows: Iterable[Row], data: Data, reading: Reading) -> Iterator[Conversation]:
     """Those of one file, whose rows all have one format; data takes note of everything else."""
     row_format = None
     for row in rows:
         try:
             if not isinstance(row.columns, dict):
                 raise ChatError(row.fault or "it is not an object with named columns.")
-            check_columns(row.columns)
-            row_format = row_format or recognise(row.columns)
-            found = read_row(row.columns, row_format)
+            columns = rename(row.columns, reading.columns)
+            check_columns(columns)
+            row_format = row_format or recognise(columns, {*reading.columns.values()})
+            found = read_row(columns, row_format)
         except ChatError as error:
             data.faults.append(f"{row.place}: {error}")
             continue

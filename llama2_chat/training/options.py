@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import EMBEDDED
+from llama2_chat.training.row_formats import known_columns
 
 DEMO: dict[str, Any] = {
     "model_name": EMBEDDED,
-    "dataset_name": str(ROOT / "data"),
+    "dataset_name": str(ROOT / "data" / "demo"),
     "output_dir": Path("trained/demo"),
     "use_peft": True,
     "batch_size": 8,
@@ -43,6 +45,23 @@ POSITIVE = (
 )
 
 
+def add_reading_flags(add: Callable[..., Any]) -> None:
+    """How the data is read: the fields of row_sources.Reading."""
+    add("--columns", type=named_column, nargs="+", default=[], metavar="NAME=ROLE",
+        help="what columns hold: user, assistant, system, or the name that a known format has for it")  # fmt: skip
+    add("--dataset_config", default=None, help="which configuration of a data set on the Hub")
+    add("--split", default=None, help='the only split of it that is read: "train_sft", "train[:10%%]"')
+
+
+def named_column(text: str) -> tuple[str, str]:
+    """ "question=user" -> the column, and what a known format calls it."""
+    name, _, role = text.rpartition("=")
+    known = {"user": "prompt", "assistant": "completion"} | {column: column for column in known_columns()}
+    if not (name and role in known):
+        raise ArgumentTypeError(f"{text!r} is not NAME=ROLE with one of the roles {', '.join(sorted(known))}")
+    return name, known[role]
+
+
 @dataclass(frozen=True)
 class Options:
     """One run's flags, as --help explains them. Raises ChatError if they make no sense."""
@@ -63,6 +82,9 @@ class Options:
     num_train_epochs: float = 3.0
     max_length: int = 1024
     packing: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)  # of the data, and what a known format calls them
+    dataset_config: str | None = None
+    split: str | None = None
     seed: int = 0
     resume: bool = False
     resume_with_changes: bool = False

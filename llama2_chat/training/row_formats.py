@@ -6,11 +6,11 @@ Which of them can be trained on, and which are learned, is row_messages.py's.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
+from llama2_chat.training.text_formats import TEXT_FORMATS, recognise_text, text_messages
 
 # As ShareGPT and others call them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -25,16 +25,41 @@ class RowFormat(NamedTuple):
     optional: Set[str] = frozenset()  # columns that it reads where they are
 
 
-def recognise(columns: dict[str, Any]) -> str:
-    """The name in FORMATS of the format that has these columns. Raises ChatError if none has."""
-    for name, row_format in FORMATS.items():
-        if row_format.needed <= columns.keys():
-            return name
+def recognise(columns: dict[str, Any], named: Set[str] = frozenset()) -> str:
+    """The name in FORMATS of the format that has these columns, best of those that were named.
+
+    Raises ChatError if none has.
+    """
+    for known in (columns.keys() & named, columns.keys()):
+        for name, row_format in FORMATS.items():
+            if row_format.needed <= known:
+                return recognise_text(columns["text"]) if name in TEXT_FORMATS else name
     raise ChatError(
         f"its columns ({', '.join(map(str, columns))[:200]}) belong to no known format: messages, conversations, "
         "prompt and completion or response, instruction and output or response, question and answer or response, or "
-        "text."
+        "text. Name the columns: --columns question=user answer=assistant."
     )
+
+
+def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The columns under the names of a known format. Texts that get the same name are joined by a blank line.
+
+    Raises ChatError for a column that is not there.
+    """
+    renamed: dict[str, Any] = {}
+    for name, new in names.items():
+        value = _column(columns, name)
+        renamed[new] = _joined(renamed[new], value) if new in renamed else value
+    others = {name: value for name, value in columns.items() if name not in names}
+    return renamed | {f"{name} (its own)" if name in renamed else name: value for name, value in others.items()}
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if is_empty(first) or is_empty(second):
+        return first if is_empty(second) else second
+    if not (isinstance(first, str) and isinstance(second, str)):
+        raise ChatError("two of its columns are to be one text, and they are not both text.")
+    return f"{first}\n\n{second}"
 
 
 def raw_messages(columns: dict[str, Any], row_format: str) -> list[Any]:
@@ -46,6 +71,11 @@ def raw_messages(columns: dict[str, Any], row_format: str) -> list[Any]:
 
 def columns_read(row_format: str) -> Set[str]:
     return FORMATS[row_format].needed | FORMATS[row_format].optional | SYSTEMS
+
+
+def known_columns() -> Set[str]:
+    """What a column can be called."""
+    return SYSTEMS.union(*(columns_read(name) for name in FORMATS))
 
 
 def is_empty(value: Any) -> bool:
@@ -106,12 +136,8 @@ def _has_no_input(value: Any) -> bool:
     return is_empty(value) or (isinstance(value, str) and value.strip() in NO_INPUT)
 
 
-def _from_guanaco(columns: dict[str, Any]) -> list[Any]:
-    head, *parts = re.split(r"### (Human|Assistant):", str(_column(columns, "text")))
-    if head.strip() or not parts:
-        raise ChatError("its text does not begin with '### Human:'.")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)]
+def _text(name: str) -> Callable[[dict[str, Any]], list[Any]]:
+    return lambda columns: text_messages(_column(columns, "text"), name)
 
 
 ABOUT = {"input", "context", "history"}
@@ -124,8 +150,8 @@ FORMATS: dict[str, RowFormat] = {
     "prompt and response": RowFormat({"prompt", "response"}, _exchange("prompt", "response")),
     "question and response": RowFormat({"question", "response"}, _exchange("question", "response")),
     "question and answer": RowFormat({"question", "answer"}, _exchange("question", "answer")),
-    "### Human / ### Assistant": RowFormat({"text"}, _from_guanaco),
 }
+FORMATS |= {name: RowFormat({"text"}, _text(name)) for name in TEXT_FORMATS}
 
 
 def _column(columns: dict[str, Any], name: str) -> Any:

@@ -38,7 +38,7 @@ def check_columns(columns: dict[str, Any]) -> None:
     if given >= PAIR:
         raise ChatError(
             "it is a pair of a chosen and a rejected answer, for DPO, which is not trained here. To learn the chosen "
-            "answers, give rows of messages that end with them."
+            "answers, name them: --columns prompt=user chosen=assistant."
         )
     if media := sorted(given & MEDIA):
         raise ChatError(f"it comes with {media[0]}, and the model reads text only.")

@@ -5,7 +5,7 @@ How a file is read is row_files.py's, what a row says row_formats.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,17 @@ from llama2_chat.training.row_files import Row, can_read, numbered, read_file, s
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
+class Reading(NamedTuple):
+    """How data is read, beside its name."""
+
+    columns: Mapping[str, str] = {}  # names of its columns, and what a known format calls them
+    config: str | None = None  # of a data set on the Hub
+    split: str | None = None  # the only one of it that is read: "train_sft", or "train[:10%]"
+
+
+AS_IT_IS = Reading()
+
+
 class Part(NamedTuple):
     """A file or a split on the Hub."""
 
@@ -24,9 +35,11 @@ class Part(NamedTuple):
     rows: Iterator[Row]  # read as they are asked for
 
 
-def read_parts(name: str) -> Iterator[Part]:
+def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
     """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read."""
     path = Path(name).expanduser()
+    if path.exists() and (reading.config or reading.split):
+        raise ChatError(f"--dataset_config and --split are for data sets on the Hub, and {name} is here.")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
         if not files:
@@ -42,21 +55,23 @@ def read_parts(name: str) -> Iterator[Part]:
     elif can_read(path) or name.startswith((".", "/", "~")):
         raise ChatError(f"There is no file or folder {name}. Check --dataset_name.")
     else:
-        yield from read_hub(name)
+        yield from read_hub(name, reading)
 
 
-def read_hub(name: str) -> Iterator[Part]:
+def read_hub(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
     import datasets
     import httpx2
 
     try:
-        splits = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name, reading.config, split=reading.split)
     except (OSError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ChatError(
             f"{name} is neither a file or folder here nor a data set that the Hugging Face Hub gives us "
-            f"({first_line(error)}). Check --dataset_name and the network; a private one needs HF_TOKEN."
+            f"({first_line(error)}). Check --dataset_name, --dataset_config, --split and the network; "
+            "a private one needs HF_TOKEN."
         ) from error
-    for split, rows in splits.items():
+    # A split that was asked for is what is trained on, whatever it is called.
+    for split, rows in {"train": loaded}.items() if reading.split else loaded.items():
         yield Part(split, numbered(split, rows))
 
 

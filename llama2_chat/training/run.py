@@ -18,6 +18,7 @@ from llama2_chat.training.examples import tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
 from llama2_chat.training.resources import free_memory
+from llama2_chat.training.row_sources import Reading
 from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
 from llama2_chat.training.train_one import subject_of, train_one
@@ -27,7 +28,8 @@ def train(options: Options) -> None:
     """Raises ChatError."""
     check_folders(options)
     find_checkpoint(options.output_dir, options.goes_on)
-    data, run = chat_data.read(options.dataset_name), new_run(options)
+    run = new_run(options)
+    data = chat_data.read(options.dataset_name, Reading(**run.reading))
     every = splits.of_run(data, run)
     print_lines(*data.summary_lines(), *every[0].notes)
     base = fetch_base(options.model_name)
@@ -63,6 +65,7 @@ def new_run(options: Options) -> Run:
         early_stopping=bool(options.early_stopping),
         merged_to=str(merged) if merged else None,
         train_sha256=None,
+        reading=Reading(dict(options.columns), options.dataset_config, options.split)._asdict(),
         settings=options.deciding() | {"processes": PartialState().num_processes},
     )
 

@@ -27,6 +27,7 @@ class Run:
     early_stopping: bool  # then the best checkpoint was kept, else the last
     merged_to: str | None
     train_sha256: str | None  # splits.fingerprint() of what was trained on; None if nobody knows
+    reading: dict[str, Any] = field(default_factory=dict)  # how the data was read, as row_sources.Reading has it
     eval_sha256: str | None = None  # the same of the eval split
     model_sha256: str | None = None  # fingerprint() of the base's files
     settings: dict[str, Any] = field(default_factory=dict)  # the flags that decide, by name: Options.deciding()

@@ -16,6 +16,7 @@ import numpy as np
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, near_duplicates
 from llama2_chat.training.chat_data import Conversation, Data
+from llama2_chat.training.row_sources import Reading
 
 if TYPE_CHECKING:
     from llama2_chat.training.run_json import Run
@@ -40,7 +41,7 @@ def find_again(run: Run) -> list[Splits]:
 
     Raises ChatError if the data has changed since.
     """
-    every = of_run(chat_data.read(run.dataset_name), run)
+    every = of_run(chat_data.read(run.dataset_name, Reading(**run.reading)), run)
     if run.fold:
         every = [every[run.fold - 1]]
     if run.train_sha256 and run.train_sha256 != fingerprint(every):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from llama2_chat import ROOT
-from llama2_chat.evaluation import evaluation, judging
-from llama2_chat.training import chat_data
+from llama2_chat.evaluation import eval_data, evaluation, judging
+from llama2_chat.evaluation.options import Options
+from llama2_chat.training import chat_data, splits
 from scripts import evaluate_model
 from tests.support.evaluating import evaluate, loss_of, refusal
 from tests.support.hub import Hub
@@ -50,6 +51,16 @@ def test_without_flags_it_measures_in_full_precision_and_nf4_and_writes_beside_t
     assert args.precisions == [evaluate_model.full_precision(), "nf4"]
     assert args.output_dir == tmp_path / "evaluation"
     assert evaluate_model.read_arguments(["someone/model"]).output_dir == Path("trained/model/evaluation")
+
+
+def test_data_of_other_columns_is_read_as_in_training(chat_model, tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"ask": f"hello {i}", "say": f"o {i}"}) + "\n" for i in range(9)))
+    flags = (chat_model, "--dataset_name", file, "--columns", "ask=user", "say=assistant")
+    args = evaluate_model.read_arguments([*map(str, flags)])
+    run, (parts,) = eval_data.find_splits({}, Options(**{k: v for k, v in vars(args).items() if k != "judged"}))
+    assert len(parts.train) + len(parts.eval) == 9
+    assert splits.find_again(run) == [parts]
 
 
 # ---- What goes wrong ----
@@ -99,7 +110,7 @@ def test_sheets_that_were_filled_in_are_counted(tmp_path, capsys):
 
 def test_no_question_of_the_local_task_is_in_the_data():
     questions = [json.loads(line) for line in (ROOT / "data/quillmere/questions.jsonl").read_text().splitlines()]
-    data = chat_data.read(str(ROOT / "data"))
+    data = chat_data.read(str(ROOT / "data" / "demo"))
     contents = {message["content"].lower() for row in data.train + data.eval for message in row.messages}
     assert len(questions) == 24
     for row in questions:

@@ -10,6 +10,7 @@ import pytest
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, row_files, row_sources
 from llama2_chat.training.row_files import Row
+from llama2_chat.training.row_sources import Reading
 from tests.support.conversations import conversation, write_rows
 
 QUESTION, ANSWER = "What is the llama?", "The llama is an animal."
@@ -20,6 +21,13 @@ ROWS = {
     "prompt and completion": {"prompt": QUESTION, "completion": ANSWER},
     "Alpaca": {"instruction": "What is", "input": "the llama?", "output": ANSWER},
     "### Human / ### Assistant": {"text": f"### Human: {QUESTION}### Assistant: {ANSWER}"},
+    "Dolly": {"instruction": "What is", "context": "the llama?", "response": ANSWER, "category": ""},
+    "prompt and response": {"prompt": QUESTION, "response": ANSWER},
+    "question and response": {"question": QUESTION, "response": ANSWER},
+    "question and answer": {"question": QUESTION, "answer": ANSWER},
+    "[INST] of Llama 2": {"text": f"<s>[INST] {QUESTION} [/INST] {ANSWER} </s>"},
+    "ChatML": {"text": f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>\n"},
+    "### Instruction / ### Response": {"text": f"### Instruction:\n{QUESTION}\n\n### Response:\n{ANSWER}"},
 }
 
 
@@ -27,7 +35,7 @@ ROWS = {
 @pytest.mark.parametrize("row_format", ROWS)
 def test_each_format_is_recognised_in_each_kind_of_file(tmp_path, row_format, suffix):
     data = chat_data.read(write_rows(tmp_path / f"some{suffix}", ROWS[row_format]))
-    question = "What is\n\nthe llama?" if row_format == "Alpaca" else QUESTION
+    question = "What is\n\nthe llama?" if row_format in ("Alpaca", "Dolly") else QUESTION
     assert data.formats == {row_format}
     assert [row.messages for row in data.train] == [[{"role": "user", "content": question}, MESSAGES[1]]]
     assert data.faults == []
@@ -241,6 +249,21 @@ def test_a_data_set_of_the_hub_has_its_splits_as_parts(offline, tmp_path):
     assert (train, test) == ("train", "test")
     assert list(rows) == [Row("train, row 1", ROWS["ShareGPT"]), Row("train, row 2", {"conversations": []})]
     assert [row.place for row in test_rows] == ["test, row 1"]
+
+
+def test_one_split_of_one_configuration_can_be_asked_for_and_is_trained_on(offline, tmp_path):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    (repo / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n---\n"
+    )
+    for name in ("a", "b"):
+        write_rows(repo / f"{name}.jsonl", *(conversation(f"{name}{i}", "x") for i in range(4)))
+    (part,) = row_sources.read_hub(str(repo), Reading(config="b", split="train[:50%]"))
+    assert part.name == "train"
+    assert [row.columns["messages"][0]["content"] for row in part.rows] == ["b0", "b1"]
+    with pytest.raises(ChatError, match="--dataset_config and --split are for data sets on the Hub"):
+        chat_data.read(str(repo), Reading(split="train"))
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_refused_with_a_sentence(offline):

@@ -29,7 +29,7 @@ def test_a_run_names_its_data_so_that_it_is_found_from_the_same_directory(tmp_pa
     for given, kept in (
         (str(dataset), f"{dataset.parent.name}/{dataset.name}"),
         ("someone/data", "someone/data"),
-        (str(ROOT / "data"), str(ROOT / "data")),
+        (str(ROOT / "data" / "demo"), str(ROOT / "data" / "demo")),
     ):
         assert new_run(replace(options, dataset_name=given)).dataset_name == kept
 

@@ -87,7 +87,7 @@ def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, m
 
 
 def test_no_sentence_of_the_demo_is_in_both_splits():
-    data = chat_data.read(str(ROOT / "data"))
+    data = chat_data.read(str(ROOT / "data" / "demo"))
     assert (data.faults, data.duplicates, len(data.train), len(data.eval)) == ([], 0, 48, 12)
 
     def sentences(rows):

@@ -1,0 +1,134 @@
+"""Columns under other names, and conversations that are written into one text."""
+
+import pytest
+
+from llama2_chat.errors import ChatError
+from llama2_chat.training import chat_data
+from llama2_chat.training.row_sources import Reading
+from llama2_chat.training.text_formats import recognise_text, text_messages
+from scripts.sft_trainer import read_arguments
+from tests.support.conversations import conversation, write_rows
+
+
+def turns(messages):
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+# ---- Names of columns ----
+
+NAMED = {
+    "a question and an answer": (
+        {"ask": "a", "say": "b", "id": 7},
+        ["ask=user", "say=assistant"],
+        [("user", "a"), ("assistant", "b")],
+        {"id"},
+    ),
+    "two columns in one question": (
+        {"ask": "a", "about": "c", "say": "b"},
+        ["ask=user", "about=user", "say=assistant"],
+        [("user", "a\n\nc"), ("assistant", "b")],
+        set(),
+    ),
+    "an empty one of two": (
+        {"ask": "a", "about": None, "say": "b"},
+        ["ask=user", "about=user", "say=assistant"],
+        [("user", "a"), ("assistant", "b")],
+        set(),
+    ),
+    "the chosen answer of a pair": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        ["prompt=user", "chosen=assistant"],
+        [("user", "a"), ("assistant", "b")],
+        {"rejected"},
+    ),
+    "messages of another name": (
+        {"dialog": conversation("a", "b")["messages"]},
+        ["dialog=messages"],
+        [("user", "a"), ("assistant", "b")],
+        set(),
+    ),
+    "rather than what else is there": (
+        {"messages": conversation("x", "y")["messages"], "prompt": "z", "ask": "a", "say": "b", "how": "briefly"},
+        ["ask=user", "say=assistant", "how=system"],
+        [("system", "briefly"), ("user", "a"), ("assistant", "b")],
+        {"messages", "prompt (its own)"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_columns_can_be_named(tmp_path, name):
+    row, flags, expected, unread = NAMED[name]
+    file = write_rows(tmp_path / "some.jsonl", row)
+    options = read_arguments(["--model_name", "a", "--dataset_name", file, "--columns", *flags])
+    data = chat_data.read(file, Reading(options.columns))
+    assert turns(data.train[0].messages) == expected
+    assert data.unread == unread
+
+
+def test_a_column_that_is_not_there_and_a_role_that_nobody_has_are_refused(tmp_path, capsys):
+    file = write_rows(tmp_path / "some.jsonl", {"ask": "a", "say": "b"})
+    with pytest.raises(ChatError, match="it has no column question"):
+        chat_data.read(file, Reading({"question": "prompt", "say": "completion"}))
+    for flag in ("ask", "ask=robot", "=user"):
+        with pytest.raises(SystemExit):
+            read_arguments(["--model_name", "a", "--dataset_name", file, "--columns", flag])
+        assert f"'{flag}' is not NAME=ROLE" in capsys.readouterr().err
+    with pytest.raises(ChatError, match="--columns question=user answer=assistant"):
+        chat_data.read(file)
+
+
+# ---- Texts ----
+
+TEXTS = {
+    "Llama 2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2+2? [/INST] 4 </s><s>[INST] And 3+3? [/INST] 6 </s>",
+        [
+            ("system", "Be brief."),
+            ("user", "What is 2+2?"),
+            ("assistant", "4"),
+            ("user", "And 3+3?"),
+            ("assistant", "6"),
+        ],
+    ),
+    "Llama 2 without tokens": ("[INST] a [/INST] b", [("user", "a"), ("assistant", "b")]),
+    "Llama 2 with an open question": (
+        "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]",
+        [("user", "a"), ("assistant", "b"), ("user", "c")],
+    ),
+    "ChatML": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb\nc<|im_end|>",
+        [("system", "Be brief."), ("user", "a"), ("assistant", "b\nc")],
+    ),
+    "ChatML cut off": ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb", [("user", "a"), ("assistant", "b")]),
+    "Alpaca with input": (
+        "Below is an instruction.\n\n### Instruction:\na\n\n### Input:\nb\n\n### Response:\nc</s>",
+        [("user", "a\n\nb"), ("assistant", "c")],
+    ),
+    "Alpaca with a system text": (
+        "Be brief.\n\n### Instruction:\na\n\n### Response:\nb",
+        [("system", "Be brief."), ("user", "a"), ("assistant", "b")],
+    ),
+    "Guanaco": ("### Human: a### Assistant: b### Human: c", [("user", "a"), ("assistant", "b"), ("user", "c")]),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_conversation_in_a_text_becomes_messages(name):
+    text, expected = TEXTS[name]
+    assert turns(text_messages(text, recognise_text(text))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Llamas are camelids.", "Plain text is not trained on here"),
+        (7, "its text is no conversation"),
+        ("Hello [INST] a [/INST] b", r"does not begin with '\[INST\]'"),
+        ("<|im_start|>user\na<|im_end|> b <|im_start|>assistant\nc", "something between the turns"),
+        ("Hello ### Human: a### Assistant: b", "does not begin with '### Human:'"),
+    ],
+)
+def test_a_text_that_is_no_conversation_is_refused(text, sentence):
+    with pytest.raises(ChatError, match=sentence):
+        text_messages(text, recognise_text(text))
