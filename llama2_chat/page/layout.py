@@ -42,6 +42,7 @@ STYLES = (
     "screens.css",
     "sidebar.css",
     "markdown.css",
+    "code.css",
     "steps.css",
     "documents.css",
     "settings.css",

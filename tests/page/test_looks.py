@@ -120,11 +120,17 @@ def test_a_phone_needs_no_sideways_scrolling_and_has_room_for_thumbs(visit, site
     assert float(box(page).evaluate("box => parseFloat(getComputedStyle(box).fontSize)")) >= 16
 
 
-def test_the_box_stays_above_a_phones_keyboard(visit, site):
+def test_the_box_stays_above_a_phones_keyboard_and_so_does_the_end_of_what_was_said(visit, perform):
+    site = perform(ScriptedChat(reply=Scripted("A paragraph.\n\n" * 40)))
     page = visit(site, viewport=PHONE, is_mobile=True, has_touch=True)
+    box(page).fill(SHORT)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect_unlocked(page)
+    expect(page.get_by_role("button", name="Retry")).to_be_in_viewport()
     box(page).click()
     page.set_viewport_size({"width": 390, "height": 480})  # as interactive-widget=resizes-content does
     expect(box(page)).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("button", name="Retry")).to_be_in_viewport()
     assert "resizes-content" in page.locator("meta[name=viewport]").get_attribute("content")
 
 

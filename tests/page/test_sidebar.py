@@ -382,11 +382,18 @@ def test_all_chats_are_exported_and_a_file_is_imported_with_what_came_of_it(tab)
         expect(chats(tab)).to_have_text(["Cats", "Bread", "Old radios"])
 
 
-def test_a_file_that_is_none_of_ours_is_refused_with_a_sentence(tab):
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{]", "This is not a file of exported chats"),
+        (b'{"format": "llama2-chat", "version": 1, "conversations": [7]}', "Nothing was imported"),
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_refused_with_a_sentence(tab, content, sentence):
     with tab.expect_file_chooser() as chooser:
         manage(tab, "Import…")
-    chooser.value.set_files({"name": "cat.json", "mimeType": "application/json", "buffer": b"{]"})
-    expect(tab.get_by_role("alert")).to_have_text(re.compile("^This is not a file of exported chats"))
+    chooser.value.set_files({"name": "cat.json", "mimeType": "application/json", "buffer": content})
+    expect(tab.get_by_role("alert")).to_have_text(re.compile(f"^{sentence}"))
 
 
 def test_an_error_inside_is_one_calm_sentence(tab):

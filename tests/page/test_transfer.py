@@ -125,8 +125,8 @@ def test_what_was_exported_and_deleted_comes_back_equal_record_for_record(tab, p
     )
     assert len(before[0][1]) + len(before[1][1]) == 3
     assert after == before
-    assert counts == {"conversations": 2, "messages": 3, "skipped": 0}
-    assert again == {"conversations": 0, "messages": 0, "skipped": 5}
+    assert counts == {"conversations": 2, "messages": 3, "skipped": 0, "unreadable": 0}
+    assert again == {"conversations": 0, "messages": 0, "skipped": 5, "unreadable": 0}
 
 
 def test_an_export_of_one_conversation_holds_no_other(filled):
@@ -157,7 +157,7 @@ def test_an_import_adds_what_is_missing_and_changes_nothing_that_is_there(filled
     new = {**QUESTION, "id": "4" * 32, "parentId": R, "text": "And then?", "createdAt": 5}
     changed = [{**QUESTION, "text": "Something else"}, new]
     counts = imported(filled, file_of({**CONVERSATION, "title": "Stale", "messages": changed}))
-    assert counts == {"conversations": 0, "messages": 1, "skipped": 2}
+    assert counts == {"conversations": 0, "messages": 1, "skipped": 2, "unreadable": 0}
     [[conversation, messages], _] = dump(filled)
     assert conversation["title"] == "Greeting"
     assert [message["text"] for message in messages][0::3] == ["Hello?", "And then?"]
@@ -166,7 +166,7 @@ def test_an_import_adds_what_is_missing_and_changes_nothing_that_is_there(filled
 def test_a_file_cannot_replace_a_message_of_another_conversation(filled):
     before = dump(filled)
     stolen = {**CONVERSATION, "id": "c" * 32, "messages": [{**QUESTION, "conversationId": "c" * 32, "text": "stolen"}]}
-    assert imported(filled, file_of(stolen)) == {"conversations": 1, "messages": 0, "skipped": 1}
+    assert imported(filled, file_of(stolen)) == {"conversations": 1, "messages": 0, "skipped": 1, "unreadable": 0}
     assert [entry for entry in dump(filled) if entry[0]["id"] != "c" * 32] == before
 
 
@@ -200,7 +200,7 @@ BROKEN_CONVERSATIONS += [
 @pytest.mark.parametrize("broken", BROKEN_CONVERSATIONS, ids=str)
 def test_a_broken_conversation_is_left_out_and_the_next_one_is_not(tab, broken):
     counts = imported(tab, file_of(broken, {**CONVERSATION, "id": B, "messages": []}))
-    assert counts == {"conversations": 1, "messages": 0, "skipped": 1}
+    assert counts == {"conversations": 1, "messages": 0, "skipped": 1, "unreadable": 1}
     assert [entry[0]["id"] for entry in dump(tab)] == [B]
 
 
@@ -238,7 +238,7 @@ BROKEN_FIELDS += [
 @pytest.mark.parametrize(("name", "value"), BROKEN_FIELDS, ids=str)
 def test_a_broken_message_is_left_out_and_the_others_are_not(tab, name, value):
     counts = imported(tab, file_of({**CONVERSATION, "messages": [QUESTION, {**ANSWER, name: value}, 7]}))
-    assert counts == {"conversations": 1, "messages": 1, "skipped": 2}
+    assert counts == {"conversations": 1, "messages": 1, "skipped": 2, "unreadable": 2}
     assert [message["text"] for message in dump(tab)[0][1]] == ["Hello?"]
 
 
@@ -252,6 +252,7 @@ def test_what_the_page_itself_writes_passes(tab):
         "conversations": 1,
         "messages": 1,
         "skipped": 0,
+        "unreadable": 0,
     }
     assert dump(tab)[0][1] == [answer]
 

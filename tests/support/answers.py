@@ -9,6 +9,7 @@ from tests.support.static_page import static_page
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Answers</title><link rel="icon" href="data:,"><link rel="stylesheet" href="markdown.css">
+<link rel="stylesheet" href="code.css">
 <style>:root { color-scheme: light dark; --text: light-dark(#1c2330, #e6e9ef); --muted: light-dark(#5b6472, #a4adbb);
 --line: #8888; --surface: light-dark(#fff, #12161d); --raised: light-dark(#f5f6f9, #1b212b);
 --accent: light-dark(#4338ca, #a5b4fc); --radius: 8px; --mono: monospace; } body { color: var(--text);

@@ -105,7 +105,8 @@ async function attempt(work) {
   }
 }
 
-function sentenceOf({ conversations, messages, skipped }) {
+function sentenceOf({ conversations, messages, skipped, unreadable }) {
+  if (!conversations && !messages && unreadable) return T.sidebar.unreadable;
   const imported = T.sidebar.imported(conversations, messages);
   return skipped && (conversations || messages) ? `${imported} ${T.sidebar.importedInPart(skipped)}` : imported;
 }

@@ -220,6 +220,7 @@ export const T = {
       chats || messages
         ? `Imported ${chats === 1 ? "1 chat" : `${chats} chats`} with ${messages === 1 ? "1 message" : `${messages} messages`}.`
         : "Everything in this file is here already.",
+    unreadable: "Nothing was imported: what this file holds cannot be read, or is here already.",
     importedInPart: (skipped) =>
       `${skipped === 1 ? "1 entry was" : `${skipped} entries were`} here already or unreadable.`,
     failed: "That did not work. Reload the page and try again.",

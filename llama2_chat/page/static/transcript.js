@@ -27,6 +27,7 @@ export class Transcript {
     this.toEnd.addEventListener("click", () => this.scrollToEnd());
     this.thread.addEventListener("click", (event) => this._follow(event));
     new ResizeObserver(() => this.following && this._toEnd()).observe(this.thread);
+    new ResizeObserver(() => this._resized()).observe(element);
     // Markdown is made of a message when it comes near: a conversation of a hundred turns opens as fast as one of two.
     const seen = (entries) => entries.forEach((each) => each.isIntersecting && each.target.article.render());
     this.near = new IntersectionObserver(seen, { root: element, rootMargin: "1500px 0px" });
@@ -113,6 +114,11 @@ export class Transcript {
   /** To the newest message; where there is none, to the top of what stands instead. */
   _toEnd() {
     this.element.scrollTop = this.articles.size ? this.element.scrollHeight : 0;
+  }
+
+  /** The keyboard of a phone leaves the end in sight, unless it is for a message that is edited. */
+  _resized() {
+    if (this.following && !this.thread.contains(document.activeElement)) this._toEnd();
   }
 
   _scrolled() {

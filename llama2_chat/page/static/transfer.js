@@ -47,12 +47,12 @@ export async function exportMarkdown(store, id) {
  * Adds the conversations of a file that exportJson made, and changes nothing that is there. What is broken in it is left
  * out.
  * @param {Blob} file
- * @returns {Promise<{ conversations: number, messages: number, skipped: number }>} how many were added; how many records
- *   were there already or made no sense
+ * @returns {Promise<{ conversations: number, messages: number, skipped: number, unreadable: number }>} how many were added; how
+ *   many records were there already or made no sense; how many of these made no sense
  * @throws {Error} with a sentence to show, if it is no such file or the disk is full
  */
 export async function importJson(store, file) {
-  const total = { conversations: 0, messages: 0, skipped: 0 };
+  const total = { conversations: 0, messages: 0, skipped: 0, unreadable: 0 };
   for (const entry of conversationsIn(await textOf(file))) {
     const conversation = checkConversation(entry);
     const given = Array.isArray(entry?.messages) ? entry.messages : [];
@@ -60,6 +60,7 @@ export async function importJson(store, file) {
     const added = conversation ? await add(store, conversation, messages) : { conversations: 0, messages: 0 };
     total.conversations += added.conversations;
     total.messages += added.messages;
+    total.unreadable += (conversation ? 0 : 1) + given.length - messages.length;
     total.skipped += 1 + given.length - added.conversations - added.messages;
   }
   return total;

@@ -7,7 +7,7 @@ let last = 0;
 
 /**
  * The lines of a code in colour, from line `from` on: pieces of "kind \u0002 text" between \u0001, kind a class of
- * markdown.css or empty. null if the language is not known or it took too long.
+ * code.css or empty. null if the language is not known or it took too long.
  * @param {string} code
  * @param {string} language
  * @param {number} from
