@@ -74,6 +74,7 @@ class GuardedChat:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="guard", daemon=True)
         self._thread.start()
         started.wait()
+        log.info("A guard judges each message and each answer; what has no verdict is %s", self._consequence)
         return self._chat.start()
 
     def close(self, timeout_s: float = 5) -> None:

@@ -6,6 +6,7 @@ import threading
 import pytest
 from playwright.sync_api import expect
 
+from tests.support.axe import assert_accessible
 from tests.support.browser import answers, ask, box, expect_unlocked, remarks, send, toast
 from tests.support.guards import BAD, GOOD, Guard, guarded, saying
 
@@ -52,3 +53,10 @@ def test_an_unsafe_message_is_refused_and_stays_in_the_box(visit, perform, setti
         assert chat.asked == []
         ask(page, GOOD)
         expect(answers(page).last).to_have_text("fine")
+
+
+def test_the_guide_to_responsible_use_is_a_click_away(visit, perform):
+    page = visit(perform(saying(GOOD)))
+    link = page.get_by_role("link", name="Responsible use")
+    expect(link).to_have_attribute("href", "https://ai.meta.com/llama/responsible-use-guide/")
+    assert_accessible(page)

@@ -8,6 +8,7 @@ import { Sides } from "./sides.js";
 import { T } from "./texts.js";
 
 const THEME = "llama2-chat.theme";
+const RESPONSIBLE_USE = "https://ai.meta.com/llama/responsible-use-guide/";
 const ICONS = {
   sidebar: "M4 6h16 M4 12h16 M4 18h16",
   newChat: "M12 5v14 M5 12h14",
@@ -46,7 +47,8 @@ export function buildFrame(state) {
   const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
   const [before, command, after] = T.header.insecure;
   const insecure = isSecureContext ? null : h("p", { class: "insecure" }, before, h("code", {}, command), after);
-  const notice = h("p", { class: "notice" }, parts.model, parts.notice);
+  const guide = h("a", { href: RESPONSIBLE_USE, target: "_blank", rel: "noopener noreferrer" }, T.responsibleUse);
+  const notice = h("p", { class: "notice" }, parts.model, parts.notice, " · ", guide);
   const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
   const shade = h("div", { class: "shade", onclick: () => parts.sides.closeSheet() });
   document.body.prepend(h("div", { id: "chat" }, skip, parts.sidebar, middle, shade, parts.live));

@@ -31,6 +31,7 @@ export const T = {
     unkept: "This browser has no room to keep what you type and set here: it is gone after a reload.",
     memoryOnly: "This browser lets the page keep nothing: conversations are lost when it closes.",
   },
+  responsibleUse: "Responsible use",
   login: {
     again: "Log in",
     wrong: "That name and password do not go together. Please try again.",
