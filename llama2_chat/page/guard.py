@@ -19,9 +19,11 @@ import gradio as gr
 from gradio.routes import App
 from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from llama2_chat.server.errors import ApiError, error_response, no_such_route
+from llama2_chat.page.sessions import Sessions
+from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import counted
 from llama2_chat.server.security import content_security_policy
 
@@ -39,7 +41,7 @@ MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio ke
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
 READ += r"|/(static|assets|svelte|pwa_icon)/.+"
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
-READ += r"|/gradio_api/(heartbeat/[^/]+|call/[^/]+/[^/]+)"
+READ += r"|/gradio_api/call/[^/]+/[^/]+"
 ASK = r"/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
 # Gradio writes all that a visitor could put into these as JSON with < escaped.
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
@@ -101,9 +103,10 @@ class Listeners:
 class OnlyOurRoutes:
     """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
 
-    def __init__(self, app: App, listeners: Listeners, head: bytes, on_space: bool) -> None:
+    def __init__(self, app: App, sessions: Sessions, listeners: Listeners, head: bytes, on_space: bool) -> None:
         """head: HTML before Gradio's code in the document of the page, and of the login, where gr.Blocks has none."""
-        self.app, self.listeners, self.head, self.on_space = app, listeners, head, on_space
+        self.app, self.sessions, self.listeners = app, sessions, listeners
+        self.head, self.on_space = head, on_space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -115,6 +118,10 @@ class OnlyOurRoutes:
             return await error_response(problem)(scope, receive, send)
         if path == "/":
             return await self.app(scope, receive, _Document(send, self.head, self.on_space))
+        try:
+            receive, send = await self.sessions.guarded(scope, path, receive, send)
+        except (ApiError, HTTPException) as error:
+            return await error_response(as_api_error(error))(scope, receive, send)
         session = self._session_read(scope, path)
         with self.listeners.listening(session) if session else contextlib.nullcontext():
             return await _with_a_sentence(self.app, scope, receive, send)

@@ -26,6 +26,7 @@ from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurR
 from llama2_chat.page.log_in import login_router
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
+from llama2_chat.page.sessions import Sessions
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.login import Users
@@ -106,8 +107,8 @@ def add_page(
     mount = app.routes.pop()  # at /, where it would take what comes after it
     assert isinstance(mount, Mount)
     gradio = cast(App, mount.app)
-    mount.app = OnlyOurRoutes(gradio, listeners, HEAD, settings.on_space)
     visitors = Visitors(gradio, has_login=users is not None)
+    mount.app = OnlyOurRoutes(gradio, Sessions(visitors), listeners, HEAD, settings.on_space)
     if users is not None:
         app.include_router(login_router(users, visitors))
         users.on_change = visitors.end_sessions

@@ -40,6 +40,13 @@ class Visitors:
         number of cookies."""
         return self.owner(request) if self.has_login else client_address(request)
 
+    def program(self, request: Request) -> str:
+        """Who asks through Gradio. Programs that keep no cookie are told apart by their addresses; whoever has not
+        logged in is refused by Gradio."""
+        if self.has_login:
+            return next((f"login {name}" for _, name in self._sessions(request)), "")
+        return cookie_owner(request) or f"address {client_address(request)}"
+
     def profile(self, request: Request) -> str:
         """Under which name a browser keeps this visitor's conversations: that of the login; "" where there is none."""
         return self._login(request)[1] if self.has_login else ""
@@ -92,11 +99,14 @@ class Visitors:
 
     def _login(self, request: Request) -> tuple[str, str]:
         """The session and the name of whoever has logged in. Raises ApiError for everybody else."""
-        for cookie in self._session_cookies():
-            session = request.cookies.get(cookie, "")
-            if name := self._gradio.tokens.get(session):
-                return session, name
+        for session, name in self._sessions(request):
+            return session, name
         raise ApiError(401, "not_logged_in", "Please log in first.")
+
+    def _sessions(self, request: Request) -> list[tuple[str, str]]:
+        """Its sessions, with their names."""
+        given = [request.cookies.get(cookie, "") for cookie in self._session_cookies()]
+        return [(session, name) for session in given if (name := self._gradio.tokens.get(session))]
 
     def _session_cookies(self) -> list[str]:
         return [f"access-token-{kind}{self._gradio.cookie_id}" for kind in ("", "unsecure-")]

@@ -61,6 +61,7 @@ def test_a_text_about_files_is_a_text(http):
         ("GET", "/gradio_api/stream/1/2/3/playlist.m3u8"),
         ("GET", "/custom_component/1/client/a/b"),
         ("GET", "/monitoring"),
+        ("GET", "/gradio_api/heartbeat/1"),
         ("GET", "/gradio_api/dev/reload"),
         ("POST", "/gradio_api/vibe-edit"),
         ("GET", "/openapi.json"),
