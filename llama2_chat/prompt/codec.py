@@ -89,7 +89,7 @@ class Codec:
         self.formats: dict[str | None, str | None] = {}  # what recognise() found: template -> format
         self.writes_system: dict[str, bool] = {}  # template -> whether it writes a system message
         self.call_styles: dict[str, CallStyle | None] = {}  # template -> how it writes calls
-        self.spaces: dict[str, str] = {}  # template -> white space that it writes before an answer
+        self.before_answers: dict[str, str] = {}  # template -> what it writes before each answer
 
         nonce = secrets.token_hex(16)
         # New ids are given from the number of tokens on; in a vocabulary with gaps these would be taken.

@@ -31,6 +31,8 @@ RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, Attribute
 
 ToolObject = dict[str, Any]  # a tool as OpenAI's API has it, and templates take it
 
+# To whom Functionary 3.2 writes: its prompts end with ">>>", answers begin with "all" and calls with a tool's name.
+RECIPIENT = re.compile(r"\w+\n")
 MOST_CHARACTERS = 2**18  # characters; of longer conversations a template reads nothing, for each look takes 0.1 s
 MOST_STRINGS = 16  # that a template may look for in one conversation
 
@@ -82,7 +84,7 @@ def template_ids(
     try:
         if turns[-1].role == "assistant":
             return _unfinished_ids(tokenizer, turns[:-1], turns[-1].content, tools)
-        return codec_of(tokenizer).encode_rendered(_in_disguise(tokenizer, turns, tools))
+        return codec_of(tokenizer).encode_rendered(_prompt(tokenizer, turns, tools))
     except RENDERING_ERRORS as error:
         raise ChatError(
             f"This model's chat template refuses this conversation ({str(error)[:200]}). Begin with a message from the "
@@ -147,27 +149,35 @@ def _unfinished_ids(
     They are written as one text, in which a word is what it would be in a finished answer; unless that changed the end
     of the prompt, where a model cannot have written otherwise: "\\n" and "\\n" are often one token.
     """
-    codec, prompt = codec_of(tokenizer), _in_disguise(tokenizer, turns, tools)
-    space = _space_before_answers(tokenizer)
-    written = ("" if answer.startswith(space) else space) + answer.translate(codec.disguise)
+    codec, prompt = codec_of(tokenizer), _prompt(tokenizer, turns, tools)
+    space = _before_answers(tokenizer)
+    written = ("" if answer.startswith(space) or not space.isspace() else space) + answer.translate(codec.disguise)
     prompt_ids, ids = codec.encode_rendered(prompt), codec.encode_rendered(prompt + written)
     if ids[: len(prompt_ids)] == prompt_ids:
         return ids
     return prompt_ids + codec.encode_rendered(written, tags_of=prompt)
 
 
-def _space_before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
-    """White space with which the template begins an answer though its prompt does not end with it, as "ASSISTANT: Hi".
+def _prompt(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], tools: Sequence[ToolObject]) -> str:
+    """What the template writes, and the recipient of the answer if it leaves that to the model: everybody."""
+    before = _before_answers(tokenizer)
+    return _in_disguise(tokenizer, turns, tools) + ("" if before.isspace() else before)
 
-    A model writes it itself, but a decoder may have taken it for the beginning of a text and left it out.
+
+def _before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
+    """White space, or a RECIPIENT, with which the template begins an answer though its prompt does not end with it.
+
+    A model writes the space of "ASSISTANT: Hi" itself, but a decoder may have taken it for the beginning of a text and
+    left it out.
     """
-    known, template = codec_of(tokenizer).spaces, str(template_of(tokenizer))
+    known, template = codec_of(tokenizer).before_answers, str(template_of(tokenizer))
     if template not in known:
         asked, answered = Turn("user", nonce(), 1), Turn("assistant", nonce(), 1)
         prompt = render(tokenizer, [asked])
         before = render(tokenizer, [asked, answered], add_generation_prompt=False).partition(answered.content)[0]
         more = before.removeprefix(prompt)
-        known[template] = more if more != before and more.isspace() else ""
+        is_known = more != before and (more.isspace() or RECIPIENT.fullmatch(more))
+        known[template] = more if is_known else ""
     return known[template]
 
 

@@ -10,6 +10,7 @@ from llama2_chat import prompt
 from llama2_chat.errors import ChatError, PromptTooLong
 from tests.support.small_tokenizer import chatml, gpt_2_shaped, llama_shaped, with_template
 from tests.support.templates import (
+    GRANITE,
     MISTRAL,
     QWEN,
     TEMPLATED,
@@ -17,6 +18,7 @@ from tests.support.templates import (
     llama_3_with_tools,
     mistral_with_tools,
     qwen,
+    to_all,
     turns,
 )
 from tests.support.toolbox import CLOCK, FUNCTIONARY_STYLE, LLAMA_3_STYLE, MISTRAL_STYLE, QWEN_STYLE, WEATHER, call
@@ -59,6 +61,13 @@ def shown(tokenizer):
 )
 def test_how_a_template_writes_calls_is_found_out(make, style):
     assert prompt.call_style(shown(make())) == style
+
+
+def test_a_template_that_writes_no_calls_has_them_told_in_words():
+    tokenizer = shown(with_template(llama_3_with_tools(), GRANITE))
+    assert "get_weather" in tokenizer.apply_chat_template(turns("Hi"), tools=list(OBJECTS), tokenize=False)
+    assert prompt.call_style(tokenizer) is None
+    assert prompt.call_style(shown(to_all())) is None
 
 
 def test_a_special_token_that_begins_a_call_is_shown_and_still_cannot_be_typed():

@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped, with_template
-from tests.support.templates import THINKING, turns
+from tests.support.templates import THINKING, to_all, turns
 
 THOUGHTS_ANEW = (
     "{%- for m in messages %}{{- '<|im_start|>' }}{%- if m.role == 'assistant' and '</think>' in m.content %}"
@@ -132,3 +132,14 @@ def test_a_conversation_that_a_template_refuses_for_what_it_says_is_the_callers_
     assert prompt.encode(tokenizer, turns("hello"))
     with pytest.raises(ChatError, match=r"chat template refuses this conversation \(no x\)"):
         prompt.encode(tokenizer, turns("x"))
+
+
+def test_an_answer_is_for_all_where_the_template_leaves_to_the_model_for_whom_it_is():
+    """The first line of each answer was "all"."""
+    tokenizer = to_all()
+    whole = tokenizer.apply_chat_template(turns("Hi", "Hello!"), tokenize=False)
+    asked = tokenizer.decode(prompt.encode(tokenizer, turns("Hi")))
+    assert asked.endswith(">>>all\n")
+    assert whole.startswith(asked)
+    going_on = tokenizer.decode(prompt.encode(tokenizer, turns("Hi", "Hel")))
+    assert going_on == asked + "Hel"

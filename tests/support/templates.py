@@ -93,10 +93,26 @@ FUNCTIONARY = LLAMA_3_TOOLS.replace(
 )
 
 
+# As Functionary 3.2 addresses what it writes, and as Granite 3 is told of tools and calls none in so many words.
+TO_ALL = LLAMA_3.replace("assistant<|end_header_id|>\n\n'", "assistant<|end_header_id|>\n\n>>>'").replace(
+    "{{ m['content']", "{{ ('>>>all\n' if m['role'] == 'assistant' else '') + m['content']"
+)
+GRANITE = (
+    "{% if tools %}{{ '<|start_of_role|>available_tools<|end_of_role|>' + (tools | tojson) + '<|end_of_text|>\n' }}"
+    "{% endif %}{% for m in messages %}{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] }}"
+    "{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+
+
 def mistral_with_tools():
     marks = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
     tokens = tuple(AddedToken(mark, special=True, normalized=False) for mark in marks)
     return with_template(llama_shaped(more_tokens=tokens), MISTRAL_TOOLS)
+
+
+def to_all():
+    return with_template(llama_3_with_tools(), TO_ALL)
 
 
 def functionary():
