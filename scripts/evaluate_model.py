@@ -27,7 +27,7 @@ from llama2_chat.evaluation.questions import SHEET_QUESTIONS
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.load import UNQUANTIZED
 from llama2_chat.training.base_model import full_precision
-from llama2_chat.training.options import add_reading_flags
+from llama2_chat.training.options import add_reading_flags, parse_known
 from llama2_chat.training.resources import translate_resource_errors
 from llama2_chat.training.row_sources import AS_IT_IS, Reading
 
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The fields of Options, and `judged`. Ends the program with a sentence and exit code 2 if they make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL",
         help=f"output folder of sft_trainer.py, adapter, model's folder, Hub id, or {EMBEDDED}")  # fmt: skip
@@ -72,7 +74,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--eval_fraction", type=float, help="of an eval split, where the data has none (0.1)")
     data.add_argument("--test_fraction", type=float, help="of a test split (0)")
     data.add_argument("--seed", type=int, help="of the random split (0)")
-    args = parser.parse_args(argv)
+    args = parse_known(parser, argv)
     reading = Reading(dict(args.columns), args.dataset_config, args.split)
     args.reading = None if reading == AS_IT_IS else reading._asdict()
     del args.columns, args.dataset_config, args.split

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import EMBEDDED
-from llama2_chat.training.options import DEMO, Options, add_reading_flags
+from llama2_chat.training.options import DEMO, OPTIMIZERS, SCHEDULES, Options, add_reading_flags, parse_known
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +53,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # what is not given has the default of Options
     )
     add = parser.add_argument
@@ -72,7 +73,14 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--batch_size", type=int, help="conversations computed at once on each GPU (4)")
     add("--gradient_accumulation_steps", type=int, help="batches in one optimizer step (1)")
     add("--num_train_epochs", type=float, help="how often each conversation is seen (3)")
+    add("--max_steps", type=int, help="train for so many steps rather than epochs")
     add("--learning_rate", type=float, help="at its highest (2e-4 for an adapter, 2e-5 for all weights)")
+    add("--lr_scheduler_type", choices=SCHEDULES, metavar="NAME", help=f"{', '.join(SCHEDULES)} (cosine)")
+    add("--warmup_ratio", type=float, help="of all steps, over which the learning rate rises (0.03)")
+    add("--optim", choices=OPTIMIZERS, metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (adamw_torch_fused)")
+    add("--weight_decay", type=float, help="(0)")
+    add("--save_steps", type=float, help="steps after which the run is measured and saved; below 1: of all (0.05)")
+    add("--logging_steps", type=int, help="steps between two train losses (1)")
     add("--max_length", type=int, help="tokens of a conversation; longer ones lose exchanges (1024)")
     add("--packing", action="store_true", help="put short conversations together into one row of max_length")
     add("--seed", type=int, help="of everything random (0)")
@@ -90,7 +98,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--merge_and_push", metavar="REPO", help="merge, and upload the merged model to this repository on the Hub")
     if "demo" in parser.parse_known_args(argv)[0]:
         parser.set_defaults(**DEMO)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parse_known(parser, argv))
     flags.pop("demo", None)
     flags["columns"] = dict(flags["columns"])
     if not (flags.get("model_name") and flags.get("dataset_name")):

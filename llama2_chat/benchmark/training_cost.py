@@ -114,12 +114,12 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
         batch_size=BATCH,
         max_length=TOKENS,
         num_train_epochs=1,
+        save_steps=0.99,  # of the run: it saves only near the end, as the other trainer never saves
     )
     base = fetch_base(options.model_name)
     model = load_base(base.checkpoint, "nf4", 0 if visible_gpus() else "cpu", no_progress)
     examples = {"train": [TokenizedExample(ids, [(0, len(ids))]) for ids in _random_rows()], "eval": []}
-    # eval_steps is a fraction of the run: it saves only near the end, as the other trainer never saves
-    return make_trainer(options, model, base.tokenizer, examples, eval_steps=0.99)
+    return make_trainer(options, model, base.tokenizer, examples)
 
 
 def plain_trainer(folder: Path, output_dir: Path) -> Trainer:

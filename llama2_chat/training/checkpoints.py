@@ -12,9 +12,9 @@ from llama2_chat.errors import ChatError
 from llama2_chat.training.options import Options
 from llama2_chat.training.run_json import Run, read_run
 
-# What a checkpoint cannot take up: how many trainings there are, and what its adapter and optimizer are made of.
-FIXED = {"folds", "use_peft", "lora_r", "target_modules"}
-LONGER = {"num_train_epochs"}  # with more of it a run that is done goes on
+# What a checkpoint cannot take up: how many trainings there are, and what adapter, optimizer and log are made of.
+FIXED = {"folds", "use_peft", "lora_r", "target_modules", "optim", "weight_decay", "save_steps", "logging_steps"}
+LONGER = {"num_train_epochs", "max_steps"}  # with more of it a run that is done goes on
 
 
 def check_folders(options: Options) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,45 @@ DECIDING = (
     "num_train_epochs",
     "batch_size",
     "gradient_accumulation_steps",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "optim",
+    "weight_decay",
     "packing",
     "early_stopping",
+    "save_steps",
+    "logging_steps",
     "use_peft",
 )
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+# Those of transformers that need no settings of their own.
+SCHEDULES = (
+    *("cosine", "linear", "constant", "constant_with_warmup"),
+    *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
+OPTIMIZERS = (
+    *("adamw_torch_fused", "adamw_torch", "adafactor", "sgd"),
+    *("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),  # of bitsandbytes
+)
+# What TRL and others call our flags, where no similarity tells.
+OTHER_NAMES = {
+    "model_name_or_path": "model_name",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "lora_target_modules": "target_modules",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "resume_from_checkpoint": "resume",
+    "dataset_train_split": "split",
+    "val_size": "eval_fraction",
+    "eval_steps": "save_steps",
+    "push_to_hub": "merge_and_push",
+    "warmup_steps": "warmup_ratio",
+}
 POSITIVE = (
     "batch_size",
     "gradient_accumulation_steps",
@@ -42,7 +77,26 @@ POSITIVE = (
     "num_train_epochs",
     "max_length",
     "learning_rate",
+    "save_steps",
+    "logging_steps",
 )
+
+
+def parse_known(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """The flags. Ends the program with exit code 2 and a sentence for a flag that is none, with what may be meant."""
+    found, rest = parser.parse_known_args(argv)
+    if rest:
+        flags = [name for name in rest if name.startswith("-")]
+        parser.error(" ".join(_unknown(name, parser) for name in flags) or f"{rest[0]} belongs to no flag.")
+    return found
+
+
+def _unknown(flag: str, parser: ArgumentParser) -> str:
+    known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    other = OTHER_NAMES.get(name)
+    near = [other] if other in known else get_close_matches(name, known, 1)
+    return f"There is no {flag.partition('=')[0]}.{f' Is --{near[0]} meant?' if near else ''}"
 
 
 def add_reading_flags(add: Callable[..., Any]) -> None:
@@ -80,6 +134,13 @@ class Options:
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 3.0
+    max_steps: int | None = None  # rather than num_train_epochs
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03  # of all steps
+    optim: str = "adamw_torch_fused"
+    weight_decay: float = 0.0
+    save_steps: float = 0.05  # after how many steps the run is measured and saved; below 1 a part of all steps
+    logging_steps: int = 1
     max_length: int = 1024
     packing: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)  # of the data, and what a known format calls them
@@ -122,7 +183,13 @@ class Options:
         for name in POSITIVE:
             if not getattr(self, name) > 0:  # NaN is not
                 yield f"--{name} must be above 0."
-        for name in ("lora_dropout", "eval_fraction", "test_fraction"):
+        if self.max_steps is not None and self.max_steps < 1:
+            yield "--max_steps must be above 0."
+        if self.save_steps > 1 and self.save_steps % 1:
+            yield "--save_steps must be a whole number of steps, or below 1 for a part of all steps."
+        if not self.weight_decay >= 0:
+            yield "--weight_decay must be at least 0."
+        for name in ("lora_dropout", "warmup_ratio", "eval_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name} must be at least 0 and below 1."
         if not 0 <= self.seed < 2**32:

@@ -88,13 +88,17 @@ def _settings(subject: Subject) -> dict[str, str]:
     lora = f"LoRA of rank {options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}"
     method = f"{lora}, in {' '.join(options.target_modules)}," if options.use_peft else "all weights"
     processes = run.settings.get("processes", 1)
+    length = f"{options.max_steps:,} steps" if options.max_steps else f"{options.num_train_epochs:g} epochs"
+    has_warmup = options.lr_scheduler_type != "constant"
+    warmup = f" after a warm-up of {options.warmup_ratio:.0%} of the steps" if has_warmup else ""
     batch = f"batch {options.batch_size} × {options.gradient_accumulation_steps}"
     rows = {
         "model": f"{public(subject.model)}, {method} on {run.precision}",
         "data": public(options.dataset_name),
-        "settings": f"{options.num_train_epochs:g} epochs, {batch}{f' × {processes} processes' * (processes > 1)}, "
+        "settings": f"{length}, {batch}{f' × {processes} processes' * (processes > 1)}, "
         f"learning rate {options.learning_rate:g}, {options.max_length:,} tokens{', packed' * options.packing}, "
         f"seed {options.seed}",
+        "schedule": f"{options.lr_scheduler_type}{warmup}, {options.optim}, weight decay {options.weight_decay:g}",
     }
     if options.early_stopping:
         rows["stops"] = f"when the eval loss has not fallen {options.early_stopping} times in a row; the best is kept"

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-EVAL_STEPS = 0.05  # of a run, after which it is measured on the eval split, and saved
-
 
 def make_trainer(
     options: Options,
@@ -35,12 +33,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     resumed: bool = False,
-    eval_steps: float = EVAL_STEPS,
 ) -> SFTTrainer:
     """examples: of the train split, and of the eval split if there is one."""
     from llama2_chat.training.sft import TokenWeightedTrainer
 
-    config = _config(options, bool(examples["eval"]), resumed, eval_steps)
+    config = _config(options, bool(examples["eval"]), resumed)
     stopping = [EarlyStoppingCallback(options.early_stopping)] if options.early_stopping else []
     trainer = TokenWeightedTrainer(
         model,
@@ -60,20 +57,24 @@ def make_trainer(
     return trainer
 
 
-def _config(options: Options, has_eval: bool, resumed: bool, eval_steps: float) -> SFTConfig:
+def _config(options: Options, has_eval: bool, resumed: bool) -> SFTConfig:
     from trl import SFTConfig
 
+    save_steps = options.save_steps if options.save_steps < 1 else int(options.save_steps)
     gpus = visible_gpus()
     has_gpu, is_bfloat16 = bool(gpus), compute_dtype(gpus) is torch.bfloat16
     return SFTConfig(
         output_dir=str(options.output_dir),
         num_train_epochs=options.num_train_epochs,
+        max_steps=options.max_steps or -1,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # of all steps, as everything below 1
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_ratio,  # of all steps, as everything below 1
+        optim=options.optim,
+        weight_decay=options.weight_decay,
         max_length=options.max_length,
         packing=options.packing,
         eval_packing=False,
@@ -83,13 +84,13 @@ def _config(options: Options, has_eval: bool, resumed: bool, eval_steps: float) 
         dataloader_pin_memory=has_gpu,
         gradient_checkpointing=has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
         seed=options.seed,
-        logging_steps=1,
+        logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # True logs a NaN loss as 0
         eval_strategy="steps" if has_eval else "no",
-        eval_steps=eval_steps,
+        eval_steps=save_steps,
         eval_on_start=has_eval and not resumed,
         save_strategy="steps",
-        save_steps=eval_steps,
+        save_steps=save_steps,
         save_total_limit=2,
         load_best_model_at_end=bool(options.early_stopping),
         restore_callback_states_from_checkpoint=True,  # else a resumed run counts anew before it stops early

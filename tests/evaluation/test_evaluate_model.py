@@ -37,6 +37,7 @@ from tests.support.hub import Hub
         (["a", "--eval_fraction", "1"], "--eval_fraction must be at least 0 and below 1"),
         (["a", "--sheet", "-1"], "--sheet must be 0 or more"),
         (["a", "--precisions", "fp4"], "invalid choice"),
+        (["a", "--precision", "nf4"], "There is no --precision. Is --precisions meant?"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, capsys):

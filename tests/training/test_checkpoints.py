@@ -58,6 +58,9 @@ CHANGES = {
             ("batch_size", 8, 4),
             ("gradient_accumulation_steps", 2, 1),
             ("processes", 2, 1),
+            ("max_steps", 5, None),
+            ("lr_scheduler_type", "linear", "cosine"),
+            ("warmup_ratio", 0.5, 0.03),
             ("packing", True, False),
             ("early_stopping", 3, None),
             ("lora_alpha", 8, 32),
@@ -69,6 +72,15 @@ FIXED = {
     "--folds": ({"folds": 3}, "folds was 3 and is now 0"),
     "--use_peft": ({"settings": {"use_peft": False}}, "use_peft was False and is now True"),
     "--lora_r": ({"settings": {"lora_r": 4}}, "lora_r was 4 and is now 16"),
+    **{
+        f"--{name}": ({"settings": {name: before}}, f"{name} was {before} and is now {after}")
+        for name, before, after in (
+            ("optim", "sgd", "adamw_torch_fused"),
+            ("weight_decay", 0.5, 0.0),
+            ("save_steps", 5.0, 0.05),
+            ("logging_steps", 5, 1),
+        )
+    },
     "--target_modules": ({"settings": {"target_modules": ["q_proj"]}}, r"target_modules was \['q_proj'\] and is now"),
 }
 

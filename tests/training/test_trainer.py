@@ -79,7 +79,17 @@ def test_what_the_flags_say_is_what_the_trainer_does(prepare):
     adapter = trainer.model.peft_config["default"]
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 12, 0.25)
     assert adapter.target_modules == {"q_proj"}
+    schedule_flags = (
+        "--lr_scheduler_type linear --warmup_ratio 0.5 --optim adamw_torch --weight_decay 0.1 --max_steps 10"
+    )
+    trainer, _ = prepare("--gradient_accumulation_steps", "3", "--save_steps", "4", *schedule_flags.split())
     assert trainer.args.gradient_accumulation_steps == 3
+    assert (trainer.args.save_steps, trainer.args.eval_steps, trainer.args.max_steps) == (4, 4, 10)
+    trainer.create_optimizer_and_scheduler(10)
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0, 0.1}
+    rates = [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(11)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 0.8, 0.6, 0.4, 0.2, 0])
 
 
 @pytest.mark.slow
