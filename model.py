@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, NoInfilling, PromptTooLong, quoted
+from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, NoInfilling, PromptTooLong, Subject, quoted
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
@@ -248,7 +248,7 @@ class ChatModel:
     ) -> StreamedReply:
         """What follows input_ids, on its way; see types.ChatBackend."""
         serving, before = self.serving, input_ids
-        fitting = self._fitting(input_ids, params, to_the_end)
+        fitting = self._fitting(input_ids, params, to_the_end, "prompt")
         serving.engine.check_ids(fitting)  # before the reply decodes them, at which the tokenizer may overflow
         if serving.infilling and serving.infilling.middle in fitting:
             before = prompt.head_ids(serving.tokenizer)
@@ -265,7 +265,7 @@ class ChatModel:
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a text to go on with; none of it becomes a control token, save a BOS at its head."""
         serving = self.serving
-        prompt.check_length(serving.tokenizer, [text], self.context_length)
+        prompt.check_length(serving.tokenizer, [text], self.context_length, "prompt")
         if serving.infilling and (parts := prompt.written_infilling(text)):
             return prompt.encode_infilling(serving.tokenizer, serving.infilling, *parts)
         return prompt.encode_text(serving.tokenizer, text)
@@ -278,7 +278,7 @@ class ChatModel:
         if serving.infilling is None:
             raise NoInfilling(prompt.NO_INFILLING)
         if room is None:
-            prompt.check_length(serving.tokenizer, [prefix, suffix], self.context_length)
+            prompt.check_length(serving.tokenizer, [prefix, suffix], self.context_length, "prompt")
         return prompt.encode_infilling(serving.tokenizer, serving.infilling, prefix, suffix, extra, room)
 
     def decode(self, input_ids: Sequence[int]) -> str:
@@ -316,11 +316,13 @@ class ChatModel:
             return min(params.max_new_tokens, self.context_length // 2)
         return params.max_new_tokens
 
-    def _fitting(self, input_ids: Sequence[int], params: SamplingParams, to_the_end: bool) -> list[int]:
+    def _fitting(
+        self, input_ids: Sequence[int], params: SamplingParams, to_the_end: bool, subject: Subject = "conversation"
+    ) -> list[int]:
         """The ids, or PromptTooLong if they leave too little room for the answer."""
         wanted = 0 if to_the_end else self._room(params)
         if len(input_ids) + max(wanted, 1) > self.serving.engine.context_length:
-            raise PromptTooLong(len(input_ids), self.context_length, wanted)
+            raise PromptTooLong(len(input_ids), self.context_length, wanted, subject=subject)
         return list(input_ids)
 
     def _submit(

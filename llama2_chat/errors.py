@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-Subject = Literal["conversation", "message", "message and its answer so far"]
+Subject = Literal["conversation", "message", "message and its answer so far", "prompt"]
 GPU_LOST = "The GPU stopped working, so this program is shutting down. It must be restarted if no supervisor does so."
 
 
@@ -64,7 +64,7 @@ class PromptTooLong(ChatError):
     prompt_tokens, context_length: 0 where nobody knows them.
     max_new_tokens: the room that was requested for the answer; 0 if any will do.
     system_tokens: of the prompt, the system text; what to shorten depends on it.
-    subject: what is so long; without "conversation" it is only the newest message.
+    subject: what is so long; a message is the newest alone, a prompt a text to go on with.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import ChatError, PromptTooLong
 from llama2_chat.types import SamplingParams
 from model import ChatModel
 from tests.support.code_llama import code_llama_tokenizer, one_word_model
@@ -37,6 +37,14 @@ def test_a_text_is_gone_on_with(code_llama):
         text = "".join(reply)
     assert text.startswith(" x")
     assert reply.finish_reason == "length" or reply.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("text", ["the " * 600, "the " * 10**6], ids=["too long", "absurdly long"])
+def test_a_text_that_is_too_long_is_called_a_prompt_and_no_conversation(code_llama, text):
+    with pytest.raises(PromptTooLong, match=r"^This prompt is [\d,]*(too long| tokens)"):
+        code_llama.stream_completion(code_llama.encode_text(text), GREEDY)
+    with pytest.raises(PromptTooLong, match=r"^This prompt is "):
+        code_llama.stream_completion(code_llama.encode_infilling(text, text), GREEDY)
 
 
 def test_it_says_that_it_does_not_chat(code_llama):

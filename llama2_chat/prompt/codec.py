@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from llama2_chat.errors import ModelUnavailable, PromptTooLong
+from llama2_chat.errors import ModelUnavailable, PromptTooLong, Subject
 from llama2_chat.text import valid_unicode
 from llama2_chat.types import CallStyle
 
@@ -45,11 +45,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return cast(str, tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def check_length(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context_length: int) -> None:
+def check_length(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    context_length: int,
+    subject: Subject = "conversation",
+) -> None:
     """Raise PromptTooLong for what cannot fit, whatever it says: encoding megabytes takes seconds and gigabytes."""
     codec = codec_of(tokenizer)
     if sum(map(codec.at_least, texts)) > context_length:
-        raise PromptTooLong(context_length=context_length)
+        raise PromptTooLong(context_length=context_length, subject=subject)
 
 
 def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
