@@ -32,6 +32,7 @@ Reply with "safe"; or else with "unsafe" and, on the next line, the numbers of w
 CATEGORY = re.compile(r"[SO][0-9]{1,2}")
 CATEGORIES = r"[SO][0-9]{1,2}(,[SO][0-9]{1,2}){0,3}"
 CONFIDENCE = r"(\n?<confidence> (High|Low) </confidence>)?"
+NO_THOUGHT = r"(<think>\n?</think>\n?)?"
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Style:
 LLAMA_GUARD = Style("safe", f"unsafe\n{CATEGORIES}", r"un\W*safe", has_task=True, last_word="safe")
 # Whether there is a risk: until version 3.2 a word, perhaps with its confidence, then a score.
 GRANITE_GUARDIAN = Style(
-    f"(No{CONFIDENCE}|<score> no </score>)",
-    f"(Yes{CONFIDENCE}|<score> yes </score>)",
+    f"(No{CONFIDENCE}|{NO_THOUGHT}<score>( no |no)</score>)",
+    f"(Yes{CONFIDENCE}|{NO_THOUGHT}<score>( yes |yes)</score>)",
     r"\byes\b",
     has_task=True,
     last_word="No",

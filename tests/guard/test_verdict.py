@@ -16,7 +16,7 @@ SAFE = {
     "Llama Guard": {"safe"},
     "any other": {"safe"},
     "granite-guardian": {
-        *("No", "<score> no </score>"),
+        *("No", "<score> no </score>", "<score>no</score>", "<think>\n</think>\n<score> no </score>"),
         *(f"No{gap}<confidence> {sure} </confidence>" for gap in ("", "\n") for sure in ("High", "Low")),
     },
 }
