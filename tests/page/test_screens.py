@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 from llama2_chat.server import login
 from llama2_chat.types import Status
 from tests.support.axe import assert_accessible
-from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, open_settings, press, send
+from tests.support.browser import SHORT, answers, ask, box, expect_unlocked, open_settings, press, send, toast
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
 
@@ -229,3 +229,24 @@ def pixels(element: Locator) -> bytes:
 def colours(element: Locator) -> int:
     with Image.open(io.BytesIO(element.screenshot())) as picture:
         return len(picture.convert("RGB").getcolors(1_000_000))
+
+
+def test_nothing_shows_through_the_head_of_the_settings_and_a_toast_is_in_the_middle_of_the_chat(visit, site):
+    page = visit(site, viewport={"width": 1280, "height": 800})
+    open_settings(page)
+    page.evaluate("document.querySelector('#settings').scrollTop = 300")
+    shown = """() => {
+      const head = document.querySelector("#settings > header");
+      const { left, top, height } = head.getBoundingClientRect();
+      const at = (y) => document.elementFromPoint(left + 30, top + y);
+      return Array.from({ length: height - 2 }, (_, y) => at(y + 1)).every((each) => head.contains(each));
+    }"""
+    for _ in range(20):
+        assert page.evaluate(shown)
+        page.evaluate("document.querySelector('#settings').scrollTop += 7")
+    page.get_by_role("textbox", name="Seed").fill("none")
+    box(page).fill("Hi")
+    box(page).press("Enter")
+    middle = "(element) => { const { left, right } = element.getBoundingClientRect(); return (left + right) / 2; }"
+    expect(toast(page)).to_be_visible()
+    assert abs(toast(page).evaluate(middle) - page.locator("#composer").evaluate(middle)) < 10
