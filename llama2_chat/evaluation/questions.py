@@ -10,17 +10,17 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from llama2_chat import prompt
 from llama2_chat.evaluation.judging import SAFETY_QUESTIONS
 from llama2_chat.evaluation.subjects import Subject, display_names
 from llama2_chat.training import answers as training_answers
 from llama2_chat.training.chat_data import Conversation
+from llama2_chat.training.examples import question_ids, said
 from llama2_chat.training.run_json import Run
 from llama2_chat.training.splits import Splits
 
 SHEET_QUESTIONS = 20  # beside those of safety
 ANSWER_TOKENS = 128  # at most
-SPEAKERS = {"system": "Instruction", "user": "Person", "assistant": "Model"}
+SPEAKERS = {"system": "Instruction", "user": "Person", "assistant": "Model", "tool": "Tool"}
 
 
 class SheetPlan(NamedTuple):
@@ -32,7 +32,7 @@ class SheetPlan(NamedTuple):
     @property
     def questions(self) -> list[tuple[str, str]]:
         """What the sheet shows: each question, and what is expected."""
-        return [(_dialog(row), row.messages[-1]["content"]) for row in self.rows]
+        return [(_dialog(row), said(row.messages[-1])) for row in self.rows]
 
 
 def plan_sheet(models: Sequence[str], subjects: list[Subject], splits: Splits, run: Run, number: int) -> SheetPlan:
@@ -44,7 +44,7 @@ def plan_sheet(models: Sequence[str], subjects: list[Subject], splits: Splits, r
     if len(rows) > number:
         rows = random.Random(run.seed).sample(rows, len(rows))
     tokenizer = next(subject.tokenizer for subject in subjects if subject.name == pair[1])
-    fitting = (row for row in rows if len(prompt.encode(tokenizer, row.messages[:-1])) < run.max_length)
+    fitting = (row for row in rows if len(question_ids(row, tokenizer)) < run.max_length)
     return SheetPlan([*islice(fitting, number), *_safety_rows()], pair)
 
 
@@ -72,7 +72,7 @@ def _dialog(row: Conversation) -> str:
     *before, question = row.messages[:-1]
     if not before:
         return question["content"]
-    return "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in row.messages[:-1])
+    return "\n\n".join(f"{SPEAKERS[message['role']]}: {said(message)}" for message in row.messages[:-1])
 
 
 def answer(subject: Subject, model: PreTrainedModel, rows: list[Conversation], batch_size: int) -> list[str]:

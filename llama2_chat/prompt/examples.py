@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Set
+from collections.abc import Container, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.prompt.formats import writer
 from llama2_chat.prompt.messages import check_messages
+from llama2_chat.prompt.template import ToolObject
 from llama2_chat.types import Message
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ def encode_example(
     stop_ids: Container[int],
     chat_format: str | None = None,
     context: Set[int] = frozenset(),
+    tools: Sequence[ToolObject] = (),
 ) -> TokenizedExample:
     """A conversation that ends with an answer, in the ids that encode() would give it, and the answers among them.
 
     context: places in messages of answers that are not to be learned. Several answers in a row are one in the format,
     and the place of the first counts.
+    tools: as encode() takes them.
 
     An answer is what the model has to write after the prompt of its question, up to and including the stop
     id: without it a model never learns to end.
@@ -42,11 +45,11 @@ def encode_example(
         raise ChatError("A conversation to train on ends with an answer.")
     if turns[0].role != "user":
         raise ChatError("A conversation to train on starts with a message from the user.")
-    write = writer(tokenizer, chat_format)
+    write = writer(tokenizer, chat_format, tools)
     input_ids, answers = write(system, turns), []
     spoken = [place for place, message in enumerate(messages) if message["role"] != "system"]
-    for i in range(1, len(turns), 2):
-        if spoken[sum(turn.messages for turn in turns[:i])] in context:
+    for i, turn in enumerate(turns):
+        if turn.role != "assistant" or spoken[sum(turn.messages for turn in turns[:i])] in context:
             continue
         asked = write(system, turns[:i])
         start = len(asked)

@@ -8,6 +8,7 @@ row_files         JSON Lines, JSON, CSV, Parquet: the rows of a file
 row_formats       messages, ShareGPT, Alpaca ...: what a row says
 text_formats      conversations that tutorials have written into one text
 row_messages      its messages, checked and cleaned, and which answers are learned
+row_tools         calls of tools in it, and what they returned
 splits            train, eval and test split, or K folds
 near_duplicates   conversations that must not be in two splits
 examples          conversations as token ids and labels

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llama2_chat import prompt
 from llama2_chat.training.chat_data import Conversation
+from llama2_chat.training.examples import question_ids
 
 if TYPE_CHECKING:
     from llama2_chat.training.splits import Splits
@@ -27,7 +27,7 @@ def choose_questions(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_len
     """The first few of the eval and of the train split whose last question fits into max_length."""
     chosen = []
     for split, rows in (("eval", splits.eval), ("train", splits.train)):
-        fitting = (row for row in rows if len(prompt.encode(tokenizer, row.messages[:-1])) <= max_length)
+        fitting = (row for row in rows if len(question_ids(row, tokenizer)) <= max_length)
         chosen += [Question(split, row) for row in islice(fitting, QUESTIONS)]
     return chosen
 
@@ -40,7 +40,7 @@ def answer(
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """What the model answers, greedily, in place of each conversation's last message. One batch, padded on the left."""
-    prompts = [prompt.encode(tokenizer, row.messages[:-1]) for row in rows]
+    prompts = [question_ids(row, tokenizer) for row in rows]
     T, pad_id = max(map(len, prompts)), min(stop_ids)
     input_ids = [[pad_id] * (T - len(ids)) + ids for ids in prompts]
     mask = [[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts]

@@ -30,6 +30,7 @@ def fetch_base(model_name: str) -> BaseModel:
     if checkpoint.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = load.load_tokenizer(checkpoint)
+    prompt.show_calls(tokenizer)  # as the chat does, which then writes and reads calls in the same way
     if prompt.recognise(tokenizer) == prompt.NO_FORMAT:
         raise ModelUnavailable(
             f"{model_name} has no chat template, and its tokenizer does not give Llama 2's ids, so there is no "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
@@ -16,7 +16,7 @@ from llama2_chat.training.row_files import Row
 from llama2_chat.training.row_formats import recognise, rename
 from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
 from llama2_chat.training.row_sources import AS_IT_IS, Reading, read_parts
-from llama2_chat.types import Message
+from llama2_chat.types import Message, Tool
 
 SPLITS = ("train", "eval", "test")
 EVAL_NAMES = r"(held_out|validation|valid|eval|dev)(?![a-z])"  # how the name of a part that is an eval split begins
@@ -29,11 +29,14 @@ class Conversation(NamedTuple):
     messages: list[Message]
     place: str  # "train.jsonl, line 3"
     context: frozenset[int] = frozenset()  # answers that are not learned, by their places in messages
+    tools: tuple[Tool, ...] = ()  # that the model is told of
 
     @property
     def key(self) -> str:
         """What it teaches: equal for two that are trained on alike."""
-        return json.dumps([self.messages, sorted(self.context)] if self.context else self.messages)
+        if not (self.context or self.tools):
+            return json.dumps(self.messages)
+        return json.dumps([self.messages, sorted(self.context), [asdict(tool) for tool in self.tools]])
 
 
 @dataclass
@@ -137,7 +140,7 @@ def _conversation(found: RowMessages, place: str, data: Data) -> Conversation:
     data.greetings += found.has_greeting
     context = frozenset(i for i in found.context if i < last)
     data.context += len(context)
-    return Conversation(found.messages[: last + 1], place, context)
+    return Conversation(found.messages[: last + 1], place, context, found.tools)
 
 
 def _why_none(data: Data) -> str:

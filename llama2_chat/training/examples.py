@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Set
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from llama2_chat.prompt import TokenizedExample
+from llama2_chat.prompt.template import ToolObject
+from llama2_chat.tools import PLAIN, plain
 from llama2_chat.training.chat_data import SHOWN_FAULTS, Conversation
+from llama2_chat.types import Message, ToolOffer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +19,40 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that PyTorch's cross-entropy passes over
 
 Examples = dict[str, list[TokenizedExample]]  # by split
+
+
+class Told(NamedTuple):
+    """A conversation as the model reads it: with its tools, or with plain text for them."""
+
+    messages: list[Message]
+    context: Set[int]  # answers that are not learned, by their places in messages
+    tools: tuple[ToolObject, ...] = ()
+
+
+def tell(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Told:
+    """As the chat tells the model of tools: through a template that takes them, or else as plain turns."""
+    messages, context, tools = conversation.messages, conversation.context, conversation.tools
+    if prompt.call_style(tokenizer) is not None:
+        return Told(messages, context, tuple(map(prompt.tool_object, tools)))
+    written = plain(messages, ToolOffer(tools) if tools else None).messages
+    if not tools:
+        return Told(written, context)
+    # The examples of calls, which are the same for all, stand before what was said, and the system text first.
+    first = len(written) - sum(message["role"] != "system" for message in messages)
+    moved = first - sum(message["role"] == "system" for message in messages)
+    return Told(written, {*range(first), *(place + moved for place in context)})
+
+
+def question_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt of the last answer."""
+    told = tell(conversation._replace(messages=conversation.messages[:-1]), tokenizer)
+    return prompt.encode(tokenizer, told.messages, tools=told.tools)
+
+
+def said(message: Message) -> str:
+    """What stands in a message, for people: calls as plain text."""
+    calls = message.get("tool_calls") or ()
+    return "\n".join(filter(None, [message["content"], *map(PLAIN.write, calls)]))
 
 
 def tokenize(
@@ -32,7 +69,8 @@ def tokenize(
     examples, faults, shortened = [], [], 0
     for conversation in conversations:
         try:
-            example = prompt.encode_example(tokenizer, conversation.messages, stop_ids, context=conversation.context)
+            told = tell(conversation, tokenizer)
+            example = prompt.encode_example(tokenizer, told.messages, stop_ids, context=told.context, tools=told.tools)
         except ChatError as error:
             faults.append(f"{conversation.place}: {error}")
             continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.training.curves import EVAL_LOSS, TRAIN_LOSS, Curves, draw_curves, read_curves, values
+from llama2_chat.training.examples import said
 from llama2_chat.training.markdown import public, table
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def write_report(
         **figures,
     }
     cells = [
-        (row.messages[-2]["content"], split, row.messages[-1]["content"], before, after)
+        (said(row.messages[-2]), split, said(row.messages[-1]), before, after)
         for (split, row), before, after in answers
     ]
     _write_page(subject, facts, table(("question", "split", "expected", "before", "after"), cells))

@@ -11,7 +11,8 @@ from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from llama2_chat.text import valid_unicode
 from llama2_chat.training.row_formats import columns_read, is_empty, raw_messages
-from llama2_chat.types import Message
+from llama2_chat.training.row_tools import read_tools, with_calls
+from llama2_chat.types import Message, Tool
 
 # Whether an answer is learned, as OpenAI, axolotl and ms-swift write it: true, false, 1 or 0.
 LEARNED = ("weight", "train", "training", "loss", "loss_weight", "loss_scale")
@@ -20,8 +21,6 @@ ROW_LEARNED = ("label", "kto_tag", "weight", "train", "loss_weight")
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 PAIR = {"chosen", "rejected"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
-TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython"}
-CALLS = ("tool_calls", "function_call")
 
 
 class RowMessages(NamedTuple):
@@ -29,6 +28,7 @@ class RowMessages(NamedTuple):
     context: frozenset[int]  # answers that are not learned, by their places in messages
     unread: set[str]  # names of columns, and of fields of messages, that nothing here reads
     is_wanted: bool = True  # False: the row says that its answer is not to be learned; it has no messages then
+    tools: tuple[Tool, ...] = ()  # that could be called
     has_greeting: bool = False  # by the assistant, before any question; left out, for no chat begins with it
 
 
@@ -42,8 +42,6 @@ def check_columns(columns: dict[str, Any]) -> None:
         )
     if media := sorted(given & MEDIA):
         raise ChatError(f"it comes with {media[0]}, and the model reads text only.")
-    if "tools" in given:
-        raise ChatError("it has tools, which are not trained on here.")
 
 
 def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
@@ -52,27 +50,36 @@ def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
     Raises ChatError, as the end of "train.jsonl, line 3: ...", if the row is no use.
     """
     flags = {name: flag for name in ROW_LEARNED if (flag := _flag(columns.get(name))) is not None}
-    unread = {name for name, value in columns.items() if not is_empty(value)} - columns_read(row_format) - flags.keys()
+    unread = (
+        {name for name, value in columns.items() if not is_empty(value)}
+        - columns_read(row_format)
+        - flags.keys()
+        - {"tools"}
+    )
     if not all(flags.values()):
         return RowMessages([], frozenset(), unread, is_wanted=False)
-    raw = [_with_text(message) for message in _without_empty_system(raw_messages(columns, row_format))]
+    tools = read_tools(columns)
+    raw = [_with_text(message) for message in with_calls(_without_empty_system(raw_messages(columns, row_format)))]
     turns = _without_greeting(raw)
-    _check(turns)
+    _check(turns, {tool.name for tool in tools})
     unread |= {f"{name} of messages" for message in turns for name in _unread_fields(message)}
-    # White space at the ends belongs to the chat format, and some formats would join it with their own.
-    messages: list[Message] = [{"role": m["role"], "content": valid_unicode(m["content"]).strip()} for m in turns]
-    return RowMessages(messages, _context(turns), unread, has_greeting=len(turns) < len(raw))
+    messages = [_clean(message) for message in turns]
+    return RowMessages(messages, _context(turns), unread, tools=tools, has_greeting=len(turns) < len(raw))
 
 
 # ---- What is not trained on ----
 
 
-def _check(messages: list[Any]) -> None:
+def _check(messages: list[Any], tools: set[str]) -> None:
     """Raise ChatError unless a chat would take the messages, roles in order, nothing empty, an answer among them."""
-    if any(_is_of_tools(message) for message in messages):
-        raise ChatError("it has calls of tools or their results, which are not trained on here.")
     for message in messages:
-        if isinstance(message, dict) and _says_nothing(message.get("content", 0)):
+        if not isinstance(message, dict):
+            continue
+        for call in message.get("tool_calls") or ():
+            if call["name"] not in tools:
+                raise ChatError(f"it calls {call['name']!r:.60}, which is not among its tools.")
+        speaks = not (message.get("tool_calls") or message.get("role") == "tool")
+        if speaks and _says_nothing(message.get("content", 0)):
             raise ChatError(f"its {'answer' if message.get('role') == 'assistant' else 'message'} is empty.")
     _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
     # A chat takes both of these. To train on them would be to teach another order than the row has.
@@ -84,14 +91,18 @@ def _check(messages: list[Any]) -> None:
         raise ChatError("it has no answer.")
 
 
+def _clean(message: dict[str, Any]) -> Message:
+    """White space at the ends belongs to the chat format, and some formats would join it with their own."""
+    clean: Message = {"role": message["role"], "content": valid_unicode(message["content"]).strip()}
+    if message.get("tool_calls"):
+        clean["tool_calls"] = message["tool_calls"]
+    if message["role"] == "tool":
+        clean["tool_call_id"] = message["tool_call_id"]
+    return clean
+
+
 def _says_nothing(content: Any) -> bool:
     return is_empty(content) or (isinstance(content, str) and not content.strip())
-
-
-def _is_of_tools(message: Any) -> bool:
-    return isinstance(message, dict) and (
-        str(message.get("role")) in TOOL_ROLES or any(not is_empty(message.get(name)) for name in CALLS)
-    )
 
 
 # ---- Messages as they are written ----
@@ -154,5 +165,5 @@ def _flag(value: Any) -> bool | None:
 
 def _unread_fields(message: dict[str, Any]) -> set[str]:
     """A flag counts where it stands on an answer."""
-    read = {"role", "content", *(LEARNED if message["role"] == "assistant" else ())}
+    read = {"role", "content", "tool_calls", "tool_call_id", *(LEARNED if message["role"] == "assistant" else ())}
     return {name for name, value in message.items() if name not in read and not is_empty(value)}

@@ -79,7 +79,7 @@ FAULTS = {
     "an empty question": (conversation("", "b"), "its message is empty"),
     "an unknown role": ({"messages": [{"role": "robot", "content": "a"}]}, "it was 'robot'"),
     "no role": ({"messages": [{"content": "a"}]}, "role is system, user, assistant or tool"),
-    "a result of a tool": ({"messages": [*MESSAGES, {"role": "tool", "content": "7"}]}, "it has calls of tools"),
+    "a result of a tool": ({"messages": [*MESSAGES, {"role": "tool", "content": "7"}]}, "a tool that nobody called"),
     "answer first": ({"messages": MESSAGES[1:]}, "starts with a message from the user"),
     "a late system message": ({"messages": [*MESSAGES, {"role": "system", "content": "a"}]}, "Only the first message"),
     "no text": (conversation("a", ["b"]), "plain text"),

@@ -133,12 +133,6 @@ REFUSED = {
     ),
     "images": ({**conversation("<image>a", "b"), "images": ["a.jpg"]}, "it comes with images"),
     "an image part": (conversation([{"type": "image_url", "image_url": "a.jpg"}], "b"), "it holds something else"),
-    "tools": ({"tools": "[{}]", **SHAREGPT}, "it has tools"),
-    "calls": (
-        {"messages": [*conversation("a")["messages"], {"role": "assistant", "content": "", "tool_calls": [1]}]},
-        "it has calls of tools",
-    ),
-    "ShareGPT's calls": ({"conversations": [{"from": "function_call", "value": "{}"}]}, "it has calls of tools"),
     "half a weight": (flagged("weight", 0.5, 1), "the weight of an answer is '0.5'"),
     "nothing to learn": (flagged("weight", 0, 0), "none of its answers is to be learned"),
     "half a turn": (
