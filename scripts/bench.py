@@ -8,6 +8,7 @@
     python scripts/bench.py --shape 13b --page                           what 31 readers of the page and a Chromium cost
     python scripts/bench.py --browser           what the page takes from a Chromium, and 32 streams of it from an engine
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
+    python scripts/bench.py --documents                      what reading 200 pages takes, and from an answer meanwhile
     python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --soak                                       ten minutes of readers who come and go
     python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama2_chat.benchmark import (
     Figures,
     browser_cost,
+    document_cost,
     embedded,
     page_cost,
     server_load,
@@ -73,6 +75,7 @@ def read_arguments() -> argparse.Namespace:
     add("--users", type=_counts, help="how many at once, such as 1,8,32")
     add("--page", action="store_true", help="measure what the page takes from 32 users, too")
     add("--browser", action="store_true", help="measure the page in a Chromium and with 32 streams, with no model")
+    add("--documents", action="store_true", help="measure the reading of documents, beside the embedded model")
     add("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     add("--http", action="store_true", help="the embedded model's speed over HTTP and without")
     add("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
@@ -98,6 +101,8 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return soak.measure(args.soak)
     if args.http:
         return serving_cost.measure_api()
+    if args.documents:
+        return document_cost.measure()
     if args.browser:
         return itertools.chain(page_cost.measure(), browser_cost.measure())
     if args.train:

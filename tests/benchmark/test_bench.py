@@ -114,3 +114,11 @@ def test_a_server_is_measured_over_http_in_the_same_rows(settings, embedded_toke
         for figure in ("tokens/s", "time to first token, worst, s", "longest gap, ms", "p99 gap, ms"):
             assert figures[f"{users}, {figure}"] > 0
         assert 400 < figures[f"{users}, prompt, tokens"] < 650
+
+
+@pytest.mark.slow
+def test_reading_documents_is_measured_beside_an_answer(chat):  # the model is here when `chat` is
+    figures = bench("--documents", document_cost__PAGES=3, document_cost__ANSWER_TOKENS=8, document_cost__ROUNDS=2)
+    assert figures["until searchable, s"] >= figures["of computing, s"] / 2 > 0
+    assert figures["most memory on top, MB"] > 0
+    assert figures["tokens/s while documents are read"] > 0

@@ -1,0 +1,145 @@
+"""What reading documents takes: until 200 pages can be searched, in time and memory, and from an answer meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import pydoc_data.topics
+import statistics
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pypdfium2
+import pypdfium2.raw as pdfium
+
+from llama2_chat.benchmark import Figures
+from llama2_chat.benchmark.local_model import load
+from llama2_chat.documents.library import Library
+from llama2_chat.types import Message, SamplingParams
+from model import ChatModel
+
+PAGES, LINES, COLUMNS = 200, 48, 90
+ANSWER_TOKENS = 150
+ROUNDS = 4  # the first warms up
+MEMORY_EVERY_S = 0.05
+OWNER = "login benchmark"
+
+
+def measure() -> Iterator[Figures]:
+    file = report()
+    yield {"pages": PAGES, "MB": len(file) / 1e6}
+    yield reading(file)
+    yield beside_an_answer(load([]), file)
+
+
+def report() -> bytes:
+    """A PDF whose pages are full of Python's language reference."""
+    prose = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
+    lines = [line.encode("ascii", "ignore").decode() for line in textwrap.wrap(prose, COLUMNS)]
+    pdf, out = pypdfium2.PdfDocument.new(), io.BytesIO()
+    for number in range(PAGES):
+        page = pdf.new_page(595, 842)
+        for row in range(LINES):
+            line = pdfium.FPDFPageObj_NewTextObj(pdf, b"Helvetica", 9)
+            text = ctypes.create_string_buffer(f"{lines[(number * LINES + row) % len(lines)]}\0".encode("utf-16-le"))
+            pdfium.FPDFText_SetText(line, ctypes.cast(text, pdfium.FPDF_WIDESTRING))
+            pdfium.FPDFPageObj_Transform(line, 1, 0, 0, 1, 50, 800 - 16 * row)
+            pdfium.FPDFPage_InsertObject(page, line)
+        page.gen_content()
+    pdf.save(out)
+    return out.getvalue()
+
+
+def reading(file: bytes) -> Figures:
+    """Seconds by the clock and of computing until all can be searched, and the most memory that it took on top."""
+    before, began = _computed_s(), time.perf_counter()
+    with _memory() as most, _reading(file) as done:
+        done.wait()
+        seconds = time.perf_counter() - began
+    return {
+        "until searchable, s": seconds,
+        "of computing, s": _computed_s() - before,
+        "most memory on top, MB": most[0] / 1e6,
+    }
+
+
+def beside_an_answer(chat: ChatModel, file: bytes) -> Figures:
+    """Tokens/s of one answer alone, and beside documents that are read, one round after the other."""
+    rounds = []
+    for _ in range(ROUNDS):
+        alone = _tokens_per_s(chat)
+        with _reading(file):
+            rounds.append((alone, _tokens_per_s(chat)))
+    alone, beside = (statistics.median(speeds) for speeds in zip(*rounds[1:], strict=True))
+    ratio = statistics.median(beside / alone for alone, beside in rounds[1:])
+    return {"tokens/s": alone, "tokens/s while documents are read": beside, "ratio": ratio}
+
+
+@contextlib.contextmanager
+def _reading(file: bytes) -> Iterator[threading.Event]:
+    """Copies of the file are read until the end; the event says that the first has been."""
+    with tempfile.TemporaryDirectory() as folder:
+        library, done, over = Library(Path(folder)), threading.Event(), threading.Event()
+        shelf = library.shelf(OWNER)
+        ids = [library.add(OWNER, io.BytesIO(file), "a.pdf", "user_data").id]
+
+        def watch() -> None:
+            while not over.wait(0.01):
+                if shelf.get(ids[-1]).state != "waiting":
+                    done.set()
+                    copy = file + b"\n%" + str(len(ids)).encode()
+                    ids.append(library.add(OWNER, io.BytesIO(copy), "a.pdf", "user_data").id)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield done
+        finally:
+            over.set()
+            watcher.join()
+            library.close()
+
+
+def _computed_s() -> float:
+    """Of this process and those that it has started and that have ended."""
+    times = psutil.Process().cpu_times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[list[int]]:
+    """The most bytes that this process and those that it started have on top of what it had at first."""
+    most, over, process = [0], threading.Event(), psutil.Process()
+    first = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(MEMORY_EVERY_S):
+            most[0] = max(most[0], sum(map(_resident, [process, *process.children()])) - first)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _tokens_per_s(chat: ChatModel) -> float:
+    messages = [Message(role="user", content="Print the first 500 prime numbers.")]
+    with chat.stream_reply(messages, SamplingParams(temperature=0, max_new_tokens=ANSWER_TOKENS)) as reply:
+        "".join(reply)
+    return reply.timing.tokens_per_second or 0.0
