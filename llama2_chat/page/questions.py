@@ -16,6 +16,7 @@ from llama2_chat.documents.asking import Quoted, Source, quote
 from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import ChatError
 from llama2_chat.page import wording
+from llama2_chat.page.document_tools import document_tools
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
 
 
@@ -107,7 +108,7 @@ class WithTools:
 
 class AboutDocuments:
     """A conversation whose newest question quotes these documents, searched anew each time. What was said stays as it
-    is: excerpts are in no history."""
+    is: excerpts are in no history. An agent may also search them itself."""
 
     def __init__(self, question: Plain | WithTools, shelf: Shelf, ids: Sequence[str]) -> None:
         self._question, self._shelf, self._ids = question, shelf, ids
@@ -125,17 +126,22 @@ class AboutDocuments:
     def ask(self, chat: ChatBackend, client: str) -> Reply | AgentReply:
         quoted = self._quoted(chat)
         self.sources = quoted.sources
-        return replace(self._question, messages=quoted.messages).ask(chat, client)
+        return self._with(quoted.messages).ask(chat, client)
 
     def fit(self, chat: ChatBackend) -> Fit:
-        question = self._question if self.unread() else replace(self._question, messages=self._quoted(chat).messages)
-        return question.fit(chat)
+        return self._with(self.messages if self.unread() else self._quoted(chat).messages).fit(chat)
 
     def _quoted(self, chat: ChatBackend) -> Quoted:
         def fit(messages: list[Message]) -> Fit:
-            return replace(self._question, messages=messages).fit(chat)
+            return self._with(messages).fit(chat)
 
         return quote(chat, self._shelf, self._ids, self.messages, fit, trim=True)
+
+    def _with(self, messages: list[Message]) -> Plain | WithTools:
+        if isinstance(self._question, Plain):
+            return replace(self._question, messages=messages)
+        tools = [*self._question.tools, *document_tools(self._shelf, self._ids)]
+        return replace(self._question, messages=messages, tools=tools)
 
 
 def with_tools(

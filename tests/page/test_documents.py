@@ -8,9 +8,12 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from llama2_chat.agent import Clock
+from llama2_chat.agent import Clock, Step
+from llama2_chat.agent.steps import write
 from llama2_chat.documents.asking import HEAD
 from llama2_chat.documents.library import Library
+from llama2_chat.errors import ChatError
+from llama2_chat.page.document_tools import LONGEST_RESULT, document_tools
 from llama2_chat.page.questions import AboutDocuments, with_tools
 from llama2_chat.types import SamplingParams
 from tests.documents.test_library import kept
@@ -249,16 +252,39 @@ def test_documents_and_sources_are_accessible_and_fit_a_phone(visit, address, sc
     assert_accessible(page)
 
 
-def test_with_tools_the_question_quotes_documents_as_well(tmp_path):
+def test_with_tools_the_question_quotes_documents_and_the_agent_searches_them(tmp_path):
     shelf = Library(tmp_path).shelf("login anna")
     id = kept(shelf, *TEXTS)
-    chat = ScriptedChat(say=lambda _: Scripted('{"answer": "Ferrandini."}'))
+    said = [write("search_documents", "keeper"), write("open_page", {"document": "A.TXT", "page": 2})]
+    said.append(write("answer", "Ferrandini."))
+    chat = ScriptedChat(say=lambda _: Scripted(said.pop(0)))
     asked = with_tools([{"role": "user", "content": QUESTION}], SamplingParams(), [Clock()], memory=3)
     about = AboutDocuments(asked, shelf, [id])
-    about.ask(chat, "anna").close()
+    with about.ask(chat, "anna") as reply:
+        found, opened, *_ = [event for event in reply if isinstance(event, Step)]
+    assert f"a.txt, page 2:\n{TEXTS[1]}" in found.result
+    assert opened.result == f"a.txt, page 2:\n{TEXTS[1]}"
     assert [source.page for source in about.sources] == [1, 2, 3]
     assert about.messages[-1]["content"] == QUESTION
     assert about.fit(chat).prompt_tokens > asked.fit(chat).prompt_tokens + 30
+
+
+@pytest.mark.parametrize("length", [50, 5_000])
+def test_tools_for_documents_say_no_more_than_is_read_and_name_what_there_is(tmp_path, length):
+    shelf = Library(tmp_path).shelf("login anna")
+    search, page = document_tools(shelf, [kept(shelf, *("lighthouse " * length for _ in range(9)))])
+    assert 0 < len(search.run("lighthouse")) <= LONGEST_RESULT
+    assert search.run("zyzzyva") == "No passage matches."
+    text = page.run({"document": "a.txt", "page": 9})
+    assert len(text) <= LONGEST_RESULT
+    assert ("part 1 of" in text) == (length > 50)
+    for input, sentence in (
+        ({"document": "b.txt", "page": 1}, "there are a.txt"),
+        ({"document": "a.txt", "page": 99}, "no such page"),
+        ({"document": "a.txt", "page": 1, "part": 99}, "parts"),
+    ):
+        with pytest.raises(ChatError, match=sentence):
+            page.run(input)
 
 
 def test_the_gauge_counts_the_excerpts_of_a_question(address):
