@@ -518,6 +518,21 @@ def settings_default(name):
 
 
 @pytest.mark.slow
+def test_a_setting_changed_in_one_tab_leaves_those_changed_in_another(context, site):
+    first, second = (open_page(context.new_page(), site) for _ in range(2))
+    for page in (first, second):
+        wait_for_gradio(page)
+        open_settings(page)
+    first.get_by_role("textbox", name="System prompt").fill("Answer in verse.")
+    second.get_by_role("spinbutton", name="Temperature").fill("1.5")
+    second.get_by_role("spinbutton", name="Temperature").blur()
+    for page in (first, second):
+        page.reload()
+        expect(page.get_by_role("textbox", name="System prompt")).to_have_value("Answer in verse.")
+        expect(page.get_by_role("spinbutton", name="Temperature")).to_have_value("1.5")
+
+
+@pytest.mark.slow
 def test_two_tabs_see_each_others_conversations_and_overwrite_nothing(context, site):
     one, two = (open_page(context.new_page(), site) for _ in range(2))
     ask(one, "Said in the first tab")

@@ -41,6 +41,7 @@ export class Settings {
     const values = this.waiting;
     this.waiting = null;
     this.write(values);
+    this.known = this.read(); // what of it is changed here is kept; the rest may be another tab's to say
     this._addButtons(panel);
     this._checkSeed();
     panel.addEventListener("input", () => (this._keep(), this._checkSeed(), this.onChange()));
@@ -111,8 +112,11 @@ export class Settings {
 
   _keep() {
     const values = this.read();
-    const changed = Object.entries(values).filter(([name, value]) => value !== this.defaults[name]);
-    if (!keep(this.keptAs, JSON.stringify(Object.fromEntries(changed)))) this.onUnkept();
+    const changed = Object.entries(values).filter(([name, value]) => value !== this.known[name]);
+    const all = { ...this._kept(), ...Object.fromEntries(changed) };
+    const chosen = Object.entries(all).filter(([name, value]) => value !== this.defaults[name]);
+    if (keep(this.keptAs, JSON.stringify(Object.fromEntries(chosen)))) this.known = values;
+    else this.onUnkept();
   }
 
   /** What of it is of the kind that its default is; nothing of what is not ours. */
