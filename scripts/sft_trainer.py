@@ -61,6 +61,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--model_name", help=f"Hub id or folder of the model to train, or {EMBEDDED}")
     add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
     add_reading_flags(add)
+    add("--preview", type=int, nargs="?", const=10, metavar="N",
+        help="only show N conversations (10) as the model will see them, with what is learned marked")  # fmt: skip
     add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
     add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
     bits = parser.add_mutually_exclusive_group()
@@ -69,6 +71,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--lora_r", type=int, help="rank of the adapter (16)")
     add("--lora_alpha", type=int, help="its weight is alpha / r (32)")
     add("--lora_dropout", type=float, help="(0.05)")
+    add("--use_rslora", action="store_true", help="weigh the adapter by alpha / √r, for large ranks")
+    add("--use_dora", action="store_true", help="DoRA: directions and lengths of the weights apart")
     add("--target_modules", nargs="+", help="layers that get an adapter (all-linear)")
     add("--batch_size", type=int, help="conversations computed at once on each GPU (4)")
     add("--gradient_accumulation_steps", type=int, help="batches in one optimizer step (1)")

@@ -41,7 +41,7 @@ DECIDING = (
     "logging_steps",
     "use_peft",
 )
-LORA = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
 # Those of transformers that need no settings of their own.
 SCHEDULES = (
     *("cosine", "linear", "constant", "constant_with_warmup"),
@@ -130,6 +130,8 @@ class Options:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
+    use_rslora: bool = False
+    use_dora: bool = False
     target_modules: Sequence[str] = ("all-linear",)
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -149,6 +151,7 @@ class Options:
     seed: int = 0
     resume: bool = False
     resume_with_changes: bool = False
+    preview: int | None = None  # only show so many conversations
     eval_fraction: float = 0.1
     test_fraction: float = 0.0
     folds: int = 0  # 0: one training
@@ -183,8 +186,11 @@ class Options:
         for name in POSITIVE:
             if not getattr(self, name) > 0:  # NaN is not
                 yield f"--{name} must be above 0."
-        if self.max_steps is not None and self.max_steps < 1:
-            yield "--max_steps must be above 0."
+        for name in ("max_steps", "preview"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"--{name} must be above 0."
+        if (self.use_dora or self.use_rslora) and not self.use_peft:
+            yield "DoRA and rsLoRA are adapters; add --use_peft."
         if self.save_steps > 1 and self.save_steps % 1:
             yield "--save_steps must be a whole number of steps, or below 1 for a part of all steps."
         if not self.weight_decay >= 0:

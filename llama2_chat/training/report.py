@@ -86,7 +86,8 @@ def describe_loss(values: list[float]) -> str:
 def _settings(subject: Subject) -> dict[str, str]:
     """What was used, all of it, and what of it was not from the beginning."""
     options, run = subject.options, subject.run
-    lora = f"LoRA of rank {options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}"
+    kind = f"{'rs' * options.use_rslora}{'DoRA' if options.use_dora else 'LoRA'}"
+    lora = f"{kind} of rank {options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}"
     method = f"{lora}, in {' '.join(options.target_modules)}," if options.use_peft else "all weights"
     processes = run.settings.get("processes", 1)
     length = f"{options.max_steps:,} steps" if options.max_steps else f"{options.num_train_epochs:g} epochs"

@@ -21,17 +21,18 @@ from llama2_chat.training.resources import free_memory
 from llama2_chat.training.row_sources import Reading
 from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
-from llama2_chat.training.train_one import subject_of, train_one
+from llama2_chat.training.train_one import show_examples, subject_of, tokenize_splits, train_one
 
 
 def train(options: Options) -> None:
     """Raises ChatError."""
+    if options.preview:
+        preview(options, options.preview)
+        return
     check_folders(options)
     find_checkpoint(options.output_dir, options.goes_on)
     run = new_run(options)
-    data = chat_data.read(options.dataset_name, Reading(**run.reading))
-    every = splits.of_run(data, run)
-    print_lines(*data.summary_lines(), *every[0].notes)
+    every = _read_splits(run)
     base = fetch_base(options.model_name)
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
@@ -45,6 +46,21 @@ def train(options: Options) -> None:
     print_lines(f"Talk to the model: MODEL_ID={options.output_dir} python app.py")
     if run.merged_to and is_main_process():
         _merge(options, run, Path(run.merged_to), base, samples)
+
+
+def preview(options: Options, number: int) -> None:
+    """Show what would be trained on, with neither weights nor anything written."""
+    of_run = _read_splits(new_run(options))[0]
+    base = fetch_base(options.model_name)
+    show_examples(tokenize_splits(options, of_run, base), base, number)
+
+
+def _read_splits(run: Run) -> list[Splits]:
+    """Those of each fold, or of the run, with what there is to say about the data."""
+    data = chat_data.read(run.dataset_name, Reading(**run.reading))
+    every = splits.of_run(data, run)
+    print_lines(*data.summary_lines(), *every[0].notes)
+    return every
 
 
 def new_run(options: Options) -> Run:

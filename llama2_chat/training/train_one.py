@@ -30,20 +30,21 @@ from llama2_chat.training.trainer import make_trainer
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
+SHOWN_EXAMPLES = 3
 ANSWERS = "answers.json"  # those before training, which a resumed run cannot ask for any more
 
 
 def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> list[list[int]]:
     """Train one model into options.output_dir. Returns the ids of two conversations that it was trained on."""
     checkpoint = find_checkpoint(options.output_dir, options.goes_on)
-    examples = _tokenize_splits(options, splits, base)
+    examples = tokenize_splits(options, splits, base)
     samples = [example.input_ids for example in examples["train"][:2]]
     if checkpoint and curves.read_curves(options.output_dir) and read_run(options.output_dir).changes == run.changes:
         print_lines(f"{options.output_dir} is done.")
         return samples
     print_lines(*(f"Changed: {change}." for change in run.changes))
     if run.fold in (None, 1):
-        _show_examples(examples, base)
+        show_examples(examples, base, SHOWN_EXAMPLES)
 
     device = PartialState().local_process_index if visible_gpus() else "cpu"
     model = load_for_training(base.checkpoint, run.precision, device)
@@ -79,7 +80,7 @@ def subject_of(base: BaseModel, run: Run, options: Options) -> report.Subject:
     return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run, options)
 
 
-def _tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examples:
+def tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examples:
     """Raises ChatError if nothing is left to train on, or to measure on where that is needed."""
     examples = {}
     for split in SPLITS:
@@ -95,8 +96,9 @@ def _tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examp
     return examples
 
 
-def _show_examples(examples: Examples, base: BaseModel) -> None:
-    print_lines(*(f"\n{mark_answers(example, base.tokenizer)}" for example in examples["train"][:3]))
+def show_examples(examples: Examples, base: BaseModel, number: int) -> None:
+    """The first of the train split, as the model will see them."""
+    print_lines(*(f"\n{mark_answers(example, base.tokenizer)}" for example in examples["train"][:number]))
     print_lines("\n⟦ ⟧ marks what the loss is computed on.\n")
 
 

@@ -65,6 +65,7 @@ CHANGES = {
             ("early_stopping", 3, None),
             ("lora_alpha", 8, 32),
             ("lora_dropout", 0.5, 0.05),
+            ("use_rslora", True, False),
         )
     },
 }
@@ -76,6 +77,7 @@ FIXED = {
         f"--{name}": ({"settings": {name: before}}, f"{name} was {before} and is now {after}")
         for name, before, after in (
             ("optim", "sgd", "adamw_torch_fused"),
+            ("use_dora", True, False),
             ("weight_decay", 0.5, 0.0),
             ("save_steps", 5.0, 0.05),
             ("logging_steps", 5, 1),

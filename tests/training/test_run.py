@@ -52,6 +52,17 @@ def test_what_cannot_be_trained_or_measured_is_refused_before_weights_are_loaded
     assert not (tmp_path / "run").exists()
 
 
+def test_a_preview_shows_what_would_be_learned_and_neither_loads_nor_writes(
+    chat_model, dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delattr(load, "load_base")
+    train_here(*arguments(chat_model, dataset, tmp_path / "run", "--preview", "4"))
+    said = capsys.readouterr().out
+    assert "train: 22 conversations" in said
+    assert said.count("<|im_start|>assistant\n⟦hell ") == 4
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_layer_that_the_model_lacks_or_that_cannot_learn_is_refused(chat_model, dataset, tmp_path):
     for name, sentence in (("v_porj", "no layer called v_porj"), ("lm_head", "the output head, lm_head, cannot have")):
         with pytest.raises(ChatError, match=sentence):
@@ -60,7 +71,14 @@ def test_a_layer_that_the_model_lacks_or_that_cannot_learn_is_refused(chat_model
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [(), ("--use_peft",), ("--use_peft", "--load_in_4bit"), ("--use_peft", "--load_in_8bit")]
+    "flags",
+    [
+        (),
+        ("--use_peft",),
+        ("--use_peft", "--use_dora", "--use_rslora"),
+        ("--use_peft", "--load_in_4bit"),
+        ("--use_peft", "--load_in_8bit"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes: inputs will be cast from float32 to float16
 def test_a_model_is_trained_with_all_its_weights_and_with_an_adapter_in_16_8_and_4_bits(

@@ -73,6 +73,8 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--use_peft", "--folds", "2", "--merge_to", "c"], "--folds only measures"),
         ([*GIVEN, "--early_stopping", "0"], "--early_stopping must be 1 or more"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps must be above 0"),
+        ([*GIVEN, "--use_dora"], "DoRA and rsLoRA are adapters; add --use_peft"),
+        ([*GIVEN, "--preview", "0"], "--preview must be above 0"),
         ([*GIVEN, "--save_steps", "2.5"], "--save_steps must be a whole number of steps"),
         ([*GIVEN, "--logging_steps", "0"], "--logging_steps must be above 0"),
         ([*GIVEN, "--warmup_ratio", "1"], "--warmup_ratio must be at least 0 and below 1"),

@@ -79,6 +79,10 @@ def test_what_the_flags_say_is_what_the_trainer_does(prepare):
     adapter = trainer.model.peft_config["default"]
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 12, 0.25)
     assert adapter.target_modules == {"q_proj"}
+    assert (adapter.use_dora, adapter.use_rslora) == (False, False)
+    for flag in ("--use_dora", "--use_rslora"):
+        adapter = prepare("--use_peft", flag)[0].model.peft_config["default"]
+        assert (adapter.use_dora, adapter.use_rslora) == (flag == "--use_dora", flag == "--use_rslora")
     schedule_flags = (
         "--lr_scheduler_type linear --warmup_ratio 0.5 --optim adamw_torch --weight_decay 0.1 --max_steps 10"
     )
