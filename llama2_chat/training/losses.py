@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from llama2_chat.prompt import TokenizedExample
 from llama2_chat.training.examples import IGNORED, labels
 
+PIECE = 1024  # tokens whose logits are in float32 at once: 131 MB with Llama 2's vocabulary
+
 
 @torch.no_grad()  # inference_mode() would leave tensors behind that training cannot go on with
 def conversation_losses(
@@ -45,7 +47,9 @@ def _batch_losses(model: Any, examples: list[TokenizedExample]) -> np.ndarray:
     mask = padded([[1] * len(example.input_ids) for example in examples], 0)
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
     counted = targets != IGNORED
-    losses = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none").double()
     sums = torch.zeros(len(examples), dtype=torch.double, device=model.device)
-    sums.index_add_(0, counted.nonzero()[:, 0], losses)
+    for places in counted.nonzero().split(PIECE):
+        rows, columns = places.T
+        losses = F.cross_entropy(logits[rows, columns].float(), targets[rows, columns], reduction="none")
+        sums.index_add_(0, rows, losses.double())
     return torch.stack([sums, counted.sum(1).double()], 1).cpu().numpy()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama2_chat.loading import load
-from llama2_chat.training import chat_data, splits
+from llama2_chat.training import chat_data, losses, splits
 from llama2_chat.training.base_model import fetch_checkpoint
 from llama2_chat.training.examples import labels, tokenize
 from llama2_chat.training.losses import conversation_losses
@@ -39,11 +39,14 @@ def examples_of(rows, folder):
     return tokenize(rows, tokenizer, stop_ids, 256)[0]
 
 
-def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_answers_only(chat_model, dataset):
+def test_the_losses_of_a_batch_are_those_of_each_conversation_alone_and_of_its_answers_only(
+    chat_model, dataset, monkeypatch
+):
     examples = examples_of(chat_data.read(str(dataset)).train, chat_model)
     model = load.load_base(fetch_checkpoint(str(chat_model)), "float32", "cpu", ignore)
     expected = losses_one_by_one(model, examples)
-    for batch_size in (1, 5, 100):
+    for batch_size, piece in ((1, losses.PIECE), (5, losses.PIECE), (100, 7)):
+        monkeypatch.setattr(losses, "PIECE", piece)
         np.testing.assert_allclose(conversation_losses(model, examples, batch_size), expected, rtol=1e-4)
 
 
