@@ -7,6 +7,7 @@ import re
 from llama2_chat.types import GrammarKind
 
 WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}  # of GrammarSpec.kind
+IN_A_GRAMMAR = "failed to compile JSON schema: "
 # What llguidance says, how that reads to whoever wrote the grammar, and what they can do.
 KNOWN = (
     (r"NoExtension", "no value satisfies it", ""),
@@ -65,7 +66,8 @@ def sentence(kind: GrammarKind, error: str) -> str:
     """What llguidance says is wrong with a grammar of this kind, in one sentence, and what can be done."""
     if "regex parse error" in error:  # then it draws the pattern, and says below it what is wrong
         error = f"regex parse error: {error.rpartition('error: ')[2]}"
-    reason, step = _known(error.partition("\n")[0].strip().rstrip("."))
+    # Of a schema within a grammar, which others may have written around it, the place is of no use.
+    reason, step = _known(error.partition("\n")[0].rpartition(IN_A_GRAMMAR)[2].strip().rstrip("."))
     return f"Answers cannot be held to this {WHAT[kind]}: {reason.replace('. ', '; '):.300}. {step}".rstrip()
 
 

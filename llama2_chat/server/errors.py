@@ -102,7 +102,7 @@ def _invalid_request(error: dict[str, Any]) -> ApiError:
         return ApiError(400, "invalid_request", "The body must be a JSON object.")
     if error["type"] == "missing":
         return ApiError(400, "missing_parameter", f"{'.'.join(path)} is missing.", path[0])
-    what = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    what = error["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     received = repr(error["input"])
     received = f"; it was {received}" if len(received) < 60 else ""
     param = ".".join(path) if path[0] in ("messages", "input") else path[0]

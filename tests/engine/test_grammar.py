@@ -317,7 +317,8 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(chat, schem
         (GrammarSpec("regex", "("), "this regular expression: .*unclosed group"),
         (GrammarSpec("regex", "(?=a)b"), "look-around"),
         (GrammarSpec("lark", 'start: "a'), "this grammar: .*lexer error"),
-        (GrammarSpec("lark", "start: number"), "unknown name"),
+        (GrammarSpec("lark", "start: number"), 'unknown name: "number", at line 1, column 8'),
+        (GrammarSpec("lark", 'start: %json {"type": "strin"}'), 'this grammar: there is no type "strin"'),
     ],
 )
 def test_another_grammar_that_cannot_be_followed_is_refused_with_the_reason(chat, grammar, why):

@@ -196,6 +196,23 @@ def test_a_visitor_is_asked_before_a_call_until_they_allow_it_always_and_again_w
     expect(answers(page).last).to_have_text("It is 3.")
 
 
+def test_on_a_phone_the_question_has_room_for_thumbs_and_its_description_is_reached(visit, perform, monkeypatch):
+    monkeypatch.setattr(Calculator, "asks_first", True, raising=False)
+    monkeypatch.setattr(Calculator, "version", "1", raising=False)
+    monkeypatch.setattr(Calculator, "shown_description", "It goes on and on. " * 100, raising=False)
+    page = visit(perform(computing()), viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    open_settings(page)
+    page.get_by_role("checkbox", name="Use tools").check()
+    page.keyboard.press("Escape")
+    box(page).fill(QUESTION)
+    page.get_by_role("button", name="Send", exact=True).click()
+    group = page.get_by_role("group", name="Description of calculator")
+    group.focus()
+    expect(group).to_be_focused()
+    assert page.locator(".confirm label").bounding_box()["height"] >= 44
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
 def test_the_question_whether_a_tool_may_be_used_stays_while_the_page_draws_anew(visit, perform, monkeypatch):
     monkeypatch.setattr(Calculator, "asks_first", True, raising=False)
     monkeypatch.setattr(Calculator, "version", "1", raising=False)

@@ -116,6 +116,22 @@ def test_calls_have_ids_of_their_own_and_with_a_seed_the_same_ones(says):
     assert ids(seed=1) == ids(seed=1) != ids(seed=2)
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools: There are two tools called 'get_weather'."),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "no"}}},
+            "tool_choice: There is no tool called 'no' among those that came with the question; "
+            "it was {'type': 'function', 'function': {'name': 'no'}}.",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tools_is_said_in_one_sentence_with_one_full_stop(script, fields, sentence):
+    answer = script.post("/v1/chat/completions", json={"messages": HELLO, "tools": TOOLS, **fields})
+    assert error(answer)["message"] == sentence
+
+
 def test_text_is_an_answer_like_any_other(says):
     assert joined(chunks(says("It is ", "sunny."))) == ({"role": "assistant", "content": "It is sunny."}, "stop")
 

@@ -93,7 +93,8 @@ export class Steps {
     const say = (allowed) => () => this.onConfirm(calling, allowed, always.checked);
     const button = (text, kind, allowed) => h("button", { type: "button", class: kind, onclick: say(allowed) }, text);
     const buttons = [button(T.steps.allow, "primary", true), button(T.steps.refuse, "", false)];
-    const description = h("p", { class: "description", dir: "auto" }, calling.asks.description);
+    const text = calling.asks.description;
+    const description = h("p", scrolling(text, T.steps.description(calling.name), "description"), text);
     return [description, h("div", { class: "confirm" }, ...buttons, h("label", {}, always, T.steps.always))];
   }
 
@@ -117,8 +118,10 @@ function item(step, time) {
   return h("li", {}, head, box(inputOf(step), T.steps.input(step.name), "input"), result);
 }
 
-/** A text that scrolls where it is long, and can then be reached by keyboard. */
-function box(text, label, kind) {
+const box = (text, label, kind) => h("pre", scrolling(text, label, kind), text);
+
+/** What makes a text scroll where it is long, and then be reached by keyboard. */
+function scrolling(text, label, kind) {
   const isLong = text.length > LONG || text.split("\n").length > LINES;
-  return h("pre", { class: kind, dir: "auto", ...(isLong && { tabindex: 0, role: "group", "aria-label": label }) }, text);
+  return { class: kind, dir: "auto", ...(isLong && { tabindex: 0, role: "group", "aria-label": label }) };
 }

@@ -112,6 +112,7 @@ export const T = {
     seconds: (seconds) => (seconds < 0.01 ? "< 0.01 s" : `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`),
     running: (seconds) => `${seconds} s …`,
     input: (name) => `Input of ${name}`,
+    description: (name) => `Description of ${name}`,
     result: (name) => `Result of ${name}`,
     asking: (name) => `May ${name} be used?`,
     allow: "Allow",
