@@ -50,6 +50,7 @@ STYLES = (
     "login.css",
     "completing.css",
     "forced_colors.css",
+    "print.css",
 )
 # Loaded at once and beside each other, and not one after the other as their imports are found.
 FOLDERS = ("*.js", "markdown/*.js", "vendor/marked/*.js")

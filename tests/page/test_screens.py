@@ -250,3 +250,23 @@ def test_nothing_shows_through_the_head_of_the_settings_and_a_toast_is_in_the_mi
     middle = "(element) => { const { left, right } = element.getBoundingClientRect(); return (left + right) / 2; }"
     expect(toast(page)).to_be_visible()
     assert abs(toast(page).evaluate(middle) - page.locator("#composer").evaluate(middle)) < 10
+
+
+def test_a_screen_that_is_very_low_leaves_room_to_read(visit, site):
+    page = visit(site, viewport={"width": 320, "height": 256})  # four times as large as on 1280 by 1024
+    say(page)
+    assert page.locator("#transcript").bounding_box()["height"] >= 110
+    expect(page.get_by_text("free")).to_be_hidden()
+
+
+def test_all_of_a_conversation_is_printed_and_no_button(visit, perform):
+    page = visit(
+        perform(ScriptedChat(say=lambda messages: Scripted("**Line** of text.\n\n" * 60))), color_scheme="dark"
+    )
+    say(page)
+    page.emulate_media(media="print")
+    assert page.locator("strong").first.evaluate("(element) => getComputedStyle(element).color") == "rgb(0, 0, 0)"
+    height = page.evaluate("document.querySelector('#transcript').offsetHeight")
+    assert height == page.evaluate("document.querySelector('#transcript').scrollHeight") > 2000
+    assert page.evaluate("document.documentElement.scrollHeight") >= height
+    expect(page.get_by_role("button")).to_have_count(0)

@@ -3,6 +3,8 @@
 //
 // A browser has six connections for all tabs: one in the background lets go of its own, and asks now and then.
 
+import { T } from "./texts.js";
+
 const RETRY_MS = [300, 1000, 2000, 4000, 8000];
 const GIVE_UP_MS = 10 * 60 * 1000; // as long as the server keeps an answer that has ended
 const HIDDEN_MS = 500; // that a tab in the background reads
@@ -105,7 +107,7 @@ async function sentence(response) {
   try {
     return (await response.json()).error.message;
   } catch {
-    return `The server answered with ${response.status}.`;
+    return T.connection.refused(response.status);
   }
 }
 

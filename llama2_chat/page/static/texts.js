@@ -101,7 +101,14 @@ export const T = {
     forgotten: "The model no longer remembers what stands above this line.",
   },
   live: { begun: "Answering", ended: "Answer complete", stopped: "Answer stopped", failed: "The answer failed" },
-  connection: { offline: "Connection lost. Trying again …", unreachable: "The server cannot be reached. Trying again …" },
+  connection: {
+    offline: "Connection lost. Trying again …",
+    unreachable: "The server cannot be reached. Trying again …",
+    refused: (status) =>
+      status === 413
+        ? "This is more than the server takes at once. Shorten it, or start a new chat."
+        : `The server, or what stands before it, refused this with ${status}. Please try again in a moment.`,
+  },
   sending: "Sending …",
   steps: {
     step: (name, input, result, failed) => (failed ? `${name} failed: ${result}` : `${name}: ${input} → ${result}`),

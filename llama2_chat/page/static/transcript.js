@@ -31,6 +31,7 @@ export class Transcript {
     // Markdown is made of a message when it comes near: a conversation of a hundred turns opens as fast as one of two.
     const seen = (entries) => entries.forEach((each) => each.isIntersecting && each.target.article.render());
     this.near = new IntersectionObserver(seen, { root: element, rootMargin: "1500px 0px" });
+    addEventListener("beforeprint", () => this.articles.forEach((article) => article.render())); // paper has it all
   }
 
   /**
