@@ -14,7 +14,7 @@ from typing import Protocol
 from llama2_chat.agent import PARAMS, Agent, AgentReply, Call, Exchange, Step, Tool, asks_first
 from llama2_chat.documents.asking import Quoted, Source, quote
 from llama2_chat.documents.store import Document, Shelf
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import ChatError, NotHere
 from llama2_chat.page import wording
 from llama2_chat.page.document_tools import document_tools
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
@@ -120,7 +120,10 @@ class AboutDocuments:
 
     def unread(self) -> Document | None:
         """The first of the documents that is still being read. Raises NotHere."""
-        documents = map(self._shelf.get, self._ids)
+        try:
+            documents = [self._shelf.get(id) for id in self._ids]
+        except NotHere as error:
+            raise NotHere(wording.DELETED) from error
         return next((document for document in documents if document.state == "waiting"), None)
 
     def ask(self, chat: ChatBackend, client: str) -> Reply | AgentReply:

@@ -33,6 +33,7 @@ READING_RESULTS = "Reading what came of it …"
 NO_TOOLS = "This server offers no tools."
 NO_MESSAGE = "Please type a message first."
 TEXT_ONLY = "This chat reads text only. Please leave out files and other attachments."
+DELETED = "A document of this conversation has been deleted. Send the message again to ask without it."
 INTERNAL_ERROR = "Something went wrong on the server; its log has the details. Please try again."
 PHASES = {
     "choose": "Choosing the model",

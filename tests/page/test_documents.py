@@ -15,6 +15,7 @@ from llama2_chat.documents.library import Library
 from llama2_chat.errors import ChatError
 from llama2_chat.page.document_tools import LONGEST_RESULT, document_tools
 from llama2_chat.page.questions import AboutDocuments, with_tools
+from llama2_chat.page.wording import DELETED
 from llama2_chat.types import SamplingParams
 from tests.documents.test_library import kept
 from tests.support.axe import assert_accessible
@@ -152,6 +153,19 @@ def test_a_deleted_document_is_gone_after_a_reload_and_answers_no_more(page, cha
 
 
 @pytest.mark.slow
+def test_a_question_about_a_document_that_was_deleted_elsewhere_comes_back_and_is_asked_without_it(page, chat):
+    bring(page, REPORT)
+    page.evaluate("""() => fetch("page/files").then((found) => found.json())
+      .then(({ data: [{ id }] }) => fetch(`page/files/${id}`, { method: "DELETE" }))""")
+    send(page, QUESTION)
+    expect(toast(page)).to_contain_text(DELETED)
+    expect(box(page)).to_have_value(QUESTION)
+    expect(documents(page)).to_be_hidden()
+    ask(page, QUESTION)
+    assert asked(chat) == QUESTION
+
+
+@pytest.mark.slow
 def test_files_can_be_dropped_and_pasted_and_what_cannot_be_read_says_why(page):
     page.evaluate("""() => {
       const data = new DataTransfer();
@@ -227,8 +241,8 @@ def test_two_visitors_of_the_page_never_see_each_others_documents(visit, address
     send_json = """([path, method, body]) => fetch(path, {
       method, body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
     }).then((response) => response.text())"""
-    assert "There is no document" in bob.evaluate(send_json, [f"page/answers/{'b' * 32}", "PUT", question])
-    assert "There is no document" in bob.evaluate(send_json, ["page/fit", "POST", question])
+    assert DELETED in bob.evaluate(send_json, [f"page/answers/{'b' * 32}", "PUT", question])
+    assert DELETED in bob.evaluate(send_json, ["page/fit", "POST", question])
     assert anna.evaluate(ids) == [id]
 
 

@@ -143,6 +143,7 @@ export class Asking extends Reading {
     const { end } = message;
     const isTakenBack = end.refused && !message.text;
     if (isTakenBack || refusal?.status === 401) explain(refusal ?? { message: end.error });
+    if (isTakenBack && message.documents) this.documents.refresh(); // one may have been deleted elsewhere
     if (isTakenBack) return this._takeBack(message);
     if (end.reason === "unread" && !message.text && message.conversationId === this.id) return this._askAgain(message);
     await this.store.putMessage({ ...message });

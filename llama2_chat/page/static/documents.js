@@ -23,8 +23,8 @@ export class Documents {
     if (!limits) return;
     this._build(composer);
     this._takeDropped();
-    document.addEventListener("visibilitychange", () => document.hidden || this._refresh()); // another tab may have changed them
-    this._refresh();
+    document.addEventListener("visibilitychange", () => document.hidden || this.refresh()); // another tab may have changed them
+    this.refresh();
   }
 
   /** Of these ids, those that can be asked about; all of them while nobody knows. */
@@ -100,7 +100,7 @@ export class Documents {
       await this._upload(file, talk);
       this.uploading.shift();
     }
-    await this._refresh();
+    await this.refresh();
   }
 
   async _upload(file, talk) {
@@ -117,7 +117,9 @@ export class Documents {
     }
   }
 
-  async _refresh() {
+  /** Ask the server which there are. */
+  async refresh() {
+    if (!this.limits) return;
     clearTimeout(this.timer);
     const before = new Map((this.list ?? []).map((each) => [each.id, each]));
     try {
@@ -127,7 +129,7 @@ export class Documents {
     }
     this.list?.forEach((each) => this._tellEnd(before.get(each.id), each));
     this.show();
-    if (this.list?.some(isUnread)) this.timer = setTimeout(() => this._refresh(), LOOK_EVERY_MS);
+    if (this.list?.some(isUnread)) this.timer = setTimeout(() => this.refresh(), LOOK_EVERY_MS);
   }
 
   /** What a visitor should know of a document that has just been read. */
@@ -185,7 +187,7 @@ export class Documents {
     } catch (error) {
       explain({ status: error.status, message: T.documents.failed(filename, error.message) });
     }
-    await this._refresh();
+    await this.refresh();
   }
 }
 
