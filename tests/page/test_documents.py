@@ -313,8 +313,12 @@ def test_the_gauge_counts_the_excerpts_of_a_question(address):
 
 @pytest.mark.slow
 def test_a_server_that_ends_stops_reading_documents(settings, tmp_path):
+    def readers():
+        return [thread for thread in threading.enumerate() if thread.name == "documents"]
+
+    before = readers()  # of other servers
     with serving(ScriptedChat(), replace(settings, documents_dir=tmp_path)) as address, httpx.Client() as visitor:
         visitor.get(f"{address}page/state")
         visitor.post(f"{address}page/files", files={"file": ("a.txt", NOTES["buffer"])})
-        assert "documents" in {thread.name for thread in threading.enumerate()}
-    assert "documents" not in {thread.name for thread in threading.enumerate()}
+        assert len(readers()) == len(before) + 1
+    assert readers() == before

@@ -324,6 +324,19 @@ def test_markdown_holds_the_shown_branch_with_the_models_own_words(filled):
     assert text == f"# Greeting\n\n## You\n\nHello?\n\n## Llama 2\n\n{ANSWER['text']}\n"
 
 
+def test_markdown_lists_the_sources_below_their_answer(tab):
+    answer = {**OTHER, "text": "It says so [1].", "sources": [{**SOURCE, "name": "<b>_x_</b>\n.pdf"}]}
+    text = tab.evaluate(
+        """async ([conversation, messages]) => {
+          const t = await use({ private: true });
+          await t.fill([conversation], messages);
+          return (await t.exportMarkdown(t.store, conversation.id)).text();
+        }""",
+        [{**CONVERSATION, "leafId": S}, [QUESTION, answer]],
+    )
+    assert text.endswith("It says so [1].\n\nSources:\n\n- \\[1\\] \u2068\\<b\\>\\_x\\_\\</b\\> .pdf\u2069, page 2\n")
+
+
 def test_markdown_shows_the_steps_above_their_answer(tab):
     text = tab.evaluate(
         """async ([conversation, messages]) => {

@@ -34,11 +34,10 @@ export async function exportMarkdown(store, id) {
   const conversation = await store.conversation(id);
   const messages = await store.messages(id);
   const shown = pathTo(messages, leafToShow(conversation, messages));
-  const title = (conversation.title || T.transfer.untitled).replace(/\s+/g, " ");
-  const parts = [`# ${title.replace(/[\\`*_<>[\]#|~&$]/g, "\\$&")}`];
-  for (const { role, text, end, steps = [] } of shown) {
+  const parts = [`# ${asWords(conversation.title || T.transfer.untitled)}`];
+  for (const { role, text, end, steps = [], sources = [] } of shown) {
     if (role === "user") parts.push(`## ${T.transfer.you}`, asTyped(text));
-    else parts.push(`## ${end?.model ?? T.transfer.assistant}`, ...steps.map(written), withFencesClosed(text));
+    else parts.push(`## ${end?.model ?? T.transfer.assistant}`, ...steps.map(written), withFencesClosed(text), ...listed(sources));
   }
   return new Blob([`${parts.join("\n\n")}\n`], { type: "text/markdown" });
 }
@@ -93,6 +92,15 @@ async function add(store, conversation, messages) {
   } catch (error) {
     throw error.name === "QuotaExceededError" ? new Error(T.transfer.full, { cause: error }) : error;
   }
+}
+
+/** One line, in which nothing is markup. */
+const asWords = (text) => text.replace(/\s+/g, " ").replace(/[\\`*_<>[\]#|~&$]/g, "\\$&");
+
+/** What an answer was made from, by the numbers that it names. */
+function listed(sources) {
+  const lines = sources.map(({ number, name, page }) => `- ${asWords(`[${number}] ${T.documents.place(name, page)}`)}`);
+  return lines.length ? [`${T.documents.sources}:`, lines.join("\n")] : [];
 }
 
 /** Plain words as they are; anything that Markdown would read as markup, or join to one line, in a code block. */
