@@ -105,13 +105,20 @@ def _exchange(question: str, answer: str) -> Callable[[dict[str, Any]], list[Any
     """The reader of a row with one question and one answer in these columns; each may be messages."""
 
     def read(columns: dict[str, Any]) -> list[Any]:
-        messages: list[Any] = []
-        for name, role in ((question, "user"), (answer, "assistant")):
-            value = _column(columns, name)
-            messages += value if isinstance(value, list) else [{"role": role, "content": value}]
-        return messages
+        asked = _spoken(_column(columns, question), "user")
+        answered = _spoken(_column(columns, answer), "assistant")
+        if answered and isinstance(answered[0], dict) and answered[0].get("role") == "user":
+            raise ChatError(f"its {answer} is a whole conversation: name it by --columns NAME=messages.")
+        return [*asked, *answered]
 
     return read
+
+
+def _spoken(value: Any, role: str) -> list[Any]:
+    """The messages in a column: several, one, or what somebody in this role says."""
+    if isinstance(value, (list, dict)):
+        return [_from_sharegpt_turn(turn) for turn in (value if isinstance(value, list) else [value])]
+    return [{"role": role, "content": value}]
 
 
 def _instruction(answer: str) -> Callable[[dict[str, Any]], list[Any]]:

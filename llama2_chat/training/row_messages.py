@@ -38,10 +38,19 @@ def check_columns(columns: dict[str, Any]) -> None:
     if given >= PAIR:
         raise ChatError(
             "it is a pair of a chosen and a rejected answer, for DPO, which is not trained here. To learn the chosen "
-            "answers, name them: --columns prompt=user chosen=assistant."
+            f"answers: --columns {_chosen(columns)}."
         )
     if media := sorted(given & MEDIA):
         raise ChatError(f"it comes with {media[0]}, and the model reads text only.")
+
+
+def _chosen(columns: dict[str, Any]) -> str:
+    """The names of columns by which a pair's chosen answer is learned."""
+    chosen = columns["chosen"]
+    if isinstance(chosen, list) and len(chosen) > 1:
+        return "chosen=messages"
+    asked = next((name for name in ("conversations", "messages", "question") if name in columns), "prompt")
+    return f"{asked}=user chosen=assistant"
 
 
 def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:

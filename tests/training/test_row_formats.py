@@ -41,6 +41,22 @@ NAMED = {
         [("user", "a"), ("assistant", "b")],
         {"rejected"},
     ),
+    "the chosen answer behind turns": (
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
+        ["conversations=user", "chosen=assistant"],
+        [("user", "a"), ("assistant", "b")],
+        {"rejected"},
+    ),
+    "the chosen conversation": (
+        {"prompt": "a", "chosen": conversation("a", "b")["messages"], "rejected": conversation("a", "c")["messages"]},
+        ["chosen=messages"],
+        [("user", "a"), ("assistant", "b")],
+        {"prompt", "rejected"},
+    ),
     "messages of another name": (
         {"dialog": conversation("a", "b")["messages"]},
         ["dialog=messages"],
@@ -64,6 +80,19 @@ def test_columns_can_be_named(tmp_path, name):
     data = chat_data.read(file, Reading(options.columns))
     assert turns(data.train[0].messages) == expected
     assert data.unread == unread
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if "chosen" in name])
+def test_a_pair_is_refused_with_the_flag_that_learns_its_chosen_answer(tmp_path, name):
+    row, flags, _, _ = NAMED[name]
+    with pytest.raises(ChatError, match=rf"for DPO.* --columns {' '.join(flags)}\.$"):
+        chat_data.read(write_rows(tmp_path / "some.jsonl", row))
+
+
+def test_a_conversation_is_no_answer(tmp_path):
+    file = write_rows(tmp_path / "some.jsonl", {"prompt": "a", "completion": conversation("a", "b")["messages"]})
+    with pytest.raises(ChatError, match="its completion is a whole conversation: name it by --columns NAME=messages"):
+        chat_data.read(file)
 
 
 def test_a_column_that_is_not_there_and_a_role_that_nobody_has_are_refused(tmp_path, capsys):
