@@ -21,7 +21,7 @@ from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
 GUARD_FAILS = ("closed", "open")
-QUANTIZATIONS = ("auto", "none", "int8", "nf4")
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one

@@ -60,8 +60,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("models", nargs="*", metavar="MODEL",
         help=f"output folder of sft_trainer.py, adapter, model's folder, Hub id, or {EMBEDDED}")  # fmt: skip
     add("--output_dir", type=Path, help="where the report goes (MODEL/evaluation)")
-    add("--precisions", nargs="+", choices=(*UNQUANTIZED, "nf4", "int8"), metavar="P",
-        help=f"{', '.join(UNQUANTIZED)}, nf4, int8; tasks and sheet use the first (full and nf4)")  # fmt: skip
+    add("--precisions", nargs="+", choices=(*UNQUANTIZED, "nf4", "int8", "int4"), metavar="P",
+        help=f"{', '.join(UNQUANTIZED)}, nf4, int8, int4; tasks and sheet use the first (full and nf4)")  # fmt: skip
     add("--batch_size", type=int, default=8, help="conversations computed at once (8)")
     add("--max_length", type=int, help="tokens of a conversation; longer ones lose exchanges (as in training)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness, or YAML files of your own")

@@ -61,7 +61,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key and value heads
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
-PRECISIONS = ("bfloat16", "int8", "nf4")  # the columns of the table in README.md
+PRECISIONS = ("bfloat16", "int8", "int4", "nf4")  # the columns of the table in README.md
 # What CUDA reports as the whole of it is less than what is sold.
 GPUS = {
     "T4 small": Gpu(15_800_000_000, (7, 5)),
@@ -114,7 +114,7 @@ def test_the_hardware_table_is_whole_and_a_t4_computes_in_float16():
 
 
 def test_the_memory_table_of_the_readme_says_what_the_program_computes():
-    rows = re.findall(r"^\| Llama 2 (\d+B) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| Llama 2 (\d+B)" + r" \| ([\d.]+) GB" * 4 + r" \|$", README, re.MULTILINE)
     assert rows == [
         (model, *(f"{size_of(model).needed_bytes(precision, 4096) / 1e9:.1f}" for precision in PRECISIONS))
         for model in SHAPES

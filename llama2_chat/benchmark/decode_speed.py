@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from llama2_chat.benchmark.local_model import load, text_ids
+from llama2_chat.loading.quantize import precision_of
 from llama2_chat.types import SamplingParams
 from model import ChatModel
 
@@ -62,9 +64,9 @@ def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingPa
 
 
 @contextlib.contextmanager
-def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
+def _plain_layers(model: PreTrainedModel) -> Iterator[None]:
     """With bitsandbytes' own layers, where loading/quantize.py has put faster ones in their place."""
-    if not torch.cuda.is_available():  # without a GPU, importing bitsandbytes prints warnings
+    if precision_of(model) != "nf4":  # importing bitsandbytes prints warnings where there is no GPU
         yield
         return
     from bitsandbytes.nn import Linear4bit

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from llama2_chat.kernels.packed import JoinedPackedLinear
+
 
 @torch.no_grad()  # else what is joined would hold on to what it was joined from
 def join_projections(model: LlamaForCausalLM) -> None:
     """Let what is multiplied with the same input be one product, which reads weights faster than several small ones.
 
     The single weights become views of the joined ones, so that the model itself computes as before and takes no more
-    memory. Quantised and adapted layers stay as they are.
+    memory. Quantised and adapted layers stay as they are: packed ones are joined where they are made.
     """
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -27,11 +29,15 @@ def join_projections(model: LlamaForCausalLM) -> None:
 
 
 def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """What each of these layers makes of x, in one product where join_projections() has joined them."""
-    joined = getattr(linears[0], "joined", None)
-    if joined is None:
+    """What each of these layers makes of x, in one product where they have been joined."""
+    first: Any = linears[0]
+    if isinstance(first, JoinedPackedLinear):
+        y = first.whole(x)
+    elif (joined := getattr(first, "joined", None)) is not None:
+        y = F.linear(x, joined)
+    else:
         return [linear(x) for linear in linears]
-    return F.linear(x, joined).split([linear.out_features for linear in linears], -1)
+    return y.split([linear.out_features for linear in linears], -1)
 
 
 def _join_layer(groups: list[list[Any]]) -> None:

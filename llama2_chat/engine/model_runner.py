@@ -26,14 +26,16 @@ from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.fixed_rows import fix_rows
+from llama2_chat.kernels.packed import PackedLinear, compile_products
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
-    "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16 or NF4, whole on one GPU of compute capability 8.0 or "
-    "higher: only there are steps recorded. Choose such a model, set QUANTIZATION=nf4, or unset DETERMINISTIC."
+    "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "
+    "capability 8.0 or higher: only there are steps recorded. Choose such a model, set QUANTIZATION=nf4, or unset "
+    "DETERMINISTIC."
 )
 
 
@@ -292,12 +294,14 @@ def build_runner(
     weight = input_embeddings(model).weight
     max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
     sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device)
+    in_pieces = deterministic and weight.device.type == "cuda"
+    if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:
+        compile_products(packed, in_order=(max_batch, PIECE_SIZE) if in_pieces else ())
     windows = attention_windows(model)
     if weight.device.type == "cpu":
         fix_rows(model)
         speed_up_llama(model)
     kernel = decode_kernel(model) if pool_type.suits_kernels else None
-    in_pieces = deterministic and weight.device.type == "cuda"
     if in_pieces:
         longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama2_chat.kernels.shared_product import SharedProduct
+
 HIGH_AND_WHOLE = torch.tensor([127.0, 127.0 * 128])[:, None, None]
 FEW_ROWS = 16  # of bytes: up to 8 tokens
 ROWS_MULTIPLE = 16
@@ -93,24 +95,17 @@ class Int8Linear(nn.Module):
 class JoinedInt8Linear(Int8Linear):
     """One of several layers that are given the same input one after another: the first computes for all of them."""
 
-    def __init__(self, whole: Int8Linear, start: int, end: int, memo: list[Tensor]) -> None:
+    def __init__(self, whole: Int8Linear, start: int, end: int, shared: SharedProduct) -> None:
         nn.Module.__init__(self)
         for name in ("weight", "scale", "bias"):
             states = getattr(whole, name)
             self.register_buffer(name, None if states is None else states[start:end])
         self.in_features, self.out_features = whole.in_features, end - start
-        self._compute, self.together = whole.forward, whole.of_rows  # of all of them, side by side
-        self._start, self._end = start, end
-        self._is_last = end == whole.out_features
-        self._memo = memo  # what came in last and what came out, as long as somebody has not asked for it
+        self.together = whole.of_rows  # of all of them, side by side
+        self._shared, self._start, self._end = shared, start, end
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._memo or self._memo[0] is not x:
-            self._memo[:] = x, self._compute(x)
-        y = self._memo[1][..., self._start : self._end]
-        if self._is_last:
-            self._memo.clear()
-        return y
+        return self._shared.part(x, self._start, self._end)
 
 
 def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
@@ -120,8 +115,9 @@ def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
     whole.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
     if linears[0].bias is not None:
         whole.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
-    joined, memo = Int8Linear(whole), list[Tensor]()
-    return [JoinedInt8Linear(joined, start, end, memo) for start, end in zip([0, *ends], ends, strict=False)]
+    joined = Int8Linear(whole)
+    shared = SharedProduct(joined.forward, ends[-1])
+    return [JoinedInt8Linear(joined, start, end, shared) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _padded(rows: Tensor) -> Tensor:

@@ -159,6 +159,18 @@ def file_stamp(path: Path) -> str:
     return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 
+def source_digest(files: Files) -> str:
+    """The same for a repository or folder whatever has become of it."""
+    return digest(files.repo or str(files.folder.resolve()))
+
+
+def state_digest(files: Files, version: int) -> str:
+    """Another one when the weights, a configuration or the way in which copies are made, `version`, has changed."""
+    stamps = [file_stamp(files.folder / name) for name in files.weights()]
+    configs = [path.read_text("utf-8") for path in sorted(files.folder.glob("*config.json"))]
+    return digest("\n".join([str(version), *stamps, *configs]))
+
+
 def remove_copies(home: Path, source: str, name: str) -> None:
     """Copies of the same source as it was before, and what a start that was cut off has left of one.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
     MIN_CONTEXT_TOKENS,
+    NO_INT4,
     DeviceMap,
     Gpu,
     Size,
@@ -48,6 +50,13 @@ from llama2_chat.loading.memory import (
     visible_gpus,
 )
 from llama2_chat.loading.meta import convert_weights
+from llama2_chat.loading.packing import (
+    PackedConfig,
+    finish_packed,
+    packed_copy,
+    save_packed,
+    why_not_packed,
+)
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.unpack import check_room, unpacked
 from llama2_chat.prompt import find_ending
@@ -59,6 +68,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama2_chat")
 
 EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
+UNPACKED = {"int4": "nf4", "int8": "int8"}  # what is next to a packed precision, by bitsandbytes
 UNQUANTIZED = ("float32", "bfloat16", "float16")
 # Tensors of older checkpoints that the model computes by itself.
 HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
@@ -150,16 +160,22 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         with translate_errors(files):
             files = unpacked(files, read_config(files), checkpoint.cache_dir)
         why = f"Its weights came quantised by {size.comes_in} and were unpacked. {why}"
+    packs = precision in UNPACKED and bool(gpus)
+    if packs and (reason := why_not_packed(gpus)):
+        packs, precision = False, UNPACKED[precision]
+        why = f"{why} Its products are those of bitsandbytes, since {reason}."
     needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
     with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes):
         with translate_errors(files):
-            model = _load_for_serving(files, precision, size, gpus)
+            model = _load_for_serving(files, precision, size, gpus, checkpoint.cache_dir if packs else None)
         if adapter:
             # In 4 or 8 bits merging would round the change away: there it stays apart.
             merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
             with translate_errors(adapter):
                 adapted: Any = load_adapter(model, checkpoint)
                 model = merge_adapter(adapted) if merge else adapted.get_base_model()
+        if packs:
+            finish_packed(model)
     if precision == "int8" and not gpus:
         quantize_int8(model)
     if precision == "nf4" and gpus:
@@ -174,17 +190,24 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
 def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
     """The model without its adapter, whole on one device, to be trained or merged rather than served.
 
-    precision: one of UNQUANTIZED, or "nf4" or "int8" by bitsandbytes, which computes in what suits the device.
+    precision: one of UNQUANTIZED; "nf4" or "int8" by bitsandbytes, which computes in what suits the device; or "int4",
+    on a GPU, to be looked at and not trained.
     """
-    files, dtype = checkpoint.base, compute_dtype(visible_gpus())
-    size = measure(files)
+    files, gpus = checkpoint.base, visible_gpus()
+    if precision == "int4" and not gpus:
+        raise ModelUnavailable(NO_INT4)
+    size, dtype = measure(files), compute_dtype(gpus)
     if method := size.comes_in:
         raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
     bring_weights(files, progress)
-    config = {"nf4": nf4_config(dtype), "int8": int8_config()}.get(precision)
+    configs: dict[str, Any] = {"nf4": nf4_config(dtype), "int8": int8_config(), "int4": PackedConfig("int4")}
     needed_bytes = size.needed_bytes(precision, 0)
     with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
-        return _read(files, getattr(torch, precision) if precision in UNQUANTIZED else dtype, config, {"": device})
+        own = getattr(torch, precision) if precision in UNQUANTIZED else dtype
+        model = _read(files, own, configs.get(precision), {"": device})
+        if precision == "int4":
+            finish_packed(model)
+        return model
 
 
 def bring_weights(files: Files, progress: Progress) -> None:
@@ -255,16 +278,22 @@ def _embedding_rows(adapter: Files) -> int:
     return max(rows)
 
 
-def _load_for_serving(files: Files, precision: str, size: Size, gpus: Sequence[Gpu]) -> PreTrainedModel:
+def _load_for_serving(
+    files: Files, precision: str, size: Size, gpus: Sequence[Gpu], packs_in: Path | None
+) -> PreTrainedModel:
+    """packs_in: the cache for packed weights; None if these are not to be packed."""
     device_map, max_memory = choose_device_map(precision, size, gpus)
     dtype, config = compute_dtype(gpus), None
     if precision == "float32":
         dtype = torch.float32
     elif precision == "nf4":
         config = nf4_config(dtype)
-    elif precision == "int8" and gpus:
+    elif precision == "int8" and gpus and not packs_in:
         config, dtype = int8_config(), torch.float16  # it computes in float16 and would cast
-    model = _read(files, dtype, config, device_map, max_memory)
+    if packs_in:
+        model = _read_packed(files, precision, packs_in, dtype, device_map, max_memory)
+    else:
+        model = _read(files, dtype, config, device_map, max_memory)
     if isinstance(device_map, dict):
         remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
     if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and gpus:
@@ -272,19 +301,48 @@ def _load_for_serving(files: Files, precision: str, size: Size, gpus: Sequence[G
     return model
 
 
+def _read_packed(
+    files: Files,
+    precision: str,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    device_map: DeviceMap,
+    max_memory: dict[int, int] | None,
+) -> PreTrainedModel:
+    """From the copy in cache_dir, which is made if there is none: what quantising leaves behind in the memory of a GPU
+    is gone by then. Without room for a copy it has to do without."""
+    if copy := packed_copy(files, precision, cache_dir):
+        try:
+            return _read(copy, dtype, None, device_map, max_memory)
+        except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning("%s is damaged and made anew", copy, exc_info=True)
+            shutil.rmtree(copy.folder)
+    model = _read(files, dtype, PackedConfig(precision), device_map, max_memory)
+    copy = save_packed(model, files, precision, cache_dir)
+    if copy is None:
+        return model
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _read(copy, dtype, None, device_map, max_memory)
+
+
 def _read(
     files: Files,
     dtype: torch.dtype,
-    config: BitsAndBytesConfig | None,
+    config: BitsAndBytesConfig | PackedConfig | None,
     device_map: DeviceMap,
     max_memory: dict[int, int] | None = None,
 ) -> PreTrainedModel:
+    quantization = {"quantization_config": config} if config else {}  # None would override what config.json says
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         files.folder,
         config=read_config(files),
         generation_config=read_generation_config(files),
         dtype=dtype,
-        quantization_config=config,
+        **quantization,
         device_map=device_map,
         max_memory=max_memory,
         trust_remote_code=False,  # None would ask at the terminal

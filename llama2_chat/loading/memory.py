@@ -20,9 +20,12 @@ log = logging.getLogger("llama2_chat")
 GB = 1_000_000_000
 HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill
 MIN_CONTEXT_TOKENS = 4_096  # of KV cache that must fit; models with longer windows may run with part of theirs
-# Bytes per parameter of a linear layer. NF4 with double quantisation: 4 bits, and per 64 weights 8 bits of scale,
-# themselves scaled per 256.
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.516}
+# Bytes per parameter of a linear layer. Int4: 4 bits, and per 64 weights 16 bits of scale. NF4 with double
+# quantisation: the same with 8 bits of scale, themselves scaled per 256.
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.532, "nf4": 0.516}
+
+FOUR_BITS = ("int4", "nf4")
+NO_INT4 = "QUANTIZATION=int4 needs a CUDA GPU. Unset it: int8 is fastest on a CPU."
 
 DeviceMap = str | dict[str, str | int]
 
@@ -95,6 +98,8 @@ def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[s
     requested: a QUANTIZATION, or "float32", which is not offered as a setting: tests compare in it.
     """
     unquantized = str(compute_dtype(gpus)).removeprefix("torch.")
+    if requested == "int4" and not gpus:
+        raise ModelUnavailable(NO_INT4)
     if requested != "auto":
         return unquantized if requested == "none" else requested, f"QUANTIZATION={requested}."
     if not gpus:
@@ -103,7 +108,9 @@ def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[s
     why = (
         f"{unquantized} takes {needed / GB:.1f} GB with a full context, and {free / GB:.1f} GB of GPU memory are free."
     )
-    return (unquantized if needed <= free else "nf4"), why
+    if needed <= free:
+        return unquantized, why
+    return "nf4", f"{why} QUANTIZATION=int4 answers faster; evaluate_model.py tells whether it answers as well."
 
 
 def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> None:
@@ -111,8 +118,7 @@ def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> 
     needed, free = size.needed_bytes(precision, MIN_CONTEXT_TOKENS), _free_bytes(gpus)
     if not gpus or needed <= free:
         return
-    can_shrink = precision != "nf4"
-    nf4_fits = can_shrink and size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free
+    nf4_fits = precision not in FOUR_BITS and size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free
     raise ModelUnavailable(
         f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "
         f"{'Set QUANTIZATION=nf4' if nf4_fits else 'Choose a smaller model'}, free some memory, or use a larger GPU."

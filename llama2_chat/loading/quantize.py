@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llama2_chat.kernels.int8 import Int8Linear, join_int8
+from llama2_chat.kernels.packed import PackedLinear
 
 # Layers of one input, in the order in which attention and feed-forward layers ask them.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -87,6 +88,9 @@ def precision_of(model: PreTrainedModel) -> str:
     """
     weights: Counter[str] = Counter()
     for module in _layers(model):
+        if isinstance(module, PackedLinear):
+            weights[module.precision] += module.in_features * module.out_features
+            continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             state = getattr(tensor, "quant_state", None)
             if state is not None:

@@ -23,12 +23,12 @@ from llama2_chat.loading.dequantize import plain_tensors, quantization_of
 from llama2_chat.loading.disk import (
     Files,
     check_free_space,
-    digest,
-    file_stamp,
     folder_bytes,
     in_gb,
     not_writable,
     remove_copies,
+    source_digest,
+    state_digest,
 )
 
 log = logging.getLogger("llama2_chat")
@@ -42,10 +42,10 @@ def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
 
     Raises ModelUnavailable if there is no room for it, or if a tensor is there that nothing here understands.
     """
-    folder = _home(cache_dir) / f"{_source(files)}-{_state(files)}"
-    with FileLock(folder.with_name(f"{_source(files)}.lock")):
+    folder = _home(cache_dir) / f"{source_digest(files)}-{state_digest(files, VERSION)}"
+    with FileLock(folder.with_name(f"{source_digest(files)}.lock")):
         if not folder.is_dir():
-            remove_copies(folder.parent, _source(files), str(files))
+            remove_copies(folder.parent, source_digest(files), str(files))
             check_room(files, config, cache_dir)
             _make(files, config, folder)
     return Files(folder)
@@ -59,7 +59,7 @@ def check_room(files: Files, config: PreTrainedConfig, cache_dir: Path) -> int:
     if quantization_of(config) is None:
         return 0
     home, missing = _home(cache_dir), sum(files.missing().values())
-    if not missing and (home / f"{_source(files)}-{_state(files)}").is_dir():
+    if not missing and (home / f"{source_digest(files)}-{state_digest(files, VERSION)}").is_dir():
         return 0
     needed = sum(tensor.numel() for tensor in _expected(config).values()) * _dtype(config).itemsize
     on_one_disk = home.stat().st_dev == files.folder.stat().st_dev
@@ -84,18 +84,6 @@ def _dtype(config: PreTrainedConfig) -> torch.dtype:
 def _expected(config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):  # names and shapes without memory
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
-
-
-def _source(files: Files) -> str:
-    """The same for a repository or folder whatever has become of it."""
-    return digest(files.repo or str(files.folder.resolve()))
-
-
-def _state(files: Files) -> str:
-    """Another one when the weights, a configuration or this program's way to write has changed."""
-    stamps = [file_stamp(files.folder / name) for name in files.weights()]
-    configs = [path.read_text("utf-8") for path in sorted(files.folder.glob("*config.json"))]
-    return digest("\n".join([str(VERSION), *stamps, *configs]))
 
 
 def _make(files: Files, config: PreTrainedConfig, folder: Path) -> None:

@@ -116,3 +116,18 @@ def probe_bitsandbytes(start: PlannedStart) -> str:
         if not (got - exact).norm() < 0.2 * exact.norm():  # 0.1 is usual; NaN must not pass
             raise ChatError(f"A matrix product in NF4 on {device} comes out wrong. Set QUANTIZATION=none.")
     return f"quantises to NF4 and multiplies on {device}"
+
+
+def probe_packed(start: PlannedStart) -> str:
+    from llama2_chat.loading.memory import visible_gpus
+    from llama2_chat.loading.packing import why_not_packed
+
+    if not (gpus := visible_gpus()):
+        raise NotApplicable("these products are for a CUDA GPU")
+    if reason := why_not_packed(gpus):
+        asked = start.settings.quantization in ("int4", "int8")
+        raise (ChatError if asked else NotApplicable)(f"{reason}; QUANTIZATION=nf4 and none do without.")
+    return (
+        "humming-kernels compiles for this GPU. Which of them loses least on your model is told by: "
+        "python scripts/evaluate_model.py MODEL --dataset_name FILE --precisions bfloat16 nf4 int4 int8"
+    )

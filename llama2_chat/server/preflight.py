@@ -51,6 +51,7 @@ PROBES = {
     "bitsandbytes": Probe(
         gpu_probes.probe_bitsandbytes, 60, "GPU", "Reinstall bitsandbytes, or set QUANTIZATION=none."
     ),
+    "int4, int8": Probe(gpu_probes.probe_packed, 120, "GPU", "Try once more, or set QUANTIZATION=nf4."),
     "disk": Probe(probes.probe_disk, 60, "model"),
     "server": Probe(probes.probe_server, 150, if_late=NETWORK),
     "key": Probe(probes.probe_key, 15, "server"),
@@ -61,7 +62,8 @@ PROBES = {
     "tools": Probe(probes.probe_tools, 15),
     "guard": Probe(probes.probe_guard, 60, if_late=NETWORK),
 }
-LOCAL = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "disk")  # for a model that is loaded by the start
+# For a model that is loaded by the start.
+LOCAL = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "int4, int8", "disk")
 REMOTE = ("server", "key", "answer")  # for one that INFERENCE_URL names
 
 

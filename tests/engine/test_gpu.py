@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llama2_chat import ROOT
@@ -18,16 +19,18 @@ from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.kernels.packed import BITS
+from llama2_chat.loading.choose import Checkpoint, choose, fetch
+from llama2_chat.loading.disk import Files
 from llama2_chat.loading.load import load
-from llama2_chat.loading.quantize import speed_up_nf4
+from llama2_chat.loading.quantize import precision_of, speed_up_nf4
 from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
 from tests.support import packers
 from tests.support.engines import Ids, Stairs, answer
 from tests.support.loading import asking_for
 from tests.support.serving import ignore
-from tests.support.small_model import save_model
+from tests.support.small_model import save_model, save_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -154,10 +157,44 @@ def test_recorded_steps_give_blocks_back(compiled):
     assert (compiled.occupancy.running, compiled.occupancy.kv_tokens) == (0, 0)
 
 
-@pytest.fixture(scope="module")
-def deterministic():
-    engine = running(small_llama(), compile=True, deterministic=True)
-    yield engine
+def packed_llama(folder, precision, **settings):
+    """The small Llama as a start loads it in int8 or int4."""
+    small_llama("cpu").save_pretrained(folder)
+    checkpoint = Checkpoint("small", "", precision, Files(folder), folder / "cache", **settings)
+    return load(checkpoint, ignore).model
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_packed_layers_are_recorded_and_say_what_they_say_by_themselves(tmp_path, precision):
+    model = packed_llama(tmp_path, precision)
+    engine = running(model, compile=True)
+    assert engine.mode.endswith("prefill 64, 128, 256, 512, 1024, 2048")
+    assert precision_of(model) == precision
+    found = [answer(engine, ids, GREEDY)[0] for ids in prompts(LENGTHS)]
+    engine.close()
+    assert all(below_the_likeliest(model, *each) < 0.25 for each in zip(prompts(LENGTHS), found, strict=True))
+
+
+def test_an_adapter_beside_packed_layers_changes_what_they_say_as_beside_plain_ones(tmp_path):
+    plain = small_llama()
+    lora = LoraConfig(target_modules=["q_proj", "gate_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(small_llama(), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter = Files(tmp_path / "adapter", stem="adapter_model")
+    save_tokenizer(tmp_path / "model", ("a", "b", "c"))
+    model = packed_llama(tmp_path / "model", "int8", adapter=adapter)
+    ids = torch.tensor([[1, 2, 3, 4, 5]], device="cuda")
+    with torch.inference_mode():
+        without, exact, found = (each(ids).logits.float() for each in (plain, adapted, model))
+    assert (found - exact).norm() < 0.05 * exact.norm() < 0.5 * (without - exact).norm()
+
+
+@pytest.fixture(scope="module", params=["bfloat16", *BITS])
+def deterministic(request, tmp_path_factory):
+    own = request.param == "bfloat16"
+    model = small_llama() if own else packed_llama(tmp_path_factory.mktemp("packed"), request.param)
+    engine = running(model, compile=True, deterministic=True)
+    yield model, engine
     engine.close()
 
 
@@ -171,38 +208,38 @@ SETTINGS = {
 
 def test_deterministic_steps_have_one_text_for_each_question_cold_cached_and_in_company(deterministic):
     """Alone on the server the same seed gave another text the second time."""
-    assert deterministic.mode == "CUDA graphs: decode 32; prefill 512"
+    _, engine = deterministic
+    assert engine.mode == "CUDA graphs: decode 32; prefill 512"
     asked = [
         (ids, SamplingParams(**params, max_new_tokens=20 + 5 * (index % 7)))
         for params in SETTINGS.values()
         for index, ids in enumerate(prompts(LENGTHS))
     ]
-    texts = [{tuple(answer(deterministic, ids, replace(params, cache_prompt=False))[0])} for ids, params in asked]
+    texts = [{tuple(answer(engine, ids, replace(params, cache_prompt=False))[0])} for ids, params in asked]
     for _ in range(2):
         for found, (ids, params) in zip(texts, asked, strict=True):
-            found.add(tuple(answer(deterministic, ids, params)[0]))
+            found.add(tuple(answer(engine, ids, params)[0]))
         streamers = [Ids() for _ in asked]
         for streamer, (ids, params) in zip(streamers, asked, strict=True):
-            deterministic.submit(ids, params, streamer)
+            engine.submit(ids, params, streamer)
         for found, streamer in zip(texts, streamers, strict=True):
             found.add(tuple(streamer.rest()))
     assert [len(found) for found in texts] == [1] * len(asked)
 
 
 def test_deterministic_steps_read_what_was_answered_as_if_nobody_had_answered_it(deterministic):
+    _, engine = deterministic
     ids = prompts([150])[0]
-    said, _ = answer(deterministic, ids, replace(GREEDY, max_new_tokens=300))
+    said, _ = answer(engine, ids, replace(GREEDY, max_new_tokens=300))
     turn = [*ids, *said, *prompts([20])[0]]
-    cached, request = answer(deterministic, turn, GREEDY)
+    cached, request = answer(engine, turn, GREEDY)
     assert request.cached_tokens == 128
-    assert cached == answer(deterministic, turn, replace(GREEDY, cache_prompt=False))[0]
+    assert cached == answer(engine, turn, replace(GREEDY, cache_prompt=False))[0]
 
 
 def test_deterministic_steps_say_what_transformers_says(deterministic):
-    model = small_llama()
-    assert all(
-        below_the_likeliest(model, ids, answer(deterministic, ids, GREEDY)[0]) < 0.25 for ids in prompts(LENGTHS)
-    )
+    model, engine = deterministic
+    assert all(below_the_likeliest(model, ids, answer(engine, ids, GREEDY)[0]) < 0.25 for ids in prompts(LENGTHS))
 
 
 def test_a_model_whose_steps_cannot_be_recorded_is_refused_where_they_must_be():

@@ -28,6 +28,11 @@ LLAMA_13B = LlamaConfig(
 GIB = 2**30
 
 
+def test_int4_without_a_gpu_is_refused_with_what_is_fast_there():
+    sentence = refusal(choose_precision, "int4", Size.of(LLAMA_13B), [])
+    assert sentence == "QUANTIZATION=int4 needs a CUDA GPU. Unset it: int8 is fastest on a CPU."
+
+
 @pytest.mark.parametrize(
     ("asked", "own", "gpus", "precision"),
     [

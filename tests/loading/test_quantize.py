@@ -68,7 +68,7 @@ def test_int8_keeps_the_perplexity_of_bfloat16_within_one_percent(settings):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("precision", ["auto", "none", "int8", "nf4"])
+@pytest.mark.parametrize("precision", ["auto", "none", "int8", "int4", "nf4"])
 def test_on_a_gpu_each_precision_answers_like_bfloat16_on_the_cpu(settings, precision):
     checkpoint = fetch(choose(settings, has_gpu=False), ignore)
     ids = load_tokenizer(checkpoint)("The capital of France is", return_tensors="pt").input_ids

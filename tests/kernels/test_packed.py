@@ -1,0 +1,96 @@
+"""Weights in 4 and 8 bits for GPUs against the weights that they stand for; the products only where there is a GPU."""
+
+import pytest
+import torch
+
+from llama2_chat.kernels import packed
+from llama2_chat.kernels.packed import BITS, GROUP, PackedLinear, compile_products, join_packed, quantize
+
+NF4_ERROR = 0.092  # of bitsandbytes' NF4 with double quantisation, on normal weights
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def dequantized(codes, scales, bits):
+    """float32 [out, in], of what quantize() returns."""
+    lowest_first = codes.view(torch.uint8)
+    if bits == 4:
+        lowest_first = torch.stack([lowest_first & 15, lowest_first >> 4], -1).flatten(1)
+    numbers = lowest_first.float() - 2 ** (bits - 1)
+    return (numbers.view(len(codes), scales.shape[1], -1) * scales.float()[..., None]).view(len(codes), -1)
+
+
+def normal(*shape, dtype=torch.bfloat16, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).mul(0.02).to(device, dtype)
+
+
+def relative(found, exact):
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, NF4_ERROR), (8, 0.01)])
+def test_normal_weights_lose_less_than_in_nf4(bits, most):
+    weight = normal(256, 1024)
+    assert 0.5 * most < relative(dequantized(*quantize(weight, bits), bits), weight) < most
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_the_largest_weight_of_a_group_and_groups_of_zeros_come_back(bits):
+    weight = torch.zeros(2, 2 * GROUP, dtype=torch.bfloat16)
+    weight[0, 3] = 0.75
+    weight[1, 5] = -0.5
+    assert torch.equal(dequantized(*quantize(weight, bits), bits), weight.float())
+
+
+def test_weights_are_quantised_alike_in_pieces_of_any_size(monkeypatch):
+    weight = normal(96, 256)
+    whole = quantize(weight, 4)
+    monkeypatch.setattr(packed, "AT_ONCE", 7 * 256)
+    assert all(map(torch.equal, whole, quantize(weight, 4)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "dtype"),
+    [(64, 64, torch.bfloat16), (192, 320, torch.float16), (576, 1536, torch.bfloat16)],
+)
+def test_products_of_any_number_of_rows_equal_the_dequantised_ones(out_features, in_features, bits, dtype):
+    layer = PackedLinear.of(normal(out_features, in_features, dtype=dtype, device="cuda"), bits)
+    layer.bias = torch.nn.Parameter(normal(out_features, dtype=dtype, device="cuda"), requires_grad=False)
+    exact, bias = dequantized(layer.weight, layer.weight_scale, bits), layer.bias.float()
+    layer.prepare()
+    for rows in (*range(1, 65), 512):
+        x = normal(1, rows, in_features, dtype=dtype, device="cuda") * 50
+        found = layer(x)
+        assert relative(found, x.float() @ exact.T + bias) < 0.01
+    assert not layer.locks.any()
+
+
+@needs_gpu
+@pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize(("out_features", "in_features"), [(5120, 13824), (576, 1536)])
+def test_sums_in_order_come_out_the_same_bit_for_bit(out_features, in_features, bits):
+    weight = normal(out_features, in_features, device="cuda")
+    layer = PackedLinear.of(weight, bits)
+    exact = dequantized(layer.weight, layer.weight_scale, bits)
+    layer.prepare()
+    compile_products([layer], in_order=(32, 512))
+    for rows in (32, 512):
+        x = normal(rows, in_features, device="cuda") * 50
+        first = layer(x)
+        assert relative(first, x.float() @ exact.T) < 0.01
+        assert all(torch.equal(layer(x), first) for _ in range(200))
+    alike = layer(x[:1].expand(32, -1).contiguous())
+    assert (alike == alike[:1]).all()
+
+
+@needs_gpu
+def test_joined_layers_give_what_each_gives_alone():
+    weights = [normal(size, 256, device="cuda") for size in (256, 128, 128)]
+    x = normal(3, 256, device="cuda")
+    joined = join_packed([PackedLinear.of(weight, 4) for weight in weights])
+    joined[0].whole.prepare()
+    for part, weight in zip(joined, weights, strict=True):
+        alone = PackedLinear.of(weight, 4)
+        alone.prepare()
+        assert relative(part(x), alone(x)) < 0.01

@@ -1,0 +1,80 @@
+"""Models in 4 and 8 bits for a GPU: quantised while they are read, kept for the next start, and said if impossible."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from llama2_chat.loading import load, packing
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.memory import Gpu
+from llama2_chat.loading.packing import packed_copy, why_not_packed
+from llama2_chat.loading.quantize import precision_of
+from tests.support.small_model import save_model
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(save_model(tmp_path / "model", hidden_size=128, intermediate_size=256))
+
+
+@pytest.fixture
+def read(files, tmp_path):
+    """Reads the model in int4, as a start does on a GPU, but on the CPU."""
+    return lambda: load._read_packed(files, "int4", tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_model_is_quantised_while_it_is_read(files, tmp_path, precision):
+    model = load._read_packed(files, precision, tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
+    assert precision_of(model) == precision
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_the_next_start_reads_the_copy_that_was_kept(files, read, tmp_path, monkeypatch):
+    first = read()
+    monkeypatch.setattr(packing, "quantize", None)
+    again = read()
+    assert precision_of(again) == "int4"
+    assert all(
+        torch.equal(*pair) for pair in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_a_copy_of_weights_that_have_changed_makes_room_for_the_new_one(files, read, tmp_path):
+    read()
+    old = packed_copy(files, "int4", tmp_path / "cache")
+    (files.folder / "model.safetensors").touch()
+    assert packed_copy(files, "int4", tmp_path / "cache") is None
+    read()
+    assert not old.folder.exists()
+    assert packed_copy(files, "int4", tmp_path / "cache").folder.is_dir()
+
+
+def test_a_damaged_copy_is_made_anew(files, read, tmp_path):
+    read()
+    copy = packed_copy(files, "int4", tmp_path / "cache").folder / "model.safetensors"
+    copy.write_bytes(copy.read_bytes()[:1000])
+    assert precision_of(read()) == "int4"
+    assert copy.stat().st_size > 1000
+
+
+def test_without_room_for_a_copy_the_model_answers_all_the_same(files, read, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert precision_of(read()) == "int4"
+    assert packed_copy(files, "int4", tmp_path / "cache") is None
+    assert "quantised at each start" in caplog.text
+    assert "CACHE_DIR" in caplog.text
+
+
+def test_a_gpu_that_the_kernels_do_not_know_is_told():
+    assert why_not_packed([Gpu(10**10, (7, 0))]) == "a GPU here is older than compute capability 7.5"
+
+
+def test_kernels_that_cannot_be_compiled_are_told_and_logged(caplog):
+    caplog.set_level(logging.WARNING)
+    if torch.cuda.is_available():
+        pytest.skip("they can be, here")
+    assert why_not_packed([Gpu(10**10)]).startswith("humming-kernels does not work here (")
+    assert "humming-kernels, which int4 and int8 need, does not work here" in caplog.text
