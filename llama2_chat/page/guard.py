@@ -10,30 +10,30 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
 import logging
 import re
 from collections import Counter
 from typing import Any
 
 import gradio as gr
+from fastapi import Request
 from gradio.routes import App
 from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from llama2_chat.page.sessions import Sessions
+from llama2_chat.page.calls import FOR_PROGRAMS, checked_call
+from llama2_chat.page.sessions import NOT_FOUND, Sessions
 from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import counted
 from llama2_chat.server.security import content_security_policy
+from llama2_chat.text import first_line
 
 log = logging.getLogger("llama2_chat")
 
 TAKES_NO_FILES = "This chat takes text only: no files, links to files or components."
-FOR_PROGRAMS = (
-    "This is not what the page sends. Programs ask POST /v1/chat/completions, or /gradio_api/call/chat with as many "
-    "values as GET /gradio_api/info names."
-)
 # Of Gradio's queue at once; its own limit is 40. Who is answered and who waits is the engine's to say.
 MOST_JOBS = 1_000
 MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio keeps of its components for each
@@ -119,26 +119,55 @@ class OnlyOurRoutes:
         if path == "/":
             return await self.app(scope, receive, _Document(send, self.head, self.on_space))
         try:
-            receive, send = await self.sessions.guarded(scope, path, receive, send)
+            if scope["method"] == "POST":
+                owner = self.sessions.who(scope)
+                call = checked_call(path, await Request(scope, receive).body(), self.app.get_blocks())
+                ids = [call[name] for name in ("session_hash", "event_id") if call.get(name)]
+                self.sessions.asks(owner, ids, claim="data" in call)
+                scope, receive = _with_body(scope, json.dumps(call).encode(), receive)
+                return await _with_a_sentence(self.app, scope, receive, self.sessions.claiming(send, owner))
+            self.sessions.reads(scope, _ids_read(scope, path))
+            session = self._session_read(scope, path)
         except (ApiError, HTTPException) as error:
             return await error_response(as_api_error(error))(scope, receive, send)
-        session = self._session_read(scope, path)
         with self.listeners.listening(session) if session else contextlib.nullcontext():
-            return await _with_a_sentence(self.app, scope, receive, send)
+            return await self.app(scope, receive, send)
 
     def _session_read(self, scope: Scope, path: str) -> str | None:
-        """The session whose messages this request reads, if it reads any."""
-        if path.startswith("/gradio_api/queue/data"):
-            return QueryParams(scope["query_string"]).get("session_hash")
-        if scope["method"] == "GET" and path.startswith("/gradio_api/call/"):
-            event_id = path.rpartition("/")[2]
-            event = self.app.get_blocks()._queue.event_ids_to_events.get(event_id)
-            return event.session_hash if event else event_id
-        return None
+        """The session whose messages this request reads, if it reads any. Raises ApiError if they have been read:
+        Gradio would fail in the middle of its answer."""
+        ids, queue = _ids_read(scope, path), self.app.get_blocks()._queue
+        if not path.startswith(("/gradio_api/call/", "/gradio_api/queue/data")) or not ids:
+            return None
+        event = queue.event_ids_to_events.get(ids[-1])
+        pending = (session for session, events in queue.pending_event_ids_session.items() if ids[-1] in events)
+        session = event.session_hash if event else next(pending, ids[-1])
+        if session not in queue.pending_messages_per_session:
+            raise NOT_FOUND
+        return session
+
+
+def _ids_read(scope: Scope, path: str) -> list[str]:
+    """The ids of sessions and events that a GET names."""
+    named = QueryParams(scope["query_string"]).getlist("session_hash")
+    return [*named, path.rpartition("/")[2]] if path.startswith("/gradio_api/call/") else named
+
+
+def _with_body(scope: Scope, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
+    """The request with another body, which is JSON."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    headers = MutableHeaders(raw=[*scope["headers"]])
+    headers["content-type"], headers["content-length"] = "application/json", str(len(body))
+    del headers["transfer-encoding"]
+
+    async def receive_body() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return {**scope, "headers": headers.raw}, receive_body
 
 
 async def _with_a_sentence(app: App, scope: Scope, receive: Receive, send: Send) -> None:
-    """Gradio's answer; where it fails at what somebody wrote by hand, a sentence instead of its 500."""
+    """Gradio's answer; a sentence instead of its 500, should it fail at what has been checked."""
     failed = False
 
     async def send_if_right(message: Message) -> None:
@@ -148,11 +177,11 @@ async def _with_a_sentence(app: App, scope: Scope, receive: Receive, send: Send)
             await send(message)
 
     try:
-        await app(scope, receive, send_if_right if scope.get("method") == "POST" else send)
-    except Exception:
+        await app(scope, receive, send_if_right)
+    except Exception as error:
         if not failed:
             raise
-        log.warning("Gradio failed at a request", exc_info=True)
+        log.warning("Gradio failed at a request: %s", first_line(error))
     if failed:
         await error_response(ApiError(400, "invalid_request", FOR_PROGRAMS))(scope, receive, send)
 

@@ -41,10 +41,12 @@ class Visitors:
         return self.owner(request) if self.has_login else client_address(request)
 
     def program(self, request: Request) -> str:
-        """Who asks through Gradio. Programs that keep no cookie are told apart by their addresses; whoever has not
-        logged in is refused by Gradio."""
+        """Who asks through Gradio. Programs that keep no cookie are told apart by their addresses.
+
+        Raises ApiError without a login where one is needed.
+        """
         if self.has_login:
-            return next((f"login {name}" for _, name in self._sessions(request)), "")
+            return self.owner(request)
         return cookie_owner(request) or f"address {client_address(request)}"
 
     def profile(self, request: Request) -> str:
