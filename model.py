@@ -142,8 +142,9 @@ class ChatModel:
 
     def _load(self) -> None:
         from llama2_chat.loading.choose import choose, fetch
-        from llama2_chat.loading.load import load, load_tokenizer
+        from llama2_chat.loading.load import load
         from llama2_chat.loading.memory import translate_out_of_memory
+        from llama2_chat.loading.read import load_tokenizer
 
         try:
             plan = choose(self.settings)

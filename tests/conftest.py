@@ -72,7 +72,7 @@ def embedded(settings):
 
 @pytest.fixture(scope="session")
 def embedded_tokenizer(embedded):
-    from llama2_chat.loading.load import load_tokenizer
+    from llama2_chat.loading.read import load_tokenizer
 
     return load_tokenizer(embedded)
 

@@ -16,9 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import load
+from llama2_chat.loading.adapters import load_adapter
 from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.config import read_generation_config
 from llama2_chat.loading.hub import fetch_weights
 from llama2_chat.loading.memory import visible_gpus
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training.base_model import fetch_checkpoint, no_progress
 from llama2_chat.training.resources import free_memory
 from llama2_chat.training.run_json import Run, read_run
@@ -40,7 +43,7 @@ class Subject:
 
     @property
     def stop_ids(self) -> set[int]:
-        return load.find_stop_ids(self.tokenizer, load.read_generation_config(self.checkpoint.base))
+        return load.find_stop_ids(self.tokenizer, read_generation_config(self.checkpoint.base))
 
 
 # ---- Before the weights ----
@@ -92,7 +95,7 @@ def _subjects(
     model: str, run: Run | None, name: str, prefix: str, fold: int | None, known: list[Subject]
 ) -> Iterator[Subject]:
     checkpoint = fetch_checkpoint(model)
-    tokenizer = load.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     if checkpoint.adapter:
         base, kind = replace(checkpoint, adapter=None), "adapter"
     elif run:
@@ -113,7 +116,7 @@ def _subjects(
     yield Subject(f"{prefix}{kind}", checkpoint, tokenizer, fold, base_name)
     if run and run.merged_to and Path(run.merged_to).is_dir():
         merged = fetch_checkpoint(run.merged_to)
-        yield Subject(f"{prefix}merged", merged, load.load_tokenizer(merged), fold, base_name)
+        yield Subject(f"{prefix}merged", merged, load_tokenizer(merged), fold, base_name)
 
 
 # ---- The weights ----
@@ -135,7 +138,7 @@ def _load_on_one_base(subjects: list[Subject], precision: str) -> Iterator[tuple
         if not subject.checkpoint.adapter:
             yield subject, model
             continue
-        adapted: Any = load.load_adapter(model, subject.checkpoint).eval()
+        adapted: Any = load_adapter(model, subject.checkpoint).eval()
         yield subject, adapted.get_base_model()
         model = adapted.unload()
         del adapted

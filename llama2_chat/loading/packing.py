@@ -33,8 +33,9 @@ from llama2_chat.loading.disk import (
     source_digest,
     state_digest,
 )
-from llama2_chat.loading.memory import Gpu, compute_dtype
+from llama2_chat.loading.memory import DeviceMap, Gpu, compute_dtype
 from llama2_chat.loading.quantize import TOGETHER
+from llama2_chat.loading.read import UNREADABLE, read_model
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -177,3 +178,31 @@ def save_packed(model: PreTrainedModel, files: Files, precision: str, cache_dir:
 def _folder(files: Files, precision: str, cache_dir: Path) -> Path:
     source = digest(f"{source_digest(files)} {precision}")
     return cache_dir / "packed" / f"{source}-{state_digest(files, VERSION)}"
+
+
+def read_packed(
+    files: Files,
+    precision: str,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    device_map: DeviceMap,
+    max_memory: dict[int, int] | None,
+) -> PreTrainedModel:
+    """From the copy in cache_dir, which is made if there is none: what quantising leaves behind in the memory of a GPU
+    is gone by then. Without room for a copy it has to do without."""
+    if copy := packed_copy(files, precision, cache_dir):
+        try:
+            return read_model(copy, dtype, None, device_map, max_memory)
+        except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning("%s is damaged and made anew", copy, exc_info=True)
+            shutil.rmtree(copy.folder)
+    model = read_model(files, dtype, PackedConfig(precision), device_map, max_memory)
+    copy = save_packed(model, files, precision, cache_dir)
+    if copy is None:
+        return model
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return read_model(copy, dtype, None, device_map, max_memory)

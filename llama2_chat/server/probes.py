@@ -129,7 +129,7 @@ def probe_model(start: PlannedStart) -> str:
 
 def probe_tokenizer(start: PlannedStart) -> str:
     from llama2_chat import prompt
-    from llama2_chat.loading.load import load_tokenizer
+    from llama2_chat.loading.read import load_tokenizer
 
     if start.checkpoint is None:
         raise NotApplicable("comes with the model, at the first start")

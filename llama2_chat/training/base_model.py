@@ -12,7 +12,9 @@ from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading import choose, load
 from llama2_chat.loading.choose import Checkpoint, Plan
+from llama2_chat.loading.config import read_generation_config
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.training.options import Options
@@ -29,7 +31,7 @@ def fetch_base(model_name: str) -> BaseModel:
     checkpoint = fetch_checkpoint(model_name)
     if checkpoint.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
-    tokenizer = load.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     prompt.show_calls(tokenizer)  # as the chat does, which then writes and reads calls in the same way
     if prompt.recognise(tokenizer) == prompt.NO_FORMAT:
         raise ModelUnavailable(
@@ -38,7 +40,7 @@ def fetch_base(model_name: str) -> BaseModel:
         )
     if prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
-    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))
+    stop_ids = load.find_stop_ids(tokenizer, read_generation_config(checkpoint.base))
     return BaseModel(checkpoint, tokenizer, stop_ids)
 
 

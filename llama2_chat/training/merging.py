@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from llama2_chat.errors import ChatError
+from llama2_chat.loading.adapters import merge_adapter
 from llama2_chat.loading.config import read_config
-from llama2_chat.loading.load import load_base, merge_adapter
+from llama2_chat.loading.load import load_base
 from llama2_chat.text import first_line
 from llama2_chat.training.base_model import BaseModel, fetch_checkpoint, mend_generation_config, no_progress
 from llama2_chat.training.main_process import print_lines

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from llama2_chat.loading import load
+from llama2_chat.loading.adapters import load_adapter
+from llama2_chat.loading.config import read_generation_config
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training import chat_data, losses, splits
 from llama2_chat.training.base_model import fetch_checkpoint
 from llama2_chat.training.examples import labels, tokenize
@@ -34,8 +37,8 @@ def mean_loss(model, examples):
 
 def examples_of(rows, folder):
     checkpoint = fetch_checkpoint(str(folder))
-    tokenizer = load.load_tokenizer(checkpoint)
-    stop_ids = load.find_stop_ids(tokenizer, load.read_generation_config(checkpoint.base))
+    tokenizer = load_tokenizer(checkpoint)
+    stop_ids = load.find_stop_ids(tokenizer, read_generation_config(checkpoint.base))
     return tokenize(rows, tokenizer, stop_ids, 256)[0]
 
 
@@ -58,7 +61,7 @@ def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, ch
     for split, rows in (("eval", parts.eval), ("test", parts.test)):
         expected = mean_loss(base, examples_of(rows, chat_model))
         assert loss_of(found, "base", split) == pytest.approx(expected, rel=1e-4)
-    adapted = load.load_adapter(base, fetch_checkpoint(str(run))).eval()
+    adapted = load_adapter(base, fetch_checkpoint(str(run))).eval()
     expected = mean_loss(adapted, examples_of(parts.eval, chat_model))
     assert loss_of(found, "adapter", "eval") == pytest.approx(expected, rel=1e-4)
     assert loss_of(found, "adapter", "eval") != pytest.approx(loss_of(found, "base", "eval"), rel=1e-3)

@@ -10,6 +10,8 @@ import torch
 from llama2_chat.evaluation.evaluation import find_finetuned
 from llama2_chat.evaluation.subjects import fetch_checkpoint, find_runs, find_subjects, load_in_turn
 from llama2_chat.loading import load
+from llama2_chat.loading.adapters import load_adapter
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training.curves import write_curves
 from llama2_chat.training.run_json import read_run, write_run
 from tests.support.evaluating import evaluate, loss_of, refusal
@@ -44,8 +46,8 @@ def test_nobody_claims_to_know_what_a_run_was_trained_on_whose_data_changed_in_t
 def test_a_merged_model_measures_as_its_adapter(run, tmp_path):
     checkpoint = fetch_checkpoint(str(run))
     base = load.load_base(checkpoint, "float32", "cpu", ignore)
-    load.load_adapter(base, checkpoint).merge_and_unload().save_pretrained(tmp_path / "merged")
-    load.load_tokenizer(checkpoint).save_pretrained(tmp_path / "merged")
+    load_adapter(base, checkpoint).merge_and_unload().save_pretrained(tmp_path / "merged")
+    load_tokenizer(checkpoint).save_pretrained(tmp_path / "merged")
     write_run(replace(read_run(run), merged_to=str(tmp_path / "merged")), run)
     found, _ = evaluate(run, "--sheet", "0")
     for split in ("train", "eval", "test"):

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.disk import Files
-from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import nf4_config
+from llama2_chat.loading.read import load_tokenizer
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.config import read_config, read_generation_config
-from llama2_chat.loading.load import load_tokenizer
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.types import SamplingParams
 from model import ChatModel
 from tests.support.loading import asking_for, get, logits, refusal

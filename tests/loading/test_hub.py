@@ -14,7 +14,8 @@ import pytest
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, choose, fetch
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import fetch_small_files, fetch_weights
-from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.load import load
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.settings import Settings
 from tests.support.hub import COMMIT
 from tests.support.loading import asking_for, get, refusal

@@ -9,7 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import find_stop_ids, load, load_base, load_tokenizer, read_generation_config
+from llama2_chat.loading.config import read_generation_config
+from llama2_chat.loading.load import find_stop_ids, load, load_base
+from llama2_chat.loading.read import load_tokenizer
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 from llama2_chat import prompt
 from llama2_chat.loading import shards
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.load import load
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.loading.tokenizer_model import convert_tokenizer, read_pieces
 from llama2_chat.server.probes import PlannedStart, probe_disk, probe_model, probe_tokenizer
 from tests.support.loading import asking_for, get, logits, refusal

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from llama2_chat.loading import load, packing
+from llama2_chat.loading import packing
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.memory import Gpu
 from llama2_chat.loading.packing import packed_copy, why_not_packed
@@ -22,12 +22,12 @@ def files(tmp_path):
 @pytest.fixture
 def read(files, tmp_path):
     """Reads the model in int4, as a start does on a GPU, but on the CPU."""
-    return lambda: load._read_packed(files, "int4", tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
+    return lambda: packing.read_packed(files, "int4", tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_a_model_is_quantised_while_it_is_read(files, tmp_path, precision):
-    model = load._read_packed(files, precision, tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
+    model = packing.read_packed(files, precision, tmp_path / "cache", torch.bfloat16, {"": "cpu"}, None)
     assert precision_of(model) == precision
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
 

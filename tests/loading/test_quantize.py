@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import precision_of, quantize_int8
+from llama2_chat.loading.read import load_tokenizer
 from tests.support.loading import asking_for, get, logits
 from tests.support.serving import ignore
 from tests.support.small_model import save_model

@@ -7,7 +7,8 @@ import torch
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import load, load_tokenizer
+from llama2_chat.loading.load import load
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.settings import Settings
 from tests.support.serving import ignore
 

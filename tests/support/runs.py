@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from llama2_chat.loading import load
+from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training import chat_data, splits
 from llama2_chat.training.base_model import fetch_checkpoint
 from llama2_chat.training.run_json import Run, write_run
@@ -39,7 +40,7 @@ def save_adapter(chat_model, folder, seed=0):
     torch.manual_seed(seed)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(folder)
-    load.load_tokenizer(checkpoint).save_pretrained(folder)
+    load_tokenizer(checkpoint).save_pretrained(folder)
     return folder
 
 
