@@ -13,6 +13,7 @@ import base64
 import getpass
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import sys
@@ -25,6 +26,9 @@ from llama2_chat.errors import ChatError
 # What OWASP advises: 32 MiB and some tenths of a second for each guess.
 COST = {"n": 2**15, "r": 8, "p": 3}
 MEMORY = 64 * 2**20  # that scrypt may take; OpenSSL's own limit is just below what COST needs
+
+
+log = logging.getLogger("llama2_chat")
 
 
 class Users:
@@ -78,6 +82,16 @@ def read_users(path: Path) -> Users:
     if not users:
         raise ChatError(f"AUTH_FILE {path} names no user. Make a line with python app.py --hash-password.")
     return Users(users)
+
+
+def read_again(users: Users, path: Path) -> None:
+    """The users as the file has them now; as they were, with a line in the log, where it cannot be read."""
+    try:
+        users.replace(read_users(path))
+    except ChatError as error:
+        log.warning("%s Until then the users stay as they were.", error)
+    else:
+        log.info("AUTH_FILE was read again: %d may log in", len(users))
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 """Who gets in where AUTH_FILE says who may: over the page, over Gradio's own API, and over ours."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -189,6 +191,43 @@ def test_the_start_ends_with_a_sentence_if_the_file_is_not_there(tmp_path):
     assert done.returncode == 1
     assert "cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_read_again_ends_the_sessions_of_whoever_changed_and_one_that_is_broken_changes_nothing(
+    tmp_path,
+):
+    path, ended = tmp_path / "users.txt", []
+    anna, bert = (login.hash_password("x") for _ in range(2))
+    path.write_text(f"anna:{anna}\nbert:{bert}\n")
+    users = login.read_users(path)
+    users.on_change = ended.append
+    path.write_text("anna:sesame\n")
+    login.read_again(users, path)
+    assert (len(users), ended) == (2, [])
+    path.write_text(f"anna:{anna}\n")
+    login.read_again(users, path)
+    assert (len(users), ended) == (1, [{"bert"}])
+
+
+@pytest.mark.slow
+def test_sighup_reads_the_file_again_and_the_server_goes_on(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_text(f"anna:{login.hash_password('x')}\n")
+    command = [sys.executable, "app.py", "--port", "0", "--auth-file", str(path)]
+    environ = os.environ | {"INFERENCE_URL": "http://127.0.0.1:9"}
+    folder = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=folder, env=environ, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(line for line in server.stderr if "The page is at" in line).split()[-1]
+            with httpx.Client(base_url=address, transport=httpx.HTTPTransport(retries=50)) as http:
+                assert http.post("/login", data={"username": "anna", "password": "x"}).status_code == 200
+                path.write_text(f"bert:{login.hash_password('y')}\n")
+                server.send_signal(signal.SIGHUP)
+                assert next(line for line in server.stderr if "1 may log in" in line)
+                assert http.get("/page/state").status_code == 401
+                assert http.post("/login", data={"username": "bert", "password": "y"}).status_code == 200
+        finally:
+            server.terminate()
 
 
 def make_line(monkeypatch, name, *passwords):
