@@ -397,8 +397,11 @@ def test_a_message_is_answered_though_the_page_is_reloaded_in_the_moment_it_is_s
     page = visit(site)
     for text in ("In a new chat", "And in one that has begun"):
         box(page).fill(text)
-        page.evaluate("document.querySelector('#composer form').requestSubmit(); location.reload()")
-        expect(answers(page).last.or_(box(page))).to_be_visible()
+        with page.expect_navigation():
+            page.evaluate("document.querySelector('#composer form').requestSubmit(); location.reload()")
+        in_box = "document.querySelector('#composer textarea')?.value === text"
+        sent = "[...document.querySelectorAll('article.user .body')].at(-1)?.textContent === text"
+        page.wait_for_function(f"(text) => {in_box} || {sent}", arg=text)
         if box(page).input_value():  # it was not taken yet
             box(page).press("Enter")
         expect(answers(page).last).to_have_text(f"You said {text}")
