@@ -5,13 +5,10 @@ Entering waits until a server has accepted the question, so that a refusal is ra
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 from huggingface_hub import (
     ChatCompletionStreamOutput,
@@ -19,7 +16,7 @@ from huggingface_hub import (
     ChatCompletionStreamOutputDeltaToolCall,
 )
 
-from llama2_chat.channel import Channel, ChannelReply, Stopwatch
+from llama2_chat.channel import ACCEPTED, Stopwatch, TaskReply
 from llama2_chat.remote.faults import ABORTED, NO_LOGPROBS, RequestRejected, ServerFault
 from llama2_chat.text import valid_unicode
 from llama2_chat.tools import PLAIN, JsonOnly
@@ -28,34 +25,28 @@ from llama2_chat.types import CallStyle, Candidate, FinishReason, Timing, TokenL
 MARKER = "\x02"  # start of text: a control character that no answer holds
 OPENING = MARKER + PLAIN.opening
 CALLS = CallStyle(OPENING, PLAIN.middle, PLAIN.closing, PLAIN.closing + OPENING)  # as calls stand in the text here
-ACCEPTED = ""  # the first item of an answer that a server has accepted; text follows
-END = None  # the last item
 
 
-class RemoteReply(ChannelReply[str | None]):
+class RemoteReply(TaskReply):
     queue_position = 0  # servers do not say
     prompt_logprobs: Sequence[TokenLogprob] = ()  # nor these
 
     def __init__(self, asked_logprobs: int | None = None) -> None:
         """asked_logprobs: as SamplingParams has it."""
+        super().__init__()
         self.logprobs: list[TokenLogprob] = []
         self._asked_logprobs = asked_logprobs
         self._new_logprobs: deque[TokenLogprob] = deque()  # whose text has not been read
         self._offset = 0  # characters of all text that came
-        self.task: Future[None] | None = None  # what reads the server's answer; nobody cancels a probe's
         self.usage = Usage()
         self.server_reason: FinishReason | None = None  # why the answer ended, by the server; its usage may still come
         self.has_text = False  # whether any came
-        self._channel: Channel[str | None] = Channel()
-        self._accepted = False  # as far as the reader knows
         self._characters = 0  # of the text that was read
         self._json_only: JsonOnly | None = None  # what reads an answer of a server that takes no tools
         self._calling: int | None = None  # the index of the call that the server is writing
         self._argued = False  # whether that call has arguments yet
         self._half = ""  # half a character, that is a surrogate, whose other half the next piece may begin with
         self._stopwatch = Stopwatch()
-        self._ending: tuple[FinishReason, Exception | None] | None = None
-        self._lock = threading.Lock()
 
     # What the event loop's thread calls.
 
@@ -132,72 +123,28 @@ class RemoteReply(ChannelReply[str | None]):
         # An estimate until the server reports its usage, which not all do: a piece is a token, or a few.
         self.usage = replace(self.usage, completion_tokens=self.usage.completion_tokens + 1)
 
-    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """Only the first call does anything."""
-        with self._lock:
-            first = self._ending is None
-            self._ending = self._ending or (reason, error)
-        if first:
-            self._channel.put(END)
-
     # What readers see.
-
-    @property
-    def channel(self) -> Channel[str | None]:
-        return self._channel
 
     @property
     def timing(self) -> Timing:
         return self._stopwatch.timing(self.usage.completion_tokens)
 
-    def close(self) -> None:
-        self._finish("cancelled")
-        if self.task:
-            self.task.cancel()
-        self.end("cancelled")  # wakes a reader
-
-    def __enter__(self) -> Self:
-        while self._is_entering():
-            self._read(self._channel.get())
-        return self
-
-    async def __aenter__(self) -> Self:
-        try:
-            while self._is_entering():
-                await self._channel.wait()
-                self._read(self._channel.get_nowait())
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        return self
-
-    def _is_entering(self) -> bool:
-        if not self._accepted and self.finish_reason is not None:
-            self._raise_error()
-        return not self._accepted and self.finish_reason is None
-
-    def _read(self, item: str | None) -> str:
-        if item is END:
-            text, self._half = self._half, ""
-            self._show_logprobs(all=True)
-            if self._ending:
-                self._finish(self._ending[0])
-            return valid_unicode(text)
-        self._accepted = True
-        self._characters += len(item)
+    def _read_text(self, text: str) -> str:
+        self._characters += len(text)
         self._show_logprobs()
-        text = self._half + item
+        text = self._half + text
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return valid_unicode(text.removesuffix(self._half))
+
+    def _read_rest(self) -> str:
+        self._show_logprobs(all=True)
+        text, self._half = self._half, ""
+        return valid_unicode(text)
 
     def _show_logprobs(self, all: bool = False) -> None:
         """Those of the tokens that begin in the text read so far."""
         while self._new_logprobs and (all or self._new_logprobs[0].offset < self._characters):
             self.logprobs.append(self._new_logprobs.popleft())
-
-    def _raise_error(self) -> None:
-        if self.finish_reason == "error" and self._ending and self._ending[1]:
-            raise self._ending[1]
 
 
 def _candidate(entry: Any) -> Candidate:
