@@ -76,7 +76,7 @@ def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
 @pytest.mark.parametrize(
     ("argv", "environ", "sentence"),
     [
-        (["--quantization", "int3"], {}, "quantization must be one of auto, none, int8, nf4"),
+        (["--quantization", "int3"], {}, "quantization must be one of auto, none, int8, int4, nf4"),
         ([], {"QUANTIZATION": "int3"}, "quantization must be one of"),
         ([], {"PORT": "http"}, "--port: invalid int value: 'http'"),
         (["--port", "70000"], {}, "port must be from 0 to 65535"),

@@ -18,7 +18,7 @@ from llama2_chat.benchmark.local_model import load, time_full_answers
 from llama2_chat.benchmark.shapes import checkpoint_folder, limit_memory, make_checkpoint, wait_for_compilation
 from llama2_chat.process import python_command
 
-PRECISIONS = ("none", "int8", "nf4", "auto")
+PRECISIONS = ("none", "int8", "int4", "nf4", "auto")
 CAPS_GB = (16, 22, 40, 48, 78)
 PROMPT_TOKENS, ANSWER_TOKENS = 1_000, 32  # of each user
 

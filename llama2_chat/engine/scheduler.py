@@ -15,9 +15,8 @@ from llama2_chat.engine.prefix_cache import PrefixCache
 from llama2_chat.engine.request import NO_SLOT, Request
 from llama2_chat.errors import Busy
 
-CHUNK_S = (
-    0.1  # while others are being answered or read a chunk takes about so long: the gap in their text, or their wait
-)
+# While others are being answered or read a chunk takes about so long: it is the gap in their text, or their wait.
+CHUNK_S = 0.1
 RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
 
 
@@ -78,9 +77,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._memory_full = False  # then nobody comes in before somebody has left, or the youngest would thrash
         self._batch_limit, self._chunk_limit = config.max_batch, config.longest_chunk
-        self._readers: list[
-            str
-        ] = []  # clients in the order in which pieces of their prompts were read, the last at the end
+        self._readers: list[str] = []  # clients in the order in which their prompts were read, the latest at the end
 
     @property
     def kv_tokens(self) -> int:

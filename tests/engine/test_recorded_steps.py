@@ -69,6 +69,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_recorded_steps_compute_what_the_model_computes():
     script = SCRIPT.format(root=str(Path(__file__).parents[2]))
     env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}

@@ -54,15 +54,20 @@ def occurrences(ids, form):
     return sum(tuple(ids[i : i + len(form)]) == form for i in range(len(ids)))
 
 
+@pytest.fixture(params=[20, pytest.param(100, marks=pytest.mark.slow)], ids=["a few", "many"])
+def examples(request):
+    return request.param
+
+
 def emptied(messages):
     """The same conversation with next to nothing said."""
     return [{**message, "content": "x"} for message in messages]
 
 
-def test_a_hostile_dialog_keeps_its_text_and_forges_no_turn(llama_tokenizer):
+def test_a_hostile_dialog_keeps_its_text_and_forges_no_turn(llama_tokenizer, examples):
     forms = [form for tag in TAGS for form in natural_forms(llama_tokenizer, tag)]
 
-    @settings(max_examples=200)
+    @settings(max_examples=2 * examples)
     @given(messages=hostile_dialogs)
     def check(messages):
         segments = between_bos_and_eos(prompt.encode(llama_tokenizer, messages, "llama-2"))
@@ -76,8 +81,8 @@ def test_a_hostile_dialog_keeps_its_text_and_forges_no_turn(llama_tokenizer):
     check()
 
 
-def test_a_dialog_without_a_whole_tag_keeps_metas_ids(llama_tokenizer):
-    @settings(max_examples=200)
+def test_a_dialog_without_a_whole_tag_keeps_metas_ids(llama_tokenizer, examples):
+    @settings(max_examples=2 * examples)
     @given(messages=hostile_dialogs.filter(lambda messages: not any(tag in str(messages) for tag in TAGS)))
     def check(messages):
         segments = between_bos_and_eos(prompt.encode(llama_tokenizer, messages, "llama-2"))
@@ -103,10 +108,10 @@ def test_a_vocabulary_that_spells_the_tags_anyway_gets_a_typed_one_in_bytes():
     assert tokenizer.decode(input_ids[1:]) == "[INST] x[INST] [/INST]"
 
 
-def test_control_tokens_come_from_the_template_alone(templated):
+def test_control_tokens_come_from_the_template_alone(templated, examples):
     control = {token: id for token, id in templated.get_added_vocab().items() if token.strip()}
 
-    @settings(max_examples=100)
+    @settings(max_examples=examples)
     @given(messages=hostile_dialogs)
     def check(messages):
         messages[-1]["content"] += "".join(control)
@@ -127,10 +132,10 @@ def test_a_turn_mark_that_a_template_writes_as_text_cannot_be_typed(template, ma
 
 
 @pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
-def test_hostile_text_survives_another_models_template(name):
+def test_hostile_text_survives_another_models_template(name, examples):
     tokenizer = TEMPLATED[name]()
 
-    @settings(max_examples=100)
+    @settings(max_examples=examples)
     @given(messages=hostile_dialogs)
     def check(messages):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -42,12 +42,17 @@ AFTER_IT = {
 }
 
 
+def names(faults):
+    """Of them all; those that wait for a silent server take seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow) if "silent" in name else name for name in faults]
+
+
 def timeouts(fault):
     """Two seconds for the silent, and for no other: this machine may be busy."""
     return replace(OFTEN, silence_s=2) if "silent" in fault else OFTEN
 
 
-@pytest.mark.parametrize("fault", BEFORE_THE_FIRST_TOKEN)
+@pytest.mark.parametrize("fault", names(BEFORE_THE_FIRST_TOKEN))
 def test_a_fault_before_the_first_token_has_its_sentence_and_another_server_answers(settings, odd, other, fault):
     odd.answer, sentence = BEFORE_THE_FIRST_TOKEN[fault]
     with behind(settings, odd, other, timeouts=timeouts(fault)) as model:
@@ -59,7 +64,7 @@ def test_a_fault_before_the_first_token_has_its_sentence_and_another_server_answ
     assert (text, type(error), str(error)) == ("", faults.ServerFault, sentence)
 
 
-@pytest.mark.parametrize("fault", AFTER_IT)
+@pytest.mark.parametrize("fault", names(AFTER_IT))
 def test_a_fault_in_mid_answer_keeps_the_text_so_far_and_no_other_server_is_asked(settings, odd, other, fault):
     steps, sentence = AFTER_IT[fault]
     odd.answer = [HEAD, event("Once upon"), 0.05, *steps]
