@@ -260,7 +260,7 @@ class ChatModel:
         """The prompt that stream_reply makes of a conversation. Raises PromptTooLong for what is absurdly long."""
         tokenizer = self.serving.tokenizer
         told = self._told_of(messages, tools)
-        prompt.check_length(tokenizer, (message["content"] for message in told.messages), self.context_length)
+        prompt.check_prompt(tokenizer, told.messages, told.tools, self.context_length)
         return prompt.encode(tokenizer, told.messages, self.serving.chat_format, told.tools)
 
     def encode_text(self, text: str) -> list[int]:

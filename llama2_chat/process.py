@@ -27,4 +27,5 @@ def python_command(function: str) -> list[str]:
     """
     module, _, name = function.partition(":")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {module} import {name}; {name}()"
-    return [sys.executable, "-P", "-c", code]
+    optimized = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []  # --check finds what a start would
+    return [sys.executable, *optimized, "-P", "-c", code]

@@ -55,7 +55,7 @@ class KVPool:
             least, most = LEAST_BLOCKS * sum(block_bytes.values()), sum(free[device] for device in block_bytes)
             raise ModelUnavailable(
                 f"The model leaves {most / GB:.1f} GB of GPU memory for conversations, and the shortest takes "
-                f"{least / GB:.1f} GB. Set QUANTIZATION=nf4, lower KV_HEADROOM_GB, or use a larger GPU."
+                f"{least / GB:.1f} GB. Set QUANTIZATION=nf4 if it is not, lower KV_HEADROOM_GB, or use a larger GPU."
             )
 
     def _allocate_layers(self, probe: list[Tensor], fitting: int) -> bool:

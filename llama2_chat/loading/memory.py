@@ -118,11 +118,15 @@ def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> 
     needed, free = size.needed_bytes(precision, MIN_CONTEXT_TOKENS), _free_bytes(gpus)
     if not gpus or needed <= free:
         return
-    nf4_fits = precision not in FOUR_BITS and size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free
+    smaller = _smaller(precision) if size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free else "Choose a smaller model"
     raise ModelUnavailable(
         f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "
-        f"{'Set QUANTIZATION=nf4' if nf4_fits else 'Choose a smaller model'}, free some memory, or use a larger GPU."
+        f"{smaller}, free some memory, or use a larger GPU."
     )
+
+
+def _smaller(precision: str) -> str:
+    return "Choose a smaller model" if precision in FOUR_BITS else "Set QUANTIZATION=nf4"
 
 
 @contextmanager
@@ -137,7 +141,7 @@ def translate_out_of_memory(name: str, precision: str, needed_bytes: int) -> Ite
         raise ModelUnavailable(
             f"The GPU memory ran out while {name} was loaded. In {precision} it needs about {needed_bytes / GB:.1f} GB "
             f"in all; {_free_bytes(visible_gpus()) / GB:.1f} GB were left. "
-            "Set QUANTIZATION=nf4, free some memory, or use a larger GPU."
+            f"{_smaller(precision)}, free some memory, or use a larger GPU."
         ) from error
 
 

@@ -15,7 +15,7 @@ from llama2_chat.prompt.calls import call_style, show_calls, tool_object
 from llama2_chat.prompt.codec import INFILLING_PIECES, check_length, decode, encode_text
 from llama2_chat.prompt.ending import Ending, find_ending
 from llama2_chat.prompt.examples import TokenizedExample, encode_example
-from llama2_chat.prompt.fitting import Fitted, fit, subject_of
+from llama2_chat.prompt.fitting import Fitted, check_prompt, fit, subject_of
 from llama2_chat.prompt.formats import (
     BASE_MODEL,
     GOLDEN,
@@ -53,6 +53,7 @@ __all__ = [
     "call_style",
     "check_length",
     "check_messages",
+    "check_prompt",
     "checked_format",
     "decode",
     "droppable",

@@ -5,8 +5,9 @@ What there is of an answer to go on with belongs to the newest message.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat.errors import PromptTooLong, Subject
@@ -49,7 +50,7 @@ def fit(
     system, turns = check_messages(messages)
     shown, turns = turns[:examples], turns[examples:]
     newest = newest_turns(turns)
-    check_length(tokenizer, [system or "", *(turn.content for turn in newest)], context_length)
+    _check_length(tokenizer, [Turn("system", system or "", 1), *newest], tools, context_length)
     write_all, codec = writer(tokenizer, chat_format, tools), codec_of(tokenizer)
     room = context_length - max_new_tokens
 
@@ -57,7 +58,7 @@ def fit(
         return write_all(system, [*shown, *turns])
 
     # The usual case in one go. Hardly any text has more than 16 characters to a token; one that has takes the long way.
-    if sum(len(turn.content) for turn in turns) <= 16 * room:
+    if sum(len(_written(turn)) for turn in turns) <= 16 * room:
         input_ids = write(system, turns)
         if len(input_ids) <= room:
             return Fitted(input_ids, 0)
@@ -72,7 +73,7 @@ def fit(
     starts, left = [last], room - least
     for start in reversed(questions):
         exchange = turns[start : starts[0]]
-        if any(len(turn.content) > MEGABYTE and codec.at_least(turn.content) > context_length for turn in exchange):
+        if any(len(text) > MEGABYTE and codec.at_least(text) > context_length for text in map(_written, exchange)):
             break  # unread
         left -= _at_least(exchange, write)
         if left < 0:
@@ -82,6 +83,26 @@ def fit(
         starts.insert(0, 0)
     first = starts[bisect_left(starts[:-1], True, key=lambda start: len(write(system, turns[start:])) <= room)]
     return Fitted(write(system, turns[first:]), sum(turn.messages for turn in turns[:first]))
+
+
+def check_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[ToolObject], context_length: int
+) -> None:
+    """Raise PromptTooLong for a conversation, or tools for it, that cannot fit, unread."""
+    system, turns = check_messages(messages)
+    _check_length(tokenizer, [Turn("system", system or "", 1), *turns], tools, context_length)
+
+
+def _check_length(
+    tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn], tools: Sequence[ToolObject], context_length: int
+) -> None:
+    described = (json.dumps(tool, ensure_ascii=False) for tool in tools)
+    check_length(tokenizer, [*described, *map(_written, turns)], context_length)
+
+
+def _written(turn: Turn) -> str:
+    """What somebody else wrote of a turn."""
+    return "".join([turn.content, *(call["arguments"] for call in turn.calls)])
 
 
 def _at_least(exchange: list[Turn], write: Writer) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
 from llama2_chat.loading.memory import (
     Gpu,
@@ -83,3 +84,10 @@ def test_memory_that_runs_out_while_loading_is_said_with_what_was_needed_and_lef
 def run_out(*what):
     with translate_out_of_memory(*what):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_in_four_bits_is_not_told_to_take_four_bits():
+    with pytest.raises(ModelUnavailable) as refused, translate_out_of_memory("m", "nf4", 10**10):
+        raise torch.OutOfMemoryError("out of memory")
+    assert "QUANTIZATION" not in str(refused.value)
+    assert "Choose a smaller model" in str(refused.value)

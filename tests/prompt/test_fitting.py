@@ -6,6 +6,7 @@ import pytest
 
 from llama2_chat import prompt
 from llama2_chat.errors import PromptTooLong
+from llama2_chat.prompt import fitting
 from tests.support.small_tokenizer import chatml, llama_shaped, with_template
 from tests.support.templates import TEMPLATED, THINKING, turns
 
@@ -95,3 +96,25 @@ def test_an_exchange_whose_thoughts_the_template_leaves_out_is_kept():
     expected = prompt.encode(tokenizer, messages)
     assert len(expected) < 100
     assert prompt.fit(tokenizer, messages, 140, 40) == (expected, 0)
+
+
+@pytest.mark.parametrize("where", ["a tool", "a call"])
+def test_megabytes_are_refused_unread_wherever_a_template_would_write_them(monkeypatch, where):
+    # 9 MB in the description of a tool were read whole: 15 s and 2.4 GB.
+    megabytes = "word " * 400_000
+    tools = [{"type": "function", "function": {"name": "f", "description": megabytes}}] if where == "a tool" else []
+    call = {"id": "1", "name": "f", "arguments": f'{{"x": "{megabytes}"}}'}
+    messages = turns("Hi")
+    if where == "a call":
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "1", "tool_call_id": "1"},
+        ]
+    tokenizer = TEMPLATED["ChatML"]()
+    monkeypatch.setattr(fitting, "writer", lambda *_: pytest.fail("it was read"))
+    for refused in (
+        lambda: prompt.check_prompt(tokenizer, messages, tools, 4096),
+        lambda: prompt.fit(tokenizer, messages, 4096, 100, tools=tools),
+    ):
+        with pytest.raises(PromptTooLong):
+            refused()
