@@ -5,6 +5,7 @@ import faulthandler
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import uvicorn
 
@@ -18,8 +19,8 @@ LONGEST_END_S = 60
 def busy(chat, question, params):
     """Others' long answers to the question take all that the model does at once."""
     with ExitStack() as stack:
-        for _ in range(CPU_BATCH):
-            next(stack.enter_context(chat.stream_reply(question, params)))
+        for number in range(CPU_BATCH):  # each somebody else, or whoever comes would have a share of theirs
+            next(stack.enter_context(chat.stream_reply(question, replace(params, client=f"{number}"))))
         yield
 
 
