@@ -1,9 +1,12 @@
-"""A Python process of its own for what could crash, hang or eat memory: a hostile schema, a broken GPU driver."""
+"""Python processes of their own for what could crash, hang or eat memory: a hostile schema, a broken GPU driver; and
+memory that this one gives back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from contextlib import suppress
 
 from llama2_chat import ROOT
 
@@ -29,3 +32,9 @@ def python_command(function: str) -> list[str]:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {module} import {name}; {name}()"
     optimized = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []  # --check finds what a start would
     return [sys.executable, *optimized, "-P", "-c", code]
+
+
+def trim_memory() -> None:
+    """Give the system back what was freed: glibc keeps most of it for later, hundreds of megabytes at times."""
+    with suppress(AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

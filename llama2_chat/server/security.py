@@ -6,6 +6,7 @@ requests.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
 from fastapi import FastAPI
@@ -14,10 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama2_chat.process import trim_memory
 from llama2_chat.server.errors import ApiError, error_response
 from llama2_chat.server.files import is_upload
 from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
+
+LARGE_BODY = 2**20  # bytes
+TRIM_AFTER_S = 1
 
 # A Space is shown in a frame on huggingface.co. Elsewhere anybody's Space could frame this page to steer clicks on it.
 HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
@@ -58,6 +63,7 @@ def add_security_middleware(app: FastAPI, settings: Settings, certificate_hosts:
     app.add_middleware(CORSMiddleware, allow_origins=[])
     if settings.body_limit_mb is not None:
         app.add_middleware(_BodyLimit, max_bytes=int(settings.body_limit_mb * 1e6))
+    app.add_middleware(_MemoryBack)
     app.add_middleware(
         _OwnSite,
         hosts=AllowedHosts([*own_hosts(), settings.host, *certificate_hosts, *given]),
@@ -120,6 +126,27 @@ class _BodyLimit:
 def path_of(scope: Scope) -> str:
     """Without that of a proxy in front."""
     return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+
+
+class _MemoryBack:
+    """After a large body the process gives its memory back, a second later: what comes of it may be read until then."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._is_due = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+            if length.isdecimal() and int(length) > LARGE_BODY and not self._is_due:
+                self._is_due = True
+                asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._is_due = False
+        asyncio.get_running_loop().run_in_executor(None, trim_memory)
 
 
 class _SecurityHeaders:
