@@ -71,7 +71,7 @@ def main() -> int:
     # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
     # without closing the model.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if users is not None and settings.auth_file is not None:
+    if users is not None and settings.auth_file is not None and hasattr(signal, "SIGHUP"):  # Windows has none
         read_again = functools.partial(login.read_again, users, settings.auth_file)
         signal.signal(signal.SIGHUP, lambda *_: read_again())  # a certificate is looked at every minute anyway
     with contextlib.suppress(KeyboardInterrupt, SystemExit):

@@ -13,7 +13,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Generic, Self, TypeVar
 
 from llama2_chat.types import FinishReason, Timing
@@ -128,83 +127,6 @@ class ChannelReply(ABC, Generic[T]):
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
-
-
-ACCEPTED = ""  # the first item of a TaskReply whose question has been taken; text follows
-END = None  # the last item
-
-
-class TaskReply(ChannelReply[str | None]):
-    """A reply that a task in another thread's event loop writes.
-
-    Entering it waits until the question has been accepted, so that a refusal is raised before anything is shown.
-    """
-
-    def __init__(self) -> None:
-        self.task: Future[None] | None = None
-        self._channel: Channel[str | None] = Channel()
-        self._accepted = False  # as far as the reader knows
-        self._ending: tuple[FinishReason, Exception | None] | None = None
-        self._lock = threading.Lock()
-
-    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """From any thread. Only the first call does anything."""
-        with self._lock:
-            first = self._ending is None
-            self._ending = self._ending or (reason, error)
-        if first:
-            self._channel.put(END)
-
-    @abstractmethod
-    def _read_text(self, text: str) -> str:
-        """The text that one more item, ACCEPTED or a piece, makes certain."""
-
-    def _read_rest(self) -> str:
-        """What was held back so far, at the end."""
-        return ""
-
-    @property
-    def channel(self) -> Channel[str | None]:
-        return self._channel
-
-    def close(self) -> None:
-        self._finish("cancelled")
-        if self.task:
-            self.task.cancel()
-        self.end("cancelled")  # wakes a reader
-
-    def __enter__(self) -> Self:
-        while self._is_entering():
-            self._read(self._channel.get())
-        return self
-
-    async def __aenter__(self) -> Self:
-        try:
-            while self._is_entering():
-                await self._channel.wait()
-                self._read(self._channel.get_nowait())
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        return self
-
-    def _is_entering(self) -> bool:
-        if not self._accepted and self.finish_reason is not None:
-            self._raise_error()
-        return not self._accepted and self.finish_reason is None
-
-    def _read(self, item: str | None) -> str:
-        if item is END:
-            if self._ending:
-                self._finish(self._ending[0])
-            return self._read_rest()
-        text = self._read_text(item)
-        self._accepted = True
-        return text
-
-    def _raise_error(self) -> None:
-        if self.finish_reason == "error" and self._ending and self._ending[1]:
-            raise self._ending[1]
 
 
 class Stopwatch:

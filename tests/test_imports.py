@@ -19,6 +19,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"types"},
     {"text", "context", "settings", "channel", "process"},
+    {"tasks"},
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
     {"model"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"benchmark"},
     {"scripts"},
 ]
-GROUND_FLOOR = set().union(*LAYERS[:3])
+GROUND_FLOOR = set().union(*LAYERS[:4])
 
 # Rooms that know less than their line lets them.
 ONLY = {

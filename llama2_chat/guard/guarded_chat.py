@@ -11,7 +11,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import Counter
@@ -22,6 +21,7 @@ from llama2_chat.guard.judge import Judge, sentence_of
 from llama2_chat.guard.verdict import Verdict
 from llama2_chat.remote.client import use_our_http
 from llama2_chat.settings import Settings
+from llama2_chat.tasks import TaskLoop
 from llama2_chat.types import (
     CallStyle,
     Capabilities,
@@ -47,7 +47,6 @@ NO_VERDICT: dict[Subject, str] = {
     "message": "The guard of this server cannot judge messages now, so none is answered. Please try again later.",
     "answer": "The guard of this server could not judge the answer, so it is not shown. Please try again later.",
 }
-STOPPED = "The server is being stopped."
 
 
 class GuardedChat:
@@ -62,26 +61,16 @@ class GuardedChat:
         self.verdicts = Counter(
             "chat_guard_verdicts", "What the guard was asked to judge.", ("subject", "verdict"), registry=None
         )
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._main: asyncio.Task[None] | None = None
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._stopped = False  # the loop takes no more answers
+        self._tasks = TaskLoop("guard")
 
     def start(self) -> threading.Thread:
         use_our_http()
-        started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="guard", daemon=True)
-        self._thread.start()
-        started.wait()
+        self._tasks.start(lambda: asyncio.Event().wait())
         log.info("A guard judges each message and each answer; what has no verdict is %s", self._consequence)
         return self._chat.start()
 
     def close(self, timeout_s: float = 5) -> None:
-        if self._thread and self._loop and self._main:
-            with suppress(RuntimeError):  # the loop has ended already
-                self._loop.call_soon_threadsafe(self._main.cancel)
-            self._thread.join(timeout_s)
+        self._tasks.close(timeout_s)
         self._chat.close(timeout_s)
 
     def stream_reply(
@@ -109,24 +98,10 @@ class GuardedChat:
 
     def _reply(self, start: Callable[[], Reply], read_question: Callable[[], str], begun: str = "") -> GuardedReply:
         reply = GuardedReply()
-        with self._lock:
-            if self._loop is None or self._stopped:
-                raise ModelUnavailable(STOPPED)
-            reply.task = asyncio.run_coroutine_threadsafe(self._answer(reply, start, read_question, begun), self._loop)
-        reply.task.add_done_callback(lambda _: reply.end("cancelled"))  # if it was cancelled before its first step
+        self._tasks.answer(reply, lambda: self._answer(reply, start, read_question, begun))
         return reply
 
     # What runs in the event loop.
-
-    async def _run(self, started: threading.Event) -> None:
-        self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
-        started.set()
-        try:
-            with suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-        finally:
-            with self._lock:  # what was submitted before this is cancelled as the loop ends
-                self._stopped = True
 
     async def _answer(
         self, reply: GuardedReply, start: Callable[[], Reply], read_question: Callable[[], str], begun: str

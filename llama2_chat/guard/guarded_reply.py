@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama2_chat.channel import ACCEPTED, TaskReply
+from llama2_chat.tasks import ACCEPTED, TaskReply
 from llama2_chat.types import Reply, Timing, TokenLogprob, Usage
 
 

@@ -18,6 +18,7 @@ from llama2_chat.remote.question import Question
 from llama2_chat.remote.reply import CALLS, RemoteReply
 from llama2_chat.remote.server import Server
 from llama2_chat.settings import Settings
+from llama2_chat.tasks import STOPPED, TaskLoop
 from llama2_chat.types import (
     Capabilities,
     ChatBackend,
@@ -34,7 +35,6 @@ from llama2_chat.types import (
 log = logging.getLogger("llama2_chat")
 
 NO_TOKENS = "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself."
-STOPPED = "The server is being stopped."
 
 
 class RemoteModel:
@@ -51,11 +51,7 @@ class RemoteModel:
         servers = [Server(url, settings.inference_key, timeouts) for url in settings.inference_urls]
         self._servers = list({server.client.url: server for server in servers}.values())
         self._health = Health(self._servers, settings.inference_model or "", settings.sampling, timeouts)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._watching: asyncio.Task[None] | None = None  # the loop's main task
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._stopped = False  # the loop takes no more answers
+        self._tasks = TaskLoop("remote")
 
     @property
     def status(self) -> Status:
@@ -92,11 +88,7 @@ class RemoteModel:
     def start(self) -> threading.Thread:
         """Watch the servers, in a thread of its own, until close()."""
         use_our_http()
-        started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="remote", daemon=True)
-        self._thread.start()
-        started.wait()
-        return self._thread
+        return self._tasks.start(self._health.watch)
 
     def load(self) -> RemoteModel:
         """self, once it is known whether any server can answer."""
@@ -112,10 +104,7 @@ class RemoteModel:
 
     def close(self, timeout_s: float = 5) -> None:
         """Close all connections, within timeout_s seconds. Readers see their replies end as cancelled."""
-        if self._thread and self._loop and self._watching:
-            with suppress(RuntimeError):  # the loop has ended already
-                self._loop.call_soon_threadsafe(self._watching.cancel)
-            self._thread.join(timeout_s)
+        self._tasks.close(timeout_s)
 
     def stream_reply(
         self,
@@ -138,11 +127,7 @@ class RemoteModel:
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
         question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply(params.logprobs)
-        with self._lock:
-            if self._loop is None or self._stopped:
-                raise ModelUnavailable(STOPPED)
-            reply.task = asyncio.run_coroutine_threadsafe(self._answer(reply, question, trim), self._loop)
-        reply.task.add_done_callback(lambda _: reply.end("cancelled"))  # if it was cancelled before its first step
+        self._tasks.answer(reply, lambda: self._answer(reply, question, trim))
         return reply
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
@@ -154,10 +139,7 @@ class RemoteModel:
         Raises ChatError if there is none, or it does not answer.
         """
         question = Question.of(messages, params, tools=tools)
-        with self._lock:
-            if self._loop is None or self._stopped:
-                raise ModelUnavailable(STOPPED)
-            counting = asyncio.run_coroutine_threadsafe(self._fit(question, params.max_new_tokens), self._loop)
+        counting = self._tasks.submit(lambda: self._fit(question, params.max_new_tokens))
         try:
             return counting.result()
         except concurrent.futures.CancelledError as error:
@@ -178,18 +160,6 @@ class RemoteModel:
         raise ChatError(NO_TOKENS)
 
     # What runs in the event loop.
-
-    async def _run(self, started: threading.Event) -> None:
-        self._loop, self._watching = asyncio.get_running_loop(), asyncio.current_task()
-        started.set()
-        try:
-            with suppress(asyncio.CancelledError):
-                await self._health.watch()
-        finally:
-            # What was submitted before this is in the loop's queue: as the loop ends it becomes a task, which is then
-            # cancelled. Anything later would wait in a queue that nobody reads.
-            with self._lock:
-                self._stopped = True
 
     async def _answer(self, reply: RemoteReply, question: Question, trim: bool) -> None:
         """Ask one server after another until one has sent text; what happens to it then is final."""

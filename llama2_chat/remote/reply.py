@@ -16,8 +16,9 @@ from huggingface_hub import (
     ChatCompletionStreamOutputDeltaToolCall,
 )
 
-from llama2_chat.channel import ACCEPTED, Stopwatch, TaskReply
+from llama2_chat.channel import Stopwatch
 from llama2_chat.remote.faults import ABORTED, NO_LOGPROBS, RequestRejected, ServerFault
+from llama2_chat.tasks import ACCEPTED, TaskReply
 from llama2_chat.text import valid_unicode
 from llama2_chat.tools import PLAIN, JsonOnly
 from llama2_chat.types import CallStyle, Candidate, FinishReason, Timing, TokenLogprob, Usage

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import resource
 import socket
 import time
 from asyncio import TimerHandle, Transport
@@ -34,6 +33,10 @@ LOG_EVERY_S = 60.0
 
 def room_for_connections() -> int:
     """How many this process can have open; asks the system for as many descriptors as it gives without asking."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return MOST
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = MOST + RESERVED

@@ -176,3 +176,9 @@ def test_three_hundred_half_open_connections_lock_nobody_out_of_256_descriptors(
             for _ in range(10):
                 assert http.get("/livez", headers={"Connection": "close"}).status_code == 200
         assert "127.0.0.2 has" in next(line for line in server.stderr if "connections open" in line)
+
+
+def test_a_system_that_counts_no_descriptors_has_room_for_all(monkeypatch):
+    # On Windows there is no module `resource`, and app.py did not start.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert connections.room_for_connections() == connections.MOST
