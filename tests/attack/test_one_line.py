@@ -1,7 +1,6 @@
 """Jobs in Gradio's queue to which nobody listens must hold up nobody who does."""
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -10,6 +9,7 @@ from llama2_chat.page import answering
 from tests.support.programs import GRADIO_SETTINGS
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
+from tests.support.waiting import until
 
 
 class Endless(Scripted):
@@ -54,18 +54,11 @@ def ask(http, text):
     return http.post("/gradio_api/call/chat", json={"data": [text, *GRADIO_SETTINGS]}).json()["event_id"]
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_visitor_is_answered_beside_any_number_of_jobs_to_which_nobody_listens(http, endless):
     # Behind 40 of them a visitor waited unseen, in no line that the page knew of.
     for _ in range(45):
         ask(http, "Tell me a long story.")
-    wait_until(lambda: len(endless.running) == 45)
+    until(lambda: len(endless.running) == 45)
     assert "Hello!" in http.get(f"/gradio_api/call/chat/{ask(http, 'Hi')}").text
 
 
@@ -73,8 +66,8 @@ def test_whoever_does_not_listen_loses_the_answer_within_seconds(http, endless, 
     monkeypatch.setattr(answering, "UNREAD_S", 0.2)
     monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
     ask(http, "Tell me a long story.")
-    wait_until(lambda: endless.running)
-    wait_until(lambda: not endless.running)
+    until(lambda: endless.running)
+    until(lambda: not endless.running)
 
 
 @pytest.mark.slow
@@ -88,4 +81,4 @@ def test_whoever_listens_keeps_it(http, endless, monkeypatch):
             if words > 60:  # after 0.6 s and more
                 break
         assert endless.running
-    wait_until(lambda: not endless.running)
+    until(lambda: not endless.running)

@@ -27,6 +27,7 @@ from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import listening
 from tests.support.tool_users import QUESTION as TOOL_QUESTION
 from tests.support.tool_users import a_tool, computing
+from tests.support.waiting import until
 
 ID, OTHER = "0" * 32, "1" * 32
 SETTINGS = {"maxNewTokens": 64, "temperature": 0.6, "topP": 0.9, "topK": 50, "repetitionPenalty": 1.1}
@@ -94,13 +95,6 @@ def whole(response):
     """All the text of a stream that has ended, and its end."""
     *pieces, end = events(response)
     return "".join(each.get("text", "") + each.get("more", "") for each in pieces), end["end"]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_an_answer_streams_as_it_grows_and_ends_with_what_it_cost(anna, gate):
@@ -290,7 +284,7 @@ def test_an_answer_is_kept_for_a_while_after_its_end_and_then_forgotten(anna, ga
     monkeypatch.setattr(page_answers, "KEPT_S", 1.0)
     gate.set()
     assert whole(anna.put(f"answers/{ID}", json=QUESTION))[0] == "Once upon a time."
-    wait_until(lambda: anna.get(f"answers/{ID}").status_code == 404)
+    until(lambda: anna.get(f"answers/{ID}").status_code == 404)
 
 
 def test_when_there_are_too_many_the_oldest_that_has_ended_makes_room(anna, gate, monkeypatch):

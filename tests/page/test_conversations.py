@@ -27,6 +27,7 @@ from tests.support.browser import (
 )
 from tests.support.scripted import READY, Scripted, ScriptedChat, raising
 from tests.support.serving import serving
+from tests.support.waiting import until
 
 WORDS = [f"word{number} " for number in range(40)]
 
@@ -48,13 +49,13 @@ class EchoChat(ScriptedChat):
 
     def __init__(self):
         super().__init__(say=self._echo)
-        self.gate = Gate()
+        self.gate, self.replies = Gate(), []
 
     def _echo(self, messages):
         said = messages[-1]["content"]
-        if said.startswith("long"):
-            return Scripted(*WORDS, gate=self.gate)
-        return Scripted(f"You said {said}")
+        long = said.startswith("long")
+        self.replies.append(Scripted(*WORDS, gate=self.gate) if long else Scripted(f"You said {said}"))
+        return self.replies[-1]
 
 
 @pytest.fixture
@@ -172,13 +173,14 @@ def test_two_visitors_through_a_dropped_line_and_a_restart_lose_and_mix_nothing(
 
 @pytest.mark.slow
 def test_a_message_that_lost_its_place_in_line_while_nobody_read_is_asked_again(visit, site, echo, monkeypatch):
-    monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
     echo.gate = Gate(first=0)
     page = visit(site)
     send(page, "long")
     expect(page.locator("article.waiting")).to_be_visible()
+    until(lambda: echo.replies)
     page.goto("about:blank")
-    page.wait_for_timeout(1500)
+    monkeypatch.setattr(answering, "UNREAD_WAITING_S", 0.2)
+    until(lambda: echo.replies[0].finish_reason == "cancelled")
     echo.gate.open()
     page.go_back()
     expect(answers(page)).to_have_text("".join(WORDS).strip())

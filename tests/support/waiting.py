@@ -3,7 +3,7 @@
 import time
 
 
-def until(condition, within_s=20):
+def until(condition, within_s=60):
     """Return once the condition holds."""
     began = time.monotonic()
     while not condition():

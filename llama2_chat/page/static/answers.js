@@ -129,7 +129,10 @@ async function* lines(body) {
 
 const retryMs = (failures) => RETRY_MS[Math.min(failures, RETRY_MS.length - 1)];
 
-/** A signal that also ends what a tab in the background reads, and release(), after which it ends nothing. */
+/**
+ * A signal that also ends what a tab in the background reads, or a page that was left, which the browser may keep with
+ * its connections for a way back; and release(), after which it ends nothing.
+ */
 function untilHidden(signal) {
   const ending = new AbortController();
   const end = () => ending.abort();
@@ -140,10 +143,12 @@ function untilHidden(signal) {
   };
   look();
   document.addEventListener("visibilitychange", look);
+  addEventListener("pagehide", end);
   signal.addEventListener("abort", end);
   const release = () => {
     clearTimeout(timer);
     document.removeEventListener("visibilitychange", look);
+    removeEventListener("pagehide", end);
     signal.removeEventListener("abort", end);
   };
   return { signal: ending.signal, release };
@@ -153,15 +158,16 @@ function untilHidden(signal) {
 function pause(ms, signal = new AbortController().signal) {
   return new Promise((resolve) => {
     const timer = setTimeout(done, ms);
+    const look = () => document.hidden || done();
     function done() {
       clearTimeout(timer);
       removeEventListener("online", done);
-      document.removeEventListener("visibilitychange", done);
+      document.removeEventListener("visibilitychange", look);
       signal.removeEventListener("abort", done);
       resolve();
     }
     addEventListener("online", done);
-    document.addEventListener("visibilitychange", done);
+    document.addEventListener("visibilitychange", look);
     signal.addEventListener("abort", done);
   });
 }
