@@ -93,6 +93,7 @@ class Codec:
         self.unk_id = unk_id
         self.formats: dict[str | None, str | None] = {}  # what recognise() found: template -> format
         self.writes_system: dict[str, bool] = {}  # template -> whether it writes a system message
+        self.reads_parts: dict[str, bool] = {}  # template -> whether contents must be lists of parts
         self.call_styles: dict[str, CallStyle | None] = {}  # template -> how it writes calls
         self.before_answers: dict[str, str] = {}  # template -> what it writes before each answer
 

@@ -45,11 +45,17 @@ def find_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
 
 
 def _after_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Up to the next question; where the newest answer ends otherwise than earlier ones do, up to the end."""
+    """Up to the next question; where the newest answer ends otherwise than earlier ones do, up to the end.
+
+    A template that refuses to end with an answer says nothing of a newest one.
+    """
     nonces = [nonce() for _ in range(3)]
     asked, answered, again = Turn("user", nonces[0], 1), Turn("assistant", nonces[1], 1), Turn("user", nonces[2], 1)
     between = render(tokenizer, [asked, answered, again]).partition(nonces[1])[2].partition(nonces[2])[0]
-    last = render(tokenizer, [asked, answered], add_generation_prompt=False).partition(nonces[1])[2]
+    try:
+        last = render(tokenizer, [asked, answered], add_generation_prompt=False).partition(nonces[1])[2]
+    except RENDERING_ERRORS:
+        return between
     return between if between.startswith(last) else last
 
 

@@ -55,11 +55,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelUnavailable unless the template can write a conversation."""
     question, answer = nonce(), nonce()
+    asked, answered = Turn("user", question, 1), Turn("assistant", answer, 1)
     try:
-        rendered = render(
-            tokenizer, [Turn("user", question, 1), Turn("assistant", answer, 1), Turn("user", question, 1)]
-        )
-        if rendered.count(question) < 2:
+        reveal = codec_of(tokenizer).reveal
+        once, again = (_prompt(tokenizer, turns, ()).translate(reveal) for turns in ([asked], [asked, answered, asked]))
+        if question not in once or again.count(question) < 2:
             raise TemplateError("it leaves out a user message")
     except RENDERING_ERRORS as error:
         raise ModelUnavailable(
@@ -103,7 +103,25 @@ def render(
     add_generation_prompt: bool = True,
     tools: Sequence[ToolObject] = (),
 ) -> str:
-    messages = [_message(turn) for turn in turns]
+    in_parts = _reads_parts(tokenizer)
+    messages = [_message(turn, in_parts) for turn in turns]
+    return _apply(tokenizer, messages, add_generation_prompt, tools)
+
+
+def _render_answered(tokenizer: PreTrainedTokenizerBase, asked: Turn, answered: Turn) -> str:
+    """A question and its answer, and behind them another question where a template refuses to end with an answer."""
+    try:
+        return render(tokenizer, [asked, answered], add_generation_prompt=False)
+    except RENDERING_ERRORS:
+        return render(tokenizer, [asked, answered, Turn("user", nonce(), 1)])
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool = True,
+    tools: Sequence[ToolObject] = (),
+) -> str:
     offered: Any = list(tools) or None
     return str(
         tokenizer.apply_chat_template(
@@ -112,9 +130,29 @@ def render(
     )
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template leaves out a content that is a text, and writes one that is a list of parts.
+
+    So do those of models that look at pictures, and of what was made from these.
+    """
+    known, template = codec_of(tokenizer).reads_parts, str(template_of(tokenizer))
+    if template not in known:
+        turn = Turn("user", nonce(), 1)
+
+        def writes(in_parts: bool) -> bool:
+            try:
+                return turn.content in _apply(tokenizer, [_message(turn, in_parts)])
+            except RENDERING_ERRORS:
+                return False
+
+        known[template] = not writes(in_parts=False) and writes(in_parts=True)
+    return known[template]
+
+
+def _message(turn: Turn, in_parts: bool) -> dict[str, Any]:
     """As templates take it: arguments as an object, which they write as JSON."""
-    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    content = [{"type": "text", "text": turn.content}] if in_parts else turn.content
+    message: dict[str, Any] = {"role": turn.role, "content": content}
     if turn.calls:
         message["tool_calls"] = [
             {
@@ -174,7 +212,7 @@ def _before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
     if template not in known:
         asked, answered = Turn("user", nonce(), 1), Turn("assistant", nonce(), 1)
         prompt = render(tokenizer, [asked])
-        before = render(tokenizer, [asked, answered], add_generation_prompt=False).partition(answered.content)[0]
+        before = _render_answered(tokenizer, asked, answered).partition(answered.content)[0]
         more = before.removeprefix(prompt)
         is_known = more != before and (more.isspace() or RECIPIENT.fullmatch(more))
         known[template] = more if is_known else ""

@@ -5,7 +5,7 @@ from tokenizers import AddedToken
 
 from llama2_chat.prompt import Ending, find_ending
 from tests.support.small_tokenizer import CHATML, chatml, llama_shaped, with_template
-from tests.support.templates import TEMPLATED
+from tests.support.templates import REFUSES_ANSWER_AT_END, TEMPLATED
 
 VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
@@ -49,6 +49,12 @@ CASES = {
 @pytest.mark.parametrize(("tokenizer", "template", "end"), CASES.values(), ids=CASES)
 def test_an_answer_ends_where_the_template_ends_it(tokenizer, template, end):
     assert ending(tokenizer, template)[0] == [end]
+
+
+@pytest.mark.parametrize("refuses", REFUSES_ANSWER_AT_END.values(), ids=REFUSES_ANSWER_AT_END)
+@pytest.mark.parametrize("tokenizer", [marked("<|im_start|>", "<|im_end|>"), llama_shaped()], ids=["tokens", "letters"])
+def test_an_answer_ends_where_it_does_before_a_question_if_the_template_refuses_to_end_with_it(tokenizer, refuses):
+    assert ending(tokenizer, refuses + CHATML) == ending(tokenizer, CHATML)
 
 
 def test_a_token_that_begins_the_next_turn_is_no_part_of_an_answer():

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from llama2_chat import prompt
-from llama2_chat.errors import ChatError
-from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped, with_template
-from tests.support.templates import THINKING, to_all, turns
+from llama2_chat.errors import ChatError, ModelUnavailable
+from tests.support.small_tokenizer import CHATML, gpt_2_shaped, llama_shaped, with_template
+from tests.support.templates import IN_PARTS, MISTRAL, REFUSES_ANSWER_AT_END, THINKING, to_all, turns
 
 THOUGHTS_ANEW = (
     "{%- for m in messages %}{{- '<|im_start|>' }}{%- if m.role == 'assistant' and '</think>' in m.content %}"
@@ -143,3 +143,27 @@ def test_an_answer_is_for_all_where_the_template_leaves_to_the_model_for_whom_it
     assert whole.startswith(asked)
     going_on = tokenizer.decode(prompt.encode(tokenizer, turns("Hi", "Hel")))
     assert going_on == asked + "Hel"
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, THINKING], ids=["ChatML", "Mistral", "thoughts"])
+@pytest.mark.parametrize("refuses", REFUSES_ANSWER_AT_END.values(), ids=REFUSES_ANSWER_AT_END)
+def test_a_template_that_refuses_to_end_with_an_answer_writes_prompts(refuses, template):
+    """The server was ready, and then refused every message."""
+    plain, refusing = llama(template), llama(refuses + template)
+    assert prompt.checked_format(refusing, None) is None
+    for messages in (turns("Hi"), turns("Hi", "He", "Well?"), turns("Hi", system="Be."), turns("Hi", "Hel")):
+        assert prompt.encode(refusing, messages) == prompt.encode(plain, messages)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_a_template_that_reads_contents_in_parts_gets_them_so(messages):
+    # It was refused as one that leaves out what the user says.
+    tokenizer = byte_level(IN_PARTS)
+    assert prompt.checked_format(tokenizer, None) is None
+    assert prompt.encode(tokenizer, messages) == prompt.encode(byte_level(CHATML), messages)
+
+
+def test_a_template_that_refuses_the_first_question_is_refused_at_the_start():
+    template = "{% if messages | length == 1 %}{{ raise_exception('no question alone') }}{% endif %}" + CHATML
+    with pytest.raises(ModelUnavailable, match="no question alone"):
+        prompt.checked_format(llama(template), None)

@@ -103,6 +103,23 @@ GRANITE = (
     "{{ '<|end_of_text|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
+# How templates refuse a conversation that ends with an answer: what stands before the rest of them.
+REFUSES_ANSWER_AT_END = {
+    "the newest message is the user's": (
+        "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('The newest is an answer') }}{% endif %}"
+    ),
+    "an odd number of turns": (
+        "{% if messages | rejectattr('role', 'equalto', 'system') | list | length % 2 == 0 %}"
+        "{{ raise_exception('Conversations end with a question') }}{% endif %}"
+    ),
+    "only prompts": "{% if not add_generation_prompt %}{{ raise_exception('only prompts') }}{% endif %}",
+}
+# As models that look at pictures have it.
+IN_PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def mistral_with_tools():
