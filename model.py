@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,6 @@ from llama2_chat import prompt
 from llama2_chat.context import context_window
 from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, NoInfilling, PromptTooLong, Subject, quoted
 from llama2_chat.settings import Settings
-from llama2_chat.text import first_line
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
     CallStyle,
@@ -141,8 +139,10 @@ class ChatModel:
         return self
 
     def _load(self) -> None:
+        from llama2_chat.engine.architecture import check_architecture, translate_architecture_errors
         from llama2_chat.loading.choose import choose, fetch
-        from llama2_chat.loading.load import load
+        from llama2_chat.loading.config import read_config
+        from llama2_chat.loading.load import load, measure
         from llama2_chat.loading.memory import translate_out_of_memory
         from llama2_chat.loading.read import load_tokenizer
 
@@ -151,12 +151,15 @@ class ChatModel:
             self.status = replace(self.status, model=self.settings.model_name or plan.name, why=plan.why)
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
-            # A prompt that would come out wrong is refused before gigabytes are fetched.
+            # What would come out wrong is refused before gigabytes are fetched.
             chat_format = prompt.checked_format(tokenizer, checkpoint.chat_format)
+            if not plan.is_embedded:
+                measure(checkpoint.base)
+                check_architecture(read_config(checkpoint.base))
             loaded = load(checkpoint, self._progress)
             with (
                 translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
-                _translate_architecture_errors(loaded.model),
+                translate_architecture_errors(type(loaded.model).__name__),
             ):
                 self.serve(tokenizer, loaded, chat_format)
         except ModelUnavailable as error:
@@ -376,23 +379,6 @@ def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
     headroom = int(headroom_gb * GB)
     free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(visible_gpus())}
     return {torch.device("cpu"): CPU_KV_BYTES, **free}
-
-
-# What layers raise whose attention or cache is of another kind than the engine's.
-ANOTHER_KIND = (AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
-
-
-@contextmanager
-def _translate_architecture_errors(model: PreTrainedModel) -> Iterator[None]:
-    """A model that the engine cannot compute, as a sentence; the log keeps the original."""
-    try:
-        yield
-    except ANOTHER_KIND as error:
-        log.warning("This model cannot be served", exc_info=True)
-        raise ModelUnavailable(
-            f"{type(model).__name__} is built in a way that visitors cannot share here ({first_line(error)}). "
-            "Choose a Llama 2, or a model that attends as it does."
-        ) from error
 
 
 class _Closed(Exception):

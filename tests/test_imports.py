@@ -48,7 +48,7 @@ ONLY = {
 # Files that know more, and why.
 MORE = {
     # --check tries what a start would do.
-    "llama2_chat/server/probes.py": {"guard", "loading", "prompt", "remote"},
+    "llama2_chat/server/probes.py": {"engine", "guard", "loading", "prompt", "remote"},
     "llama2_chat/server/gpu_probes.py": {"loading"},
 }
 

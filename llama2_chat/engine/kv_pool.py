@@ -42,7 +42,7 @@ class KVPool:
         free_bytes: what may be taken of each device; asked once the model has run and has all that it keeps.
         Raises ModelUnavailable if the model keeps something else than keys and values, or nothing is left for them.
         """
-        probe = _probe(model)
+        probe = probe_keys(model)
         free = free_bytes()
         block_bytes: dict[torch.device, int] = {}
         for keys in probe:
@@ -133,7 +133,7 @@ def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel) -> list[Tensor]:
+def probe_keys(model: PreTrainedModel) -> list[Tensor]:
     """The keys of one token, [1, kv_heads, 1, head_dim], as each layer makes them."""
     cache = DynamicCache(config=model.config)
     device = input_embeddings(model).weight.device

@@ -104,7 +104,9 @@ def _deviation(required: Requirement) -> str:
 
 
 def probe_model(start: PlannedStart) -> str:
+    from llama2_chat.engine.architecture import check_architecture
     from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
+    from llama2_chat.loading.config import read_config
     from llama2_chat.loading.hub import check_reachable
     from llama2_chat.loading.load import check_headers, measure
     from llama2_chat.loading.memory import visible_gpus
@@ -118,6 +120,7 @@ def probe_model(start: PlannedStart) -> str:
             check_index(plan.cache_dir)
         return f"{plan.model_id}. {plan.why}"
     measure(start.files[0])
+    check_architecture(read_config(start.files[0]))
     for files in start.files:
         check_headers(files)
     for files in start.files:

@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from llama2_chat.context import context_window
+from llama2_chat.engine.architecture import check_architecture
 from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.model_runner import build_runner
@@ -121,8 +122,22 @@ def test_past_its_window_and_beside_a_longer_neighbour_a_model_answers_as_genera
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_cannot_be_computed_over_blocks_is_refused_with_the_reason(name):
     architecture, config, reason = REFUSED[name]
-    with pytest.raises(ModelUnavailable, match=reason):
-        serve(random_model(architecture, config))
+    model = random_model(architecture, config)
+    with pytest.raises(ModelUnavailable, match=reason) as loaded:
+        serve(model)
+    with pytest.raises(ModelUnavailable) as announced:
+        check_architecture(model.config)
+    assert str(announced.value) == str(loaded.value)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_configuration_tells_that_a_model_can_be_served(name):
+    architecture, config = SERVED[name]
+    check_architecture(getattr(transformers, f"{architecture}Config")(**{**SHAPE, **config}))
+
+
+def test_what_only_a_loaded_model_can_tell_refuses_nothing_before():
+    check_architecture(transformers.JetMoeConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("name", WINDOWED)

@@ -18,6 +18,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig
 
 from llama2_chat.errors import ChatError, ModelUnavailable
@@ -32,6 +33,7 @@ from llama2_chat.server.certificate import own_certificate
 from llama2_chat.server.preflight import run, run_probe
 from llama2_chat.server.probes import PlannedStart
 from llama2_chat.settings import Settings
+from model import ChatModel
 from tests.support.odd_server import OddServer, reset, status
 from tests.support.small_model import save_model
 from tests.support.small_tokenizer import llama_shaped
@@ -402,6 +404,20 @@ def test_a_model_on_the_hub_is_well_before_and_after_its_download_and_no_weights
     fetch_weights(start.checkpoint.base, lambda *_: None)
     assert "All files are here" in run_probe("model", start).detail
     assert "nothing to download" in run_probe("disk", start).detail
+
+
+@pytest.mark.parametrize("architecture", ["StableLmConfig", "BloomConfig", "MambaConfig"])
+def test_an_architecture_that_cannot_be_served_is_told_as_a_start_tells_it_before_weights_are_fetched(
+    hub, chat_model, tmp_path, architecture
+):
+    # The check was content, and the start refused it after the download.
+    repo = shutil.copytree(chat_model, tmp_path / "repo")
+    getattr(transformers, architecture)(vocab_size=300, hidden_size=64, num_hidden_layers=1).save_pretrained(repo)
+    hub.repos["someone/other"] = repo
+    chat = ChatModel(Settings(model_id="someone/other")).load()
+    assert "Choose a Llama 2" in chat.status.error
+    assert whole(bad("model", model_id="someone/other")) == chat.status.error
+    assert not [path for way, path in hub.requests if way == "GET" and "safetensors" in path]
 
 
 def test_small_files_in_the_cache_do_not_hide_that_the_weights_cannot_be_fetched(hub):
