@@ -199,6 +199,8 @@ class ChatModel:
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
+        if engine.context_length < context:
+            why = f"{why} Its context is {engine.context_length:,} of {context:,} tokens: the memory holds no more."
         grammars = Grammars(tokenizer, runner.vocab_size, stop_ids)
         infilling = prompt.find_infilling(tokenizer, runner.vocab_size)
         self._serving = Serving(loaded.model, tokenizer, chat_format, ending.strings, engine, grammars, infilling)

@@ -50,6 +50,7 @@ class Plan:
     hub_cache_dir: Path | None = None  # None is huggingface_hub's own place
     base_model: str | None = None  # overrides what an adapter names
     chat_format: str | None = None  # overrides what the model's files or its name say: "llama-2", or "none" to complete
+    headroom_gb: float = Settings.kv_headroom_gb  # of each GPU, left alone
 
     @property
     def is_embedded(self) -> bool:
@@ -73,6 +74,7 @@ class Checkpoint:
     cache_dir: Path  # where weights that come quantised are unpacked
     adapter: Files | None = None
     chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
+    headroom_gb: float = Settings.kv_headroom_gb  # as the plan's
 
     @property
     def is_embedded(self) -> bool:
@@ -92,6 +94,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         settings.hub_cache_dir,
         settings.base_model,
         None if settings.chat_format == "auto" else settings.chat_format,
+        settings.kv_headroom_gb,
     )
     if settings.zero_gpu:
         log.warning("%s", ZERO_GPU)
@@ -164,7 +167,9 @@ def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkp
     adapter = adapter and replace(adapter, stem="adapter_model")
     known_base = KNOWN_BASE.fullmatch(split_revision(plan.model_id)[0])
     chat_format = plan.chat_format or (NO_FORMAT if known_base else None)
-    return Checkpoint(plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter, chat_format)
+    return Checkpoint(
+        plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter, chat_format, plan.headroom_gb
+    )
 
 
 def _base_of(adapter: Files, plan: Plan) -> str:

@@ -26,6 +26,7 @@ from llama2_chat.loading.dequantize import check_readable, method_of, quantizati
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import (
+    GB,
     MIN_CONTEXT_TOKENS,
     NO_INT4,
     Gpu,
@@ -43,6 +44,7 @@ from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, 
 from llama2_chat.loading.read import read_model, translate_errors
 from llama2_chat.loading.unpack import check_room, unpacked
 from llama2_chat.prompt import find_ending
+from llama2_chat.settings import Settings
 
 log = logging.getLogger("llama2_chat")
 
@@ -80,12 +82,15 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
     return named | find_ending(tokenizer).ids
 
 
-def measure(files: Files) -> Size:
-    """What the model will weigh. Needs its configuration and the names of its weights, not the weights."""
+def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb) -> Size:
+    """What the model will weigh. Needs its configuration and the names of its weights, not the weights.
+
+    headroom_gb: of each GPU, which is to be left alone.
+    """
     with translate_errors(files):
         config = read_config(files)
         read_generation_config(files)  # refused before the weights are fetched, if it is
-        size = Size.of(config)
+        size = replace(Size.of(config), headroom_bytes=int(headroom_gb * GB))
     if quantization := quantization_of(config):
         check_readable(files, quantization)
         return replace(size, comes_in=method_of(quantization))
@@ -107,7 +112,7 @@ def check_headers(files: Files) -> None:
 def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     """Download the weights if they are not here, after checking that they will fit, and load them."""
     files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
-    size = measure(files)
+    size = measure(files, checkpoint.headroom_gb)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     if size.comes_in:

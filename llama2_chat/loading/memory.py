@@ -9,17 +9,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.settings import Settings
 from llama2_chat.text import is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
 
 GB = 1_000_000_000
-HEADROOM_BYTES = 1 * GB  # per GPU: the CUDA context, kernels' workspace, the activations of a chunk of prefill
-MIN_CONTEXT_TOKENS = 4_096  # of KV cache that must fit; models with longer windows may run with part of theirs
+# Per GPU, measured on an H100 with limits of 16 to 40 GB: the CUDA context and kernels' workspace, and what products of
+# packed weights keep besides.
+WORKSPACE_BYTES, PACKED_WORKSPACE_BYTES = 1 * GB, 800_000_000
+STEP_TOKENS = 2_048  # of the engine's longest step, GPU_CHUNK
+MIN_CONTEXT_TOKENS = 4_096  # of a conversation as it is counted; models with longer windows may run with part of theirs
+LEAST_CONTEXT_TOKENS = 1_024  # of KV cache that must fit
 # Bytes per parameter of a linear layer. Int4: 4 bits, and per 64 weights 16 bits of scale. NF4 with double
 # quantisation: the same with 8 bits of scale, themselves scaled per 256.
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.532, "nf4": 0.516}
@@ -60,6 +65,8 @@ class Size:
     other: int  # embeddings, output head, norms
     context: int  # tokens
     kv_bytes_per_token: int
+    step_bytes: int = 0  # of activations, in the engine's longest step
+    headroom_bytes: int = int(Settings.kv_headroom_gb * GB)  # per GPU, which the engine leaves alone
     comes_in: str | None = None  # "gptq", "awq", ...: what its weights are unpacked from before they are loaded
 
     @classmethod
@@ -84,12 +91,26 @@ class Size:
             other=sum(parameter.numel() for parameter in model.parameters()) - linear,
             context=context_window(config)[0],
             kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * 2,  # K and V, 2 bytes each
+            step_bytes=2 * STEP_TOKENS * (6 * text.hidden_size + 3 * _widest(model)),
         )
 
-    def needed_bytes(self, precision: str, context: int) -> int:
-        """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and headroom."""
+    def needed_bytes(self, precision: str, context: int, gpus: int = 1) -> int:
+        """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and room to work in."""
         weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
-        return int(weights + self.kv_bytes_per_token * min(context, self.context) + HEADROOM_BYTES)
+        kv_cache = self.kv_bytes_per_token * min(context, self.context)
+        return int(weights + kv_cache + max(gpus, 1) * self.working_bytes(precision))
+
+    def working_bytes(self, precision: str) -> int:
+        """Of each GPU beside weights and KV cache. Recorded steps have activations of their own."""
+        packed = PACKED_WORKSPACE_BYTES if precision in ("int4", "int8") else 0
+        return WORKSPACE_BYTES + packed + self.headroom_bytes + 2 * self.step_bytes
+
+
+def _widest(model: nn.Module) -> int:
+    """Numbers per token between the linear layers of a feed-forward layer."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    sizes = [each.in_features for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
+    return max(sizes, default=0)
 
 
 def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[str, str]:
@@ -104,7 +125,7 @@ def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[s
         return unquantized if requested == "none" else requested, f"QUANTIZATION={requested}."
     if not gpus:
         return "int8", "int8 is fastest on a CPU."
-    needed, free = size.needed_bytes(unquantized, size.context), _free_bytes(gpus)
+    needed, free = size.needed_bytes(unquantized, size.context, len(gpus)), _free_bytes(gpus)
     why = (
         f"{unquantized} takes {needed / GB:.1f} GB with a full context, and {free / GB:.1f} GB of GPU memory are free."
     )
@@ -115,10 +136,11 @@ def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[s
 
 def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> None:
     """Raise ModelUnavailable if the GPUs together cannot hold the model and a conversation."""
-    needed, free = size.needed_bytes(precision, MIN_CONTEXT_TOKENS), _free_bytes(gpus)
+    needed, free = size.needed_bytes(precision, LEAST_CONTEXT_TOKENS, len(gpus)), _free_bytes(gpus)
     if not gpus or needed <= free:
         return
-    smaller = _smaller(precision) if size.needed_bytes("nf4", MIN_CONTEXT_TOKENS) <= free else "Choose a smaller model"
+    in_nf4 = size.needed_bytes("nf4", LEAST_CONTEXT_TOKENS, len(gpus))
+    smaller = _smaller(precision) if in_nf4 <= free else "Choose a smaller model"
     raise ModelUnavailable(
         f"{name} needs about {needed / GB:.1f} GB of GPU memory in {precision} and {free / GB:.1f} GB are free. "
         f"{smaller}, free some memory, or use a larger GPU."
@@ -152,7 +174,8 @@ def choose_device_map(precision: str, size: Size, gpus: Sequence[Gpu]) -> tuple[
     roomiest = max(range(len(gpus)), key=lambda index: gpus[index].free_bytes)
     if len(gpus) == 1 or size.needed_bytes(precision, size.context) <= gpus[roomiest].free_bytes:
         return {"": roomiest}, None
-    return "auto", {index: max(0, gpu.free_bytes - HEADROOM_BYTES) for index, gpu in enumerate(gpus)}
+    working = size.working_bytes(precision)
+    return "auto", {index: max(0, gpu.free_bytes - working) for index, gpu in enumerate(gpus)}
 
 
 def _free_bytes(gpus: Sequence[Gpu]) -> int:

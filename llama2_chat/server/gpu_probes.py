@@ -89,12 +89,12 @@ def probe_gpu_memory(start: PlannedStart) -> str:
         raise NotApplicable("the model runs on the CPU")
     if checkpoint is None:
         raise NotApplicable("known after the first start; the small model needs little")
-    size = measure(checkpoint.base)
+    size = measure(checkpoint.base, checkpoint.headroom_gb)
     precision, _ = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
-    alone, tokens = size.needed_bytes(precision, 0), min(size.context, MIN_CONTEXT_TOKENS)
-    conversations = (free - alone) // (tokens * size.kv_bytes_per_token)
+    alone, tokens = size.needed_bytes(precision, 0, len(gpus)), min(size.context, MIN_CONTEXT_TOKENS)
+    conversations = max(free - alone, 0) // (tokens * size.kv_bytes_per_token)
     return (
         f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in, "
         f"the rest for {conversations:,} conversations of {tokens:,} tokens"
