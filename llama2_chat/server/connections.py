@@ -6,10 +6,12 @@ are accepted, before TLS; how long one may take is HttpProtocol's to watch.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
 import socket
+import sys
 import time
 from asyncio import TimerHandle, Transport
 from typing import Any
@@ -162,6 +164,20 @@ class HttpProtocol(H11Protocol):
             self.transport.abort()
         else:
             self._watch()
+
+
+if sys.platform == "win32":
+    _Loop = asyncio.ProactorEventLoop
+else:
+    _Loop = asyncio.SelectorEventLoop
+
+
+class Loop(_Loop):
+    """asyncio's own, which waits no longer for TLS than HttpProtocol for what comes after it; by itself a minute."""
+
+    async def create_server(self, *args: Any, ssl: Any = None, **options: Any) -> asyncio.Server:
+        patience_s = PATIENCE_S if ssl else None
+        return await super().create_server(*args, ssl=ssl, ssl_handshake_timeout=patience_s, **options)
 
 
 class _Rarely:

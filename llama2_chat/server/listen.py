@@ -63,7 +63,7 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
     return uvicorn.Config(
         app,
         http=HttpProtocol,
-        loop="asyncio",  # which accepts from our own Listener; uvloop would not
+        loop="llama2_chat.server.connections:Loop",  # which accepts from our own Listener; uvloop would not
         log_level="warning",
         forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=2,

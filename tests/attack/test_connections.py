@@ -18,6 +18,7 @@ import pytest
 from llama2_chat.server import connections
 from llama2_chat.server.connections import Listener
 from llama2_chat.server.listen import server_config
+from tests.support import certificates
 from tests.support.serving import listening
 
 HEAD = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -67,6 +68,12 @@ def test_who_does_not_say_what_they_want_is_cut_off(port, impatient, half):
     # 300 of them locked everybody out of a server with 256 descriptors, for good.
     with connected(port, half) as connection:
         assert rest(connection).count(b"200 OK") == half.count(b"\r\n\r\n" + HEAD)
+
+
+def test_who_begins_no_tls_is_cut_off(impatient, tmp_path):
+    # Each of them stayed for a minute.
+    with certificates.serving(certificates.local(tmp_path)) as port, connected(port, b"\x16\x03\x01") as connection:
+        assert rest(connection) == b""
 
 
 def test_who_sends_slowly_but_steadily_is_heard(port, impatient, monkeypatch):

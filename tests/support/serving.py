@@ -10,6 +10,7 @@ from dataclasses import replace
 import uvicorn
 
 from llama2_chat.engine.model_runner import CPU_BATCH
+from llama2_chat.server.connections import Loop
 from llama2_chat.server.listen import server_config
 
 LONGEST_END_S = 60
@@ -50,7 +51,11 @@ def listening(build):
         servers.append(Server(build()))
         await servers[0].serve()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    def run():
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while not (servers and servers[0].started):
         assert thread.is_alive()

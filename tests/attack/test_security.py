@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from app import create_app
 from model import ChatModel
 from tests.support.programs import ask, error
+from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
 
 FOREIGN = {"Origin": "https://evil.example", "Host": "localhost"}
@@ -75,8 +76,9 @@ def test_behind_a_proxy_the_page_asks_for_its_parts_under_the_root_path(loading,
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
-def test_a_body_that_is_too_large_is_not_read(small, settings, chunked):
-    with serving(small, replace(settings, body_limit_mb=0.001)) as address, httpx.Client(base_url=address) as http:
+def test_a_body_that_is_too_large_is_not_read(settings, chunked):
+    few = replace(settings, body_limit_mb=0.001)
+    with serving(ScriptedChat(), few) as address, httpx.Client(base_url=address) as http:
         body = (b"x" * 600 for _ in range(2)) if chunked else b"x" * 1200
         answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, error(answer)["code"]) == (413, "request_too_large")
