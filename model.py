@@ -69,7 +69,6 @@ class _Told:
 
     messages: list[Message]
     tools: tuple[dict[str, Any], ...] = ()  # for the chat template
-    examples: int = 0  # as prompt.fit takes it
 
 
 class ChatModel:
@@ -304,16 +303,13 @@ class ChatModel:
     ) -> prompt.Fitted:
         serving, room, told = self.serving, self._room(params, trim=True), self._told_of(messages, tools)
         chat_format = serving.chat_format
-        return prompt.fit(
-            serving.tokenizer, told.messages, self.context_length, room, chat_format, told.tools, told.examples
-        )
+        return prompt.fit(serving.tokenizer, told.messages, self.context_length, room, chat_format, told.tools)
 
     def _told_of(self, messages: list[Message], tools: ToolOffer | None) -> _Told:
         """The conversation as the model is used to calls and results, or else as plain turns."""
         if prompt.call_style(self.serving.tokenizer) is not None:
             return _Told(messages, tuple(map(prompt.tool_object, tools.tools)) if tools else ())
-        written = plain(messages, tools)
-        return _Told(written.messages, examples=written.examples)
+        return _Told(plain(messages, tools))
 
     def _room(self, params: SamplingParams, trim: bool = False) -> int:
         """Tokens to leave for the answer: all that are requested. Of a default that nobody requested, and where a

@@ -1,6 +1,15 @@
-"""Text as it really arrives: half characters, many lines, long numbers. Only the standard library is used here."""
+"""Text as it really arrives: half characters, many lines, long numbers; and days in words. Only the standard library is
+used here."""
 
 from __future__ import annotations
+
+from datetime import date
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 
 
 def valid_unicode(text: str) -> str:
@@ -21,3 +30,8 @@ def first_line(error: object) -> str:
     """The first line of an error's text, without a full stop; the error's class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().removesuffix(".") if lines else type(error).__name__
+
+
+def written_day(day: date) -> str:
+    """As in "Monday, 3 March 2025": strftime would write the names in the language of the operator's machine."""
+    return f"{DAYS[day.weekday()]}, {day.day} {MONTHS[day.month - 1]} {day.year}"

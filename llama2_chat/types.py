@@ -36,6 +36,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]  # of the assistant
     tool_call_id: NotRequired[str]  # of a tool: the call's
     name: NotRequired[str]  # of a tool, where no call says so
+    is_example: NotRequired[bool]  # stands before the conversation, and is never left out where it is too long
 
 
 # Name -> (lowest, highest); a lower bound in OPEN_BELOW is itself not allowed.

@@ -19,7 +19,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"types"},
     {"text", "context", "settings", "channel", "process"},
-    {"tasks"},
+    {"tasks", "presets"},
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
     {"model"},

@@ -44,6 +44,7 @@ class Agent:
     max_steps, max_seconds: after which the model has to answer.
     params: how steps and answers are sampled; the grammar is the agent's own, and max_new_tokens are for the answer.
     instructions: what else the system text says, such as the language of answers.
+    examples: what the model is shown beside the examples of its tools.
     confirm: asks a person whether a call may be made, in a thread of its own, for tools that ask first.
     Raises ValueError for tools with unfit names, and for one that asks first where nobody can be asked.
     """
@@ -58,13 +59,14 @@ class Agent:
         max_seconds: float = MAX_SECONDS,
         params: SamplingParams = PARAMS,
         instructions: str = "",
+        examples: Sequence[Exchange] = (),
         confirm: Callable[[Call], bool] | None = None,
     ) -> None:
         tools = (Clock(), Calculator()) if tools is None else tuple(tools)
         _check_names([tool.name for tool in tools])
         if confirm is None and (asking := next((tool for tool in tools if asks_first(tool)), None)):
             raise ValueError(f"The tool {asking.name} asks before each call: give the agent a function as confirm=.")
-        self.plan = Plan(chat, tools, params, max_steps, max_seconds, instructions, confirm)
+        self.plan = Plan(chat, tools, params, max_steps, max_seconds, instructions, confirm, examples)
         self.exchanges: deque[Exchange] = deque(maxlen=memory)  # whatever was answered to its end
 
     def ask(self, question: str) -> AgentReply:

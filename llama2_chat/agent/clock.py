@@ -7,12 +7,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from llama2_chat.agent.tool import Example
-
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
-)
+from llama2_chat.text import written_day
 
 
 class Clock:
@@ -38,5 +33,5 @@ class Clock:
         self._now = now
 
     def run(self, input: Any) -> str:
-        now = self._now()  # strftime would write the names in the language of the operator's machine
-        return f"{DAYS[now.weekday()]}, {now.day} {MONTHS[now.month - 1]} {now.year}, {now:%H:%M} {now.tzname()}"
+        now = self._now()
+        return f"{written_day(now)}, {now:%H:%M} {now.tzname()}"

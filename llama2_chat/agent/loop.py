@@ -37,6 +37,7 @@ class Plan:
     max_seconds: float  # after which no step begins, and no tool is waited for
     instructions: str = ""  # of whoever asks, in the system text
     confirm: Callable[[Call], bool] | None = None  # asks a person, in a thread of its own
+    examples: Sequence[Exchange] = ()  # beside those of the tools
 
     def conversation(self, question: str, exchanges: Sequence[Exchange]) -> tuple[list[Message], int]:
         """What the model reads, and how many of the latest exchanges are in it: as many as fit.
@@ -45,7 +46,7 @@ class Plan:
         """
         while True:
             remembered = [message for exchange in exchanges for message in turns(exchange)]
-            messages = [*opening(self.tools, self.instructions), *remembered, asked(question)]
+            messages = [*opening(self.tools, self.instructions, self.examples), *remembered, asked(question)]
             counts = exchanges and self.chat.capabilities.counts_tokens
             if not (counts and self.chat.fit(messages, self.params).dropped_messages):
                 return messages, len(exchanges)

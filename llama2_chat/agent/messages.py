@@ -34,10 +34,10 @@ class Exchange:
     answer: str
 
 
-def opening(tools: Sequence[Tool], instructions: str = "") -> list[Message]:
+def opening(tools: Sequence[Tool], instructions: str = "", examples: Sequence[Exchange] = ()) -> list[Message]:
     """How every conversation begins: the system text and the examples, so that the KV cache holds them for all.
 
-    instructions: what else the system text says.
+    instructions: what else the system text says. examples: more of them, of whoever asks.
     """
     calls = [
         Exchange(example.question, [Step(tool.name, example.input, example.result, 0)], example.answer)
@@ -46,7 +46,7 @@ def opening(tools: Sequence[Tool], instructions: str = "") -> list[Message]:
     ]
     talk = [Exchange(question, [], answer) for question, answer in SMALL_TALK]
     mixed = [exchange for pair in zip_longest(talk, calls) for exchange in pair if exchange]
-    return [_system(tools, instructions), *chain.from_iterable(map(turns, mixed))]
+    return [_system(tools, instructions), *chain.from_iterable(map(turns, [*mixed, *examples]))]
 
 
 def _system(tools: Sequence[Tool], instructions: str) -> Message:

@@ -107,7 +107,7 @@ class Answering:
                 yield Progress(reading=unread)
                 await asyncio.sleep(REFRESH_EVERY_S)
             yield Progress()
-            threads = self._limiter.threads(sum(len(message["content"].encode()) for message in question.messages))
+            threads = self._limiter.threads(question.size)
             submitting = asyncio.ensure_future(submit(lambda: question.ask(self.chat, client), threads))
             try:
                 while not (await asyncio.wait([submitting], timeout=REFRESH_EVERY_S))[0]:

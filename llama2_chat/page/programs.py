@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import AsyncGenerator, Callable, Container, Iterable
+from datetime import date
 from typing import Any
 
 import gradio as gr
@@ -16,6 +17,7 @@ from llama2_chat.agent import MEMORY, Tool
 from llama2_chat.errors import ChatError
 from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering, End
+from llama2_chat.presets import filled
 from llama2_chat.server.limits import client_address
 from llama2_chat.types import Message, SamplingParams
 
@@ -106,7 +108,8 @@ def conversation(message: object, history: list[Turn], system_prompt: str | None
     """The conversation as a model takes it. Raises ChatError for an empty message and a history no chat can have."""
     if not isinstance(message, str) or not message.strip():
         raise ChatError(wording.NO_MESSAGE)
-    system = [Message(role="system", content=system_prompt)] if system_prompt else []
+    text = filled(system_prompt or "", date.today())
+    system = [Message(role="system", content=text)] if text else []
     return [*system, *map(_message, history), Message(role="user", content=message)]
 
 

@@ -17,6 +17,7 @@ from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import ChatError, NotHere
 from llama2_chat.page import wording
 from llama2_chat.page.document_tools import document_tools
+from llama2_chat.presets import NO_GUIDANCE, Guidance
 from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
 
 
@@ -25,6 +26,9 @@ class Asked(Protocol):
 
     @property
     def messages(self) -> list[Message]: ...  # as they were said
+
+    @property
+    def size(self) -> int: ...  # bytes of all texts that are to be encoded
 
     def ask(
         self, chat: ChatBackend, client: str
@@ -41,12 +45,21 @@ class Question(Asked, Protocol):
 class Plain:
     messages: list[Message]
     params: SamplingParams
+    guidance: Guidance = NO_GUIDANCE
+
+    @property
+    def size(self) -> int:
+        return size_of(self._prompt)
 
     def ask(self, chat: ChatBackend, client: str) -> Reply:
-        return chat.stream_reply(self.messages, replace(self.params, client=client))
+        return chat.stream_reply(self._prompt, replace(self.params, client=client))
 
     def fit(self, chat: ChatBackend) -> Fit:
-        return chat.fit(self.messages, self.params)
+        return chat.fit(self._prompt, self.params)
+
+    @property
+    def _prompt(self) -> list[Message]:
+        return self.guidance.added_to(self.messages)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,10 @@ class Completion:
     @property
     def messages(self) -> list[Message]:
         return [Message(role="user", content=self.text)]
+
+    @property
+    def size(self) -> int:
+        return size_of(self.messages)
 
     def ask(self, chat: ChatBackend, client: str) -> Reply:
         ids = chat.encode_text(self.text)
@@ -82,16 +99,29 @@ class WithTools:
     memory: int
     steps: Mapping[int, Sequence[Step]] = field(default_factory=dict)
     confirm: Callable[[Call], bool] | None = None
+    guidance: Guidance = NO_GUIDANCE
+
+    @property
+    def size(self) -> int:
+        return size_of(self.guidance.added_to(self.messages))
 
     def ask(self, chat: ChatBackend, client: str) -> AgentReply:
-        talk = _Talk.of(self.messages, self.steps)
+        talk = self._talk()
         agent = self._agent(chat, talk, client)
         return agent.go_on(talk.unfinished) if talk.unfinished else agent.ask(talk.question)
 
     def fit(self, chat: ChatBackend) -> Fit:
-        talk = _Talk.of(self.messages, self.steps)
+        talk = self._talk()
         fitted, remembered = self._agent(chat, talk).fit(talk.question)
         return replace(fitted, dropped_messages=talk.messages_before(remembered))
+
+    def _talk(self) -> _Talk:
+        """What was said, with a reminder in the newest question."""
+        talk = _Talk.of(self.messages, self.steps)
+        talk.question = self.guidance.reminded(talk.question)
+        if talk.unfinished:
+            talk.unfinished = replace(talk.unfinished, question=talk.question)
+        return talk
 
     def _agent(self, chat: ChatBackend, talk: _Talk, client: str = "") -> Agent:
         given = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
@@ -100,7 +130,13 @@ class WithTools:
         system = [message["content"] for message in self.messages if message["role"] == "system"]
         instructions = "\n\n".join(text for text in system if text != wording.SYSTEM_PROMPT)
         agent = Agent(
-            chat, self.tools, memory=self.memory, params=params, instructions=instructions, confirm=self.confirm
+            chat,
+            self.tools,
+            memory=self.memory,
+            params=params,
+            instructions=instructions,
+            examples=[Exchange(each.question, (), each.answer) for each in self.guidance.examples],
+            confirm=self.confirm,
         )
         agent.exchanges.extend(talk.exchanges)
         return agent
@@ -117,6 +153,10 @@ class AboutDocuments:
     @property
     def messages(self) -> list[Message]:
         return self._question.messages
+
+    @property
+    def size(self) -> int:
+        return self._question.size
 
     def unread(self) -> Document | None:
         """The first of the documents that is still being read. Raises NotHere."""
@@ -154,6 +194,7 @@ def with_tools(
     memory: int,
     steps: Mapping[int, Sequence[Step]] | None = None,
     confirm: Callable[[Call], bool] | None = None,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> WithTools:
     """confirm: asks the visitor; where nobody can be asked, tools that ask first are left out.
 
@@ -162,7 +203,12 @@ def with_tools(
     usable = [tool for tool in tools if confirm or not asks_first(tool)]
     if not usable:
         raise ChatError(wording.NO_TOOLS)
-    return WithTools(messages, params, usable, memory, steps or {}, confirm)
+    return WithTools(messages, params, usable, memory, steps or {}, confirm, guidance)
+
+
+def size_of(messages: Iterable[Message]) -> int:
+    """In bytes."""
+    return sum(len(message["content"].encode()) for message in messages)
 
 
 @dataclass

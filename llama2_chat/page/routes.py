@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -27,6 +28,7 @@ from llama2_chat.page.answers import Answer, Answers
 from llama2_chat.page.confirming import Confirming
 from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
+from llama2_chat.presets import MOST_EXAMPLES, Example, Guidance, filled
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.errors import ApiError, as_api_error, error_response
 from llama2_chat.server.files import add_file_routes
@@ -66,12 +68,31 @@ class Turn(BaseModel):
     steps: Annotated[list[TurnStep], Field(max_length=50)] = []  # of the assistant, before it answered
 
 
+class TurnExample(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    question: str
+    answer: str
+
+    def parsed(self) -> Example:
+        """Raises ChatError where one of the two is missing."""
+        if not (self.question.strip() and self.answer.strip()):
+            raise ChatError(wording.HALF_AN_EXAMPLE)
+        return Example(valid_unicode(self.question), valid_unicode(self.answer))
+
+
 class PageSettings(BaseModel):
-    """The controls of the page. Their ranges are SamplingParams' to check, in words."""
+    """How a conversation starts, and the controls of the page. Ranges are SamplingParams' to check, in words.
+
+    today: the visitor's day, which may not be the server's; it stays that of the question while an answer is continued.
+    """
 
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
 
     system_prompt: str = ""
+    examples: Annotated[list[TurnExample], Field(max_length=MOST_EXAMPLES)] = []
+    reminder: str = ""
+    today: date | None = None
     max_new_tokens: float
     temperature: float
     top_p: float
@@ -83,8 +104,21 @@ class PageSettings(BaseModel):
 
     def params(self) -> SamplingParams:
         """Raises ChatError for a value outside its range."""
-        numbers = self.model_dump(exclude={"system_prompt", "seed", "use_tools", "tools_memory"})
+        numbers = self.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"})
         return SamplingParams(**numbers, seed=parsed_seed(self.seed))
+
+    def system(self) -> list[Message]:
+        text = filled(valid_unicode(self.system_prompt), self._today)
+        return [Message(role="system", content=text)] if text else []
+
+    def guidance(self) -> Guidance:
+        """Raises ChatError for an example that is none."""
+        examples = tuple(example.parsed() for example in self.examples)
+        return Guidance(examples, valid_unicode(self.reminder)).filled(self._today)
+
+    @property
+    def _today(self) -> date:
+        return self.today or date.today()
 
 
 class Question(BaseModel):
@@ -107,19 +141,18 @@ class Question(BaseModel):
     def _without_documents(
         self, tools: Iterable[Tool], confirm: Callable[[Call], bool]
     ) -> questions.Plain | questions.WithTools:
-        messages, params = self._conversation(), self.settings.params()
+        messages, params, guidance = self._conversation(), self.settings.params(), self.settings.guidance()
         if not self.settings.use_tools:
-            return questions.Plain(messages, params)
+            return questions.Plain(messages, params, guidance)
         memory, first = parsed_memory(self.settings.tools_memory), len(messages) - len(self.messages)
         steps = {place: [step.parsed() for step in turn.steps] for place, turn in enumerate(self.messages, first)}
-        return questions.with_tools(messages, params, tools, memory, steps, confirm)
+        return questions.with_tools(messages, params, tools, memory, steps, confirm, guidance)
 
     def _conversation(self) -> list[Message]:
         if self.messages[-1].role == "user" and not self.messages[-1].content.strip():
             raise ChatError(wording.NO_MESSAGE)
         turns = [Message(role=turn.role, content=valid_unicode(turn.content)) for turn in self.messages]
-        system = valid_unicode(self.settings.system_prompt)
-        return [Message(role="system", content=system), *turns] if system else turns
+        return [*self.settings.system(), *turns]
 
 
 class Completion(BaseModel):
@@ -196,7 +229,7 @@ def page_router(
         """How the conversation would stand in the model's window."""
         visitors.owner(request)
         parsed = question.parsed(tools, Confirming(), shelf_for(question, request))
-        threads = limiter.threads(sum(len(message["content"].encode()) for message in parsed.messages))
+        threads = limiter.threads(parsed.size)
         fitted = await anyio.to_thread.run_sync(parsed.fit, chat, limiter=threads)
         return {
             "promptTokens": fitted.prompt_tokens,

@@ -35,7 +35,15 @@ from llama2_chat.prompt.infilling import (
     head_ids,
     written_infilling,
 )
-from llama2_chat.prompt.messages import Turn, check_messages, droppable, goes_on, newest_turns, question_indices
+from llama2_chat.prompt.messages import (
+    Turn,
+    check_messages,
+    droppable,
+    goes_on,
+    newest_turns,
+    question_indices,
+    split_examples,
+)
 
 __all__ = [
     "BASE_MODEL",
@@ -70,6 +78,7 @@ __all__ = [
     "question_indices",
     "recognise",
     "show_calls",
+    "split_examples",
     "subject_of",
     "tool_object",
     "without_results",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llama2_chat.errors import PromptTooLong, Subject
 from llama2_chat.prompt.codec import check_length, codec_of
 from llama2_chat.prompt.formats import Writer, writer
-from llama2_chat.prompt.messages import Turn, check_messages, newest_turns, question_indices
+from llama2_chat.prompt.messages import Turn, check_messages, newest_turns, question_indices, split_examples
 from llama2_chat.prompt.template import ToolObject
 from llama2_chat.types import Message
 
@@ -39,16 +39,15 @@ def fit(
     max_new_tokens: int,
     chat_format: str | None = None,
     tools: Sequence[ToolObject] = (),
-    examples: int = 0,
 ) -> Fitted:
     """The longest recent part of a conversation that leaves room for max_new_tokens in the context window.
 
-    Whole exchanges go, oldest first, and a greeting before them; the system message, the first turns if they are
-    `examples`, and the newest message with the calls and results after it stay. tools: as encode() takes them.
-    Raises PromptTooLong if those two alone do not fit, else as encode() does.
+    Whole exchanges go, oldest first, and a greeting before them; the system message, examples, and the newest message
+    with the calls and results after it stay. tools: as encode() takes them.
+    Raises PromptTooLong if these alone do not fit, else as encode() does.
     """
     system, turns = check_messages(messages)
-    shown, turns = turns[:examples], turns[examples:]
+    shown, turns = split_examples(turns)
     newest = newest_turns(turns)
     _check_length(tokenizer, [Turn("system", system or "", 1), *newest], tools, context_length)
     write_all, codec = writer(tokenizer, chat_format, tools), codec_of(tokenizer)

@@ -16,6 +16,7 @@ class Turn(NamedTuple):
     calls: tuple[ToolCall, ...] = ()  # of the assistant
     call_id: str = ""  # of a tool's result
     name: str = ""  # of that tool
+    is_example: bool = False  # that stands before the conversation
 
 
 def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
@@ -45,7 +46,15 @@ def check_messages(messages: list[Message]) -> tuple[str | None, list[Turn]]:
         if role == "user":
             question = content
         calls = tuple(message.get("tool_calls") or ())
-        turn = Turn(role, content, 1, calls, message.get("tool_call_id", ""), message.get("name", ""))
+        turn = Turn(
+            role,
+            content,
+            1,
+            calls,
+            message.get("tool_call_id", ""),
+            message.get("name", ""),
+            message.get("is_example", False),
+        )
         # An answer stopped before its first word leaves two questions in a row.
         if role != "tool" and not calls and turns and turns[-1].role == role and not turns[-1].calls:
             turns[-1] = joined(turns[-1], turn)
@@ -73,6 +82,12 @@ def joined(first: Turn, second: Turn) -> Turn:
     return first._replace(content=content, messages=first.messages + second.messages)
 
 
+def split_examples(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The examples, with which a conversation may begin, and what was said."""
+    first = next((i for i, turn in enumerate(turns) if not turn.is_example), len(turns))
+    return turns[:first], turns[first:]
+
+
 def newest_turns(turns: list[Turn]) -> list[Turn]:
     """The newest question, and what there is of its answer, calls and results among it: without these there is nothing
     to ask."""
@@ -86,7 +101,7 @@ def question_indices(turns: list[Turn]) -> list[int]:
 
 def droppable(messages: list[Message]) -> int:
     """How many of the messages go before the newest does."""
-    _, turns = check_messages(messages)
+    _, turns = split_examples(check_messages(messages)[1])
     return sum(turn.messages for turn in turns[: -len(newest_turns(turns))])
 
 

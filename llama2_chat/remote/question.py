@@ -13,6 +13,7 @@ from llama2_chat.prompt import (
     goes_on,
     newest_turns,
     question_indices,
+    split_examples,
     subject_of,
     tool_object,
     without_results,
@@ -87,10 +88,11 @@ class Question:
                 tool_calls=list(turn.calls),
                 tool_call_id=turn.call_id,
                 name=turn.name,
+                is_example=turn.is_example,
             )
             for turn in self.turns
         ]
-        told, turns = check_messages(plain([*system, *spoken], self.tools if self.json_only else None).messages)
+        told, turns = check_messages(plain([*system, *spoken], self.tools if self.json_only else None))
         fields = {name: value for name, value in self.fields.items() if name not in TOOL_FIELDS}
         if self.json_only is not None:
             fields["response_format"] = _response_format(self.json_only)
@@ -98,17 +100,18 @@ class Question:
 
     def shortened(self, error: PromptTooLong) -> Question | None:
         """Without as many of the oldest exchanges as the server's numbers say, at least one; None if there is none."""
-        if len(self.turns) == len(newest_turns(self.turns)):
+        examples, turns = split_examples(self.turns)
+        if len(turns) == len(newest_turns(turns)):
             return None
-        least = self._first_kept(error)
-        first = next(i for i in question_indices(self.turns) if i >= least)
-        dropped = sum(turn.messages for turn in self.turns[:first])
-        return replace(self, turns=self.turns[first:], dropped_messages=self.dropped_messages + dropped)
+        least = self._first_kept(error, turns, len(self.system or "") + sum(len(turn.content) for turn in examples))
+        first = next(i for i in question_indices(turns) if i >= least)
+        dropped = sum(turn.messages for turn in turns[:first])
+        return replace(self, turns=[*examples, *turns[first:]], dropped_messages=self.dropped_messages + dropped)
 
-    def _first_kept(self, error: PromptTooLong) -> int:
-        """The index of the turn that a shorter question starts with."""
-        greeting = int(self.turns[0].role == "assistant")  # before the first exchange, and goes with it
-        last = len(self.turns) - len(newest_turns(self.turns))  # the newest question
+    def _first_kept(self, error: PromptTooLong, turns: list[Turn], fixed_size: int) -> int:
+        """The index of the turn that a shorter question starts with. fixed_size: characters of what stays anyway."""
+        greeting = int(turns[0].role == "assistant")  # before the first exchange, and goes with it
+        last = len(turns) - len(newest_turns(turns))  # the newest question
         # Of the turns, in whole exchanges.
         half, quarter = (last + 1) // 4 * 2 + 2 - greeting, (last + 1) // 8 * 2 + 2 - greeting
         if not (error.prompt_tokens and error.context_length):
@@ -116,11 +119,10 @@ class Question:
         # A server that stops counting at the end of its context reports too few tokens, so that what its numbers leave
         # is too long again: each further attempt drops at least a quarter.
         first = quarter if self.dropped_messages else 2 - greeting
-        sizes = [len(turn.content) for turn in self.turns]
-        system_size = len(self.system or "")
-        tokens_per_character = error.prompt_tokens / (system_size + sum(sizes) + 1)
+        sizes = [len(turn.content) for turn in turns]
+        tokens_per_character = error.prompt_tokens / (fixed_size + sum(sizes) + 1)
         tokens_per_character = max(tokens_per_character, 1 / MAX_CHARACTERS_PER_TOKEN)
-        room = (error.context_length - self.fields.get("max_tokens", 1)) / tokens_per_character - system_size
+        room = (error.context_length - self.fields.get("max_tokens", 1)) / tokens_per_character - fixed_size
         kept = sum(sizes[first:])
         while first < last and kept > room:
             kept -= sum(sizes[first : first + 2])
@@ -130,11 +132,12 @@ class Question:
     def too_long(self, error: PromptTooLong) -> PromptTooLong:
         """The server's numbers, and the length requested for the answer, which is also the visitor's to change."""
         max_new_tokens = self.fields.get("max_tokens", 0) if error.prompt_tokens else 0
+        _, turns = split_examples(self.turns)
         return PromptTooLong(
             error.prompt_tokens,
             error.context_length,
             max_new_tokens,
-            subject=subject_of(self.turns) if self.turns == newest_turns(self.turns) else "conversation",
+            subject=subject_of(turns) if turns == newest_turns(turns) else "conversation",
         )
 
 

@@ -12,7 +12,7 @@ No HTTP, no template and no token is known here; nothing is run.
 
 from llama2_chat.tools.grammar import answer_grammar
 from llama2_chat.tools.json_only import JsonOnly, json_only_grammar
-from llama2_chat.tools.plain import PLAIN, Plain, plain
+from llama2_chat.tools.plain import PLAIN, plain
 from llama2_chat.tools.reading import Arguments, CallReader, Delta, Started, Text
 
 BEGUN = "An answer that has begun cannot call tools. Ask for it from the beginning, or with tool_choice none."
@@ -24,7 +24,6 @@ __all__ = [
     "CallReader",
     "Delta",
     "JsonOnly",
-    "Plain",
     "Started",
     "Text",
     "answer_grammar",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from llama2_chat.tools.signature import sample_arguments, signature
 from llama2_chat.types import CallStyle, Message, Tool, ToolCall, ToolOffer
@@ -28,26 +27,19 @@ TOLD = (
 )
 
 
-class Plain(NamedTuple):
-    """A conversation without calls. The result of a tool keeps its role, which is written as the user's."""
+def plain(messages: list[Message], offer: ToolOffer | None) -> list[Message]:
+    """What a model is to read instead of messages with calls and results in them, and the tools that are offered.
 
-    messages: list[Message]
-    examples: int  # turns after the system text that are no part of it
-
-
-def plain(messages: list[Message], offer: ToolOffer | None) -> Plain:
-    """What a model is to read instead of messages with calls and results in them, and the tools that are offered."""
+    The result of a tool keeps its role, which is written as the user's.
+    """
     turns = list(_without_calls(messages))
     if offer is None:
-        return Plain(turns, 0)
+        return turns
     systems = [turn["content"] for turn in turns if turn["role"] == "system"]
     told = TOLD + "\n".join(f"- {signature(tool)}" for tool in offer.tools)
-    examples = list(_examples(offer.tools))
+    examples: Iterator[Message] = ({**turn, "is_example": True} for turn in _examples(offer.tools))
     spoken = [*examples, *(turn for turn in turns if turn["role"] != "system")]
-    return Plain(
-        [_turn("system", "\n\n".join(filter(None, [*systems, told]))), *_reminded(spoken, _reminder(offer))],
-        len(examples),
-    )
+    return [_turn("system", "\n\n".join(filter(None, [*systems, told]))), *_reminded(spoken, _reminder(offer))]
 
 
 def _without_calls(messages: list[Message]) -> Iterator[Message]:
@@ -67,7 +59,10 @@ def _reminded(turns: list[Message], reminder: str) -> Iterator[Message]:
     """The last of several questions or results in a row has it: they become one turn."""
     for i, turn in enumerate(turns):
         is_last = turn["role"] != "assistant" and (i + 1 == len(turns) or turns[i + 1]["role"] == "assistant")
-        yield _turn(turn["role"], f"{turn['content']}\n\n{reminder}") if is_last and turn["content"].strip() else turn
+        if is_last and turn["content"].strip():
+            yield {**turn, "content": f"{turn['content']}\n\n{reminder}"}
+        else:
+            yield turn
 
 
 def _reminder(offer: ToolOffer) -> str:

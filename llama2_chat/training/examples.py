@@ -34,7 +34,7 @@ def tell(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Told
     messages, context, tools = conversation.messages, conversation.context, conversation.tools
     if prompt.call_style(tokenizer) is not None:
         return Told(messages, context, tuple(map(prompt.tool_object, tools)))
-    written = plain(messages, ToolOffer(tools) if tools else None).messages
+    written = plain(messages, ToolOffer(tools) if tools else None)
     if not tools:
         return Told(written, context)
     # The examples of calls, which are the same for all, stand before what was said, and the system text first.

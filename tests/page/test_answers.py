@@ -409,3 +409,53 @@ def test_the_conversation_reaches_the_model_as_it_was_said(anna, chat, gate):
     assert messages[1:3] == said[:2]
     assert messages[3]["content"] == "half \ufffd, whole \U0001f600"
     assert params == replace(SamplingParams(), max_new_tokens=64, seed=7, client="127.0.0.1")
+
+
+SHOWN = {"question": "Where is Oslo on {{today}}?", "answer": "In Norway."}
+GUIDED = {
+    **SETTINGS,
+    "systemPrompt": "It is {{today}}, says {{nobody}}.",
+    "examples": [SHOWN],
+    "reminder": "(Briefly.)",
+    "today": "2026-11-28",
+}
+
+
+def test_examples_and_reminder_reach_the_model_with_the_visitors_day_and_what_was_said_has_none_of_them(
+    anna, chat, gate
+):
+    gate.set()
+    said = [{"role": "user", "content": "{{today}}?"}, {"role": "assistant", "content": "A"}, QUESTION["messages"][0]]
+    anna.put(f"answers/{ID}", json={"messages": said, "settings": GUIDED})
+    ((messages, _),) = chat.asked
+    assert messages == [
+        {"role": "system", "content": "It is Saturday, 28 November 2026, says {{nobody}}."},
+        {"role": "user", "content": "Where is Oslo on Saturday, 28 November 2026?", "is_example": True},
+        {"role": "assistant", "content": "In Norway.", "is_example": True},
+        *said[:2],
+        {"role": "user", "content": "Hi\n\n(Briefly.)"},
+    ]
+
+
+def test_with_tools_examples_stand_behind_those_of_the_tools_and_the_newest_question_is_reminded():
+    chat = computing()
+    said = [{"role": "user", "content": "First"}, {"role": "assistant", "content": "Old."}, QUESTION["messages"][0]]
+    question = {"messages": said, "settings": {**GUIDED, "useTools": True}}
+    with site(chat, tools=(Calculator(),)) as address, visitor(address) as http:
+        http.put(f"answers/{ID}", json=question)
+    contents = [message["content"] for message in chat.asked[0][0]]
+    assert contents[-5:] == [
+        "Where is Oslo on Saturday, 28 November 2026?",
+        write("answer", "In Norway."),
+        "First",
+        write("answer", "Old."),
+        "Hi\n\n(Briefly.)",
+    ]
+
+
+def test_half_an_example_is_refused_in_words_and_the_message_goes_back(anna, chat):
+    settings = {**SETTINGS, "examples": [{"question": "Where is Oslo?", "answer": " "}]}
+    end = whole(anna.put(f"answers/{ID}", json={**QUESTION, "settings": settings}))[1]
+    assert "needs a question and an answer" in end["error"]
+    assert end["refused"]
+    assert not chat.asked

@@ -187,10 +187,10 @@ def test_a_question_its_calls_and_their_results_go_together():
 
 
 def test_examples_stay_and_are_not_counted():
-    tokenizer, examples = chatml(), turns("a", "b")
+    tokenizer, examples = chatml(), [{**turn, "is_example": True} for turn in turns("a", "b")]
     messages = [*examples, *turns("hello", "He", "what?")]
     size = len(prompt.encode(tokenizer, messages))
-    fitted = prompt.fit(tokenizer, messages, size - 1, 0, examples=2)
+    fitted = prompt.fit(tokenizer, messages, size - 1, 0)
     assert fitted == (prompt.encode(tokenizer, [*examples, *turns("what?")]), 2)
 
 

@@ -195,3 +195,12 @@ def test_a_greeting_goes_with_the_first_exchange(settings, odd):
     sent = odd.requests[-1]["messages"]
     assert sent[0]["role"] == "user"
     assert sent == [*LONG, *HELLO][-len(sent) :]
+
+
+def test_examples_stay_where_the_oldest_exchanges_are_left_out_and_are_turns_like_any_other(settings, odd):
+    odd.answer = picky("vLLM")
+    shown = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    with behind(settings, odd) as model:
+        _, reply = read(model, [*({**turn, "is_example": True} for turn in shown), *LONG, *HELLO])
+    assert odd.requests[-1]["messages"] == [*shown, *LONG[-4:], *HELLO]
+    assert reply.usage.dropped_messages == 16
