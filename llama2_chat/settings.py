@@ -21,6 +21,7 @@ from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
 GUARD_FAILS = ("closed", "open")
+HISTORIES = ("browser", "server")
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
@@ -135,6 +136,14 @@ class Settings:
     documents_dir: Path = _knob(
         Path("~/.local/share/llama2-chat/documents"), "DOCUMENTS_DIR", "where the documents of visitors are kept"
     )
+    history: str = _knob(
+        "browser",
+        "HISTORY",
+        "browser or server: where a login's conversations are kept; on the server, each of its devices has them",
+    )
+    history_dir: Path = _knob(
+        Path("~/.local/share/llama2-chat/history"), "HISTORY_DIR", "where they are kept with HISTORY=server"
+    )
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
         None, "MAX_BATCH", "answers computed at once, the others wait in line; by default 32 on a GPU and 8 on a CPU"
@@ -176,6 +185,10 @@ class Settings:
             raise ChatError("chat_format is for a model that is loaded here; with INFERENCE_URL its servers decide it.")
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
+        if self.history not in HISTORIES:
+            raise ChatError(f"history must be one of {', '.join(HISTORIES)}; it was {self.history!r}.")
+        if self.history == "server" and not self.auth_file:
+            raise ChatError("HISTORY=server needs AUTH_FILE: without a login nobody's conversations can be told apart.")
         if not 0 <= self.port <= 65535:
             raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
         if self.queue_limit < 1:
@@ -262,7 +275,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """What the flags gave, with the secrets and what follows from other knobs."""
-    for name in ("cache_dir", "documents_dir", "certfile", "keyfile", "auth_file", "mcp_servers"):
+    for name in ("cache_dir", "documents_dir", "history_dir", "certfile", "keyfile", "auth_file", "mcp_servers"):
         if values[name] is not None:
             values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
     api_keys = _split(environ.get("API_KEY", ""))
@@ -309,8 +322,8 @@ def _default(knob: Field, environ: Mapping[str, str]) -> Any:
         return Path(environ["XDG_CACHE_HOME"]) / "llama2-chat"
     if knob.name == "cache_dir" and _has_storage(environ):
         return PERSISTENT / "llama2-chat"
-    if knob.name == "documents_dir" and environ.get("XDG_DATA_HOME"):
-        return Path(environ["XDG_DATA_HOME"]) / "llama2-chat" / "documents"
+    if knob.name in ("documents_dir", "history_dir") and environ.get("XDG_DATA_HOME"):
+        return Path(environ["XDG_DATA_HOME"]) / "llama2-chat" / knob.name.removesuffix("_dir")
     return knob.default
 
 

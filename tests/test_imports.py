@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__init__", "errors"},
     {"types"},
-    {"text", "context", "settings", "channel", "process"},
+    {"text", "context", "settings", "channel", "process", "database"},
     {"tasks", "presets"},
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},

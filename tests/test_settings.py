@@ -30,6 +30,16 @@ def test_an_empty_variable_counts_as_not_set():
     assert Settings.read([], {"PORT": "", "MODEL_ID": "", "SEED": ""}) == Settings.read([], {})
 
 
+def test_conversations_are_kept_on_the_server_where_there_is_a_login(capsys):
+    assert Settings.read([], {}).history == "browser"
+    kept = Settings.read(["--auth-file", "users.txt"], {"HISTORY": "server", "XDG_DATA_HOME": "/data"})
+    assert (kept.history, kept.history_dir) == ("server", Path("/data/llama2-chat/history"))
+    for environ, sentence in (({"HISTORY": "server"}, "HISTORY=server needs AUTH_FILE"), ({"HISTORY": "x"}, "one of")):
+        with pytest.raises(SystemExit):
+            Settings.read(["--check"], environ)
+        assert sentence in capsys.readouterr().err
+
+
 def test_a_space_listens_to_the_outside():
     assert Settings.read([], {"SPACE_ID": "someone/chat"}).host == "0.0.0.0"
     assert Settings.read([], {"SPACE_ID": "someone/chat", "GRADIO_SERVER_NAME": "127.0.0.1"}).host == "127.0.0.1"

@@ -7,10 +7,8 @@ document at a time, the owners in turn, and goes on after the last page that was
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
-import shutil
 import sqlite3
 import tempfile
 import threading
@@ -21,6 +19,7 @@ from typing import IO
 
 from filelock import FileLock
 
+from llama2_chat.database import path_of, room_in
 from llama2_chat.documents.line import Line
 from llama2_chat.documents.parsing import NICE, parse
 from llama2_chat.documents.store import Document, Shelf
@@ -28,7 +27,6 @@ from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
 
 log = logging.getLogger("llama2_chat")
 
-FREE_BYTES = 500_000_000  # that the disk keeps free
 MAX_FILE_BYTES = 50_000_000
 COOKIES_SHARE = 1 / 2  # of the disk's room, for all whom only a cookie tells apart: anyone may have any number of them
 TURN_S = 10.0  # that one owner's document is read while others wait
@@ -49,8 +47,7 @@ class Library:
 
     def shelf(self, owner: str) -> Shelf:
         """owner: a kind and a name, such as "login anna"."""
-        digest = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()
-        return Shelf(self.folder / f"{owner.partition(' ')[0]}-{digest[:40]}.sqlite")
+        return Shelf(path_of(self.folder, owner))
 
     def start(self) -> None:
         """Go on with what an earlier process left unread, and forget visitors whose cookie has expired."""
@@ -92,10 +89,7 @@ class Library:
             self._thread.join(5)
 
     def _check_disk(self, size: int, owner: str) -> None:
-        folder = next(each for each in (self.folder, *self.folder.parents) if each.exists())
-        free = shutil.disk_usage(folder).free - FREE_BYTES
-        if free < size:
-            raise NoRoom("The disk of this server is full, so nothing more can be kept.")
+        free = room_in(self.folder, size)
         used = sum(map(_size, self.folder.glob("cookie-*"))) if owner.startswith("cookie ") else 0
         if owner.startswith("cookie ") and used + size > COOKIES_SHARE * (free + used):
             raise NoRoom("This server has no room for more documents of visitors who have not logged in.")

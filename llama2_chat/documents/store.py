@@ -7,24 +7,21 @@ log is truncated. Any number of threads and processes may use a database at the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Literal
 
+from llama2_chat.database import Database
 from llama2_chat.documents.parsing import ParsedPage
-from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
+from llama2_chat.errors import NoRoom, NotHere
 
 State = Literal["waiting", "ready", "failed"]
 
-BUSY_S = 30.0
 PIECE = 2**20
 MAX_DOCUMENTS = 500  # of one owner
 MAX_BYTES = 10**9  # of all of their originals
@@ -84,11 +81,12 @@ class Chunk:
     text: str
 
 
-class Shelf:
+class Shelf(Database):
     """One owner's documents. The file is made when there is something to keep."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    versions = (SCHEMA,)
+    what = "documents"
+    synchronous = "NORMAL"  # a page that is lost is read again
 
     # ---- documents ----
 
@@ -159,14 +157,7 @@ class Shelf:
             for table in ("chunks", "pages", "originals"):
                 db.execute(f"DELETE FROM {table} WHERE document = ?", (id,))
             db.execute("DELETE FROM documents WHERE id = ?", (id,))
-        self._truncate_log()
-
-    def _truncate_log(self) -> None:
-        """What was deleted stands in the log as well, until nobody reads there any more."""
-        give_up_at = time.monotonic() + BUSY_S
-        with self._open() as db:
-            while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] and time.monotonic() < give_up_at:
-                time.sleep(0.05)
+        self.truncate_log()
 
     # ---- indexing ----
 
@@ -217,79 +208,6 @@ class Shelf:
                     return []
             rows = [row for id in ids for row in db.execute(f"{query} WHERE document = ? ORDER BY page", (id,))]
         return [Chunk(*row) for row in rows if row[-1].strip()]
-
-    # ---- the file ----
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection that sees one state of the database; an empty one where nothing is kept yet."""
-        if not self.path.exists():
-            with contextlib.closing(sqlite3.connect(":memory:")) as empty:
-                empty.executescript(SCHEMA)
-                yield empty
-            return
-        with self._open() as db:
-            db.execute("BEGIN")
-            yield db
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection in one transaction, which is kept whole or not at all. Raises NoRoom if the disk is full."""
-        with self._open() as db, _sentences():
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:  # SQLite itself has ended it where the disk is full
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        with _sentences():
-            if not self.path.exists():
-                self._create()
-            db = _connect(self.path)
-        with contextlib.closing(db):
-            yield db
-
-    def _create(self) -> None:
-        """Make it aside and whole: other threads and processes may want it at the same moment."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = self.path.with_suffix(f".{secrets.token_hex(8)}.new")
-        try:
-            new.touch(mode=0o600)
-            with contextlib.closing(_connect(new)) as db:
-                db.execute("PRAGMA auto_vacuum = FULL")
-                db.execute("PRAGMA journal_mode = WAL")
-                db.executescript(SCHEMA)
-            with contextlib.suppress(FileExistsError):
-                os.link(new, self.path)
-        finally:
-            new.unlink(missing_ok=True)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA secure_delete = ON")
-    db.execute("PRAGMA synchronous = NORMAL")  # a crash of the computer may lose the last page, which is read again
-    return db
-
-
-@contextlib.contextmanager
-def _sentences() -> Iterator[None]:
-    """What SQLite may fail at, for visitors."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "full" in str(error) or "disk I/O" in str(error):
-            raise NoRoom("The disk of this server is full, so nothing more can be kept.", str(error)) from error
-        if "locked" in str(error):
-            raise Busy("Your documents are being changed. Please try again in a minute.") from error
-        raise
-    except OSError as error:
-        raise ChatError("This server cannot keep documents at the moment.", str(error)) from error
 
 
 def _digest(file: IO[bytes]) -> tuple[str, int]:

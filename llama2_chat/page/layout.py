@@ -23,6 +23,7 @@ from llama2_chat.documents.library import Library
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
+from llama2_chat.page.history import Histories
 from llama2_chat.page.log_in import login_router
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
@@ -113,7 +114,8 @@ def add_page(
     if users is not None:
         app.include_router(login_router(users, visitors))
         users.on_change = visitors.end_sessions
-    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library))
+    histories = Histories(settings.history_dir) if settings.history == "server" else None
+    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library, histories))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app

@@ -26,6 +26,8 @@ from llama2_chat.page import questions, wording
 from llama2_chat.page.answering import Answering
 from llama2_chat.page.answers import Answer, Answers
 from llama2_chat.page.confirming import Confirming
+from llama2_chat.page.history import Histories
+from llama2_chat.page.history_routes import LIMITS, add_history_routes
 from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.presets import MOST_EXAMPLES, Example, Guidance, filled
@@ -182,9 +184,11 @@ def page_router(
     visitors: Visitors,
     tools: Iterable[Tool] = (),
     library: Library | None = None,
+    histories: Histories | None = None,
 ) -> APIRouter:
     """defaults: where the page's controls stand at first. tools: that visitors may let the model use; which they
-    are may change. library: where documents are; None for none at all."""
+    are may change. library: where documents are; None for none at all. histories: of logins; None where only browsers
+    keep conversations."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
@@ -192,7 +196,8 @@ def page_router(
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
         limits = {"largest": MAX_FILE_BYTES, "most": MAX_NAMED_DOCUMENTS, "kept": wording.kept(visitors.has_login)}
         shown = _state(chat, defaults, has_tools=any(True for _ in tools))
-        response = JSONResponse({**shown, **login, "documents": limits if library else None})
+        kept = {"documents": limits if library else None, "history": LIMITS if histories else None}
+        response = JSONResponse({**shown, **login, **kept})
         visitors.remember(request, response)
         return response
 
@@ -257,6 +262,8 @@ def page_router(
 
     if library is not None:
         add_file_routes(router, library, visitors)
+    if histories is not None:
+        add_history_routes(router, histories, visitors)
     return router
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llama2_chat import database
 from llama2_chat.documents import library as module
 from llama2_chat.documents import parsing, store
 from llama2_chat.documents.chunks import chunks_of
@@ -325,7 +326,7 @@ def test_a_long_document_lets_others_be_read_in_between(library, monkeypatch):
 
 def test_whoever_downloads_a_document_keeps_none_of_its_words_once_it_is_deleted(library, shelf, monkeypatch):
     monkeypatch.setattr(store, "PIECE", 1000)
-    monkeypatch.setattr(store, "BUSY_S", 0)
+    monkeypatch.setattr(database, "BUSY_S", 0)
     id = kept(shelf, "Quetzalcoatlus flew here. " * 300)
     download = shelf.original(id)
     next(download)
@@ -340,8 +341,8 @@ def test_visitors_with_cookies_alone_take_half_of_the_disk_together(library, mon
     monkeypatch.setattr(Library, "_read_later", lambda *_: None)
     add("cookie 1")
     used = sum(path.stat().st_size for path in library.folder.iterdir())
-    room = module.FREE_BYTES + used + 3_000
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    room = database.FREE_BYTES + used + 3_000
+    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
     with pytest.raises(NoRoom, match="not logged in"):
         add("cookie 2")
     add("login anna")
