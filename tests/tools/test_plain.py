@@ -15,21 +15,18 @@ TOLD = {"role": "tool", "content": "22 degrees", "tool_call_id": "1"}
 
 
 def test_calls_and_results_become_words():
-    *_, asked, called, told = plain([*ASKED, CALLED, TOLD], OFFER).messages
+    *_, asked, called, told = plain([*ASKED, CALLED, TOLD], OFFER)
     assert asked["content"].startswith("Weather in Paris?\n\n(")
     assert called == {"role": "assistant", "content": PLAIN.write(CALLED["tool_calls"][0])}
     assert told["content"].startswith("get_weather returned: 22 degrees\n\n(")
 
 
 def test_so_they_do_where_no_tools_are_offered_any_more_and_nothing_else_changes():
-    assert plain([*ASKED, CALLED, TOLD], None) == (
-        [
-            *ASKED,
-            {"role": "assistant", "content": '{"name": "get_weather", "arguments": {"city": "Paris"}}'},
-            {"role": "tool", "content": "get_weather returned: 22 degrees"},
-        ],
-        0,
-    )
+    assert plain([*ASKED, CALLED, TOLD], None) == [
+        *ASKED,
+        {"role": "assistant", "content": '{"name": "get_weather", "arguments": {"city": "Paris"}}'},
+        {"role": "tool", "content": "get_weather returned: 22 degrees"},
+    ]
 
 
 def test_each_prompt_begins_as_the_one_before_it_did():
@@ -38,7 +35,7 @@ def test_each_prompt_begins_as_the_one_before_it_did():
         [*ASKED, CALLED, TOLD],
         [*ASKED, CALLED, TOLD, {"role": "assistant", "content": "22."}, ASKED[1]],
     ]
-    prompts = [plain(messages, OFFER).messages for messages in longer]
+    prompts = [plain(messages, OFFER) for messages in longer]
     assert prompts[1][: len(prompts[0])] == prompts[0]
     assert prompts[2][: len(prompts[1])] == prompts[1]
 
@@ -49,19 +46,18 @@ def test_what_the_model_must_do_changes_nothing_in_its_prompt():
 
 
 def test_the_system_text_names_the_tools_and_examples_are_turns_of_their_own():
-    told = plain(ASKED, OFFER)
-    system, *turns = told.messages
+    system, *turns = plain(ASKED, OFFER)
     assert system["content"].startswith("Be brief.\n\n")
     assert (
         '- get_weather(city: string, its name; unit: "c" | "f", optional): The weather in a city.' in system["content"]
     )
-    assert told.examples == len(turns) - 1
+    assert [turn.get("is_example", False) for turn in turns] == [True] * (len(turns) - 1) + [False]
     assert [turn["role"] for turn in turns[:4]] == ["user", "assistant", "tool", "assistant"]
 
 
 def test_results_in_a_row_are_reminded_of_once():
     two = [*ASKED, {**CALLED, "tool_calls": [call("clock", "{}", "a"), call("clock", "{}", "b")]}, TOLD, TOLD]
-    assert [turn["content"].count("(Write") for turn in plain(two, OFFER).messages[-2:]] == [0, 1]
+    assert [turn["content"].count("(Write") for turn in plain(two, OFFER)[-2:]] == [0, 1]
 
 
 NESTED = Tool(

@@ -76,7 +76,7 @@ def test_call_and_answer_are_learned_behind_the_prompts_that_the_chat_would_send
     assert learned(tokenizer, example) == [f"{WRITTEN}<|im_end|>", "It is 3.<|im_end|>"]
     offer = ToolOffer((Tool(**ADD),) if name != "ShareGPT" else data.train[0].tools)
     for (start, _), count in zip(example.answers, (1, 3), strict=True):
-        sent = prompt.encode(tokenizer, plain(data.train[0].messages[:count], offer).messages)
+        sent = prompt.encode(tokenizer, plain(data.train[0].messages[:count], offer))
         assert example.input_ids[:start] == sent
     assert question_ids(data.train[0], tokenizer) == sent
 
