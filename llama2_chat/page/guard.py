@@ -39,7 +39,7 @@ MOST_JOBS = 1_000
 MOST_PROGRAMS = 1_000  # whose conversations are remembered, with what Gradio keeps of its components for each
 
 READ = r"/|/(config|login_check|user|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
-READ += r"|/(static|assets|svelte|pwa_icon)/.+"
+READ += r"|/(static|assets|svelte|pwa_icon)/.{1,200}"  # no longer than a file's name may be: Gradio would fail at it
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
 READ += r"|/gradio_api/call/[^/]+/[^/]+"
 ASK = r"/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
