@@ -21,9 +21,17 @@ def valid_unicode(text: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU memory ran out. PyTorch's allocator has a class for it; Triton, cuBLAS and the driver only say so."""
+    """Whether memory ran out, a GPU's or this computer's. PyTorch has a class for a GPU's; Triton, cuBLAS and the
+    driver only say so."""
     said = str(error).lower()
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in said or "alloc_failed" in said
+    of_gpu = type(error).__name__ == "OutOfMemoryError" or "out of memory" in said or "alloc_failed" in said
+    return of_gpu or is_out_of_host_memory(error)
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether this computer's memory ran out. PyTorch says so in a RuntimeError, in other words on Windows."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "can't allocate memory" in said or "not enough memory" in said
 
 
 def first_line(error: object) -> str:

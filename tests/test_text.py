@@ -54,9 +54,11 @@ def test_the_first_line_of_an_error_is_never_empty_and_has_no_full_stop(error, l
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
     ],
-    ids=["PyTorch", "Triton", "cuBLAS"],
+    ids=["PyTorch", "Triton", "cuBLAS", "PyTorch on a CPU", "Python"],
 )
-def test_gpu_memory_that_runs_out_is_known_whoever_says_so(error):
+def test_memory_that_runs_out_is_known_whoever_says_so(error):
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -30,7 +30,7 @@ from llama2_chat.types import Occupancy, SamplingParams
 log = logging.getLogger("llama2_chat")
 
 CROWDED_OUT = "Too many questions of yours were waiting. Please try again in a minute."
-OUT_OF_MEMORY = "The GPU ran out of memory for this answer. Try again, or start a new chat."
+OUT_OF_MEMORY = "The memory ran out for this answer. Try again, or start a new chat."
 
 
 class Engine:
@@ -283,7 +283,7 @@ class Engine:
             compute(requests)
         except Exception as error:
             if is_out_of_memory(error):
-                log.exception("Out of GPU memory with %d requests", len(requests))
+                log.exception("Out of memory with %d requests", len(requests))
                 self.runner.release_memory()
                 self._rewind(requests)
                 self._shrink(requests[0])

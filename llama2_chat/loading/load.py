@@ -58,7 +58,7 @@ class Loaded:
 
     model: PreTrainedModel
     why: str
-    needed_bytes: int = 0  # of GPU memory, with one conversation
+    needed_bytes: int = 0  # of GPU memory, or of this computer's without one, with one conversation
 
     @cached_property
     def precision(self) -> str:
@@ -121,15 +121,15 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)
+    needed_bytes = (size.needed_bytes if gpus else size.host_bytes)(precision, MIN_CONTEXT_TOKENS)
     if size.comes_in:
-        with translate_errors(files):
+        with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes), translate_errors(files):
             files = unpacked(files, read_config(files), checkpoint.cache_dir)
         why = f"Its weights came quantised by {size.comes_in} and were unpacked. {why}"
     packs = precision in UNPACKED and bool(gpus)
     if packs and (reason := why_not_packed(gpus)):
         packs, precision = False, UNPACKED[precision]
         why = f"{why} Its products are those of bitsandbytes, since {reason}."
-    needed_bytes = size.needed_bytes(precision, MIN_CONTEXT_TOKENS)
     with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes):
         with translate_errors(files):
             model = _load_for_serving(files, precision, size, gpus, checkpoint.cache_dir if packs else None)
@@ -141,10 +141,10 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
                 model = merge_adapter(adapted) if merge else adapted.get_base_model()
         if packs:
             finish_packed(model)
-    if precision == "int8" and not gpus:
-        quantize_int8(model)
-    if precision == "nf4" and gpus:
-        speed_up_nf4(model)
+        if precision == "int8" and not gpus:
+            quantize_int8(model)
+        if precision == "nf4" and gpus:
+            speed_up_nf4(model)
     model.eval().requires_grad_(False)
     loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes)
     if loaded.precision != precision:

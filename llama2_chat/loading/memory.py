@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.settings import Settings
-from llama2_chat.text import is_out_of_memory
+from llama2_chat.text import is_out_of_host_memory, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
 
@@ -96,9 +97,15 @@ class Size:
 
     def needed_bytes(self, precision: str, context: int, gpus: int = 1) -> int:
         """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and room to work in."""
+        return self._bytes(precision, context) + max(gpus, 1) * self.working_bytes(precision)
+
+    def host_bytes(self, precision: str, context: int) -> int:
+        """The same without a GPU, of this computer's memory: what is quantised there is in bfloat16 first."""
+        return self._bytes("float32" if precision == "float32" else "bfloat16", context)
+
+    def _bytes(self, precision: str, context: int) -> int:
         weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
-        kv_cache = self.kv_bytes_per_token * min(context, self.context)
-        return int(weights + kv_cache + max(gpus, 1) * self.working_bytes(precision))
+        return int(weights + self.kv_bytes_per_token * min(context, self.context))
 
     def working_bytes(self, precision: str) -> int:
         """Of each GPU beside weights and KV cache. Recorded steps have activations of their own."""
@@ -153,17 +160,24 @@ def _smaller(precision: str) -> str:
 
 @contextmanager
 def translate_out_of_memory(name: str, precision: str, needed_bytes: int) -> Iterator[None]:
-    """GPU memory that runs out, as a ModelUnavailable that says what was needed and what was free."""
+    """Memory that runs out, a GPU's or this computer's, as a ModelUnavailable with what was needed and left."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log.warning("Out of GPU memory: %s", error)
+        log.warning("Out of memory: %s", error)
+        needed = f"In {precision} it needs about {needed_bytes / GB:.1f} GB in all; "
+        if is_out_of_host_memory(error):
+            needed = "" if torch.cuda.is_available() else needed  # most of that is the GPU's
+            raise ModelUnavailable(
+                f"This computer's memory ran out while {name} was loaded. {needed}"
+                f"{psutil.virtual_memory().available / GB:.1f} GB were left. "
+                "Choose a smaller model, free some memory, or use a computer with more."
+            ) from error
         raise ModelUnavailable(
-            f"The GPU memory ran out while {name} was loaded. In {precision} it needs about {needed_bytes / GB:.1f} GB "
-            f"in all; {_free_bytes(visible_gpus()) / GB:.1f} GB were left. "
-            f"{_smaller(precision)}, free some memory, or use a larger GPU."
+            f"The GPU memory ran out while {name} was loaded. {needed}{_free_bytes(visible_gpus()) / GB:.1f} GB were "
+            f"left. {_smaller(precision)}, free some memory, or use a larger GPU."
         ) from error
 
 

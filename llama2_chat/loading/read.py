@@ -80,8 +80,6 @@ def translate_errors(files: Files) -> Iterator[None]:
     """What the libraries raise while reading `files`, as a sentence; the log keeps the original."""
     try:
         yield
-    except MemoryError as error:
-        raise ModelUnavailable(_loading_sentence(files, "not enough memory")) from error
     except ImportError as error:
         log.warning("Loading %s: %s", files, error)
         raise ModelUnavailable(
@@ -109,8 +107,6 @@ def _loading_sentence(files: Files, error: str) -> str:
         return f"The weights of {files} do not fit their model. An adapter needs its own base: check BASE_MODEL."
     if "CUDA" in error:
         return f"The GPU reported an error while loading {files}. See the log, and whether nvidia-smi works here."
-    if "t allocate memory" in error or "not enough memory" in error:
-        return f"Memory ran out while loading {files}. Choose a smaller model or a machine with more."
     if "bitsandbytes" in error.lower() or "bnb" in error.lower():
         return f"bitsandbytes does not work here, so {files} cannot be quantised. Set QUANTIZATION=none."
     if files.repo:
