@@ -69,15 +69,17 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sheet", type=int, metavar="N", help=f"questions on the sheet for people; 0: no sheet ({SHEET_QUESTIONS})")
     add("--judged", nargs="+", type=Path, default=[], metavar="CSV", help="only read sheets that were filled in")
     data = parser.add_argument_group("other conversations than the run's, or for a model that has no run.json")
-    data.add_argument("--dataset_name", help="as sft_trainer.py takes it")
+    data.add_argument(
+        "--dataset_name", nargs="+", dest="dataset_names", metavar="NAME", help="as sft_trainer.py takes it"
+    )
     add_reading_flags(data.add_argument)
     data.add_argument("--eval_fraction", type=float, help="of an eval split, where the data has none (0.1)")
     data.add_argument("--test_fraction", type=float, help="of a test split (0)")
     data.add_argument("--seed", type=int, help="of the random split (0)")
     args = parse_known(parser, argv)
-    reading = Reading(dict(args.columns), args.dataset_config, args.split)
+    reading = Reading(dict(args.columns), args.dataset_config, args.split, plain_text=args.plain_text)
     args.reading = None if reading == AS_IT_IS else reading._asdict()
-    del args.columns, args.dataset_config, args.split
+    del args.columns, args.dataset_config, args.split, args.plain_text
     if fault := _fault(args):
         parser.error(fault)
     if args.models and not args.output_dir:

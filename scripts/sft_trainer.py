@@ -59,7 +59,11 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add = parser.add_argument
     add("--demo", action="store_true", help="teach the embedded model the facts in data/demo/; other flags still count")
     add("--model_name", help=f"Hub id or folder of the model to train, or {EMBEDDED}")
-    add("--dataset_name", help="JSONL, JSON, CSV or Parquet file, a folder of them, or a data set's id on the Hub")
+    add("--dataset_name", nargs="+", dest="dataset_names", metavar="NAME",
+        help="JSONL, JSON, CSV or Parquet files, folders of them, or ids of data sets on the Hub")  # fmt: skip
+    add("--dataset_weights", type=float, nargs="+", metavar="W",
+        help="how often an epoch has the conversations of each: 2 twice, 0.5 half of them (1)")  # fmt: skip
+    add("--streaming", action="store_true", help="read and fetch no more of the data than --max_steps needs")
     add_reading_flags(add)
     add("--preview", type=int, nargs="?", const=10, metavar="N",
         help="only show N conversations (10) as the model will see them, with what is learned marked")  # fmt: skip
@@ -105,7 +109,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     flags = vars(parse_known(parser, argv))
     flags.pop("demo", None)
     flags["columns"] = dict(flags["columns"])
-    if not (flags.get("model_name") and flags.get("dataset_name")):
+    if not (flags.get("model_name") and flags.get("dataset_names")):
         parser.error("give --model_name and --dataset_name, or --demo")
     flags.setdefault("output_dir", Path("trained") / Path(flags["model_name"]).name)
     flags.setdefault("learning_rate", 2e-4 if "use_peft" in flags else 2e-5)

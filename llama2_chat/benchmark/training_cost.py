@@ -106,7 +106,7 @@ def our_trainer(folder: Path, output_dir: Path) -> Trainer:
 
     options = Options(
         model_name=str(folder),
-        dataset_name="none",
+        dataset_names=["none"],
         output_dir=output_dir,
         learning_rate=2e-4,
         use_peft=True,

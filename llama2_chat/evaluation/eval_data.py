@@ -43,8 +43,8 @@ def _choose_run(runs: dict[str, Run], options: Options) -> Run:
         )
     if runs:
         run = next(iter(runs.values()))
-    elif options.dataset_name:
-        run = _unknown_run(first_model, options.dataset_name, options.precisions[0])
+    elif options.dataset_names:
+        run = _unknown_run(first_model, options.dataset_names, options.precisions[0])
     else:
         raise ChatError(f"{first_model} has no run.json that names its eval split. Give --dataset_name.")
     if flags:
@@ -52,11 +52,11 @@ def _choose_run(runs: dict[str, Run], options: Options) -> Run:
     return replace(run, max_length=options.max_length or run.max_length)
 
 
-def _unknown_run(model: str, dataset_name: str, precision: str) -> Run:
+def _unknown_run(model: str, dataset_names: list[str], precision: str) -> Run:
     """Of a model that sft_trainer.py did not train: the splits that it would make of the data."""
     return Run(
         model_name=model,
-        dataset_name=dataset_name,
+        dataset_names=dataset_names,
         eval_fraction=0.1,
         test_fraction=0.0,
         seed=0,

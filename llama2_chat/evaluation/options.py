@@ -17,7 +17,7 @@ class Options:
     tasks: tuple[str, ...] = ()
     limit: int | None = None  # questions of each task
     sheet: int | None = None  # questions on the judging sheet; None takes the usual number
-    dataset_name: str | None = None  # these five choose other splits than the run's
+    dataset_names: list[str] | None = None  # these five choose other splits than the run's
     reading: dict[str, Any] | None = None  # as run.json has it
     eval_fraction: float | None = None
     test_fraction: float | None = None
@@ -26,5 +26,5 @@ class Options:
     @property
     def split_flags(self) -> dict[str, Any]:
         """Those given of the flags that decide which conversation is in which split."""
-        names = ("dataset_name", "reading", "eval_fraction", "test_fraction", "seed")
+        names = ("dataset_names", "reading", "eval_fraction", "test_fraction", "seed")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -76,8 +76,9 @@ class Results:
 
     def _everything(self) -> dict[str, Any]:
         run = asdict(self.run)
-        for name in ("model_name", "dataset_name", "merged_to"):
+        for name in ("model_name", "merged_to"):
             run[name] = run[name] and public(run[name])
+        run["dataset_names"] = list(map(public, self.run.dataset_names))
         return {
             "run": run,
             "overfitting": [

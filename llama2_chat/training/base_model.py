@@ -26,19 +26,22 @@ class BaseModel(NamedTuple):
     stop_ids: set[int]
 
 
-def fetch_base(model_name: str) -> BaseModel:
-    """Raises ModelUnavailable if there is no such model, or if it is an adapter."""
+def fetch_base(model_name: str, chats: bool = True) -> BaseModel:
+    """chats: whether it is trained on conversations, and not only on texts, for which a base model stays one.
+
+    Raises ModelUnavailable if there is no such model, if it is an adapter, or if it cannot be trained on conversations.
+    """
     checkpoint = fetch_checkpoint(model_name)
     if checkpoint.adapter:
         raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = load_tokenizer(checkpoint)
     prompt.show_calls(tokenizer)  # as the chat does, which then writes and reads calls in the same way
-    if prompt.recognise(tokenizer) == prompt.NO_FORMAT:
+    if chats and prompt.recognise(tokenizer) == prompt.NO_FORMAT:
         raise ModelUnavailable(
             f"{model_name} has no chat template, and its tokenizer does not give Llama 2's ids, so there is no "
             "format to train it in. Choose another model, or put a chat template into its tokenizer_config.json."
         )
-    if prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
+    if chats and prompt.recognise(tokenizer) == prompt.LLAMA_2_FORMAT and tokenizer.chat_template is None:
         tokenizer.chat_template = prompt.LLAMA_2_TEMPLATE  # saved with the result: a base model has none
     stop_ids = load.find_stop_ids(tokenizer, read_generation_config(checkpoint.base))
     return BaseModel(checkpoint, tokenizer, stop_ids)

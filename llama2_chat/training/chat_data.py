@@ -5,17 +5,19 @@ Where rows lie is row_sources.py's, what they say row_messages.py's; nothing her
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training.row_files import Row
 from llama2_chat.training.row_formats import recognise, rename
 from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
-from llama2_chat.training.row_sources import AS_IT_IS, Reading, read_parts
+from llama2_chat.training.row_sources import AS_IT_IS, Reading, check_is_for_hub, read_parts
 from llama2_chat.types import Message, Tool
 
 SPLITS = ("train", "eval", "test")
@@ -26,10 +28,16 @@ SHOWN_FAULTS = 10
 
 
 class Conversation(NamedTuple):
-    messages: list[Message]
+    messages: list[Message]  # of a plain text one, by the assistant
     place: str  # "train.jsonl, line 3"
     context: frozenset[int] = frozenset()  # answers that are not learned, by their places in messages
     tools: tuple[Tool, ...] = ()  # that the model is told of
+    copies: int = 1  # how often an epoch has it
+
+    @property
+    def is_text(self) -> bool:
+        """Whether nobody asked for it: it is learned as it stands."""
+        return self.messages[0]["role"] == "assistant"
 
     @property
     def key(self) -> str:
@@ -54,6 +62,7 @@ class Data:
     unwanted: int = 0  # rows left out because they say that their answer is not to be learned
     context: int = 0  # answers that are kept, but not learned
     unread: set[str] = field(default_factory=set)  # columns and fields that say something, and that nothing reads
+    unnamed: set[str] = field(default_factory=set)  # columns that were named and that no row so far has
 
     def summary_lines(self) -> Iterator[str]:
         sizes = {"train": len(self.train), "eval": len(self.eval), "test": len(self.test)}
@@ -78,28 +87,56 @@ class Data:
                 yield f"  and {len(self.faults) - SHOWN_FAULTS:,} more"
 
 
-def read(name: str, reading: Reading = AS_IT_IS) -> Data:
-    """The conversations of a file, a folder or a data set on the Hub.
+def read(names: str | Sequence[str], reading: Reading = AS_IT_IS) -> Data:
+    """The conversations of files, folders and data sets on the Hub, by their names.
 
     Files and splits called validation, eval or held_out are the eval split, those called test too unless there are
     both; then they are the test split. All others are the train split.
-    Raises ChatError if there is nothing to train on.
+    Raises ChatError if one of them has nothing, or all of them together nothing to train on.
     """
-    data, seen = Data(), set()
+    names = [names] if isinstance(names, str) else names
+    check_is_for_hub(names, reading)
+    data, seen, empty = Data(unnamed={*reading.columns}), set[str](), []
+    for name, weight in zip(names, reading.weights or repeat(1.0), strict=False):
+        own = _read_one(name, reading, data, seen)
+        data.train += _weighted(own["train"], weight)
+        data.eval += own["eval"]
+        data.test += own["test"]
+        if not any(own.values()):
+            empty.append(name)
+    if data.unnamed:
+        raise ChatError(f"--columns: the data has no column {min(data.unnamed)}.")
+    if not data.eval:
+        data.eval, data.test = data.test, []
+    if not data.train or empty:
+        raise ChatError(f"{' and '.join(empty or names)} has no conversation to train on{_why_none(data)}")
+    return data
+
+
+def _read_one(name: str, reading: Reading, data: Data, seen: set[str]) -> dict[str, list[Conversation]]:
+    """The new conversations of a data set, by split; seen: the keys of those that are known, to which these come."""
+    own: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     # The train split first: of two copies of a conversation the other one goes.
     for part in sorted(read_parts(name, reading), key=lambda part: SPLITS.index(_split_of(part.name))):
-        rows: list[Conversation] = getattr(data, _split_of(part.name))
+        rows = own[_split_of(part.name)]
         for conversation in _conversations(part.rows, data, reading):
             if conversation.key in seen:
                 data.duplicates += 1
                 continue
             seen.add(conversation.key)
             rows.append(conversation)
-    if not data.eval:
-        data.eval, data.test = data.test, []
-    if not data.train:
-        raise ChatError(f"{name} has no conversation to train on{_why_none(data)}")
-    return data
+            if len(rows) == reading.at_most:
+                break
+    return own
+
+
+def _weighted(rows: list[Conversation], weight: float) -> list[Conversation]:
+    """As many copies of each, and of some one more for the rest of the weight; which depends on the rows alone."""
+    each, rest = divmod(weight, 1)
+    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].key.encode()).digest())
+    more = {*order[: round(rest * len(rows))]}
+    counts = (int(each) + (i in more) for i in range(len(rows)))
+    return [row._replace(copies=count) for row, count in zip(rows, counts, strict=True) if count]
 
 
 def _split_of(part_name: str) -> str:
@@ -118,9 +155,10 @@ def _conversations(rows: Iterable[Row], data: Data, reading: Reading) -> Iterato
         try:
             if not isinstance(row.columns, dict):
                 raise ChatError(row.fault or "it is not an object with named columns.")
+            data.unnamed -= row.columns.keys()
             columns = rename(row.columns, reading.columns)
             check_columns(columns)
-            row_format = row_format or recognise(columns, {*reading.columns.values()})
+            row_format = row_format or recognise(columns, {*reading.columns.values()}, reading.plain_text)
             found = read_row(columns, row_format)
         except ChatError as error:
             data.faults.append(f"{row.place}: {error}")

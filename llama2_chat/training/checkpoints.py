@@ -20,7 +20,7 @@ LONGER = {"num_train_epochs", "max_steps"}  # with more of it a run that is done
 
 def check_folders(options: Options) -> None:
     """Raises ChatError unless the results can be written, and over nothing else."""
-    taken = {Path(name).resolve() for name in (options.model_name, options.dataset_name)}
+    taken = {Path(name).resolve() for name in (options.model_name, *options.dataset_names)}
     for folder in filter(None, (options.output_dir, options.merge_to)):
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if folder.resolve() in taken or not (existing.is_dir() and os.access(existing, os.W_OK)):

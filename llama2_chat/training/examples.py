@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from llama2_chat import prompt
@@ -64,10 +64,15 @@ def tokenize(
     """Examples of at most max_length tokens, and notes on what had to go for that.
 
     A conversation that is too long loses its last exchanges: from an answer that is cut in the middle a model would
-    learn not to end. One that is too long up to its first answer that is learned is left out.
+    learn not to end. One that is too long up to its first answer that is learned is left out. A plain text that is too
+    long becomes several examples.
     """
-    examples, faults, shortened = [], [], 0
+    examples: list[TokenizedExample] = []
+    faults, shortened = [], 0
     for conversation in conversations:
+        if conversation.is_text:
+            examples += _text_examples(conversation.messages[0]["content"], tokenizer, max_length)
+            continue
         try:
             told = tell(conversation, tokenizer)
             example = prompt.encode_example(tokenizer, told.messages, stop_ids, context=told.context, tools=told.tools)
@@ -82,6 +87,15 @@ def tokenize(
             shortened += 1
         examples.append(TokenizedExample(example.input_ids[: answers[-1][1]], answers))
     return examples, _notes(shortened, faults, max_length)
+
+
+def _text_examples(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[TokenizedExample]:
+    """All of it is learned, and at the end that it ends."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [*prompt.encode_text(tokenizer, text), *end]
+    for start in range(0, len(ids), max_length):
+        piece = ids[start : start + max_length]
+        yield TokenizedExample(piece, [(0, len(piece))])
 
 
 def _notes(shortened: int, faults: list[str], max_length: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from llama2_chat.training.row_formats import known_columns
 
 DEMO: dict[str, Any] = {
     "model_name": EMBEDDED,
-    "dataset_name": str(ROOT / "data" / "demo"),
+    "dataset_names": [str(ROOT / "data" / "demo")],
     "output_dir": Path("trained/demo"),
     "use_peft": True,
     "batch_size": 8,
@@ -36,6 +37,7 @@ DECIDING = (
     "optim",
     "weight_decay",
     "packing",
+    "dataset_weights",
     "early_stopping",
     "save_steps",
     "logging_steps",
@@ -64,6 +66,8 @@ OTHER_NAMES = {
     "lr": "learning_rate",
     "resume_from_checkpoint": "resume",
     "dataset_train_split": "split",
+    "interleave_probs": "dataset_weights",
+    "mix_strategy": "dataset_weights",
     "val_size": "eval_fraction",
     "eval_steps": "save_steps",
     "push_to_hub": "merge_and_push",
@@ -100,11 +104,13 @@ def _unknown(flag: str, parser: ArgumentParser) -> str:
 
 
 def add_reading_flags(add: Callable[..., Any]) -> None:
-    """How the data is read: the fields of row_sources.Reading."""
+    """How the data is read, of the fields of row_sources.Reading."""
     add("--columns", type=named_column, nargs="+", default=[], metavar="NAME=ROLE",
         help="what columns hold: user, assistant, system, or the name that a known format has for it")  # fmt: skip
     add("--dataset_config", default=None, help="which configuration of a data set on the Hub")
     add("--split", default=None, help='the only split of it that is read: "train_sft", "train[:10%%]"')
+    add("--plain_text", action="store_true", default=False,
+        help="learn a text column as it stands, whole: continued pre-training")  # fmt: skip
 
 
 def named_column(text: str) -> tuple[str, str]:
@@ -121,7 +127,7 @@ class Options:
     """One run's flags, as --help explains them. Raises ChatError if they make no sense."""
 
     model_name: str
-    dataset_name: str
+    dataset_names: Sequence[str]
     output_dir: Path
     learning_rate: float
     use_peft: bool = False
@@ -148,6 +154,9 @@ class Options:
     columns: Mapping[str, str] = field(default_factory=dict)  # of the data, and what a known format calls them
     dataset_config: str | None = None
     split: str | None = None
+    plain_text: bool = False  # a text is learned as it stands
+    dataset_weights: Sequence[float] = ()  # how often an epoch has the conversations of each data set; (): once
+    streaming: bool = False  # no more is read than max_steps needs
     seed: int = 0
     resume: bool = False
     resume_with_changes: bool = False
@@ -182,6 +191,14 @@ class Options:
             yield f"add --load_in_4bit{'' if self.use_peft else ' --use_peft'}"
         yield f"lower --max_length {self.max_length}"
 
+    def conversations_needed(self, processes: int) -> int | None:
+        """Of each data set, so that no step sees one again; None for all that there are."""
+        if not self.streaming:
+            return None
+        assert self.max_steps  # _faults() says so
+        trained = self.max_steps * self.batch_size * self.gradient_accumulation_steps * processes
+        return math.ceil(trained / max(0.1, 1 - self.eval_fraction - self.test_fraction))
+
     def _faults(self) -> Iterator[str]:
         for name in POSITIVE:
             if not getattr(self, name) > 0:  # NaN is not
@@ -189,6 +206,12 @@ class Options:
         for name in ("max_steps", "preview"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} must be above 0."
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset_names):
+            yield f"--dataset_weights has {len(self.dataset_weights)} for {len(self.dataset_names)} in --dataset_name."
+        if not all(0 < weight <= 100 for weight in self.dataset_weights):
+            yield "--dataset_weights must be above 0, and at most 100."
+        if self.streaming and not self.max_steps:
+            yield "--streaming needs --max_steps, which says how much is read."
         if (self.use_dora or self.use_rslora) and not self.use_peft:
             yield "DoRA and rsLoRA are adapters; add --use_peft."
         if self.save_steps > 1 and self.save_steps % 1:

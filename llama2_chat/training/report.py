@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,7 +50,7 @@ def write_report(
         (said(row.messages[-2]), split, said(row.messages[-1]), before, after)
         for (split, row), before, after in answers
     ]
-    _write_page(subject, facts, table(("question", "split", "expected", "before", "after"), cells))
+    _write_page(subject, facts, table(("question", "split", "expected", "before", "after"), cells) if cells else [])
 
 
 def write_folds_report(subject: Subject, folds: Sequence[Splits]) -> str:
@@ -96,7 +97,7 @@ def _settings(subject: Subject) -> dict[str, str]:
     batch = f"batch {options.batch_size} × {options.gradient_accumulation_steps}"
     rows = {
         "model": f"{public(subject.model)}, {method} on {run.precision}",
-        "data": public(options.dataset_name),
+        "data": ", ".join(_data(options)),
         "settings": f"{length}, {batch}{f' × {processes} processes' * (processes > 1)}, "
         f"learning rate {options.learning_rate:g}, {options.max_length:,} tokens{', packed' * options.packing}, "
         f"seed {options.seed}",
@@ -109,6 +110,11 @@ def _settings(subject: Subject) -> dict[str, str]:
     if run.mixed_data:
         rows["the eval split"] = "may hold conversations that were trained on before the data changed"
     return rows
+
+
+def _data(options: Options) -> Iterator[str]:
+    for name, weight in zip(options.dataset_names, options.dataset_weights or repeat(1.0), strict=False):
+        yield f"{public(name)}{f' × {weight:g}' * (weight != 1)}"
 
 
 def _write_page(subject: Subject, facts: Mapping[str, str], lines: list[str]) -> None:

@@ -15,6 +15,7 @@ from llama2_chat.training.text_formats import TEXT_FORMATS, recognise_text, text
 # As ShareGPT and others call them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 SYSTEMS = {"system", "system_prompt"}  # columns for the system message, beside any format
+PLAIN_TEXT = "plain text"  # the format of what nobody says to anybody
 # What data sets write where there is no input.
 NO_INPUT = ("<noinput>", "nan")
 
@@ -25,15 +26,16 @@ class RowFormat(NamedTuple):
     optional: Set[str] = frozenset()  # columns that it reads where they are
 
 
-def recognise(columns: dict[str, Any], named: Set[str] = frozenset()) -> str:
+def recognise(columns: dict[str, Any], named: Set[str] = frozenset(), plain_text: bool = False) -> str:
     """The name in FORMATS of the format that has these columns, best of those that were named.
 
-    Raises ChatError if none has.
+    plain_text: whether a text is to be learned as it stands. Raises ChatError if none has.
     """
     for known in (columns.keys() & named, columns.keys()):
         for name, row_format in FORMATS.items():
             if row_format.needed <= known:
-                return recognise_text(columns["text"]) if name in TEXT_FORMATS else name
+                is_text = name in TEXT_FORMATS
+                return name if not is_text else PLAIN_TEXT if plain_text else recognise_text(columns["text"])
     raise ChatError(
         f"its columns ({', '.join(map(str, columns))[:200]}) belong to no known format: messages, conversations, "
         "prompt and completion or response, instruction and output or response, question and answer or response, or "
@@ -42,13 +44,15 @@ def recognise(columns: dict[str, Any], named: Set[str] = frozenset()) -> str:
 
 
 def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The columns under the names of a known format. Texts that get the same name are joined by a blank line.
+    """Those of the columns that names has, under the names of a known format; the others as they are.
 
-    Raises ChatError for a column that is not there.
+    Texts that get the same name are joined by a blank line.
     """
     renamed: dict[str, Any] = {}
     for name, new in names.items():
-        value = _column(columns, name)
+        if name not in columns:  # of another data set
+            continue
+        value = columns[name]
         renamed[new] = _joined(renamed[new], value) if new in renamed else value
     others = {name: value for name, value in columns.items() if name not in names}
     return renamed | {f"{name} (its own)" if name in renamed else name: value for name, value in others.items()}
@@ -65,12 +69,15 @@ def _joined(first: Any, second: Any) -> Any:
 def raw_messages(columns: dict[str, Any], row_format: str) -> list[Any]:
     """The messages of a row, its system text first. Raises ChatError if a column is missing or is no list."""
     messages = FORMATS[row_format].read(columns)
+    if row_format == PLAIN_TEXT:
+        return messages
     system = [columns[name] for name in sorted(SYSTEMS & columns.keys()) if not is_empty(columns[name])]
     return [*({"role": "system", "content": text} for text in system), *messages]
 
 
 def columns_read(row_format: str) -> Set[str]:
-    return FORMATS[row_format].needed | FORMATS[row_format].optional | SYSTEMS
+    systems = set() if row_format == PLAIN_TEXT else SYSTEMS
+    return FORMATS[row_format].needed | FORMATS[row_format].optional | systems
 
 
 def known_columns() -> Set[str]:
@@ -159,6 +166,7 @@ FORMATS: dict[str, RowFormat] = {
     "question and answer": RowFormat({"question", "answer"}, _exchange("question", "answer")),
 }
 FORMATS |= {name: RowFormat({"text"}, _text(name)) for name in TEXT_FORMATS}
+FORMATS[PLAIN_TEXT] = RowFormat({"text"}, lambda columns: [{"role": "assistant", "content": _column(columns, "text")}])
 
 
 def _column(columns: dict[str, Any], name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from llama2_chat.text import valid_unicode
-from llama2_chat.training.row_formats import columns_read, is_empty, raw_messages
+from llama2_chat.training.row_formats import PLAIN_TEXT, columns_read, is_empty, raw_messages
 from llama2_chat.training.row_tools import read_tools, with_calls
 from llama2_chat.types import Message, Tool
 
@@ -67,6 +67,8 @@ def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
     )
     if not all(flags.values()):
         return RowMessages([], frozenset(), unread, is_wanted=False)
+    if row_format == PLAIN_TEXT:
+        return RowMessages([_text(raw_messages(columns, row_format)[0])], frozenset(), unread)
     tools = read_tools(columns)
     raw = [_with_text(message) for message in with_calls(_without_empty_system(raw_messages(columns, row_format)))]
     turns = _without_greeting(raw)
@@ -74,6 +76,13 @@ def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
     unread |= {f"{name} of messages" for message in turns for name in _unread_fields(message)}
     messages = [_clean(message) for message in turns]
     return RowMessages(messages, _context(turns), unread, tools=tools, has_greeting=len(turns) < len(raw))
+
+
+def _text(message: dict[str, Any]) -> Message:
+    """A text that is no conversation. Raises ChatError if there is none."""
+    if not isinstance(message["content"], str) or _says_nothing(message["content"]):
+        raise ChatError("its text is empty, or something else.")
+    return _clean(message)
 
 
 # ---- What is not trained on ----

@@ -5,9 +5,10 @@ How a file is read is row_files.py's, what a row says row_formats.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
 from llama2_chat.text import first_line
@@ -18,11 +19,14 @@ NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "stat
 
 
 class Reading(NamedTuple):
-    """How data is read, beside its name."""
+    """How data is read, beside its names."""
 
     columns: Mapping[str, str] = {}  # names of its columns, and what a known format calls them
-    config: str | None = None  # of a data set on the Hub
-    split: str | None = None  # the only one of it that is read: "train_sft", or "train[:10%]"
+    config: str | None = None  # of the data sets on the Hub
+    split: str | None = None  # the only one of them that is read: "train_sft", or "train[:10%]"
+    weights: Sequence[float] = ()  # of each data set: how often an epoch has each conversation of its train split
+    plain_text: bool = False  # a text without a format is learned as it stands
+    at_most: int | None = None  # conversations of each data set and split: what follows stays unread, on the Hub too
 
 
 AS_IT_IS = Reading()
@@ -35,11 +39,15 @@ class Part(NamedTuple):
     rows: Iterator[Row]  # read as they are asked for
 
 
+def check_is_for_hub(names: Sequence[str], reading: Reading) -> None:
+    """Raise ChatError if the reading is for data sets on the Hub, and none of these is there."""
+    if (reading.config or reading.split) and all(Path(name).expanduser().exists() for name in names):
+        raise ChatError(f"--dataset_config and --split are for data sets on the Hub, and none is: {', '.join(names)}.")
+
+
 def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
     """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read."""
     path = Path(name).expanduser()
-    if path.exists() and (reading.config or reading.split):
-        raise ChatError(f"--dataset_config and --split are for data sets on the Hub, and {name} is here.")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
         if not files:
@@ -60,19 +68,34 @@ def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
 
 def read_hub(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
     import datasets
+
+    is_stream = reading.at_most is not None
+    with _translate_hub_errors(name):
+        loaded = datasets.load_dataset(name, reading.config, split=reading.split, streaming=is_stream)
+    # A split that was asked for is what is trained on, whatever it is called.
+    for split, rows in {"train": loaded}.items() if reading.split else loaded.items():
+        yield Part(split, _read_stream(name, split, rows) if is_stream else numbered(split, rows))
+
+
+def _read_stream(name: str, split: str, rows: Any) -> Iterator[Row]:
+    """What is fetched as it is asked for, and may fail on the way."""
+    with _translate_hub_errors(name):
+        yield from numbered(split, rows)
+
+
+@contextmanager
+def _translate_hub_errors(name: str) -> Iterator[None]:
+    import datasets
     import httpx2
 
     try:
-        loaded = datasets.load_dataset(name, reading.config, split=reading.split)
+        yield
     except (OSError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise ChatError(
             f"{name} is neither a file or folder here nor a data set that the Hugging Face Hub gives us "
             f"({first_line(error)}). Check --dataset_name, --dataset_config, --split and the network; "
             "a private one needs HF_TOKEN."
         ) from error
-    # A split that was asked for is what is trained on, whatever it is called.
-    for split, rows in {"train": loaded}.items() if reading.split else loaded.items():
-        yield Part(split, numbered(split, rows))
 
 
 def _is_data(file: Path, folder: Path) -> bool:

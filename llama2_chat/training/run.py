@@ -33,7 +33,7 @@ def train(options: Options) -> None:
     find_checkpoint(options.output_dir, options.goes_on)
     run = new_run(options)
     every = _read_splits(run)
-    base = fetch_base(options.model_name)
+    base = fetch_base(options.model_name, _chats(every))
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
     fetch_weights(base.checkpoint)
@@ -51,13 +51,13 @@ def train(options: Options) -> None:
 def preview(options: Options, number: int) -> None:
     """Show what would be trained on, with neither weights nor anything written."""
     of_run = _read_splits(new_run(options))[0]
-    base = fetch_base(options.model_name)
+    base = fetch_base(options.model_name, _chats([of_run]))
     show_examples(tokenize_splits(options, of_run, base), base, number)
 
 
 def _read_splits(run: Run) -> list[Splits]:
     """Those of each fold, or of the run, with what there is to say about the data."""
-    data = chat_data.read(run.dataset_name, Reading(**run.reading))
+    data = chat_data.read(run.dataset_names, Reading(**run.reading))
     every = splits.of_run(data, run)
     print_lines(*data.summary_lines(), *every[0].notes)
     return every
@@ -65,12 +65,19 @@ def _read_splits(run: Run) -> list[Splits]:
 
 def new_run(options: Options) -> Run:
     """What run.json will say, except for the fingerprints of model and data."""
-    data, here = Path(options.dataset_name).absolute(), Path.cwd()
-    is_below = data.exists() and data.is_relative_to(here)
+    processes = PartialState().num_processes
+    reading = Reading(
+        dict(options.columns),
+        options.dataset_config,
+        options.split,
+        list(options.dataset_weights),
+        options.plain_text,
+        options.conversations_needed(processes),
+    )
     merged = options.merge_to or (options.output_dir / "merged" if options.merge_and_push else None)
     return Run(
         model_name=options.model_name,
-        dataset_name=data.relative_to(here).as_posix() if is_below else options.dataset_name,
+        dataset_names=list(map(_from_here, options.dataset_names)),
         eval_fraction=options.eval_fraction,
         test_fraction=options.test_fraction,
         seed=options.seed,
@@ -81,9 +88,20 @@ def new_run(options: Options) -> Run:
         early_stopping=bool(options.early_stopping),
         merged_to=str(merged) if merged else None,
         train_sha256=None,
-        reading=Reading(dict(options.columns), options.dataset_config, options.split)._asdict(),
-        settings=options.deciding() | {"processes": PartialState().num_processes},
+        reading=reading._asdict(),
+        settings=options.deciding() | {"processes": processes},
     )
+
+
+def _from_here(name: str) -> str:
+    """A file or folder below the working directory by its path from there, so that it is found wherever that lies."""
+    data, here = Path(name).absolute(), Path.cwd()
+    return data.relative_to(here).as_posix() if data.exists() and data.is_relative_to(here) else name
+
+
+def _chats(every: list[Splits]) -> bool:
+    """Whether there is a conversation to learn, and not only texts."""
+    return not all(row.is_text for splits in every for rows in splits[:3] for row in rows)
 
 
 def _with_hashes(run: Run, every: list[Splits]) -> Run:

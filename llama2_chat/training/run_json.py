@@ -16,7 +16,7 @@ from llama2_chat.errors import ChatError
 @dataclass(frozen=True)
 class Run:
     model_name: str
-    dataset_name: str  # as given; relative to the working directory where it lies below it
+    dataset_names: list[str]  # as given; relative to the working directory where they lie below it
     eval_fraction: float
     test_fraction: float
     seed: int

@@ -41,13 +41,13 @@ def find_again(run: Run) -> list[Splits]:
 
     Raises ChatError if the data has changed since.
     """
-    every = of_run(chat_data.read(run.dataset_name, Reading(**run.reading)), run)
+    every = of_run(chat_data.read(run.dataset_names, Reading(**run.reading)), run)
     if run.fold:
         every = [every[run.fold - 1]]
     if run.train_sha256 and run.train_sha256 != fingerprint(every):
         raise ChatError(
-            f"{run.dataset_name} has changed since the training: its eval split may now have conversations that the "
-            "model was trained on. Put the data back as it was, or train again."
+            f"{' and '.join(run.dataset_names)} has changed since the training: the eval split may now have "
+            "conversations that the model was trained on. Put the data back as it was, or train again."
         )
     return every
 

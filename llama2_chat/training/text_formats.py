@@ -26,8 +26,8 @@ def recognise_text(text: Any) -> str:
         if isinstance(text, str) and re.search(mark, text):
             return name
     raise ChatError(
-        f"its text is no conversation: it has none of {', '.join(TEXT_FORMATS)}. Plain text is not trained on here; "
-        "give questions and answers."
+        f"its text is no conversation: it has none of {', '.join(TEXT_FORMATS)}. As a text that is no "
+        "conversation it is learned with --plain_text."
     )
 
 

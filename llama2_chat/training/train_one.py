@@ -85,6 +85,8 @@ def tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Exampl
     examples = {}
     for split in SPLITS:
         rows = getattr(splits, split)
+        if split == "train":
+            rows = [row for row in rows for _ in range(row.copies)]
         examples[split], notes = tokenize(rows, base.tokenizer, base.stop_ids, options.max_length)
         if rows:
             tokens = sum(len(example.input_ids) for example in examples[split])

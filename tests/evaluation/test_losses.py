@@ -68,4 +68,4 @@ def test_an_adapter_is_measured_beside_its_base_on_each_split_of_its_run(run, ch
     assert page in capsys.readouterr().out + "\n"
     assert "| adapter | float32 |" in page
     assert (run / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert str(run.parent) not in page + found["run"]["dataset_name"]
+    assert str(run.parent) not in page + found["run"]["dataset_names"][0]

@@ -16,7 +16,7 @@ def new_run(**changes):
     """A run of no particular model."""
     run = Run(
         model_name="m",
-        dataset_name="d",
+        dataset_names=["d"],
         eval_fraction=0.1,
         test_fraction=0.1,
         seed=0,
@@ -46,9 +46,9 @@ def save_adapter(chat_model, folder, seed=0):
 
 def save_run(chat_model, dataset, folder, **changes):
     """What sft_trainer.py leaves of a run, except that nothing was learned."""
-    run = new_run(model_name=str(chat_model), dataset_name=str(dataset), eval_fraction=0.3, test_fraction=0.2)
+    run = new_run(model_name=str(chat_model), dataset_names=[str(dataset)], eval_fraction=0.3, test_fraction=0.2)
     run = replace(run, **changes)
-    every = splits.of_run(chat_data.read(run.dataset_name), run)
+    every = splits.of_run(chat_data.read(run.dataset_names), run)
     run = replace(run, train_sha256=splits.fingerprint(every))
     write_run(run, folder)
     for i in range(1, run.folds + 1):

@@ -18,6 +18,15 @@ def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
         fetch_base(str(tmp_path))
 
 
+def test_a_base_model_is_trained_on_texts_and_stays_one(tiny, chat_model, llama2_tokenizer, tmp_path):
+    with pytest.raises(ModelUnavailable, match="has no chat template"):
+        fetch_base(str(tiny))
+    assert fetch_base(str(tiny), chats=False).tokenizer.chat_template is None
+    shutil.copytree(chat_model, tmp_path / "llama", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    llama2_tokenizer.save_pretrained(tmp_path / "llama")
+    assert fetch_base(str(tmp_path / "llama"), chats=False).tokenizer.chat_template is None
+
+
 def test_in_nf4_the_answers_before_training_do_not_cut_the_gradients_off(chat_model):
     """On a CPU that has bfloat16, QLoRA was trained with gradients that ended at the first layer of NF4."""
     from peft import LoraConfig, get_peft_model

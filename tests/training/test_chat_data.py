@@ -235,6 +235,66 @@ def test_data_that_cannot_be_read_is_refused_with_a_sentence(tmp_path, name, con
     assert str(refused.value).endswith(".")
 
 
+# ---- Several data sets ----
+
+
+def test_several_data_sets_are_one_and_each_weighs_what_it_is_said_to(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", *(conversation(f"a{i}", "x") for i in range(10)), conversation("c", "d"))
+    (tmp_path / "two").mkdir()
+    write_rows(tmp_path / "two" / "train.csv", *({"ask": f"b{i}", "say": "y"} for i in range(8)))
+    write_rows(tmp_path / "two" / "test.jsonl", conversation("c", "d"), conversation("e", "f"))
+    columns = {"ask": "prompt", "say": "completion"}
+    data = chat_data.read([one, str(tmp_path / "two")], Reading(columns))
+    assert [row.messages[0]["content"] for row in data.eval] == ["e"]
+    assert (len(data.train), data.duplicates, {row.copies for row in data.train}) == (19, 1, {1})
+    again = [chat_data.read([one, str(tmp_path / "two")], Reading(columns, weights=(2.5, 0.25))) for _ in range(2)]
+    assert again[0].train == again[1].train
+    copies = [row.copies for row in again[0].train if row.messages[0]["content"][0] in "ac"]
+    assert (len(copies), {*copies}, sum(copies)) == (11, {2, 3}, 28)
+    assert len(again[0].train) - len(copies) == 2
+    assert {row.messages[0]["content"] for row in again[0].train} < {row.messages[0]["content"] for row in data.train}
+
+
+def test_one_of_several_data_sets_that_has_nothing_is_named(tmp_path):
+    one, two = (
+        write_rows(tmp_path / name, row) for name, row in (("a.jsonl", {"x": "y"}), ("b.jsonl", conversation("a", "b")))
+    )
+    with pytest.raises(ChatError, match=r"a.jsonl has no conversation to train on. The first fault: a.jsonl, line 1"):
+        chat_data.read([two, one])
+    with pytest.raises(ChatError, match="--columns: the data has no column ask"):
+        chat_data.read([two, one], Reading({"ask": "prompt", "x": "completion"}))
+
+
+def test_no_more_is_read_than_is_asked_for(tmp_path):
+    (tmp_path / "some").mkdir()
+    for part in ("train-0", "train-1", "eval"):
+        write_rows(tmp_path / "some" / f"{part}.jsonl", *(conversation(f"{part} {i}", "x") for i in range(6)))
+    with (tmp_path / "some" / "train-1.jsonl").open("a") as file:
+        file.write("never read")
+    data = chat_data.read(str(tmp_path / "some"), Reading(at_most=8))
+    assert [len(rows) for rows in (data.train, data.eval, data.faults)] == [8, 6, 0]
+
+
+# ---- Plain text ----
+
+
+def test_a_plain_text_is_learned_whole_where_that_is_asked_for(tmp_path):
+    rows = {"text": " Llamas are camelids.\n", "source": "a"}, {"text": " "}, {"text": "[INST] a [/INST] b"}
+    file = write_rows(tmp_path / "some.jsonl", *rows)
+    data = chat_data.read(file, Reading(plain_text=True))
+    assert [(row.messages[0]["content"], row.is_text) for row in data.train] == [
+        ("Llamas are camelids.", True),
+        ("[INST] a [/INST] b", True),
+    ]
+    assert data.faults == ["some.jsonl, line 2: its text is empty, or something else."]
+    assert (data.formats, data.unread) == ({"plain text"}, {"source"})
+    with pytest.raises(ChatError, match="learned with --plain_text"):
+        chat_data.read(write_rows(tmp_path / "some.jsonl", rows[0]))
+
+
+# ---- The Hub ----
+
+
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -264,6 +324,17 @@ def test_one_split_of_one_configuration_can_be_asked_for_and_is_trained_on(offli
     assert [row.columns["messages"][0]["content"] for row in part.rows] == ["b0", "b1"]
     with pytest.raises(ChatError, match="--dataset_config and --split are for data sets on the Hub"):
         chat_data.read(str(repo), Reading(split="train"))
+
+
+def test_a_data_set_of_the_hub_is_fetched_no_further_than_it_is_read(offline, tmp_path):
+    (tmp_path / "repo").mkdir()
+    write_rows(tmp_path / "repo" / "train.jsonl", *(conversation(f"a{i}", "x") for i in range(4)))
+    ((name, rows),) = row_sources.read_hub(str(tmp_path / "repo"), Reading(at_most=2))
+    assert (name, next(rows).place) == ("train", "train, row 1")
+    (tmp_path / "repo" / "train.jsonl").write_text("{")
+    ((_, rows),) = row_sources.read_hub(str(tmp_path / "repo"), Reading(at_most=2))
+    with pytest.raises(ChatError, match="neither a file or folder here nor a data set"):
+        next(rows)
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_refused_with_a_sentence(offline):

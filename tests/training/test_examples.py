@@ -41,6 +41,17 @@ def test_a_long_conversation_loses_whole_exchanges_and_is_counted():
     assert "row 2: its first answer ends after" in notes[2]
 
 
+def test_a_plain_text_is_learned_from_bos_to_eos_in_pieces_that_fit(llama2_tokenizer):
+    text = "Llamas are camelids.</s> " * 9
+    row = Conversation([{"role": "assistant", "content": text}], "row 1")
+    whole, pieces = (tokenize([row], llama2_tokenizer, {2}, length)[0] for length in (1000, 50))
+    assert whole[0].input_ids == [1, *prompt.encode_text(llama2_tokenizer, text)[1:], 2]
+    assert whole[0].input_ids.count(2) == 1  # the rest is typed
+    assert labels(whole[0]) == whole[0].input_ids
+    assert [id for piece in pieces for id in piece.input_ids] == whole[0].input_ids
+    assert {len(piece.input_ids) for piece in pieces[:-1]} == {50}
+
+
 def test_the_embedded_model_is_trained_on_what_its_chat_has_to_write_and_on_stopping(settings):
     base = fetch_base(EMBEDDED)
     assert [base.tokenizer.decode(id) for id in base.stop_ids] == ["<|im_end|>"]

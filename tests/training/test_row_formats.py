@@ -97,7 +97,7 @@ def test_a_conversation_is_no_answer(tmp_path):
 
 def test_a_column_that_is_not_there_and_a_role_that_nobody_has_are_refused(tmp_path, capsys):
     file = write_rows(tmp_path / "some.jsonl", {"ask": "a", "say": "b"})
-    with pytest.raises(ChatError, match="it has no column question"):
+    with pytest.raises(ChatError, match="--columns: the data has no column question"):
         chat_data.read(file, Reading({"question": "prompt", "say": "completion"}))
     for flag in ("ask", "ask=robot", "=user"):
         with pytest.raises(SystemExit):
@@ -151,7 +151,7 @@ def test_a_conversation_in_a_text_becomes_messages(name):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("Llamas are camelids.", "Plain text is not trained on here"),
+        ("Llamas are camelids.", "As a text that is no conversation it is learned with --plain_text"),
         (7, "its text is no conversation"),
         ("Hello [INST] a [/INST] b", r"does not begin with '\[INST\]'"),
         ("<|im_start|>user\na<|im_end|> b <|im_start|>assistant\nc", "something between the turns"),

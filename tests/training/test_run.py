@@ -1,6 +1,7 @@
 """From the flags to what is kept: refusals before weights are loaded, and trainings of a tiny random model."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +26,13 @@ from tests.support.training import arguments, train_here
 
 def test_a_run_names_its_data_so_that_it_is_found_from_the_same_directory(tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(dataset.parent.parent)
-    options = Options("a", "b", tmp_path, 1e-4)
+    options = Options("a", ["b"], tmp_path, 1e-4)
     for given, kept in (
         (str(dataset), f"{dataset.parent.name}/{dataset.name}"),
         ("someone/data", "someone/data"),
         (str(ROOT / "data" / "demo"), str(ROOT / "data" / "demo")),
     ):
-        assert new_run(replace(options, dataset_name=given)).dataset_name == kept
+        assert new_run(replace(options, dataset_names=[given, "other/data"])).dataset_names == [kept, "other/data"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,27 @@ def test_a_preview_shows_what_would_be_learned_and_neither_loads_nor_writes(
     assert "train: 22 conversations" in said
     assert said.count("<|im_start|>assistant\n⟦hell ") == 4
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_and_conversations_are_trained_on_together_each_as_often_as_it_weighs(
+    chat_model, dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delattr(load, "load_base")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "o {i}"}}\n' for i in range(4)))
+    flags = ("--dataset_weights", "1", "2", "--plain_text", "--eval_fraction", "0", "--preview", "40")
+    train_here(*arguments(chat_model, dataset, tmp_path / "run", *flags), "--dataset_name", str(dataset), str(texts))
+    said = capsys.readouterr().out
+    assert "train: 32 conversations" in said
+    assert said.count("⟦hell ") == 24
+    assert [said.count(f"⟦o {i}<|im_end|>⟧") for i in range(4)] == [2, 2, 2, 2]
+
+
+def test_a_stream_is_read_as_far_as_the_steps_go(chat_model, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(load, "load_base")
+    flags = ("--streaming", "--max_steps", "3", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--preview")
+    train_here(*arguments(chat_model, dataset, tmp_path / "run", *flags, "--eval_fraction", "0.25"))
+    assert "train: 12 conversations" in capsys.readouterr().out
 
 
 def test_a_layer_that_the_model_lacks_or_that_cannot_learn_is_refused(chat_model, dataset, tmp_path):
@@ -93,6 +115,18 @@ def test_a_model_is_trained_with_all_its_weights_and_with_an_adapter_in_16_8_and
     page = (tmp_path / "README.md").read_text()
     assert re.search(r"^\| hello \d+ \| eval \| hell", page, re.M)
     assert str(tmp_path.parent) not in page
+
+
+@pytest.mark.slow
+def test_a_base_model_learns_plain_texts_and_stays_a_base_model(chat_model, tmp_path):
+    base = shutil.copytree(chat_model, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "{"hello hell o " * 3}{i}"}}\n' for i in range(16)))
+    train_here(*arguments(base, texts, tmp_path / "run", "--plain_text", "--learning_rate", "1e-2"))
+    losses = [row["eval loss"] for row in read_curves(tmp_path / "run") if "eval loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()
+    assert "| question |" not in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.slow

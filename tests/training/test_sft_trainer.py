@@ -73,6 +73,9 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--use_peft", "--folds", "2", "--merge_to", "c"], "--folds only measures"),
         ([*GIVEN, "--early_stopping", "0"], "--early_stopping must be 1 or more"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps must be above 0"),
+        ([*GIVEN, "--streaming"], "--streaming needs --max_steps"),
+        ([*GIVEN, "--dataset_weights", "1", "2"], "--dataset_weights has 2 for 1 in --dataset_name"),
+        ([*GIVEN, "--dataset_weights", "0"], "--dataset_weights must be above 0"),
         ([*GIVEN, "--use_dora"], "DoRA and rsLoRA are adapters; add --use_peft"),
         ([*GIVEN, "--preview", "0"], "--preview must be above 0"),
         ([*GIVEN, "--save_steps", "2.5"], "--save_steps must be a whole number of steps"),
@@ -85,7 +88,7 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--learning_rat", "1"], "There is no --learning_rat. Is --learning_rate meant?"),
         ([*GIVEN, "--per_device_train_batch_size", "1"], "Is --batch_size meant?"),
         ([*GIVEN, "--zzz", "--yyy", "1"], "There is no --zzz. There is no --yyy."),
-        ([*GIVEN, "some.jsonl"], "some.jsonl belongs to no flag"),
+        ([*GIVEN, "--use_peft", "some.jsonl"], "some.jsonl belongs to no flag"),
         ([*GIVEN, "--report_to", "wandb"], "pip install wandb"),
     ],
 )

@@ -147,7 +147,7 @@ def test_so_much_data_that_a_search_would_take_long_is_not_searched_and_says_so(
 def test_what_a_run_left_out_is_found_again_unless_the_data_has_changed(tmp_path, folds):
     rows = [conversation(*texts) for texts in numbers(20)]
     run = new_run(
-        dataset_name=write_rows(tmp_path / "some.jsonl", *rows), test_fraction=0.0, folds=folds, train_sha256=None
+        dataset_names=[write_rows(tmp_path / "some.jsonl", *rows)], test_fraction=0.0, folds=folds, train_sha256=None
     )
     parts = splits.find_again(run)
     run = replace(run, train_sha256=splits.fingerprint(parts))

@@ -24,7 +24,7 @@ def prepare(chat_model, dataset, tmp_path):
     def prepare(*flags):
         options = read_arguments(arguments(chat_model, dataset, tmp_path, *flags))
         base = fetch_base(options.model_name)
-        of_run = splits.split(chat_data.read(options.dataset_name), options.eval_fraction, 0, options.seed)
+        of_run = splits.split(chat_data.read(options.dataset_names), options.eval_fraction, 0, options.seed)
         examples = {
             name: tokenize(rows, base.tokenizer, base.stop_ids, options.max_length)[0]
             for name, rows in (("train", of_run.train), ("eval", of_run.eval))
