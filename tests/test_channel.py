@@ -220,7 +220,7 @@ def test_close_from_another_thread_wakes_a_reader_and_may_be_called_twice():
     async def read(reply):
         timer = threading.Timer(0.05, reply.close)
         timer.start()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await read_async(reply)
 
     reply, other = Letters("a"), Letters("a")

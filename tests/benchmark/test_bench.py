@@ -81,7 +81,7 @@ def test_users_of_a_shape_are_measured_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a minute and a half
+@pytest.mark.timeout(2400)  # a minute and a half
 def test_the_embedded_model_is_measured_from_its_start_to_its_tenth_turn(chat):  # the model is here when `chat` is
     shorter = {"embedded__CONVERSATIONS": 1, "embedded__TURN_TOKENS": 20, "embedded__DECODE_ROUNDS": 2}
     shorter |= {"embedded__ANSWER_TOKENS": 8, "embedded__PERPLEXITY_TOKENS": 256, "load_test__ROUNDS": 1}

@@ -187,7 +187,7 @@ ASKED = [f"{ask} {subject}." for subject in SUBJECTS for ask in ("Tell me about"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("setting", [{"temperature": 0}, {"seed": 11}], ids=["greedy", "seed"])
 def test_each_question_has_one_answer_cold_cached_and_in_a_batch_that_comes_and_goes(chat, setting):
     """A visitor who asked again got another text for 7 of 8 questions with a seed, and for 3 of 8 at temperature 0."""

@@ -139,7 +139,7 @@ def test_the_program_fetches_a_standard_task_from_the_hub_and_runs_it(run, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # after the demo's own test, which has more: another worker is training it until then
+@pytest.mark.timeout(1800)  # after the demo's own test, which has more: another worker is training it until then
 def test_the_demo_is_seen_to_have_learned_what_it_was_taught(demo, tmp_path):
     flags = ("--tasks", ROOT / "data/quillmere/quillmere.yaml", "--sheet", "0", "--output_dir", tmp_path)
     found, _ = evaluate(demo / "adapter", *flags)

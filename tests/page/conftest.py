@@ -5,14 +5,12 @@ import socket
 from dataclasses import replace
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import sync_playwright
 
 from tests.support.answers import answer_tab, empty
 from tests.support.browser import ARGUMENTS, CHROMIUM, LIKELIEST, open_page, open_settings
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
-
-expect.set_options(timeout=20_000)  # a computer may be busy with other things
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_no_text_holds_up_the_page(answer_page, text):
         }""",
         text,
     )
-    assert took < 5000
+    assert took < 15_000
     assert "THE END" in answer_page.evaluate("answer.textContent")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.environments import node_environment, python_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SCRIPTS = Path(__file__).parents[1] / "support" / "clients"
 PYTHON = [
     "openai==3.3.0",
@@ -53,7 +53,7 @@ def ask(tmp_path_factory, address, chat):
 
     def run(program, script):
         command = [program, script, f"{address}v1", chat.status.model]
-        child = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environ)
         assert child.returncode == 0, child.stdout + child.stderr
 
     return run

@@ -262,7 +262,7 @@ def leave(port, path, fields):
     """Ask, and go as soon as there is an answer to one that is streamed."""
     body = json.dumps(fields)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         if fields["stream"]:
             connection.recv(1)

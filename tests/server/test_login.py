@@ -187,7 +187,7 @@ def test_a_file_that_lets_nobody_in_is_told_at_the_start(tmp_path, text, sentenc
 @pytest.mark.slow
 def test_the_start_ends_with_a_sentence_if_the_file_is_not_there(tmp_path):
     command = [sys.executable, "app.py", "--port", "0", "--auth-file", str(tmp_path / "none")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "cannot be read" in done.stderr
     assert "Traceback" not in done.stderr

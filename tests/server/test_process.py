@@ -39,7 +39,7 @@ def end(process, signal_number):
     began = time.monotonic()
     process.send_signal(signal_number)
     said = process.stderr.read()  # ends with the process
-    assert process.wait(timeout=15) == 0, said
+    assert process.wait(timeout=60) == 0, said
     return time.monotonic() - began, said
 
 
@@ -48,13 +48,13 @@ def end(process, signal_number):
 def test_the_server_leaves_quietly_even_while_a_page_is_open(signal_number, tmp_path):
     with (
         process("--model-id", str(tmp_path / "no-such-model")) as (server, address),
-        httpx.stream("GET", f"{address}/gradio_api/heartbeat/somebody", timeout=20) as heartbeat,
+        httpx.stream("GET", f"{address}/gradio_api/heartbeat/somebody", timeout=60) as heartbeat,
     ):
         next(heartbeat.iter_lines())
         while health(address)["status"] != "failed":
             time.sleep(0.1)
         seconds, said = end(server, signal_number)
-    assert seconds < 10
+    assert seconds < 30
     assert "Traceback" not in said
     assert "task(s)" not in said
 
@@ -66,7 +66,7 @@ def test_the_server_leaves_quietly_while_the_model_loads(chat, signal_number):  
         while health(address).get("phase") == "choose":
             time.sleep(0.02)
         seconds, said = end(server, signal_number)
-    assert seconds < 10
+    assert seconds < 30
     assert "Traceback" not in said
     assert "terminate" not in said
 
@@ -79,7 +79,7 @@ def test_a_running_answer_ends_with_the_words_it_has_when_the_server_is_stopped(
         job = Client(address, verbose=False).submit("Write a very long story about the sea.", api_name="/chat")
         words = next(filter(None, job))
         seconds, said = end(server, signal.SIGTERM)
-        assert seconds < 10
+        assert seconds < 30
         assert "Traceback" not in said
         assert job.outputs()[-1].startswith(words)
 

@@ -148,7 +148,7 @@ def test_chromium_that_trusts_the_ca_chats_on_every_host(site, folder, tmp_path)
             page.goto(f"https://{host}:{site}/")
             page.get_by_role("textbox", name="Message").fill("Say hello.")
             page.get_by_role("textbox", name="Message").press("Enter")
-            expect(page.get_by_text("cut off at ‘Max new tokens’")).to_be_visible(timeout=30_000)
+            expect(page.get_by_text("cut off at ‘Max new tokens’")).to_be_visible()
             expect(page.locator(".insecure")).to_have_count(0)
 
 

@@ -20,6 +20,8 @@ SHORT = "Say hello."
 LONG = "Print the first 500 prime numbers."  # the likeliest words of the small model go on for a thousand tokens
 BEGUN = re.compile(r"\w")
 LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
+PATIENCE_MS = 60_000  # a computer may be busy with other things
+expect.set_options(timeout=PATIENCE_MS)
 
 
 def box(page: Page):
@@ -54,7 +56,7 @@ def send(page: Page, text: str) -> None:
 
 def expect_unlocked(page: Page) -> None:
     """Send is back."""
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible(timeout=30_000)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
 
 
@@ -72,6 +74,7 @@ def stop(page: Page) -> None:
 
 
 def open_page(page: Page, address: str) -> Page:
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(address)
     expect(box(page)).to_be_editable()
     return page

@@ -39,7 +39,7 @@ def status(code, body, kind="application/json"):
 
 def silence(connection):
     """Nothing, until the other side has had enough."""
-    connection.settimeout(30)
+    connection.settimeout(60)
     connection.recv(1)
 
 

@@ -47,7 +47,7 @@ def raw(address, **fields):
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}"
     url = urlsplit(address)
-    with socket.create_connection((url.hostname, url.port), timeout=20) as connection:
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
         yield connection
 
@@ -61,7 +61,7 @@ def one_running_one_waiting(http, chat):
             yield lines
 
 
-def freed(chat, within_s=20):
+def freed(chat, within_s=60):
     """Return once nobody runs and nobody waits."""
     deadline = time.monotonic() + within_s
     while chat.occupancy.running or chat.occupancy.waiting:

@@ -28,7 +28,7 @@ def behind(settings, *servers, timeouts=OFTEN, **more):
         assert time.monotonic() - began < 30
 
 
-def wait_until_healthy(model, within_s=20):
+def wait_until_healthy(model, within_s=60):
     """Return once each of its servers is."""
     until(lambda: all(server.healthy for server in model.servers), within_s)
 

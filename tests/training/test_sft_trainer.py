@@ -128,7 +128,7 @@ def answer_of(chat):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # less than five minutes on two quiet cores
+@pytest.mark.timeout(3600)  # less than five minutes on two quiet cores
 def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat, settings, demo):
     before, after = losses_of(demo / "adapter")
     assert after <= before * 2 / 3
