@@ -40,6 +40,12 @@ BOMBS = {
     "too long to read": "**a** " * 60_000,
     "references": "&amp;" * 10_000,
     "addresses": "http://a.b/ www.c a@d.e " * 500,
+    "a table of short rows": "|" + "a|" * 300 + "\n|" + "-|" * 300 + "\n" + "x\n" * 10_000,
+    "digits": "1" * 100_000,
+    "an address without end": "http://a.b/" + ")" * 250_000,
+    "letters before an at sign": "a" * 100_000 + "@" + "a" * 100_000,
+    "marks on a letter": "e" + "\u0301" * 100_000,
+    "many lines": "- x\n" * 75_000,
     "code in one line": "```js\n" + "a(" * 20_000 + "\n```",
 }
 

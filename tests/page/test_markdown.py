@@ -73,6 +73,12 @@ def test_a_line_break_in_a_poem_is_kept(answer_page):
     assert show(answer_page, "Roses are red,\nviolets are blue.").inner_text() == "Roses are red,\nviolets are blue."
 
 
+@pytest.mark.parametrize("before", ["word " * 99, "字" * 495, "word, " * 83], ids=["words", "Chinese", "commas"])
+def test_an_address_far_into_a_paragraph_is_a_link(answer_page, before):
+    shown = show(answer_page, f"{before}https://a.example/path and so on")
+    expect(shown.get_by_role("link", name="https://a.example/path", exact=True)).to_be_visible()
+
+
 @pytest.mark.parametrize(
     "formula", ["$x^2$", "\\(x^2\\)", "\\[x^2\\]", "$$x^2$$", "$$\nx^2\n\n+1\n$$", "\\[\nx^2\n\\]"]
 )

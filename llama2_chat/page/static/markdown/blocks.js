@@ -2,10 +2,11 @@
 // or table, all items or rows but the last two are. What is finished is read once more at the very end, as a whole, so
 // that a streamed answer always ends as the same nodes as one that is shown at once.
 
-import { lex } from "./lexer.js";
+import { asWritten, lex } from "./lexer.js";
 import { count, show } from "./nodes.js";
 
 const MAX_LENGTH = 300_000; // characters; beyond, a text is shown as it was written
+const MAX_LINES = 10_000; // the same; each makes an element or two
 const OPEN_PARTS = 2; // of a list or table: the next line may still belong to the last item, the one before may get a blank line
 
 export class Blocks {
@@ -17,7 +18,8 @@ export class Blocks {
 
   /** Shows a text so far; done: it is whole. */
   show(text, done) {
-    if (done || text.length > MAX_LENGTH || !text.startsWith(this.text)) this.#forget();
+    this.tooMuch = text.length > MAX_LENGTH || hasMoreLines(text, MAX_LINES);
+    if (done || this.tooMuch || !text.startsWith(this.text)) this.#forget();
     this.text = text;
     const { tokens, links } = this.#lex(text, done);
     const relink = this.#adopt(links, tokens, done);
@@ -38,7 +40,7 @@ export class Blocks {
   }
 
   #lex(text, done) {
-    if (text.length > MAX_LENGTH) return { tokens: [{ type: "html", block: true, raw: text, text }], links: {} };
+    if (this.tooMuch) return { tokens: [asWritten(text)], links: {} };
     const head = this.part?.head ?? "";
     const lexed = lex(head + text.slice(this.offset), { links: this.links, open: !done });
     const [first] = lexed.tokens;
@@ -118,4 +120,10 @@ function firstOpen(tokens) {
 function lengthOf(tokens, text) {
   const raw = tokens.map((token) => token.raw).join("");
   return text.startsWith(raw) ? raw.length : -1;
+}
+
+function hasMoreLines(text, most) {
+  let lines = 1;
+  for (let place = text.indexOf("\n"); place >= 0 && lines <= most; place = text.indexOf("\n", place + 1)) lines++;
+  return lines > most;
 }

@@ -14,6 +14,11 @@ const text = {
   update: ({ node }, token) => grow(node, words(token)),
 };
 
+const longText = {
+  make: (token) => ({ node: h("span", {}, ...inPieces(words(token))) }),
+  update: ({ node }, token) => node.replaceChildren(...inPieces(words(token))),
+};
+
 const paragraph = {
   make: (token, context) => ({ node: h("p", direction(context)) }),
   children: (token) => token.tokens,
@@ -39,8 +44,11 @@ const picture = {
 };
 
 const htmlBlock = {
-  make: (token) => ({ node: h("div", { class: "html", dir: "auto" }, token.text) }),
-  update: ({ node }, token) => grow(node.firstChild, token.text),
+  make: (token) => ({ node: h("div", { class: "html", dir: "auto" }, ...inPieces(token.text)) }),
+  update: ({ node }, { text }) => {
+    if (node.childNodes.length === 1 && !ENDLESS_WORD.test(text)) grow(node.firstChild, text);
+    else node.replaceChildren(...inPieces(text));
+  },
 };
 
 const inline = (name) => ({ make: () => ({ node: h(name) }), children: (token) => token.tokens });
@@ -143,7 +151,8 @@ export const KINDS = {
 export function kindOf(token, { inLink }) {
   const { type } = token;
   if (type === "space" || type === "def") return null;
-  if (type === "text") return token.tokens ? paragraph : text;
+  if (type === "text" && !token.tokens) return ENDLESS_WORD.test(token.raw) ? longText : text;
+  if (type === "text") return paragraph;
   if (type === "html") return token.block ? htmlBlock : text;
   if (type === "link") return safeLink(token.href) ? link : text;
   if (type === "image" && safeImage(token.href)) return picture;
@@ -159,6 +168,11 @@ function words({ type, escaped, text: said, raw }) {
 
 // Without the line break before the closing fence, which marked keeps where the line above is blank.
 const codeOf = ({ text }) => text.replace(/\n$/, "");
+
+// A browser's time to break thousands of digits into lines grows with their square, unless they are several nodes.
+const ENDLESS_WORD = /(?<!\S)\S{1000}/;
+
+const inPieces = (text) => (ENDLESS_WORD.test(text) ? text.match(/[^]{1,1000}/gu) : [text]);
 
 /** Appends where it can: a selection in the text before stays. */
 function grow(node, text) {

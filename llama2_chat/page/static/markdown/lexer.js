@@ -1,7 +1,7 @@
 // From Markdown to tokens: marked's, with mathematics, footnotes and <think> besides, and with bounds on what it takes.
 // Nothing here knows the page.
 
-import { Lexer, Marked } from "../vendor/marked/marked.esm.js";
+import { Lexer, Marked, Tokenizer } from "../vendor/marked/marked.esm.js";
 
 // Beyond these, text is shown as it was written. Answers nest three or four levels; marked's own effort grows with
 // the square of the depth, and its stack ends at some thousand levels.
@@ -9,8 +9,15 @@ const MAX_BLOCK_DEPTH = 16;
 const MAX_INLINE_DEPTH = 8;
 // Characters in one paragraph that may begin something: each makes marked look through the rest of it.
 const MAX_MARKS = 4000;
-const MARK = /[*_~`[<$\\@]/g;
+const MARK = /[*_~`[<$\\@\n]/g;
 const MAX_FORMULA = 4000;
+// Of a table: a row of one letter gets as many cells as the head has, so that few letters make millions.
+const MAX_CELLS = 20_000;
+const ENDLESS = /^[^\s<]{2000}/; // no address is so long, and marked's time grows with the square of it
+// Text is read in pieces: marked looks from each letter through the rest of it for the @ of an address. A piece ends
+// where no address can be, if there is such a place.
+const PIECE = 500;
+const PIECE_OF = /^[^]{0,500}[^!-~]/;
 // A browser shows one space for them, and marked's time grows with their square.
 const MANY_SPACES = / {64,}/g;
 const SPACES = " ".repeat(64);
@@ -24,7 +31,7 @@ const MATHS = /\$|\\[([]/;
  * @returns {{tokens: object[], links: Record<string, {href: string, title: string}>}}
  */
 export function lex(text, { links = {}, open = false } = {}) {
-  const lexer = new BoundedLexer({ ...MARKED.defaults, tokenizer: null });
+  const lexer = new BoundedLexer({ ...MARKED.defaults, tokenizer: new BoundedTokenizer() });
   lexer.open = open;
   Object.assign(lexer.tokens.links, links);
   return { tokens: lexer.lex(text), links: lexer.tokens.links };
@@ -64,7 +71,29 @@ class BoundedLexer extends Lexer {
   }
 }
 
-const plain = (text) => ({ type: "text", raw: text, text, escaped: true });
+class BoundedTokenizer extends Tokenizer {
+  table(text) {
+    const underline = /^[^\n]*\n([ |:-]+)(?:\n|$)/.exec(text)?.[1];
+    if (!underline?.includes("-")) return undefined;
+    const end = text.indexOf("\n\n");
+    const whole = end < 0 ? text : text.slice(0, end);
+    const cells = underline.split("|").length * whole.split("\n").length;
+    return cells > MAX_CELLS ? asWritten(whole) : super.table(text);
+  }
+
+  url(text) {
+    return ENDLESS.test(text) ? undefined : super.url(text);
+  }
+
+  inlineText(text) {
+    return super.inlineText(text.length > PIECE ? (PIECE_OF.exec(text)?.[0] ?? text.slice(0, PIECE)) : text);
+  }
+}
+
+/** A token that is shown as it was written, with all its lines. */
+export const asWritten = (text) => ({ type: "html", block: true, raw: text, text });
+
+const plain = (text) => (text.includes("\n") ? asWritten(text) : { type: "text", raw: text, text, escaped: true });
 
 const marks = (text) => text.match(MARK)?.length ?? 0;
 
