@@ -13,4 +13,7 @@ overfitting  from curves and losses to a sentence
 results      everything that was found, as evaluation.json
 report       the same as a page of Markdown
 figure       and as a figure
+
+Of other things than a model's training: agent_rates and calculator_attacks, which scripts/evaluate_agent.py calls;
+retrieval and document_*, which scripts/evaluate_documents.py calls through document_evaluation.
 """

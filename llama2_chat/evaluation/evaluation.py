@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2_chat.errors import ChatError
 from llama2_chat.evaluation import eval_data, harness, judging, questions, report
+from llama2_chat.evaluation.folder import make_folder
 from llama2_chat.evaluation.losses import measure
 from llama2_chat.evaluation.options import Options
 from llama2_chat.evaluation.results import Finetuned, Results
@@ -68,16 +68,6 @@ def _fetch_tasks(names: Sequence[str]) -> tuple[list[Any], list[str]]:
         return [], []
     print(f"Fetching the questions of {', '.join(names)} ...", flush=True)
     return harness.find_tasks(names)
-
-
-def make_folder(folder: Path) -> None:
-    """Raise ChatError now, rather than after hours, if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ChatError(f"Nothing can be written to {folder} ({error.strerror}). Give another --output_dir.") from error
 
 
 def find_finetuned(subjects: list[Subject], run: Run) -> list[Finetuned]:
