@@ -37,6 +37,7 @@ from llama2_chat.agent import McpTools, Tool, read_mcp_servers
 from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
+from llama2_chat.presets import NO_PRESETS, Presets, read_presets
 from llama2_chat.server.connections import Listener, room_for_connections
 from llama2_chat.server.head import HeadAsGet
 from llama2_chat.server.health import health_router
@@ -60,12 +61,13 @@ def main() -> int:
         context = server_context(certificate) if settings.https else None
         users = login.read_users(settings.auth_file) if settings.auth_file else None
         mcp_tools = McpTools(read_mcp_servers(settings.mcp_servers)) if settings.mcp_servers else None
+        presets = read_presets(settings.presets) if settings.presets else NO_PRESETS
         listener = open_listener(settings)
     except ChatError as error:
         log.error("%s", error.detail)
         return 1
     chat = make_backend(settings)
-    app = create_app(chat, settings, users, certificate().hosts if context else (), mcp_tools or ())
+    app = create_app(chat, settings, users, certificate().hosts if context else (), mcp_tools or (), presets)
     server = make_server(app, chat, settings, context)
     announce(settings, listener, certificate() if context else None)
     # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
@@ -119,10 +121,11 @@ def create_app(
     users: login.Users | None = None,
     certificate_hosts: Iterable[str] = (),
     more_tools: Iterable[Tool] = (),
+    presets: Presets = NO_PRESETS,
 ) -> FastAPI:
     """The whole site: the page at /, the API and health beside it. The chat may still be loading.
 
-    more_tools: that visitors may let the model use, beside the page's own.
+    more_tools: that visitors may let the model use, and presets: that they may start from, beside the page's own.
     """
     library = Library(settings.documents_dir) if settings.documents else None
 
@@ -152,7 +155,7 @@ def create_app(
             # No file name: with one, an iPhone would save it and not offer to install it.
             return FileResponse(CERTS / "ca.crt", media_type="application/x-x509-ca-cert")
 
-    return add_page(app, chat, settings, users, limiter, metrics, more_tools, library)
+    return add_page(app, chat, settings, users, limiter, metrics, more_tools, library, presets)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from llama2_chat.types import Message
 MOST_EXAMPLES = 20
 LONGEST_NAME = 60  # characters
 FORMAT, VERSION = "llama2-chat-presets", 1  # of the files that the page exports
+REMEDY = "Correct the file, or start without PRESETS."
 VARIABLE = re.compile(r"\{\{ *(\w+) *\}\}")
 VARIABLES: Mapping[str, Callable[[date], str]] = {"today": written_day}
 
@@ -98,19 +99,22 @@ class Presets:
     default: Preset | None = None
 
 
+NO_PRESETS = Presets()
+
+
 def read_presets(path: Path) -> Presets:
-    """What the file holds. Raises ChatError, with one sentence, for a file that makes no sense."""
+    """What the file holds. Raises ChatError, with what to do, for a file that makes no sense."""
     named = f"PRESETS {quoted(path)}"
     try:
         read = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
-        raise ChatError(f"{named} cannot be read: {os.strerror(error.errno or 0)}.") from error
+        raise ChatError(f"{named} cannot be read: {os.strerror(error.errno or 0)}. {REMEDY}") from error
     except (ValueError, RecursionError) as error:
-        raise ChatError(f"{named} is not JSON: {error!s:.100}.") from error
+        raise ChatError(f"{named} is not JSON: {error!s:.100}. {REMEDY}") from error
     try:
         return _presets(read)
     except _Wrong as error:
-        raise ChatError(f"{named}: {error}") from error
+        raise ChatError(f"{named}: {error} {REMEDY}") from error
 
 
 class _Wrong(Exception):

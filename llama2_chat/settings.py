@@ -31,6 +31,7 @@ OPTIONAL = {
     "keyfile": Path,
     "auth_file": Path,
     "mcp_servers": Path,
+    "presets": Path,
     "max_batch": int,
     "body_limit_mb": float,
     "client_limit": int,
@@ -84,6 +85,9 @@ class Settings:
     )
     mcp_servers: Path | None = _knob(
         None, "MCP_SERVERS", 'a file of MCP servers, whose tools the model may use too: {"mcpServers": {...}}'
+    )
+    presets: Path | None = _knob(
+        None, "PRESETS", 'a file of presets that visitors can start from beside the page\'s own: {"presets": [...]}'
     )
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
@@ -275,7 +279,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """What the flags gave, with the secrets and what follows from other knobs."""
-    for name in ("cache_dir", "documents_dir", "history_dir", "certfile", "keyfile", "auth_file", "mcp_servers"):
+    files = [name for name, kind in OPTIONAL.items() if kind is Path]
+    for name in ("cache_dir", "documents_dir", "history_dir", *files):
         if values[name] is not None:
             values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
     api_keys = _split(environ.get("API_KEY", ""))

@@ -25,10 +25,12 @@ from llama2_chat.page.answering import Answering
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
 from llama2_chat.page.history import Histories
 from llama2_chat.page.log_in import login_router
+from llama2_chat.page.presets import first_preset
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
 from llama2_chat.page.routes import page_router
 from llama2_chat.page.sessions import Sessions
 from llama2_chat.page.visitors import Visitors
+from llama2_chat.presets import NO_PRESETS, Presets
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.login import Users
 from llama2_chat.server.metrics import Metrics
@@ -48,6 +50,7 @@ STYLES = (
     "steps.css",
     "documents.css",
     "settings.css",
+    "start.css",
     "login.css",
     "completing.css",
     "forced_colors.css",
@@ -75,14 +78,17 @@ def add_page(
     metrics: Metrics,
     more_tools: Iterable[Tool] = (),
     library: Library | None = None,
+    presets: Presets = NO_PRESETS,
 ) -> FastAPI:
     """The app, with the page at / of it and what its code asks for under /page; behind a login, if there are users.
 
     more_tools: beside the clock and the calculator; which they are may change. library: of documents, if there are any.
+    presets: the operator's.
     """
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
     tools = _Tools((Clock(), Calculator()), more_tools) if settings.tools else ()
-    page = build_page(settings.sampling, make_reply(answering, listeners, tools), has_tools=settings.tools)
+    reply, first = make_reply(answering, listeners, tools), first_preset(presets)
+    page = build_page(settings.sampling, reply, has_tools=settings.tools, system_prompt=first.system_prompt)
     page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
     page._queue.sleep_when_free = 0.05  # seconds; Gradio would look for work a thousand times a second
@@ -115,7 +121,7 @@ def add_page(
         app.include_router(login_router(users, visitors))
         users.on_change = visitors.end_sessions
     histories = Histories(settings.history_dir) if settings.history == "server" else None
-    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library, histories))
+    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library, histories, presets))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app
@@ -131,11 +137,13 @@ class _Tools:
         return itertools.chain.from_iterable(self._parts)
 
 
-def build_page(defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool) -> gr.Blocks:
+def build_page(
+    defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool, system_prompt: str = wording.SYSTEM_PROMPT
+) -> gr.Blocks:
     """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
     with TextBlocks(title=wording.TITLE, analytics_enabled=False, fill_width=True) as page:
         with gr.Column(elem_id="settings"):
-            settings = [*_settings(defaults), *(_tool_settings() if has_tools else ())]
+            settings = [*_settings(defaults, system_prompt), *(_tool_settings() if has_tools else ())]
         with gr.Column(visible=False):
             ProgramChat(
                 reply,
@@ -150,7 +158,7 @@ def build_page(defaults: SamplingParams, reply: ReplyFunction, *, has_tools: boo
     return page
 
 
-def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
+def _settings(defaults: SamplingParams, system_prompt: str) -> list[gr.components.Component]:
     """In the order in which reply() takes them. static/settings.js keeps them in the browser."""
 
     def slider(name: str, label: str, info: str, step: float) -> gr.Slider:
@@ -161,10 +169,10 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
         value = getattr(defaults, name)
         return gr.Slider(lowest, high, value, step=step, label=label, info=info, elem_id=f"setting-{name}")
 
-    system_prompt = gr.Textbox(
-        wording.SYSTEM_PROMPT,
+    prompt = gr.Textbox(
+        system_prompt,
         label="System prompt",
-        info="Instructions for the whole conversation; may be empty.",
+        info="Instructions for all chats without a preset; may be empty.",
         lines=4,
         elem_id="setting-system_prompt",
     )
@@ -184,7 +192,7 @@ def _settings(defaults: SamplingParams) -> list[gr.components.Component]:
     )
     for number in numbers:
         _leave_checks_to_us(number)
-    return [system_prompt, *numbers, seed]
+    return [prompt, *numbers, seed]
 
 
 def _tool_settings() -> list[gr.components.Component]:

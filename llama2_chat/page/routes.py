@@ -28,9 +28,10 @@ from llama2_chat.page.answers import Answer, Answers
 from llama2_chat.page.confirming import Confirming
 from llama2_chat.page.history import Histories
 from llama2_chat.page.history_routes import LIMITS, add_history_routes
+from llama2_chat.page.presets import first_preset, shown, start_of
 from llama2_chat.page.programs import parsed_memory, parsed_seed
 from llama2_chat.page.visitors import Visitors
-from llama2_chat.presets import MOST_EXAMPLES, Example, Guidance, filled
+from llama2_chat.presets import MOST_EXAMPLES, NO_PRESETS, Example, Guidance, Presets, filled
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.errors import ApiError, as_api_error, error_response
 from llama2_chat.server.files import add_file_routes
@@ -185,19 +186,20 @@ def page_router(
     tools: Iterable[Tool] = (),
     library: Library | None = None,
     histories: Histories | None = None,
+    presets: Presets = NO_PRESETS,
 ) -> APIRouter:
     """defaults: where the page's controls stand at first. tools: that visitors may let the model use; which they
     are may change. library: where documents are; None for none at all. histories: of logins; None where only browsers
-    keep conversations."""
+    keep conversations. presets: the operator's."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
     async def state(request: Request) -> Response:
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
         limits = {"largest": MAX_FILE_BYTES, "most": MAX_NAMED_DOCUMENTS, "kept": wording.kept(visitors.has_login)}
-        shown = _state(chat, defaults, has_tools=any(True for _ in tools))
+        model = _state(chat, defaults, presets, has_tools=any(True for _ in tools))
         kept = {"documents": limits if library else None, "history": LIMITS if histories else None}
-        response = JSONResponse({**shown, **login, **kept})
+        response = JSONResponse({**model, **login, **kept})
         visitors.remember(request, response)
         return response
 
@@ -291,7 +293,7 @@ def _stream(answer: Answer) -> Response:
     return StreamingResponse(answer.lines(), media_type="application/x-ndjson", headers=headers)
 
 
-def _state(chat: ChatBackend, defaults: SamplingParams, *, has_tools: bool) -> dict[str, Any]:
+def _state(chat: ChatBackend, defaults: SamplingParams, presets: Presets, *, has_tools: bool) -> dict[str, Any]:
     """What the page shows of the model, and what it may ask for."""
     status, chats = chat.status, chat.capabilities.chats
     return {
@@ -305,7 +307,7 @@ def _state(chat: ChatBackend, defaults: SamplingParams, *, has_tools: bool) -> d
         "countsTokens": chat.capabilities.counts_tokens,
         "changes": chat.capabilities.can_fail_over,
         "defaults": {
-            "systemPrompt": wording.SYSTEM_PROMPT,
+            **start_of(first_preset(presets)),
             "maxNewTokens": defaults.max_new_tokens,
             "temperature": defaults.temperature,
             "topP": defaults.top_p,
@@ -315,5 +317,5 @@ def _state(chat: ChatBackend, defaults: SamplingParams, *, has_tools: bool) -> d
             "seed": "" if defaults.seed is None else str(defaults.seed),
             **({"useTools": False, "toolsMemory": MEMORY} if has_tools else {}),
         },
-        "prompts": {"meta": wording.META_SYSTEM_PROMPT, "short": wording.SYSTEM_PROMPT},
+        "presets": shown(presets),
     }

@@ -60,6 +60,7 @@ PROBES = {
     "certificate": Probe(probes.probe_certificate, 30),
     "access": Probe(probes.probe_access, 15),
     "tools": Probe(probes.probe_tools, 15),
+    "presets": Probe(probes.probe_presets, 15),
     "guard": Probe(probes.probe_guard, 60, if_late=NETWORK),
 }
 # For a model that is loaded by the start.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
+from llama2_chat.presets import read_presets
 from llama2_chat.server.listen import open_listener
 from llama2_chat.settings import Settings
 
@@ -219,6 +220,15 @@ def probe_tools(start: PlannedStart) -> str:
     specs = read_mcp_servers(path)
     McpTools(specs)
     return f"MCP servers, which are not started here: {', '.join(spec.name for spec in specs)}"
+
+
+def probe_presets(start: PlannedStart) -> str:
+    path = start.settings.presets
+    if not path:
+        raise NotApplicable("no PRESETS, so visitors have the page's own and theirs")
+    presets = read_presets(path)
+    first = f", and conversations start with {presets.default.name}" if presets.default else ""
+    return f"{', '.join(preset.name for preset in presets.all)}{first}"
 
 
 def probe_guard(start: PlannedStart) -> str:

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from playwright.sync_api import Page, expect
 
-from llama2_chat.page.wording import META_SYSTEM_PROMPT
 from llama2_chat.server import login
 from llama2_chat.types import Status
 from tests.support.axe import assert_accessible
@@ -205,14 +204,6 @@ def test_the_longest_answer_starts_within_a_small_window(visit, perform):
     page = visit(perform(chat))
     open_settings(page)
     expect(page.get_by_role("spinbutton", name="Max new tokens")).to_have_value("256")
-
-
-@pytest.mark.slow
-def test_metas_system_prompt_is_one_click_away(visit, site):
-    page = visit(site)
-    open_settings(page)
-    page.get_by_role("button", name="Use Meta’s prompt of 2023").click()
-    expect(page.get_by_role("textbox", name="System prompt")).to_have_value(META_SYSTEM_PROMPT)
 
 
 @contextmanager

@@ -603,6 +603,16 @@ def test_who_may_ask_is_told_without_a_secret(tmp_path):
     assert run_probe("access", PlannedStart(Settings())).ok is None
 
 
+def test_presets_are_named_and_a_file_that_makes_no_sense_is_told_as_the_start_tells_it(tmp_path):
+    path = tmp_path / "presets.json"
+    path.write_text('{"presets": [{"name": "A"}, {"name": "B"}], "default": "B"}')
+    found = run_probe("presets", PlannedStart(Settings(presets=path))).detail
+    assert found == "A, B, and conversations start with B"
+    path.write_text('{"presets": [{}]}')
+    assert "preset 1 needs a name" in bad("presets", presets=path).detail
+    assert run_probe("presets", PlannedStart(Settings())).ok is None
+
+
 def test_the_flags_of_the_start_are_the_flags_of_the_check(tmp_path, fake):
     path = fake("torch", "raise ImportError('not needed here')")
     done = start_check("--json", "--https", "--certfile", str(tmp_path / "none.crt"), PYTHONPATH=path)

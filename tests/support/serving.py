@@ -10,6 +10,7 @@ from dataclasses import replace
 import uvicorn
 
 from llama2_chat.engine.model_runner import CPU_BATCH
+from llama2_chat.presets import NO_PRESETS
 from llama2_chat.server.connections import Loop
 from llama2_chat.server.listen import server_config
 
@@ -72,12 +73,12 @@ def listening(build):
 
 
 @contextmanager
-def serving(chat, settings, users=None, port=0):
+def serving(chat, settings, users=None, port=0, presets=NO_PRESETS):
     """The address of a server for this chat, in a thread; on any free port, unless one is named."""
     from app import create_app  # Gradio takes seconds to import, and most tests do without
 
     def build():  # without a running loop, Gradio would make loops of its own and never close them
-        return server_config(create_app(chat, settings, users), settings, port=port)
+        return server_config(create_app(chat, settings, users, presets=presets), settings, port=port)
 
     with listening(build) as port:
         yield f"http://127.0.0.1:{port}/"

@@ -3,11 +3,18 @@
 
 import { turnsOf } from "./answers.js";
 import { toast } from "./dialog.js";
+import { today } from "./files.js";
 import { offerBox } from "./focus.js";
+import { withoutBlanks } from "./presets.js";
 import { Reading, talkOf } from "./reading.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, pathTo, siblings, titleOf } from "./tree.js";
+
+/** What is asked with in this conversation. day: the visitor's, for what the prompt says of it */
+export function settingsOf({ start }, settings, day = today()) {
+  return { ...settings, ...(start && withoutBlanks(start)), today: day };
+}
 
 export function newSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
@@ -55,6 +62,7 @@ export class Asking extends Reading {
     if (!isNew) return;
     this.hooks.onDraft("");
     this.hooks.onDraftDocuments([]);
+    this.hooks.onDraftStart(null);
   }
 
   async _keepQueue({ conversation, queued }) {
@@ -92,7 +100,7 @@ export class Asking extends Reading {
   async _ensureConversation(talk, text) {
     if (talk.conversation) return;
     const now = Date.now();
-    const kind = { renamed: false, pinned: false, ...(talk.documents.length && { documents: talk.documents }) };
+    const kind = { renamed: false, pinned: false, ...(talk.documents.length && { documents: talk.documents }), ...(talk.start && { start: talk.start }) };
     talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
     if (talk === this.talk) this.hooks.onOpened(talk.conversation); // a reload at this moment comes back to it
     await this.store.putConversation(talk.conversation);
@@ -112,7 +120,7 @@ export class Asking extends Reading {
     await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  async _answer(talk, question, { seed, settings = this.settings.readFirst(), documents = talk.documents } = {}) {
+  async _answer(talk, question, { seed, settings = settingsOf(talk, this.settings.readFirst()), documents = talk.documents } = {}) {
     const first = seed ?? (settings.seed === "" ? newSeed() : settings.seed);
     const about = this.documents.known(documents);
     const asked = { answerId: newId(), unasked: true, settings, seed: first, ...(about.length && { documents: about }) };
@@ -191,7 +199,7 @@ export class Asking extends Reading {
     this.talk.queued = null;
     if (!left.length) {
       await this.store.deleteConversation(conversationId);
-      this.startNew(draft, this.talk.documents);
+      this.startNew(draft, this.talk.documents, this.talk.start);
       return;
     }
     gone.forEach((id) => this.talk.messages.delete(id));

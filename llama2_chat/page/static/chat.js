@@ -1,7 +1,7 @@
 // The open conversation: which it is, and what a visitor does in it. How an answer comes about is told in asking.js.
 
 import { confirm, stop } from "./answers.js";
-import { Asking, explain, newSeed } from "./asking.js";
+import { Asking, explain, newSeed, settingsOf } from "./asking.js";
 import { ContextWindow } from "./context_window.js";
 import { toast } from "./dialog.js";
 import { Drafts, setText } from "./drafts.js";
@@ -13,8 +13,8 @@ import { leafBelow, leafToShow, siblings } from "./tree.js";
 
 export class Chat extends Asking {
   /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) and newDraft() of a
-   *   conversation that has not begun, onDraftDocuments(ids) and newDocuments() of what it is about, onTitle(conversation)
-   *   when it has another, state() what the server says of its model */
+   *   conversation that has not begun, onDraftDocuments(ids) and newDocuments() of what it is about, onDraftStart(start) and
+   *   newStart() of how it starts, onTitle(conversation) when it has another, state() what the server says of its model */
   constructor(parts) {
     super(parts);
     const { store, settings, composer, hooks } = parts;
@@ -65,11 +65,12 @@ export class Chat extends Asking {
     this.count();
   }
 
-  startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments()) {
+  startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments(), start = this.hooks.newStart()) {
     this.drafts.flush();
-    this.talk = { ...emptyTalk(), documents };
+    this.talk = { ...emptyTalk(), documents, start };
     if (draft) this.hooks.onDraft(draft);
     this.hooks.onDraftDocuments(documents);
+    this.hooks.onDraftStart(start);
     this.composer.text = draft;
     this.render();
     this.hooks.onOpened(null);
@@ -106,6 +107,14 @@ export class Chat extends Asking {
     if (id) await this.store.updateConversation(id, (kept) => (kept.documents = change(kept.documents ?? [])));
   }
 
+  /** How the open conversation starts from now on; null as the settings say for all. */
+  async chooseStart(start) {
+    this.talk.start = start;
+    this.count();
+    if (!this.id) return this.hooks.onDraftStart(start);
+    await this.store.updateConversation(this.id, (kept) => (start ? (kept.start = start) : delete kept.start));
+  }
+
   /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
   async queue(waits) {
     const { talk } = this;
@@ -124,11 +133,11 @@ export class Chat extends Asking {
   }
 
   async retry(message) {
-    await this._answerAgain(message, { seed: newSeed(), settings: this.settings.read() });
+    await this._answerAgain(message, { seed: newSeed(), settings: settingsOf(this.talk, this.settings.read()) });
   }
 
   async sameAgain(message) {
-    const settings = { ...this.settings.defaults, ...message.settings, seed: String(message.end.seed) };
+    const settings = { ...this.settings.defaults, examples: [], reminder: "", ...message.settings, seed: String(message.end.seed) };
     await this._answerAgain(message, { seed: message.end.seed, settings, documents: message.documents ?? [] });
   }
 
@@ -157,7 +166,8 @@ export class Chat extends Asking {
     const { talk } = this;
     const { end, ...open } = message;
     const begun = { ...open, answerId: newId(), seed: end.seed };
-    const settings = { ...this.settings.read(), useTools: Boolean(message.settings?.useTools) };
+    const now = settingsOf(talk, this.settings.read(), message.settings?.today);
+    const settings = { ...now, useTools: Boolean(message.settings?.useTools) };
     await this._begin(talk, () => this._run(talk, begun, { seed: newSeed(), settings }));
   }
 
@@ -209,7 +219,8 @@ export class Chat extends Asking {
   /** Count the conversation, with what stands in the box, once typing pauses. */
   count() {
     if (this.closed) return;
-    this.window.count(() => [this.path, this.composer.text, this.documents.known(this.talk.documents)]);
+    const settings = () => settingsOf(this.talk, this.settings.read());
+    this.window.count(() => [this.path, this.composer.text, this.documents.known(this.talk.documents), settings()]);
   }
 
   render() {
@@ -221,6 +232,7 @@ export class Chat extends Asking {
     });
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
     this.documents.show(this.talk.documents);
+    this.start.show(this.talk.start);
     const running = this._runningHere();
     if (this.doing.has(running?.id)) this._show(running); // it may be new on the page
     const isRunning = this._isBusy(this.talk);
@@ -238,6 +250,7 @@ export class Chat extends Asking {
       this.hooks.onTitle(conversation);
     }
     if (conversation?.documents) this._chosenElsewhere(conversation.documents);
+    if (conversation && !here) this._startsElsewhere(conversation.start ?? null);
     if (here) return;
     if (!conversation) return void this.startNew(this.composer.text);
     await this._reread(conversation, kind === "message" ? id : null);
@@ -247,6 +260,13 @@ export class Chat extends Asking {
   _chosenElsewhere(documents) {
     if (String(documents) === String(this.talk.documents)) return;
     this.talk.documents = documents;
+    this.render();
+    this.count();
+  }
+
+  _startsElsewhere(start) {
+    if (JSON.stringify(start) === JSON.stringify(this.talk.start)) return;
+    this.talk.start = start;
     this.render();
     this.count();
   }

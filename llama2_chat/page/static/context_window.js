@@ -11,7 +11,7 @@ export class ContextWindow {
     this.fitted = null;
   }
 
-  /** @param read () => [path, draft, documents], asked once typing pauses: the messages, what stands in the box, and ids */
+  /** @param read () => [path, draft, documents, settings], asked once typing pauses: the messages, what stands in the box, and ids */
   count(read) {
     this._show(); // the settings may have changed
     clearTimeout(this.timer);
@@ -29,14 +29,14 @@ export class ContextWindow {
     return dropped < length ? dropped : 0;
   }
 
-  async _count(path, draft, documents) {
+  async _count(path, draft, documents, settings) {
     if (!this.state().countsTokens) return;
     const turns = turnsOf(path);
     if (draft.trim() || turns.at(-1)?.role !== "user") turns.push({ role: "user", content: draft.trim() || "…" });
     this.counting?.abort();
     this.counting = new AbortController();
     try {
-      this.fitted = await fit({ messages: turns, settings: this.settings.read(), ...(documents.length && { documents }) }, this.counting.signal);
+      this.fitted = await fit({ messages: turns, settings, ...(documents.length && { documents }) }, this.counting.signal);
     } catch {
       return; // a newer count is on its way, or the line is down
     }

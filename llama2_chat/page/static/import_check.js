@@ -1,6 +1,8 @@
 // What a record of an imported file may be. A file comes from anywhere: each field that the page reads is checked here,
 // so that the rest of the page can trust every record in the store. Fields of a later page pass if they are plain values.
 
+import { isStart, startOf } from "./presets.js";
+
 const is = {
   id: (value) => typeof value === "string" && /^[0-9a-f]{32}$/.test(value),
   text: (value) => typeof value === "string",
@@ -13,6 +15,8 @@ const is = {
   time: (value) => Number.isFinite(value) && value >= 0 && value <= 8.64e15, // as far as Date goes, in milliseconds
   texts: (value) => typeof value === "object" && Object.entries(value).every(([id, text]) => is.id(id) && is.text(text)),
   documents: (value) => Array.isArray(value) && value.length <= 500 && value.every((id) => /^file-[0-9a-f]{24}$/.test(id)),
+  examples: (value) => isStart({ systemPrompt: "", examples: value, reminder: "" }),
+  day: (value) => typeof value === "string" && /^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$/.test(value),
   role: (value) => value === "user" || value === "assistant",
   reason: (value) => ["stop", "length", "cancelled", "unread", "error", "interrupted"].includes(value),
 };
@@ -30,11 +34,15 @@ const CONVERSATION = {
   draft: optional(is.text),
   editing: optional(is.texts),
   documents: optional(is.documents),
+  start: optional(isStart),
 };
 
 // As they were typed: the server refuses what is no number with a sentence.
 const SETTINGS = {
   systemPrompt: optional(is.text),
+  examples: optional(is.examples),
+  reminder: optional(is.text),
+  today: optional(is.day),
   maxNewTokens: optional(is.typed),
   temperature: optional(is.typed),
   topP: optional(is.typed),
@@ -96,7 +104,9 @@ const MESSAGE = {
 
 /** @returns {object | null} a copy of a conversation without its messages; null if one of its fields makes no sense */
 export function checkConversation(value) {
-  return withoutNulls(checked(value, CONVERSATION), ["queuedAfter"]);
+  const conversation = withoutNulls(checked(value, CONVERSATION), ["queuedAfter"]);
+  if (conversation?.start) conversation.start = startOf(conversation.start);
+  return conversation;
 }
 
 /** @returns {object | null} as checkConversation, for a message of this conversation */
@@ -104,10 +114,14 @@ export function checkMessage(value, conversationId) {
   const message = withoutNulls(checked(value, MESSAGE), ["unasked"]);
   if (message?.conversationId !== conversationId) return null;
   if (message.end) message.end = checked(message.end, END);
-  if (message.settings) message.settings = checked(message.settings, SETTINGS);
+  if (message.settings) message.settings = asSettings(checked(message.settings, SETTINGS));
   if (message.steps) message.steps = message.steps.map(asStep);
   if (message.sources) message.sources = message.sources.map((source) => checked(source, SOURCE));
   return message;
+}
+
+function asSettings({ examples, ...settings }) {
+  return examples ? { ...settings, examples: startOf({ examples }).examples } : settings;
 }
 
 /** As the server takes it, which knows no other fields. */

@@ -12,14 +12,17 @@ import { startGradio } from "./gradio.js";
 import { keepOfTab, keptOfTab } from "./kept.js";
 import { addShortcuts, leaveCompositionsAlone } from "./keys.js";
 import { completeLogin } from "./login.js";
+import { isStart, Presets, startOf } from "./presets.js";
 import { ofProfile } from "./profile.js";
 import { Settings } from "./settings.js";
 import { makeSidebar } from "./sidebar.js";
+import { Start } from "./start.js";
 import { openStore } from "./store.js";
 import { T } from "./texts.js";
 import { Transcript } from "./transcript.js";
 
 const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
+const DRAFT_START = "llama2-chat.draft-start"; // how it starts, if not as the settings say for all
 const DRAFT_DOCUMENTS = "llama2-chat.draft-documents"; // that it is about: their ids
 
 /** What the server says of its model and this visitor; null where nobody has logged in. */
@@ -61,8 +64,16 @@ async function start() {
   let store = await openStore(state);
   const draft = ofProfile(DRAFT, state.profile);
   const draftDocuments = ofProfile(DRAFT_DOCUMENTS, state.profile);
+  const draftStart = ofProfile(DRAFT_START, state.profile);
   const parts = buildFrame(state);
-  const settings = new Settings(state, { onChange: () => chat.count(), onUnkept: sayUnkept });
+  const resetStart = () => (conversationStart.show(null), chat.chooseStart(null));
+  const settings = new Settings(state, { onChange: () => chat.count(), onReset: resetStart, onUnkept: sayUnkept });
+  const conversationStart = new Start({
+    presets: new Presets(state),
+    forAll: () => settings.readStart(),
+    onChange: (chosen) => chat.chooseStart(chosen),
+    onUnkept: sayUnkept,
+  });
   const transcript = new Transcript(parts.transcript, {
     onEdit: (message, text) => chat.edit(message, text),
     onRetry: (message) => chat.retry(message),
@@ -99,6 +110,8 @@ async function start() {
     newDraft: () => (store.private ? "" : keptOfTab(draft)),
     onDraftDocuments: (ids) => store.private || keepOfTab(draftDocuments, ids.join(" ")) || sayUnkept(),
     newDocuments: () => (store.private ? [] : keptOfTab(draftDocuments).split(" ").filter(Boolean)),
+    onDraftStart: (chosen) => store.private || keepOfTab(draftStart, chosen ? JSON.stringify(chosen) : "") || sayUnkept(),
+    newStart: () => (store.private ? null : readStart(keptOfTab(draftStart))),
     onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
       parts.title.textContent = conversation?.title ?? T.title;
@@ -115,7 +128,7 @@ async function start() {
   function use(opened) {
     store = opened;
     chat?.close();
-    chat = new Chat({ store, settings, transcript, composer, documents, hooks });
+    chat = new Chat({ store, settings, start: conversationStart, transcript, composer, documents, hooks });
     parts.sidebar.replaceChildren();
     sidebar = makeSidebar(parts.sidebar, {
       store,
@@ -163,7 +176,7 @@ async function start() {
     chat.startNew();
   });
   offerBox();
-  startGradio(() => settings.attach(parts.addSettings));
+  startGradio(() => settings.attach((panel) => (conversationStart.attach(), parts.addSettings(panel))));
   watch(state, parts, (newer) => {
     state = newer;
     settings.useDefaults(state.defaults);
@@ -171,6 +184,16 @@ async function start() {
     completing.show(!state.chats);
     chat.count();
   });
+}
+
+/** @returns what was kept of how a conversation starts; null where that is nothing */
+function readStart(text) {
+  try {
+    const start = JSON.parse(text);
+    return isStart(start) ? startOf(start) : null;
+  } catch {
+    return null;
+  }
 }
 
 /** Keep the line about the model up to date, while there is something to come. */

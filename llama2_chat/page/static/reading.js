@@ -9,10 +9,10 @@ import { pathTo } from "./tree.js";
 const KEEP_EVERY_MS = 1000; // of an answer that is being written
 
 /** A conversation as this tab holds it; none is kept before its first message. */
-export const emptyTalk = () => ({ conversation: null, messages: new Map(), documents: [] });
+export const emptyTalk = () => ({ conversation: null, messages: new Map(), documents: [], start: null });
 
 export function talkOf(conversation, messages) {
-  return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents: conversation.documents ?? [] };
+  return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents: conversation.documents ?? [], start: conversation.start ?? null };
 }
 
 /** The messages that are shown: from the first to the leaf at which the conversation stands. */
@@ -20,8 +20,8 @@ export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([..
 
 /** Whoever extends it has render(), and _finish(message, refusal) for what follows the end of one. */
 export class Reading {
-  constructor({ store, settings, transcript, composer, documents, hooks }) {
-    Object.assign(this, { store, settings, transcript, composer, documents, hooks });
+  constructor({ store, settings, start, transcript, composer, documents, hooks }) {
+    Object.assign(this, { store, settings, start, transcript, composer, documents, hooks });
     this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
     this.doing = new Map(); // message id -> [what it waits for, what is called for it], which the server says only once

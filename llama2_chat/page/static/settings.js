@@ -25,9 +25,9 @@ const TEXTS = ["systemPrompt", "seed"];
 const controlsOf = ({ defaults }) => ("useTools" in defaults ? { ...CONTROLS, ...TOOL_CONTROLS } : CONTROLS);
 
 export class Settings {
-  /** @param state what the server says of its defaults and prompts */
-  constructor(state, { onChange, onUnkept }) {
-    Object.assign(this, { defaults: state.defaults, prompts: state.prompts, onChange, onUnkept });
+  /** @param state what the server says of its defaults */
+  constructor(state, { onChange, onReset, onUnkept }) {
+    Object.assign(this, { defaults: state.defaults, onReset, onChange, onUnkept });
     this.keptAs = ofProfile(KEPT, state.profile);
     this.controls = controlsOf(state);
     this.waiting = { ...this.defaults, ...this._kept() }; // for its controls; null once they are there
@@ -41,7 +41,7 @@ export class Settings {
     const values = this.waiting;
     this.waiting = null;
     this.write(values);
-    this.known = this.read(); // what of it is changed here is kept; the rest may be another tab's to say
+    this.known = this._readControls(); // what of it is changed here is kept; the rest may be another tab's to say
     this._addButtons(panel);
     this._checkSeed();
     panel.addEventListener("input", () => (this._keep(), this._checkSeed(), this.onChange()));
@@ -54,6 +54,17 @@ export class Settings {
 
   /** The values as they are sent; what is no number goes as it was typed, for the server to refuse in words. */
   read() {
+    const { examples, reminder } = this.defaults;
+    return { examples, reminder, ...this._readControls() };
+  }
+
+  /** How conversations start that have no start of their own. */
+  readStart() {
+    const { systemPrompt, examples, reminder } = this.read();
+    return { systemPrompt, examples, reminder };
+  }
+
+  _readControls() {
     if (this.waiting) return { ...this.waiting };
     const read = ([name, selector]) => {
       const { type, value, checked } = document.querySelector(selector);
@@ -111,7 +122,7 @@ export class Settings {
   }
 
   _keep() {
-    const values = this.read();
+    const values = this._readControls();
     const changed = Object.entries(values).filter(([name, value]) => value !== this.known[name]);
     const all = { ...this._kept(), ...Object.fromEntries(changed) };
     const chosen = Object.entries(all).filter(([name, value]) => value !== this.defaults[name]);
@@ -122,7 +133,7 @@ export class Settings {
   /** What of it is of the kind that its default is; nothing of what is not ours. */
   _kept() {
     try {
-      const fits = ([name, value]) => name in this.defaults && typeof value === typeof this.defaults[name];
+      const fits = ([name, value]) => name in this.controls && typeof value === typeof this.defaults[name];
       return Object.fromEntries(Object.entries(JSON.parse(kept(this.keptAs) || "{}")).filter(fits));
     } catch {
       return {};
@@ -130,13 +141,8 @@ export class Settings {
   }
 
   _addButtons(panel) {
-    const { prompts } = this;
-    const button = (text, values) =>
-      h("button", { type: "button", class: "small", onclick: () => this.write(values) }, text);
-    const choices = [button(T.settings.short, { systemPrompt: prompts.short }), button(T.settings.meta, { systemPrompt: prompts.meta })];
-    document.querySelector("#setting-system_prompt").after(h("div", { class: "prompts" }, ...choices));
     this.wrongSeed = h("p", { class: "wrong", role: "status", hidden: true }, T.settings.wrongSeed);
     document.querySelector("#setting-seed").after(this.wrongSeed);
-    panel.append(h("button", { type: "button", class: "reset", onclick: () => this.write(this.defaults) }, T.settings.reset));
+    panel.append(h("button", { type: "button", class: "reset", onclick: () => (this.write(this.defaults), this.onReset()) }, T.settings.reset));
   }
 }

@@ -1,6 +1,7 @@
 // What can be done with conversations from the sidebar: pin, delete with undo, export, import. Each says what it did.
 
-import { confirmDialog, h, toast } from "./dialog.js";
+import { confirmDialog, toast } from "./dialog.js";
+import { chooseJson, download, today } from "./files.js";
 import { T } from "./texts.js";
 import { exportJson, exportMarkdown, importJson } from "./transfer.js";
 
@@ -86,11 +87,7 @@ export class Actions {
   }
 
   #import() {
-    const field = h("input", { type: "file", accept: ".json,application/json" });
-    field.addEventListener("change", () =>
-      attempt(async () => toast(sentenceOf(await importJson(this.store, field.files[0])))),
-    );
-    field.click();
+    chooseJson((file) => attempt(async () => toast(sentenceOf(await importJson(this.store, file)))));
   }
 }
 
@@ -111,20 +108,8 @@ function sentenceOf({ conversations, messages, skipped, unreadable }) {
   return skipped && (conversations || messages) ? `${imported} ${T.sidebar.importedInPart(skipped)}` : imported;
 }
 
-function download(blob, name) {
-  const url = URL.createObjectURL(blob);
-  h("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000); // the download may not have begun yet
-}
-
 /** A title as the name of a file that every system takes. */
 function fileName(title) {
   const letters = title.replace(/[^\p{L}\p{M}\p{N} _-]+/gu, " ").replace(/\s+/g, " ");
   return [...letters].slice(0, 60).join("").trim() || "chat";
-}
-
-function today() {
-  const now = new Date();
-  const twoDigits = (number) => String(number).padStart(2, "0");
-  return `${now.getFullYear()}-${twoDigits(now.getMonth() + 1)}-${twoDigits(now.getDate())}`;
 }

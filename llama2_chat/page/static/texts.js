@@ -129,12 +129,61 @@ export const T = {
   settings: {
     title: "Settings",
     reset: "Back to the defaults",
-    meta: "Use Meta’s prompt of 2023",
-    short: "Use the short prompt",
     wrongSeed: "A seed is a whole number, or empty for a random one.",
     close: "Close",
     missing: "The settings could not be loaded. Reload the page to have them.",
     reload: "Reload",
+  },
+  presets: {
+    label: "Preset of this chat",
+    forAll: "Default",
+    names: {
+      short: "Short and neutral",
+      none: "No system prompt",
+      meta: "Meta’s prompt of July 2023",
+      guide: "Guide in a role",
+      steps: "Step by step",
+      json: "JSON only",
+      unsure: "Says when it is not sure",
+      reviewer: "Code reviewer",
+      sql: "SQL",
+    },
+    own: "Your own",
+    changed: "Changed",
+    save: "Save as…",
+    delete: "Delete",
+    export: "Export",
+    import: "Import…",
+    saveTitle: "Save this start as a preset",
+    saveYes: "Save",
+    name: "Name",
+    saved: (name) => `Saved as ${isolated(name)}.`,
+    deleteQuestion: (name) => `Delete the preset ${isolated(name)}?`,
+    file: "llama2-chat presets",
+    imported: (added, unreadable) => {
+      const presets = `${added ? `Imported ${plural(added, "preset", "presets")}.` : "Nothing was imported."}`;
+      return unreadable ? `${presets} ${plural(unreadable, "entry", "entries")} cannot be read.` : presets;
+    },
+    notOurs: "This is not a file of presets. Choose a .json file that was exported here.",
+    newer: "This file was exported by a newer version. Update this program to import it.",
+    full: "The browser’s storage is full. Delete some chats or presets and import the file again.",
+  },
+  start: {
+    systemPrompt: "System prompt",
+    own: "For this chat alone; may be empty.",
+    more: (examples, hasReminder) => {
+      const parts = [examples && plural(examples, "example", "examples"), hasReminder && "a reminder"].filter(Boolean);
+      return parts.length ? `Examples and reminder: ${parts.join(", ")}` : "Examples and reminder";
+    },
+    examples: "Examples",
+    examplesHelp: "Questions with their answers, which the model reads as if it had given them before this chat.",
+    question: "Question",
+    answer: "Answer",
+    add: "Add an example",
+    remove: "Remove this example",
+    reminder: "Reminder",
+    reminderHelp: "Added to the end of your newest message each time. Only the model reads it.",
+    variables: "{{today}} stands for the day, here and in the system prompt.",
   },
   documents: {
     label: "Documents",
