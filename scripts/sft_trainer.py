@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import EMBEDDED
-from llama2_chat.training.options import DEMO, OPTIMIZERS, SCHEDULES, Options, add_reading_flags, parse_known
+from llama2_chat.training.options import DEMO, METHODS, OPTIMIZERS, SCHEDULES, Options, add_reading_flags, parse_known
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,6 +68,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--preview", type=int, nargs="?", const=10, metavar="N",
         help="only show N conversations (10) as the model will see them, with what is learned marked")  # fmt: skip
     add("--output_dir", type=Path, help="where checkpoints, the result and its report go (trained/MODEL)")
+    add("--method", choices=METHODS, metavar="NAME",
+        help="sft: learn the answers (sft); dpo: from pairs (chosen, rejected); kto: good and bad (label)")  # fmt: skip
+    add("--beta", type=float, help="of dpo and kto: the higher, the closer the model stays to what it was (0.1)")
     add("--use_peft", action="store_true", help="train a LoRA adapter instead of all weights")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load_in_4bit", action="store_true", help="NF4, double quantisation: with --use_peft, QLoRA")
@@ -78,11 +81,12 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     add("--use_rslora", action="store_true", help="weigh the adapter by alpha / √r, for large ranks")
     add("--use_dora", action="store_true", help="DoRA: directions and lengths of the weights apart")
     add("--target_modules", nargs="+", help="layers that get an adapter (all-linear)")
+    add("--modules_to_save", nargs="+", metavar="LAYER", help="layers that are trained whole and kept with the adapter")
     add("--batch_size", type=int, help="conversations computed at once on each GPU (4)")
     add("--gradient_accumulation_steps", type=int, help="batches in one optimizer step (1)")
     add("--num_train_epochs", type=float, help="how often each conversation is seen (3)")
     add("--max_steps", type=int, help="train for so many steps rather than epochs")
-    add("--learning_rate", type=float, help="at its highest (2e-4 for an adapter, 2e-5 for all weights)")
+    add("--learning_rate", type=float, help="at its highest (adapter 2e-4, all weights 2e-5; dpo and kto 1e-5, 1e-6)")
     add("--lr_scheduler_type", choices=SCHEDULES, metavar="NAME", help=f"{', '.join(SCHEDULES)} (cosine)")
     add("--warmup_ratio", type=float, help="of all steps, over which the learning rate rises (0.03)")
     add("--optim", choices=OPTIMIZERS, metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (adamw_torch_fused)")
@@ -112,7 +116,11 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
     if not (flags.get("model_name") and flags.get("dataset_names")):
         parser.error("give --model_name and --dataset_name, or --demo")
     flags.setdefault("output_dir", Path("trained") / Path(flags["model_name"]).name)
-    flags.setdefault("learning_rate", 2e-4 if "use_peft" in flags else 2e-5)
+    is_sft = flags.get("method", "sft") == "sft"
+    rates = (2e-4, 2e-5) if is_sft else (1e-5, 1e-6)
+    flags.setdefault("learning_rate", rates["use_peft" not in flags])
+    if not is_sft:
+        flags.setdefault("lora_dropout", 0.0)  # the answers are compared with what the model said without any
     try:
         return Options(**flags)
     except ChatError as error:

@@ -76,7 +76,8 @@ def encode(subject: Subject, folds: list[Splits], run: Run) -> Examples:
     encoded = {}
     rows_by_split = (_train_sample(of_fold, run.seed), of_fold.eval, of_fold.test)
     for split, rows in zip(SPLITS, rows_by_split, strict=True):
-        examples, _ = tokenize(rows, subject.tokenizer, subject.stop_ids, run.max_length)
+        good = [row for row in rows if row.is_wanted]
+        examples, _ = tokenize(good, subject.tokenizer, subject.stop_ids, run.max_length)
         if examples:
             encoded[split] = examples
     if not encoded:

@@ -44,7 +44,7 @@ def plan_sheet(models: Sequence[str], subjects: list[Subject], splits: Splits, r
     if len(rows) > number:
         rows = random.Random(run.seed).sample(rows, len(rows))
     tokenizer = next(subject.tokenizer for subject in subjects if subject.name == pair[1])
-    asked = (row for row in rows if not row.is_text)
+    asked = (row for row in rows if row.is_wanted and not row.is_text)
     fitting = (row for row in asked if len(question_ids(row, tokenizer)) < run.max_length)
     return SheetPlan([*islice(fitting, number), *_safety_rows()], pair)
 

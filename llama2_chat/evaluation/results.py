@@ -92,6 +92,8 @@ class Results:
 
     def _assess(self, finetuned: Finetuned) -> Assessment:
         on_train, on_eval = (self._losses(finetuned, split) for split in SPLITS[:2])
+        if self.run.reading.get("method", "sft") != "sft":  # its loss is another: good answers may well become rarer
+            on_train = on_eval = None
         return overfitting.assess(finetuned.curves, on_train, on_eval, finetuned.kept_lowest)
 
     def _losses(self, finetuned: Finetuned, split: str) -> Losses | None:

@@ -25,7 +25,7 @@ log = logging.getLogger("llama2_chat")
 EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
+def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: bool = False) -> PeftModel:
     """The base model with the checkpoint's adapter beside its weights."""
     from peft import PeftModel
 
@@ -36,7 +36,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint) -> PeftModel:
         vocabulary = max(len(load_tokenizer(checkpoint)), _embedding_rows(adapter))
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
-        adapted = PeftModel.from_pretrained(model, adapter.folder)
+        adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
     made_for = str(adapted.active_peft_config.base_model_name_or_path)
     if not _is_made_for(adapter, made_for, checkpoint.base):
         base = checkpoint.base.repo or str(checkpoint.base.folder)

@@ -80,7 +80,8 @@ class Files:
 
     def fingerprint(self) -> str:
         """SHA-256 of which model this is: its configuration, and sizes and samples of its weights, which are here."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        config = "adapter_config" if self.stem == "adapter_model" else "config"
+        digest = hashlib.sha256((self.folder / f"{config}.json").read_bytes())
         for name, size in sorted(self.weights().items()):
             digest.update(f"{name} {size}".encode())
             with (self.folder / name).open("rb") as file:

@@ -9,13 +9,16 @@ row_formats       messages, ShareGPT, Alpaca ...: what a row says
 text_formats      conversations that tutorials have written into one text
 row_messages      its messages, checked and cleaned, and which answers are learned
 row_tools         calls of tools in it, and what they returned
+row_pairs         a chosen and a rejected answer
 splits            train, eval and test split, or K folds
 near_duplicates   conversations that must not be in two splits
 examples          conversations as token ids and labels
 base_model        the model to train, before its weights
 train_one         one training, with all that is kept of it
-trainer           TRL's SFTTrainer as we use it, and the progress bar
-sft               the same with an eval loss that weighs all tokens alike
+trainer           TRL's trainers as we use them, and the progress bar
+sft               its SFTTrainer with an eval loss that weighs all tokens alike
+preferences       good and bad answers as token ids, for DPO and KTO
+preference_trainers  their trainers, with figures of a whole eval split
 losses            what a model loses on each conversation
 checkpoints       what a killed run goes on from; what must not be overwritten
 answers           what the model answers before and after

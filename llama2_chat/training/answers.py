@@ -27,7 +27,7 @@ def choose_questions(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_len
     """The first few of the eval and of the train split whose last question fits into max_length."""
     chosen = []
     for split, rows in (("eval", splits.eval), ("train", splits.train)):
-        asked = (row for row in rows if not row.is_text)
+        asked = (row for row in rows if row.is_wanted and not row.is_text)
         fitting = (row for row in asked if len(question_ids(row, tokenizer)) <= max_length)
         chosen += [Question(split, row) for row in islice(fitting, QUESTIONS)]
     return chosen

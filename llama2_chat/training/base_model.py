@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.loading import choose, load
+from llama2_chat.loading import choose, hub, load
+from llama2_chat.loading.adapters import load_adapter
 from llama2_chat.loading.choose import Checkpoint, Plan
 from llama2_chat.loading.config import read_generation_config
+from llama2_chat.loading.disk import translate_parse_errors
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.settings import Settings
@@ -29,11 +33,9 @@ class BaseModel(NamedTuple):
 def fetch_base(model_name: str, chats: bool = True) -> BaseModel:
     """chats: whether it is trained on conversations, and not only on texts, for which a base model stays one.
 
-    Raises ModelUnavailable if there is no such model, if it is an adapter, or if it cannot be trained on conversations.
+    Raises ModelUnavailable if there is no such model, or if it cannot be trained on conversations.
     """
     checkpoint = fetch_checkpoint(model_name)
-    if checkpoint.adapter:
-        raise ModelUnavailable(f"{model_name} is an adapter. Merge it into its base model first, or train the base.")
     tokenizer = load_tokenizer(checkpoint)
     prompt.show_calls(tokenizer)  # as the chat does, which then writes and reads calls in the same way
     if chats and prompt.recognise(tokenizer) == prompt.NO_FORMAT:
@@ -54,8 +56,44 @@ def fetch_checkpoint(model_name: str) -> Checkpoint:
     return choose.fetch(plan, no_progress)
 
 
+def go_on_with_adapter(base: BaseModel, options: Options) -> Options:
+    """The options with what an adapter that is trained further has already; the same ones for a model.
+
+    Raises ModelUnavailable if it is another kind of adapter, or if all weights are to be trained.
+    """
+    adapter = base.checkpoint.adapter
+    if not adapter:
+        return options
+    if not options.use_peft:
+        raise ModelUnavailable(
+            f"{options.model_name} is an adapter: add --use_peft to train it further, or merge it into its base model "
+            "to train all weights."
+        )
+    with translate_parse_errors(adapter):
+        config = json.loads((adapter.folder / "adapter_config.json").read_text("utf-8"))
+        if config["peft_type"] != "LORA":
+            raise ModelUnavailable(f"{options.model_name} is not LoRA but {config['peft_type']}: train its base model.")
+        return replace(
+            options,
+            lora_r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config["lora_dropout"],
+            use_rslora=config.get("use_rslora", False),
+            use_dora=config.get("use_dora", False),
+            target_modules=_as_tuple(config["target_modules"]),
+            modules_to_save=_as_tuple(config.get("modules_to_save")),
+        )
+
+
+def _as_tuple(names: str | list[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(sorted(names or ()))
+
+
 def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:
-    """The model with its weights; they stay differentiable, whatever it is asked before and between."""
+    """The model with its weights; they stay differentiable, whatever it is asked before and between.
+
+    An adapter is beside them, and is what is trained.
+    """
     model = load.load_base(checkpoint, precision, device, no_progress)
     modules: Iterable[Any] = model.modules()
     for module in modules:
@@ -63,12 +101,17 @@ def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int)
             # bitsandbytes' Linear4bit, on a CPU that has bfloat16: the first step in eval mode would pack its weights
             # for a kernel that has no backward pass, and training would go on with gradients that end there.
             module.support_avx512bf16_for_cpu = False
+    if checkpoint.adapter:
+        adapted: Any = load_adapter(model, checkpoint, is_trainable=True)
+        return adapted.eval()  # which has all that a model of transformers has
     return model
 
 
 def fetch_weights(checkpoint: Checkpoint) -> None:
-    """Have the base's weights on this disk."""
+    """Have the base's weights on this disk, and the adapter's."""
     load.bring_weights(checkpoint.base, no_progress)
+    if checkpoint.adapter:
+        hub.fetch_weights(checkpoint.adapter, no_progress)
 
 
 def mend_generation_config(model: Any) -> str:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from llama2_chat.errors import ChatError
 from llama2_chat.training.row_files import Row
 from llama2_chat.training.row_formats import recognise, rename
-from llama2_chat.training.row_messages import RowMessages, check_columns, read_row
+from llama2_chat.training.row_messages import RowMessages, check_columns, is_labelled, read_row
+from llama2_chat.training.row_pairs import RowPair, is_pair, read_pair
 from llama2_chat.training.row_sources import AS_IT_IS, Reading, check_is_for_hub, read_parts
 from llama2_chat.types import Message, Tool
 
@@ -33,6 +34,8 @@ class Conversation(NamedTuple):
     context: frozenset[int] = frozenset()  # answers that are not learned, by their places in messages
     tools: tuple[Tool, ...] = ()  # that the model is told of
     copies: int = 1  # how often an epoch has it
+    rejected: Message | None = None  # a worse one in place of the last message
+    is_wanted: bool = True  # False: the last message is what not to say
 
     @property
     def is_text(self) -> bool:
@@ -42,9 +45,10 @@ class Conversation(NamedTuple):
     @property
     def key(self) -> str:
         """What it teaches: equal for two that are trained on alike."""
-        if not (self.context or self.tools):
+        if not (self.context or self.tools or self.rejected) and self.is_wanted:
             return json.dumps(self.messages)
-        return json.dumps([self.messages, sorted(self.context), [asdict(tool) for tool in self.tools]])
+        tools = [asdict(tool) for tool in self.tools]
+        return json.dumps([self.messages, sorted(self.context), tools, self.rejected, self.is_wanted])
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Data:
             yield f"{self.unanswered:,} end with messages after the last answer to learn; those are left out."
         if self.greetings:
             yield f"{self.greetings:,} begin with a greeting by the assistant, before any question; it is left out."
+        if bad := sum(not row.is_wanted for row in self.train):
+            yield f"Of the answers in train, {len(self.train) - bad:,} are good and {bad:,} bad."
         if self.unwanted:
             yield f"Rows left out, as they say that their answer is not to be learned (label): {self.unwanted:,}."
         if self.context:
@@ -110,6 +116,10 @@ def read(names: str | Sequence[str], reading: Reading = AS_IT_IS) -> Data:
         data.eval, data.test = data.test, []
     if not data.train or empty:
         raise ChatError(f"{' and '.join(empty or names)} has no conversation to train on{_why_none(data)}")
+    if reading.method == "kto" and len({row.is_wanted for row in data.train}) < 2:
+        raise ChatError(
+            "--method kto needs good and bad answers (label true and false), and the data has one kind only."
+        )
     return data
 
 
@@ -157,18 +167,47 @@ def _conversations(rows: Iterable[Row], data: Data, reading: Reading) -> Iterato
                 raise ChatError(row.fault or "it is not an object with named columns.")
             data.unnamed -= row.columns.keys()
             columns = rename(row.columns, reading.columns)
-            check_columns(columns)
+            check_columns(columns, pairs=reading.method != "sft")
+            if reading.method != "sft" and is_pair(columns):
+                yield from _compared(read_pair(columns), row.place, data, reading.method)
+                continue
+            if reading.method == "dpo":
+                raise ChatError("it is no pair of a chosen and a rejected answer, which --method dpo needs.")
+            if reading.method == "kto" and not is_labelled(columns):
+                raise ChatError("it does not say whether its answer is good (label true or false), for --method kto.")
             row_format = row_format or recognise(columns, {*reading.columns.values()}, reading.plain_text)
-            found = read_row(columns, row_format)
+            found = read_row(columns, row_format, keep_unwanted=reading.method == "kto")
         except ChatError as error:
             data.faults.append(f"{row.place}: {error}")
             continue
         data.formats.add(row_format)
         data.unread |= found.unread
-        if found.is_wanted:
+        if reading.method == "kto":
+            yield _last_alone(_conversation(found, row.place, data))
+        elif found.is_wanted:
             yield _conversation(found, row.place, data)
         else:
             data.unwanted += 1
+
+
+def _compared(pair: RowPair, place: str, data: Data, method: str) -> Iterator[Conversation]:
+    """One conversation for DPO, and two for KTO."""
+    data.formats.add("chosen and rejected")
+    data.unread |= pair.chosen.unread
+    chosen = _last_alone(_conversation(pair.chosen, place, data))
+    if method == "dpo":
+        yield chosen._replace(rejected=pair.rejected)
+        return
+    yield chosen
+    yield chosen._replace(messages=[*chosen.messages[:-1], pair.rejected], is_wanted=False)
+
+
+def _last_alone(conversation: Conversation) -> Conversation:
+    """Preferences are about the last answer: those before it are read and not learned."""
+    places = range(len(conversation.messages) - 1)
+    return conversation._replace(
+        context=frozenset(i for i in places if conversation.messages[i]["role"] == "assistant")
+    )
 
 
 def _conversation(found: RowMessages, place: str, data: Data) -> Conversation:
@@ -178,7 +217,7 @@ def _conversation(found: RowMessages, place: str, data: Data) -> Conversation:
     data.greetings += found.has_greeting
     context = frozenset(i for i in found.context if i < last)
     data.context += len(context)
-    return Conversation(found.messages[: last + 1], place, context, found.tools)
+    return Conversation(found.messages[: last + 1], place, context, found.tools, is_wanted=found.is_wanted)
 
 
 def _why_none(data: Data) -> str:

@@ -14,7 +14,7 @@ from llama2_chat.training.run_json import Run, read_run
 
 # What a checkpoint cannot take up: how many trainings there are, and what adapter, optimizer and log are made of.
 FIXED = {"folds", "use_peft", "lora_r", "use_dora", "target_modules"}
-FIXED |= {"optim", "weight_decay", "save_steps", "logging_steps"}
+FIXED |= {"method", "modules_to_save", "adapter", "optim", "weight_decay", "save_steps", "logging_steps"}
 LONGER = {"num_train_epochs", "max_steps"}  # with more of it a run that is done goes on
 
 

@@ -8,10 +8,20 @@ from pathlib import Path
 from llama2_chat.errors import ChatError
 
 TRAIN_LOSS, EVAL_LOSS, LEARNING_RATE = "train loss", "eval loss", "learning rate"
+TRAIN_MARGIN, EVAL_MARGIN, EVAL_PREFERRED = "train margin", "eval margin", "eval preferred"
 COLUMNS = ("step", "epoch", TRAIN_LOSS, EVAL_LOSS, LEARNING_RATE)
-LOGGED = {"epoch": "epoch", "loss": TRAIN_LOSS, "eval_loss": EVAL_LOSS, "learning_rate": LEARNING_RATE}
+OF_PREFERENCES = (TRAIN_MARGIN, EVAL_MARGIN, EVAL_PREFERRED)  # more columns of a training by DPO or KTO
+LOGGED = {
+    "epoch": "epoch",
+    "loss": TRAIN_LOSS,
+    "eval_loss": EVAL_LOSS,
+    "learning_rate": LEARNING_RATE,
+    "rewards/margins": TRAIN_MARGIN,
+    "eval_rewards/margins": EVAL_MARGIN,
+    "eval_rewards/accuracies": EVAL_PREFERRED,
+}
 
-Curves = list[dict[str, float]]  # a row for each step that has a figure, of those COLUMNS that it has one for
+Curves = list[dict[str, float]]  # a row for each step that has a figure, of those columns that it has one for
 
 
 def from_log(history: list[dict[str, float]]) -> Curves:
@@ -29,7 +39,8 @@ def write_curves(rows: Curves, folder: Path) -> None:
     """curves.png, then curves.csv: if that is there, nothing is missing."""
     draw_curves({"": rows}, folder / "curves.png")
     with (folder / "curves.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        more = [name for name in OF_PREFERENCES if values(rows, name)]
+        writer = csv.DictWriter(file, [*COLUMNS, *more])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -56,26 +67,35 @@ def values(rows: Curves, column: str) -> list[float]:
 
 
 def draw_curves(runs: dict[str, Curves], file: Path) -> None:
-    """Losses above, learning rate below, of one run or of several by name."""
+    """Losses, margins if there are any, and learning rate, one below the other, of one run or of several by name."""
     import matplotlib
 
     matplotlib.use("Agg")  # there may be no screen
     from matplotlib import pyplot
 
-    figure, (losses, rates) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    alone = len(runs) == 1
+    alone, has_margins = len(runs) == 1, any(values(rows, name) for rows in runs.values() for name in OF_PREFERENCES)
+    heights = (3, 2, 1) if has_margins else (3, 1)
+    figure, (losses, *margins, rates) = pyplot.subplots(
+        len(heights), 1, sharex=True, figsize=(8, 2 + sum(heights)), height_ratios=heights
+    )
     for number, (run, rows) in enumerate(runs.items()):
         for axes, name, style, color in (
             (losses, TRAIN_LOSS, "-" if alone else ":", 0 if alone else number),
             (losses, EVAL_LOSS, "o-", 1 if alone else number),
             (rates, LEARNING_RATE, "-", 2 if alone else number),
+            *((axes, TRAIN_MARGIN, "-" if alone else ":", 0 if alone else number) for axes in margins),
+            *((axes, EVAL_MARGIN, "o-", 1 if alone else number) for axes in margins),
         ):
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                label = name if alone else run if name == EVAL_LOSS else None
+                label = name if alone else run if name in (EVAL_LOSS, EVAL_MARGIN) else None
                 axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=4, label=label)
-    losses.legend()
-    losses.set_ylabel(f"loss per token of the answers{'' if alone else '; dotted: train, with marks: eval'}")
+    for axes, name in (
+        (losses, "loss" if margins else "loss per token of the answers"),
+        *((a, "margin") for a in margins),
+    ):
+        axes.legend()
+        axes.set_ylabel(f"{name}{'' if alone else '; dotted: train, with marks: eval'}")
     losses.set_ylim(bottom=0)
     rates.set_ylabel(LEARNING_RATE)
     rates.set_xlabel("step")

@@ -25,6 +25,7 @@ DEMO: dict[str, Any] = {
     "num_train_epochs": 6.0,
     "learning_rate": 1e-3,
 }
+METHODS = ("sft", "dpo", "kto")
 # Flags that decide what a training gives, beside those of the model, the data and its splits.
 DECIDING = (
     "learning_rate",
@@ -38,12 +39,14 @@ DECIDING = (
     "weight_decay",
     "packing",
     "dataset_weights",
+    "method",
+    "beta",
     "early_stopping",
     "save_steps",
     "logging_steps",
     "use_peft",
 )
-LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 # Those of transformers that need no settings of their own.
 SCHEDULES = (
     *("cosine", "linear", "constant", "constant_with_warmup"),
@@ -83,6 +86,7 @@ POSITIVE = (
     "learning_rate",
     "save_steps",
     "logging_steps",
+    "beta",
 )
 
 
@@ -130,6 +134,8 @@ class Options:
     dataset_names: Sequence[str]
     output_dir: Path
     learning_rate: float
+    method: str = "sft"
+    beta: float = 0.1  # of DPO and KTO: the higher, the closer the model stays to what it was
     use_peft: bool = False
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -139,6 +145,7 @@ class Options:
     use_rslora: bool = False
     use_dora: bool = False
     target_modules: Sequence[str] = ("all-linear",)
+    modules_to_save: Sequence[str] = ()  # layers that are trained whole beside the adapter
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 3.0
@@ -212,8 +219,12 @@ class Options:
             yield "--dataset_weights must be above 0, and at most 100."
         if self.streaming and not self.max_steps:
             yield "--streaming needs --max_steps, which says how much is read."
-        if (self.use_dora or self.use_rslora) and not self.use_peft:
-            yield "DoRA and rsLoRA are adapters; add --use_peft."
+        if (self.use_dora or self.use_rslora or self.modules_to_save) and not self.use_peft:
+            yield "DoRA, rsLoRA and --modules_to_save are for adapters; add --use_peft."
+        if self.method != "sft" and (self.packing or self.plain_text):
+            yield f"--packing and --plain_text are not for --method {self.method}."
+        if self.method == "kto" and self.batch_size < 2:
+            yield "--method kto compares the answers of a batch: --batch_size must be 2 or more."
         if self.save_steps > 1 and self.save_steps % 1:
             yield "--save_steps must be a whole number of steps, or below 1 for a part of all steps."
         if not self.weight_decay >= 0:

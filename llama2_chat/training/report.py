@@ -8,7 +8,16 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llama2_chat.training.curves import EVAL_LOSS, TRAIN_LOSS, Curves, draw_curves, read_curves, values
+from llama2_chat.training.curves import (
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    EVAL_PREFERRED,
+    TRAIN_LOSS,
+    Curves,
+    draw_curves,
+    read_curves,
+    values,
+)
 from llama2_chat.training.examples import said
 from llama2_chat.training.markdown import public, table
 
@@ -44,6 +53,7 @@ def write_report(
         "conversations": ", ".join(f"{size:,} {split}" for split, size in sizes.items() if size),
         TRAIN_LOSS: describe_loss(values(rows, TRAIN_LOSS)),
         EVAL_LOSS: describe_loss(values(rows, EVAL_LOSS)),
+        **_preferences(rows),
         **figures,
     }
     cells = [
@@ -51,6 +61,19 @@ def write_report(
         for (split, row), before, after in answers
     ]
     _write_page(subject, facts, table(("question", "split", "expected", "before", "after"), cells) if cells else [])
+
+
+def _preferences(rows: Curves) -> dict[str, str]:
+    """What DPO and KTO reached on the eval split."""
+    margins, preferred = values(rows, EVAL_MARGIN), values(rows, EVAL_PREFERRED)
+    found = (
+        {EVAL_MARGIN: f"{margins[0]:.3f} → {margins[-1]:.3f}, beta × what good answers gained over bad ones"}
+        if margins
+        else {}
+    )
+    if preferred:
+        found[EVAL_PREFERRED] = f"{preferred[-1]:.0%} of the answers moved as they should"
+    return found
 
 
 def write_folds_report(subject: Subject, folds: Sequence[Splits]) -> str:
@@ -89,7 +112,8 @@ def _settings(subject: Subject) -> dict[str, str]:
     options, run = subject.options, subject.run
     kind = f"{'rs' * options.use_rslora}{'DoRA' if options.use_dora else 'LoRA'}"
     lora = f"{kind} of rank {options.lora_r}, alpha {options.lora_alpha}, dropout {options.lora_dropout:g}"
-    method = f"{lora}, in {' '.join(options.target_modules)}," if options.use_peft else "all weights"
+    whole = f" and all of {' '.join(options.modules_to_save)}" if options.modules_to_save else ""
+    method = f"{lora}, in {' '.join(options.target_modules)}{whole}," if options.use_peft else "all weights"
     processes = run.settings.get("processes", 1)
     length = f"{options.max_steps:,} steps" if options.max_steps else f"{options.num_train_epochs:g} epochs"
     has_warmup = options.lr_scheduler_type != "constant"
@@ -103,6 +127,8 @@ def _settings(subject: Subject) -> dict[str, str]:
         f"seed {options.seed}",
         "schedule": f"{options.lr_scheduler_type}{warmup}, {options.optim}, weight decay {options.weight_decay:g}",
     }
+    if options.method != "sft":
+        rows["method"] = f"{options.method.upper()}, beta {options.beta:g}"
     if options.early_stopping:
         rows["stops"] = f"when the eval loss has not fallen {options.early_stopping} times in a row; the best is kept"
     if run.changes:
@@ -121,6 +147,14 @@ def _write_page(subject: Subject, facts: Mapping[str, str], lines: list[str]) ->
     """Facts, curves.png, and these lines, below the front matter that the Hub reads."""
     folder: Path = subject.options.output_dir
     front = ["---", *([f"base_model: {subject.repo}"] if subject.repo else []), "pipeline_tag: text-generation"]
-    front += ["tags: [trl, sft]", "---", "", f"# {folder.name}", "", *table(("", ""), facts.items()), ""]
+    front += [
+        f"tags: [trl, {subject.options.method}]",
+        "---",
+        "",
+        f"# {folder.name}",
+        "",
+        *table(("", ""), facts.items()),
+        "",
+    ]
     front += ["![train and eval loss and learning rate against steps](curves.png)", ""]
     (folder / "README.md").write_text("\n".join([*front, *lines]) + "\n", "utf-8")

@@ -27,18 +27,21 @@ class RowMessages(NamedTuple):
     messages: list[Message]  # clean: roles in order, none is empty, and an answer among them is learned
     context: frozenset[int]  # answers that are not learned, by their places in messages
     unread: set[str]  # names of columns, and of fields of messages, that nothing here reads
-    is_wanted: bool = True  # False: the row says that its answer is not to be learned; it has no messages then
+    is_wanted: bool = True  # False: the row says that its answer is not to be learned
     tools: tuple[Tool, ...] = ()  # that could be called
     has_greeting: bool = False  # by the assistant, before any question; left out, for no chat begins with it
 
 
-def check_columns(columns: dict[str, Any]) -> None:
-    """Raise ChatError, as read_row() does, for columns that are not trained on and without which a row misleads."""
+def check_columns(columns: dict[str, Any], pairs: bool = False) -> None:
+    """Raise ChatError, as read_row() does, for columns that are not trained on and without which a row misleads.
+
+    pairs: whether pairs of a chosen and a rejected answer are trained on.
+    """
     given = {name for name, value in columns.items() if not is_empty(value)}
-    if given >= PAIR:
+    if given >= PAIR and not pairs:
         raise ChatError(
-            "it is a pair of a chosen and a rejected answer, for DPO, which is not trained here. To learn the chosen "
-            f"answers: --columns {_chosen(columns)}."
+            "it is a pair of a chosen and a rejected answer, for --method dpo. To learn the chosen answers: "
+            f"--columns {_chosen(columns)}."
         )
     if media := sorted(given & MEDIA):
         raise ChatError(f"it comes with {media[0]}, and the model reads text only.")
@@ -53,8 +56,15 @@ def _chosen(columns: dict[str, Any]) -> str:
     return f"{asked}=user chosen=assistant"
 
 
-def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
+def is_labelled(columns: dict[str, Any]) -> bool:
+    """Whether the row says if its answer is good or bad, as KTO needs it."""
+    return any(_flag(columns.get(name)) is not None for name in ROW_LEARNED)
+
+
+def read_row(columns: dict[str, Any], row_format: str, keep_unwanted: bool = False) -> RowMessages:
     """columns: those of a row that check_columns() lets pass.
+
+    keep_unwanted: whether to read a row whose answer is not to be learned; it has no messages else.
 
     Raises ChatError, as the end of "train.jsonl, line 3: ...", if the row is no use.
     """
@@ -65,7 +75,8 @@ def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
         - flags.keys()
         - {"tools"}
     )
-    if not all(flags.values()):
+    is_wanted = all(flags.values())
+    if not (is_wanted or keep_unwanted):
         return RowMessages([], frozenset(), unread, is_wanted=False)
     if row_format == PLAIN_TEXT:
         return RowMessages([_text(raw_messages(columns, row_format)[0])], frozenset(), unread)
@@ -75,7 +86,7 @@ def read_row(columns: dict[str, Any], row_format: str) -> RowMessages:
     _check(turns, {tool.name for tool in tools})
     unread |= {f"{name} of messages" for message in turns for name in _unread_fields(message)}
     messages = [_clean(message) for message in turns]
-    return RowMessages(messages, _context(turns), unread, tools=tools, has_greeting=len(turns) < len(raw))
+    return RowMessages(messages, _context(turns), unread, is_wanted, tools, len(turns) < len(raw))
 
 
 def _text(message: dict[str, Any]) -> Message:

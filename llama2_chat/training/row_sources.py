@@ -26,6 +26,7 @@ class Reading(NamedTuple):
     split: str | None = None  # the only one of them that is read: "train_sft", or "train[:10%]"
     weights: Sequence[float] = ()  # of each data set: how often an epoch has each conversation of its train split
     plain_text: bool = False  # a text without a format is learned as it stands
+    method: str = "sft"  # what it is read for: with dpo pairs of answers, with kto answers that are good or bad
     at_most: int | None = None  # conversations of each data set and split: what follows stays unread, on the Hub too
 
 

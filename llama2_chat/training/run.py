@@ -12,16 +12,15 @@ from accelerate import PartialState
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, merging, report, splits
-from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fetch_weights
+from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fetch_weights, go_on_with_adapter
 from llama2_chat.training.checkpoints import check_folders, find_checkpoint, take_up
-from llama2_chat.training.examples import tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
 from llama2_chat.training.resources import free_memory
 from llama2_chat.training.row_sources import Reading
 from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
-from llama2_chat.training.train_one import show_examples, subject_of, tokenize_splits, train_one
+from llama2_chat.training.train_one import show_examples, subject_of, tokenize_rows, tokenize_splits, train_one
 
 
 def train(options: Options) -> None:
@@ -34,10 +33,16 @@ def train(options: Options) -> None:
     run = new_run(options)
     every = _read_splits(run)
     base = fetch_base(options.model_name, _chats(every))
+    if base.checkpoint.adapter:
+        options = go_on_with_adapter(base, options)
+        print_lines(f"{options.model_name} is an adapter, and is trained further with the rank and layers that it has.")
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
     fetch_weights(base.checkpoint)
     run = replace(_with_hashes(run, every), model_sha256=base.checkpoint.base.fingerprint())
+    if base.checkpoint.adapter:
+        begins_as = {"adapter": base.checkpoint.adapter.fingerprint()[:12]}
+        run = replace(run, settings={**run.settings, **options.deciding(), **begins_as})
     run = take_up(run, options.output_dir, options.resume_with_changes)
     if options.folds:
         _train_folds(options, run, every, base)
@@ -72,6 +77,7 @@ def new_run(options: Options) -> Run:
         options.split,
         list(options.dataset_weights),
         options.plain_text,
+        options.method,
         options.conversations_needed(processes),
     )
     merged = options.merge_to or (options.output_dir / "merged" if options.merge_and_push else None)
@@ -111,7 +117,7 @@ def _with_hashes(run: Run, every: list[Splits]) -> Run:
 def _train_folds(options: Options, run: Run, folds: list[Splits], base: BaseModel) -> None:
     """One training for each fold, each from the base model, and one page about all of them."""
     for i, fold in enumerate(folds, 1):
-        if not tokenize(fold.eval, base.tokenizer, base.stop_ids, options.max_length)[0]:
+        if not tokenize_rows(options, fold.eval, base)[0]:
             raise ChatError(
                 f"The eval split of fold {i} does not fit into {options.max_length:,} tokens. Raise --max_length."
             )

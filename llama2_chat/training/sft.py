@@ -35,14 +35,14 @@ class TokenWeightedTrainer(SFTTrainer):
         model: Any = self.model
         model.eval()
         share = self.eval_examples[self.accelerator.process_index :: self.accelerator.num_processes]
-        losses = conversation_losses(_as_evaluated(model), share, self.args.eval_batch_size)
+        losses = conversation_losses(as_evaluated(model), share, self.args.eval_batch_size)
         sums = torch.tensor(losses.sum(0), dtype=torch.double, device=self.accelerator.device)
         total, tokens = np.asarray(self.accelerator.reduce(sums, "sum").tolist())
         metrics = {f"{metric_key_prefix}_loss": float(total / tokens)}
         return EvalLoopOutput(np.empty(0), None, metrics, len(self.eval_examples))
 
 
-def _as_evaluated(model: Any) -> Any:
+def as_evaluated(model: Any) -> Any:
     """The model without the autocast to 16 bits that accelerate puts around its forward() on a GPU."""
     if hasattr(model, "get_base_model"):
         return model.get_base_model()  # adapter and all; PEFT's own forward() is what accelerate has wrapped

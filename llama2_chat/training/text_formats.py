@@ -14,6 +14,7 @@ from llama2_chat.errors import ChatError
 LLAMA_2 = re.compile(r"(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?=(?:<s>)?\s*\[INST\]|\Z)", re.S)
 SYSTEM = re.compile(r"\s*<<SYS>>\n(.*?)\n<</SYS>>\n*", re.S)
 CHATML = re.compile(r"<\|im_start\|>[ ]*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.S)
+HH_RLHF = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 GUANACO = re.compile(r"### (Human|Assistant):")
 ALPACA = re.compile(r"### (Instruction|Input|Response):")
 ALPACAS_PREAMBLE = "Below is an instruction"  # of a template: it says nothing about the row
@@ -60,8 +61,16 @@ def _from_chatml(text: str) -> Iterator[dict[str, str]]:
 
 
 def _from_guanaco(text: str) -> Iterator[dict[str, str]]:
-    head, *parts = GUANACO.split(text)
-    _refuse_rest(head, "### Human:")
+    return _spoken(GUANACO, text, "### Human:")
+
+
+def _from_hh(text: str) -> Iterator[dict[str, str]]:
+    return _spoken(HH_RLHF, text, "Human:")
+
+
+def _spoken(speaker: re.Pattern[str], text: str, first: str) -> Iterator[dict[str, str]]:
+    head, *parts = speaker.split(text)
+    _refuse_rest(head, first)
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         yield _said({"Human": "user", "Assistant": "assistant"}[name], content)
 
@@ -90,4 +99,5 @@ TEXT_FORMATS: dict[str, tuple[str, Callable[[str], Iterator[dict[str, str]]]]] =
     "ChatML": (r"<\|im_start\|>", _from_chatml),
     "### Human / ### Assistant": (r"### (Human|Assistant):", _from_guanaco),
     "### Instruction / ### Response": (r"### Response:", _from_alpaca),
+    "Human / Assistant": (r"(?s)(?:\A|\n\n)Human:.*?\n\nAssistant:", _from_hh),
 }

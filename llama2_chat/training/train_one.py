@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading.choose import Checkpoint
@@ -17,18 +16,16 @@ from llama2_chat.loading.memory import visible_gpus
 from llama2_chat.training import curves, report
 from llama2_chat.training.answers import Question, answer, choose_questions
 from llama2_chat.training.base_model import BaseModel, load_for_training, mend_generation_config
-from llama2_chat.training.chat_data import SPLITS
+from llama2_chat.training.chat_data import SPLITS, Conversation
 from llama2_chat.training.checkpoints import find_checkpoint
-from llama2_chat.training.examples import Examples, mark_answers, tokenize
+from llama2_chat.training.examples import mark_answers, tokenize
 from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
+from llama2_chat.training.preferences import Compared, mark_compared, tokenize_compared
 from llama2_chat.training.resources import memory_gb
 from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
 from llama2_chat.training.trainer import make_trainer
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
 
 SHOWN_EXAMPLES = 3
 ANSWERS = "answers.json"  # those before training, which a resumed run cannot ask for any more
@@ -50,7 +47,8 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
     model = load_for_training(base.checkpoint, run.precision, device)
     if not options.use_peft:
         print_lines(*filter(None, [mend_generation_config(model)]))
-    _check_target_modules(model, options.target_modules)
+    if not base.checkpoint.adapter:
+        _check_layers(model, options)
     questions = choose_questions(splits, base.tokenizer, options.max_length)
     if is_main_process():
         curves.remove(options.output_dir)  # of a run that was done, and goes on for longer
@@ -80,14 +78,20 @@ def subject_of(base: BaseModel, run: Run, options: Options) -> report.Subject:
     return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run, options)
 
 
-def tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Examples:
-    """Raises ChatError if nothing is left to train on, or to measure on where that is needed."""
+def tokenize_rows(options: Options, rows: list[Conversation], base: BaseModel) -> tuple[list[Any], list[str]]:
+    """TokenizedExamples, or Compared ones for DPO and KTO, and notes."""
+    tokenize_them: Any = tokenize if options.method == "sft" else tokenize_compared
+    return tokenize_them(rows, base.tokenizer, base.stop_ids, options.max_length)
+
+
+def tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> dict[str, list[Any]]:
+    """By split. Raises ChatError if nothing is left to train on, or to measure on where that is needed."""
     examples = {}
     for split in SPLITS:
         rows = getattr(splits, split)
         if split == "train":
             rows = [row for row in rows for _ in range(row.copies)]
-        examples[split], notes = tokenize(rows, base.tokenizer, base.stop_ids, options.max_length)
+        examples[split], notes = tokenize_rows(options, rows, base)
         if rows:
             tokens = sum(len(example.input_ids) for example in examples[split])
             print_lines(f"{split}: {len(examples[split]):,} conversations, {tokens:,} tokens.", *notes)
@@ -98,25 +102,30 @@ def tokenize_splits(options: Options, splits: Splits, base: BaseModel) -> Exampl
     return examples
 
 
-def show_examples(examples: Examples, base: BaseModel, number: int) -> None:
+def show_examples(examples: dict[str, list[Any]], base: BaseModel, number: int) -> None:
     """The first of the train split, as the model will see them."""
-    print_lines(*(f"\n{mark_answers(example, base.tokenizer)}" for example in examples["train"][:number]))
+    for example in examples["train"][:number]:
+        mark = mark_compared if isinstance(example, Compared) else mark_answers
+        print_lines(f"\n{mark(example, base.tokenizer)}")
     print_lines("\n⟦ ⟧ marks what the loss is computed on.\n")
 
 
-def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+def _check_layers(model: PreTrainedModel, options: Options) -> None:
     """Raise ChatError for a layer that the model lacks, as PEFT ignores a misspelt one beside others, and for the head.
 
     TRL computes the loss from the head's weights themselves, past an adapter.
     """
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
-    if head is not None and {*names, *(name.rpartition(".")[2] for name in names)} & {*target_modules}:
-        raise ChatError(f"--target_modules: the output head, {names[0]}, cannot have an adapter. Leave it out.")
+    if head is not None and {*names, *(name.rpartition(".")[2] for name in names)} & {*options.target_modules}:
+        raise ChatError(
+            f"--target_modules: the output head, {names[0]}, cannot have an adapter. --modules_to_save trains it."
+        )
     layers = [f".{name}" for name, _ in model.named_modules()]
-    for target in target_modules:
-        if target != "all-linear" and not any(layer.endswith(f".{target}") for layer in layers):
-            raise ChatError(f"--target_modules: the model has no layer called {target}.")
+    for flag in ("target_modules", "modules_to_save"):
+        for name in getattr(options, flag):
+            if name != "all-linear" and not any(layer.endswith(f".{name}") for layer in layers):
+                raise ChatError(f"--{flag}: the model has no layer called {name}.")
 
 
 def _answer(model: PreTrainedModel, base: BaseModel, questions: list[Question], batch_size: int) -> list[str]:
@@ -125,7 +134,7 @@ def _answer(model: PreTrainedModel, base: BaseModel, questions: list[Question], 
     return [text for batch in batches for text in answer(model, base.tokenizer, batch, base.stop_ids)]
 
 
-def _train(trainer: SFTTrainer, checkpoint: Path | None) -> dict[str, str]:
+def _train(trainer: Trainer, checkpoint: Path | None) -> dict[str, str]:
     """Train and save. Returns the time and the memory that it took, for the report."""
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -140,6 +149,11 @@ def _name_base(adapter: Path, checkpoint: Checkpoint) -> None:
     """Let the adapter name its base as people do, not by the folder where this machine keeps it."""
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text("utf-8"))
-    name = checkpoint.model_id if checkpoint.is_embedded else checkpoint.base.repo
-    name = name or str(checkpoint.base.folder.absolute())
+    if checkpoint.adapter:  # what was trained on names it already
+        began = json.loads((checkpoint.adapter.folder / "adapter_config.json").read_text("utf-8"))
+        name = began["base_model_name_or_path"]
+    elif checkpoint.is_embedded:
+        name = checkpoint.model_id
+    else:
+        name = checkpoint.base.repo or str(checkpoint.base.folder.absolute())
     file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), "utf-8")

@@ -1,8 +1,9 @@
-"""TRL's SFTTrainer as we use it: given ready-made ids and labels, so that only the chat's own template has a say."""
+"""TRL's trainers as we use them: given ready-made ids and labels, so that only the chat's own template has a say."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
 )
 
@@ -19,92 +21,123 @@ from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.prompt import TokenizedExample
 from llama2_chat.training.examples import Examples, labels
 from llama2_chat.training.options import Options
+from llama2_chat.training.preferences import Compared
 from llama2_chat.training.resources import memory_gb
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
 
 
 def make_trainer(
     options: Options,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
+    examples: Any,  # Examples, or such with preferences.Compared for DPO and KTO
     resumed: bool = False,
-) -> SFTTrainer:
+) -> Trainer:
     """examples: of the train split, and of the eval split if there is one."""
-    from llama2_chat.training.sft import TokenWeightedTrainer
+    import datasets
 
-    config = _config(options, bool(examples["eval"]), resumed)
+    datasets.disable_progress_bars()
+    arguments = _arguments(options, bool(examples["eval"]), resumed)
     stopping = [EarlyStoppingCallback(options.early_stopping)] if options.early_stopping else []
-    trainer = TokenWeightedTrainer(
-        model,
-        args=config,
-        train_dataset=_dataset(examples["train"]),
-        eval_dataset=_dataset(examples["eval"]) if examples["eval"] else None,
-        processing_class=tokenizer,
-        peft_config=_adapter(options) if options.use_peft else None,
-        eval_examples=examples["eval"],
-        callbacks=[Progress(), *stopping, *([TakeUpLearningRate()] if resumed else [])],
-    )
+    callbacks = [Progress(), *stopping, *([TakeUpLearningRate()] if resumed else [])]
+    make = _make_sft if options.method == "sft" else _make_preferences
+    trainer = make(options, arguments, model, tokenizer, examples, callbacks)
     trainer.remove_callback(PrinterCallback)
-    if config.fp16:
+    if arguments["fp16"]:
         for parameter in model.parameters():
             if parameter.requires_grad:  # TRL has made them bfloat16, which float16's loss scaling cannot take
                 parameter.data = parameter.data.float()
     return trainer
 
 
-def _config(options: Options, has_eval: bool, resumed: bool) -> SFTConfig:
+def _make_sft(
+    options: Options,
+    arguments: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
     from trl import SFTConfig
 
-    save_steps = options.save_steps if options.save_steps < 1 else int(options.save_steps)
-    gpus = visible_gpus()
-    has_gpu, is_bfloat16 = bool(gpus), compute_dtype(gpus) is torch.bfloat16
-    return SFTConfig(
-        output_dir=str(options.output_dir),
-        num_train_epochs=options.num_train_epochs,
-        max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.lr_scheduler_type,
-        warmup_steps=options.warmup_ratio,  # of all steps, as everything below 1
-        optim=options.optim,
-        weight_decay=options.weight_decay,
-        max_length=options.max_length,
-        packing=options.packing,
-        eval_packing=False,
-        bf16=has_gpu and is_bfloat16,
-        fp16=has_gpu and not is_bfloat16,
-        use_cpu=not has_gpu,
-        dataloader_pin_memory=has_gpu,
-        gradient_checkpointing=has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
-        seed=options.seed,
-        logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # True logs a NaN loss as 0
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=save_steps,
-        eval_on_start=has_eval and not resumed,
-        save_strategy="steps",
-        save_steps=save_steps,
-        save_total_limit=2,
-        load_best_model_at_end=bool(options.early_stopping),
-        restore_callback_states_from_checkpoint=True,  # else a resumed run counts anew before it stops early
-        report_to=options.report_to,
-        project=(options.output_dir.parent if options.folds else options.output_dir).name,
-        run_name=options.output_dir.name,
-        trackio_static_space_id=False,  # a run is followed here, not published
-        disable_tqdm=True,  # Progress shows more
+    from llama2_chat.training.sft import TokenWeightedTrainer
+
+    return TokenWeightedTrainer(
+        model,
+        args=SFTConfig(**arguments, max_length=options.max_length, packing=options.packing, eval_packing=False),
+        train_dataset=_dataset(examples["train"]),
+        eval_dataset=_dataset(examples["eval"]) if examples["eval"] else None,
+        processing_class=tokenizer,
+        peft_config=_adapter(options, model),
+        eval_examples=examples["eval"],
+        callbacks=callbacks,
     )
 
 
-def _adapter(options: Options) -> LoraConfig:
-    from peft import LoraConfig
+def _make_preferences(
+    options: Options,
+    arguments: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, list[Compared]],
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    from llama2_chat.training.preference_trainers import make_preference_trainer
 
+    peft_config = _adapter(options, model)
+    return make_preference_trainer(options, arguments, model, tokenizer, examples, peft_config, callbacks)
+
+
+def _arguments(options: Options, has_eval: bool, resumed: bool) -> dict[str, Any]:
+    """Those that all of TRL's trainers take."""
+    save_steps = options.save_steps if options.save_steps < 1 else int(options.save_steps)
+    gpus = visible_gpus()
+    has_gpu, is_bfloat16 = bool(gpus), compute_dtype(gpus) is torch.bfloat16
+    return {
+        "output_dir": str(options.output_dir),
+        "num_train_epochs": options.num_train_epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "warmup_steps": options.warmup_ratio,  # of all steps, as everything below 1
+        "optim": options.optim,
+        "weight_decay": options.weight_decay,
+        "bf16": has_gpu and is_bfloat16,
+        "fp16": has_gpu and not is_bfloat16,
+        "use_cpu": not has_gpu,
+        "dataloader_pin_memory": has_gpu,
+        "gradient_checkpointing": has_gpu,  # a third slower, and a fraction of the memory, which is what a GPU lacks
+        "seed": options.seed,
+        "logging_steps": options.logging_steps,
+        "logging_nan_inf_filter": False,  # True logs a NaN loss as 0
+        "eval_strategy": "steps" if has_eval else "no",
+        "eval_steps": save_steps,
+        "eval_on_start": has_eval and not resumed,
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": bool(options.early_stopping),
+        "restore_callback_states_from_checkpoint": True,  # else a resumed run counts anew before it stops early
+        "report_to": options.report_to,
+        "project": (options.output_dir.parent if options.folds else options.output_dir).name,
+        "run_name": options.output_dir.name,
+        "trackio_static_space_id": False,  # a run is followed here, not published
+        "disable_tqdm": True,  # Progress shows more
+    }
+
+
+def _adapter(options: Options, model: PreTrainedModel) -> LoraConfig | None:
+    """None if all weights are trained, or an adapter that the model has already."""
+    from peft import LoraConfig, PeftModel
+
+    if not options.use_peft or isinstance(model, PeftModel):
+        return None
     targets = list(options.target_modules)
     return LoraConfig(
         r=options.lora_r,
@@ -113,6 +146,7 @@ def _adapter(options: Options) -> LoraConfig:
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=list(options.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -120,7 +154,6 @@ def _adapter(options: Options) -> LoraConfig:
 def _dataset(examples: list[TokenizedExample]) -> Dataset:
     import datasets
 
-    datasets.disable_progress_bars()
     return datasets.Dataset.from_list(
         [{"input_ids": example.input_ids, "labels": labels(example)} for example in examples]
     )

@@ -9,13 +9,22 @@ import torch
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.disk import Files
-from llama2_chat.training.base_model import fetch_base, load_for_training, mend_generation_config
+from llama2_chat.training.base_model import (
+    fetch_base,
+    go_on_with_adapter,
+    load_for_training,
+    mend_generation_config,
+)
+from llama2_chat.training.options import Options
 
 
-def test_an_adapter_is_not_trained_as_if_it_were_a_model(tmp_path, chat_model):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(chat_model)}))
-    with pytest.raises(ModelUnavailable, match="is an adapter"):
-        fetch_base(str(tmp_path))
+def test_only_a_lora_adapter_is_trained_further_and_only_as_one(tmp_path, chat_model):
+    config = {"base_model_name_or_path": str(chat_model), "peft_type": "IA3"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = fetch_base(str(tmp_path))
+    for use_peft, sentence in ((True, "is not LoRA but IA3"), (False, "is an adapter: add --use_peft")):
+        with pytest.raises(ModelUnavailable, match=sentence):
+            go_on_with_adapter(base, Options(str(tmp_path), ["data"], tmp_path, 1e-4, use_peft=use_peft))
 
 
 def test_a_base_model_is_trained_on_texts_and_stays_one(tiny, chat_model, llama2_tokenizer, tmp_path):

@@ -85,7 +85,7 @@ def test_columns_can_be_named(tmp_path, name):
 @pytest.mark.parametrize("name", [name for name in NAMED if "chosen" in name])
 def test_a_pair_is_refused_with_the_flag_that_learns_its_chosen_answer(tmp_path, name):
     row, flags, _, _ = NAMED[name]
-    with pytest.raises(ChatError, match=rf"for DPO.* --columns {' '.join(flags)}\.$"):
+    with pytest.raises(ChatError, match=rf"for --method dpo.* --columns {' '.join(flags)}\.$"):
         chat_data.read(write_rows(tmp_path / "some.jsonl", row))
 
 

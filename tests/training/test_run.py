@@ -1,11 +1,13 @@
 """From the flags to what is kept: refusals before weights are loaded, and trainings of a tiny random model."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from llama2_chat import ROOT
 from llama2_chat.errors import ChatError
@@ -115,6 +117,39 @@ def test_a_model_is_trained_with_all_its_weights_and_with_an_adapter_in_16_8_and
     page = (tmp_path / "README.md").read_text()
     assert re.search(r"^\| hello \d+ \| eval \| hell", page, re.M)
     assert str(tmp_path.parent) not in page
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_further_with_the_rank_and_the_whole_layers_that_it_has(
+    chat_model, dataset, tmp_path, capsys
+):
+    flags = ("--use_peft", "--learning_rate", "1e-2", "--num_train_epochs", "2")
+    first, second, merged = tmp_path / "first", tmp_path / "second", tmp_path / "merged"
+    layers = ("--lora_r", "4", "--target_modules", "q_proj", "--modules_to_save", "lm_head", "embed_tokens")
+    train_here(*arguments(chat_model, dataset, first, *flags, *layers))
+    began, ended = eval_losses(first)
+    assert ended < began
+    with pytest.raises(ChatError, match="is an adapter: add --use_peft"):
+        train_here(*arguments(first, dataset, tmp_path / "none"))
+    train_here(*arguments(first, dataset, second, *flags, "--merge_to", merged))
+    again, better = eval_losses(second)
+    assert again == pytest.approx(ended, abs=0.02)  # the best of the first is kept in 16 bits
+    assert better < again
+    said = capsys.readouterr().out
+    assert "is an adapter, and is trained further" in said
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, second)]
+    for name in ("r", "target_modules", "base_model_name_or_path"):
+        assert configs[0][name] == configs[1][name]
+    weights = load_file(second / "adapter_model.safetensors")
+    assert sum("lm_head" in name or "embed_tokens" in name for name in weights) == 2
+    assert "LoRA of rank 4" in (second / "README.md").read_text()
+    assert "and all of embed_tokens lm_head" in (second / "README.md").read_text()
+    assert float(re.search(r"differ from the adapter's by (\S+) at most in float32", said)[1]) < 1e-3
+
+
+def eval_losses(folder):
+    losses = [row["eval loss"] for row in read_curves(folder) if "eval loss" in row]
+    return losses[0], losses[-1]
 
 
 @pytest.mark.slow

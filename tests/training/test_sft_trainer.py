@@ -76,7 +76,10 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--streaming"], "--streaming needs --max_steps"),
         ([*GIVEN, "--dataset_weights", "1", "2"], "--dataset_weights has 2 for 1 in --dataset_name"),
         ([*GIVEN, "--dataset_weights", "0"], "--dataset_weights must be above 0"),
-        ([*GIVEN, "--use_dora"], "DoRA and rsLoRA are adapters; add --use_peft"),
+        ([*GIVEN, "--use_dora"], "DoRA, rsLoRA and --modules_to_save are for adapters; add --use_peft"),
+        ([*GIVEN, "--method", "dpo", "--packing"], "--packing and --plain_text are not for --method dpo"),
+        ([*GIVEN, "--method", "kto", "--batch_size", "1"], "--batch_size must be 2 or more"),
+        ([*GIVEN, "--beta", "0"], "--beta must be above 0"),
         ([*GIVEN, "--preview", "0"], "--preview must be above 0"),
         ([*GIVEN, "--save_steps", "2.5"], "--save_steps must be a whole number of steps"),
         ([*GIVEN, "--logging_steps", "0"], "--logging_steps must be above 0"),
@@ -98,6 +101,13 @@ def test_flags_that_make_no_sense_are_refused_with_a_sentence(flags, sentence, m
         read_arguments(flags)
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_preferences_have_a_learning_rate_and_a_dropout_of_their_own():
+    dpo = read_arguments([*GIVEN, "--method", "dpo", "--use_peft"])
+    assert (dpo.learning_rate, dpo.lora_dropout) == (1e-5, 0)
+    dpo = read_arguments([*GIVEN, "--method", "dpo", "--lora_dropout", "0.1"])
+    assert (dpo.learning_rate, dpo.lora_dropout) == (1e-6, 0.1)
 
 
 # ---- The demo's data ----
