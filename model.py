@@ -142,12 +142,15 @@ class ChatModel:
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.config import read_config
         from llama2_chat.loading.load import load, measure
+        from llama2_chat.loading.lora import check_adapters
         from llama2_chat.loading.memory import translate_out_of_memory
         from llama2_chat.loading.read import load_tokenizer
 
         try:
             plan = choose(self.settings)
-            self.status = replace(self.status, model=self.settings.model_name or plan.name, why=plan.why)
+            adapters = tuple(name for name, _ in plan.adapters)
+            name = self.settings.model_name or plan.name
+            self.status = replace(self.status, model=name, adapters=adapters, why=plan.why)
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
             # What would come out wrong is refused before gigabytes are fetched.
@@ -155,6 +158,7 @@ class ChatModel:
             if not plan.is_embedded:
                 measure(checkpoint.base)
                 check_architecture(read_config(checkpoint.base))
+            check_adapters(checkpoint)
             loaded = load(checkpoint, self._progress)
             with (
                 translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
@@ -195,6 +199,7 @@ class ChatModel:
             max_batch=self.settings.max_batch,
             compile=self.settings.compile,
             deterministic=self.settings.deterministic,
+            adapters=loaded.adapters,
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
@@ -349,8 +354,15 @@ class ChatModel:
         reply = (self.reply_type or StreamedReply)(serving.tokenizer, serving.engine, stop, usage, before)
         if grammar is not None:
             reply.relaxed, reply.last_start = grammar.relaxed, grammar.last_start
-        reply.request = serving.engine.submit(input_ids, params, reply, grammar)
+        reply.request = serving.engine.submit(input_ids, params, reply, grammar, self._adapter(params.adapter))
         return reply
+
+    def _adapter(self, name: str) -> int:
+        """As Engine.submit() takes it."""
+        names = "", *self.status.adapters
+        if name not in names:
+            raise ChatError(f"There is no adapter {name!r:.100} here.")
+        return names.index(name)
 
     def _lost(self) -> None:
         """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""

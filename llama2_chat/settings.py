@@ -123,6 +123,12 @@ class Settings:
     )
     guard_key: str = field(default="", repr=False)  # from the environment only
     base_model: str | None = _knob(None, "BASE_MODEL", "base of a PEFT adapter, instead of the one its config names")
+    adapters: str = _knob(
+        "",
+        "ADAPTERS",
+        "LoRA adapters of this model, of which each request may choose one by its name: name=folder or Hub id, "
+        "comma-separated",
+    )
     chat_format: str = _knob(
         "auto",
         "CHAT_FORMAT",
@@ -187,6 +193,7 @@ class Settings:
             raise ChatError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}; it was {self.chat_format!r}.")
         if self.chat_format != "auto" and self.inference_url:
             raise ChatError("chat_format is for a model that is loaded here; with INFERENCE_URL its servers decide it.")
+        self._check_adapters()
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
         if self.history not in HISTORIES:
@@ -232,6 +239,24 @@ class Settings:
             raise ChatError(f"guard_fails must be one of {', '.join(GUARD_FAILS)}; it was {self.guard_fails!r}.")
         if self.guard_model and not self.guard_url:  # who names a guard wants one
             raise ChatError("guard_model needs guard_url: without the address of its server nothing is judged.")
+
+    def _check_adapters(self) -> None:
+        if self.adapters and self.inference_url:
+            raise ChatError("adapters are for a model that is loaded here; set them where INFERENCE_URL points to.")
+        named = dict(self.named_adapters)
+        if not all(name and source and name.isprintable() for name, source in self.named_adapters):
+            raise ChatError(
+                "adapters must be like law=adapters/law,poems=someone/poems: a name, and a folder or Hub id; it was "
+                f"{self.adapters[:80]!r}."
+            )
+        if len(named) < len(self.named_adapters) or self.model_name in named:
+            raise ChatError(f"adapters must have different names, and none the model's; it was {self.adapters[:80]!r}.")
+
+    @property
+    def named_adapters(self) -> tuple[tuple[str, str], ...]:
+        """Names of adapters, and the folders or Hub ids where they are."""
+        pairs = (each.partition("=") for each in _split(self.adapters))
+        return tuple((name.strip(), source.strip()) for name, _, source in pairs)
 
     @property
     def on_loopback(self) -> bool:

@@ -122,6 +122,7 @@ class SamplingParams:
     prompt_logprobs: bool = False  # where logprobs are asked, those of the prompt, which is then computed whole
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
     client: str = ""  # who asks; where several wait, each has the same share of the model
+    adapter: str = ""  # which of status.adapters answers; "" for the model without any
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -362,6 +363,7 @@ class Status:
     done_bytes: int = 0  # of the download
     total_bytes: int = 0  # 0 while unknown
     model: str = ""  # what the model is called: its Hub id, the name of its folder, or MODEL_NAME
+    adapters: tuple[str, ...] = ()  # what its adapters are called, of which a request may choose one
     precision: str = ""  # "bfloat16", "int8", "nf4", ...
     device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
     why: str = ""  # why this model in this precision, one or two sentences

@@ -203,3 +203,17 @@ def test_what_cannot_be_deterministic_is_refused(more):
 def test_a_served_name_is_one_line_and_of_a_model_that_is_here(more):
     with pytest.raises(ChatError, match="model_name"):
         Settings(**more)
+
+
+@pytest.mark.parametrize("adapters", ["law", "law=", "=a/b", "law=a/b,law=c/d", "mine=a/b", "law=a/b,\tx\x1b=c/d"])
+def test_adapters_are_names_and_places_and_none_is_called_as_another(adapters, capsys):
+    with pytest.raises(SystemExit):
+        Settings.read([], {"ADAPTERS": adapters, "MODEL_NAME": "mine"})
+    assert "adapters must" in capsys.readouterr().err
+
+
+def test_adapters_are_listed_with_commas():
+    settings = Settings.read([], {"ADAPTERS": " law = ~/law , poems=someone/poems@v1,"})
+    assert settings.named_adapters == (("law", "~/law"), ("poems", "someone/poems@v1"))
+    with pytest.raises(ChatError, match="INFERENCE_URL"):
+        Settings(adapters="law=a/b", inference_url="http://gpu-1")

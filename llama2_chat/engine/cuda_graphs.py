@@ -30,6 +30,7 @@ from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import ModelStep
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.lora import AdapterRows
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -93,6 +94,7 @@ class RecordedWay:
 
     deterministic: record one decode step, of a full batch, and one prefill step, of a piece of one prompt in which a
     token's row is its position's. How libraries order a sum depends on the number of rows, not on what is in them.
+    rows: which adapters there are; a recorded step adds them all, each to the rows of the slots that take it.
     """
 
     def __init__(
@@ -102,11 +104,13 @@ class RecordedWay:
         sampler: SamplerState,
         most_blocks: int,
         deterministic: bool = False,
+        rows: AdapterRows | None = None,
     ) -> None:
-        self._deterministic = deterministic
+        self._deterministic, self._rows = deterministic, rows
         self._model, self._kv_pool, self._sampler = model, pool, sampler
         # A block more than any request has: the last tile of a prompt may reach beyond it.
         self._table = torch.zeros(sampler.padding + 1, most_blocks + 1, dtype=torch.int32, device=sampler.device)
+        self._adapters = torch.zeros(sampler.padding + 1, dtype=torch.long, device=sampler.device)  # of each slot
         self._bound: list[tuple[BlockTable | None, int]] = [(None, 0)] * sampler.padding  # what self._table holds
         fitting = [(kind, size) for kind, size in SIZES if kind == "prefill" or size <= sampler.padding]
         # A full batch is recorded whatever MAX_BATCH is.
@@ -153,11 +157,13 @@ class RecordedWay:
     def _rows_alike(self) -> bool:
         """Whether a row of a full batch comes out the same wherever it stands: some GPU may share them otherwise."""
         layer, rows = self._model.model.layers[0], self._sampler.padding
+        mask = self._mask(torch.ones_like(self._adapters[:rows]))
         attention, mlp = layer.self_attn, layer.mlp
         groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
         for linears in (*groups, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj], [self._model.lm_head]):
-            x = torch.randn(linears[0].in_features, device=self._sampler.device, dtype=self._model.dtype)
-            for y in project(x.expand(1, rows, -1).contiguous(), *linears):
+            base: Any = getattr(linears[0], "base_layer", linears[0])
+            x = torch.randn(base.in_features, device=self._sampler.device, dtype=self._model.dtype)
+            for y in project(x.expand(1, rows, -1).contiguous(), *linears, mask=mask):
                 if not bool((y == y[:, :1]).all()):
                     self.mode = f"{self._ready()}; rows of a product are not alike on this GPU"
                     return False
@@ -312,6 +318,7 @@ class RecordedWay:
             if bound is not table:
                 known = 0
                 self._table[slot] = 0
+                self._adapters[slot] = request.adapter
             self._table[slot, known:length] = torch.tensor(table.blocks[known:], dtype=torch.int32)
             self._bound[slot] = (table, length)
 
@@ -324,9 +331,10 @@ class RecordedWay:
         """Logits [N, V] of the next token of each slot, int64 [N]."""
         state = self._sampler
         hidden, cos_sin = self._embed(state.tokens[slots], state.positions[slots])
+        mask = self._mask(self._adapters[slots])
         for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
             where = slots, state.positions, self._table
-            hidden = self._decode_layer(layer, hidden, *cos_sin, keys, values, *where)
+            hidden = self._decode_layer(layer, hidden, *cos_sin, mask, keys, values, *where)
         return self._model.lm_head(self._model.model.norm(hidden))[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
@@ -338,10 +346,15 @@ class RecordedWay:
         # What only fills a tile goes to block 0.
         kv_index = torch.where(offset < counts[:, None], block * BLOCK_SIZE + positions % BLOCK_SIZE, offset).flatten()
         hidden, cos_sin = self._embed(ids, positions.flatten())
+        mask = self._mask(self._adapters[slots].repeat_interleave(TILE_SIZE))
         for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
             where = kv_index, slots, starts, counts, self._table
-            hidden = self._prefill_layer(layer, hidden, *cos_sin, keys, values, *where)
+            hidden = self._prefill_layer(layer, hidden, *cos_sin, mask, keys, values, *where)
         return self._model.lm_head(self._model.model.norm(hidden[:, last]))[0]
+
+    def _mask(self, adapters: Tensor) -> Tensor | None:
+        """As project() takes it, of the adapter of each row, int64 [T]."""
+        return None if self._rows is None else self._rows.mask_of(adapters)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         hidden = self._model.model.embed_tokens(ids[None])
@@ -362,6 +375,7 @@ def _decode_layer(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
+    mask: Tensor | None,
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
@@ -371,7 +385,7 @@ def _decode_layer(
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return torch.ops.llama2_chat.decode_attention(query, key, value, keys, values, slots, positions, table, scale)
 
-    return _layer(layer, hidden, cos, sin, attend)
+    return _layer(layer, hidden, cos, sin, mask, attend)
 
 
 def _prefill_layer(
@@ -379,6 +393,7 @@ def _prefill_layer(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
+    mask: Tensor | None,
     keys: Tensor,
     values: Tensor,
     kv_index: Tensor,
@@ -392,18 +407,27 @@ def _prefill_layer(
             query, key, value, keys, values, kv_index, slots, starts, counts, table, scale
         )
 
-    return _layer(layer, hidden, cos, sin, attend)
+    return _layer(layer, hidden, cos, sin, mask, attend)
 
 
-def _layer(layer: LlamaDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]."""
+def _layer(
+    layer: LlamaDecoderLayer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]; mask: of adapters, as project() takes it."""
     attention, mlp = layer.self_attn, layer.mlp
-    projected = project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+    inputs = attention.q_proj, attention.k_proj, attention.v_proj
+    projected = project(layer.input_layernorm(hidden), *inputs, mask=mask)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    hidden = hidden + attention.o_proj(attend(query, key, value, attention.scaling).flatten(2))
-    gate, up = project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj)
-    return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+    attended = attend(query, key, value, attention.scaling).flatten(2)
+    hidden = hidden + project(attended, attention.o_proj, mask=mask)[0]
+    gate, up = project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj, mask=mask)
+    return hidden + project(mlp.act_fn(gate) * up, mlp.down_proj, mask=mask)[0]
 
 
 def _padded(chunk: Chunk) -> int:

@@ -103,10 +103,12 @@ class Engine:
         params: SamplingParams,
         streamer: Streamer,
         constraint: TokenConstraint | None = None,
+        adapter: int = 0,
     ) -> Request:
         """The request, placed in the waiting queue. Its ids go to the streamer, then streamer.end() is called.
 
         constraint: what the ids of the answer must follow; made for params.grammar, and for this request alone.
+        adapter: which of the runner's adapters answers, 1 for the first; 0 for the model without any.
 
         Raises Busy when the waiting queue is full, and ends the last of a client who has more there with it.
         Raises ModelUnavailable after close(), PromptTooLong for more ids than fit,
@@ -121,7 +123,8 @@ class Engine:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
         stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.stop_ids)
-        request = Request(list(input_ids), params, streamer, limit, draws(params, limit), constraint, stop_ids)
+        random_numbers = draws(params, limit)
+        request = Request(list(input_ids), params, streamer, limit, random_numbers, constraint, stop_ids, adapter)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from llama2_chat.kernels.lora import AdaptedLinear
 from llama2_chat.kernels.packed import JoinedPackedLinear
 
 
@@ -28,8 +29,23 @@ def join_projections(model: LlamaForCausalLM) -> None:
     torch.cuda.empty_cache()  # else PyTorch would keep the memory of the copies
 
 
-def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """What each of these layers makes of x, in one product where they have been joined."""
+def project(x: Tensor, *linears: nn.Module, mask: Tensor | None = None) -> Sequence[Tensor]:
+    """What each of these layers makes of x, in one product where they have been joined.
+
+    mask: which adapters are added, as AdapterRows.mask_of() makes it; None for none.
+    """
+    first: Any = linears[0]
+    if not isinstance(first, AdaptedLinear):
+        return _project(x, *linears)
+    bases: list[Any] = [linear.base_layer for linear in linears]
+    parts = _project(x, *bases)
+    lora = first.lora if len(linears) == 1 else first.shared
+    if mask is None or lora is None:
+        return parts
+    return [part if added is None else part + added for part, added in zip(parts, lora(x, mask), strict=True)]
+
+
+def _project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     first: Any = linears[0]
     if isinstance(first, JoinedPackedLinear):
         y = first.whole(x)

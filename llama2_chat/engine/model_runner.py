@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cpu_llama import speed_up_llama
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
 from llama2_chat.engine.join_projections import join_projections
@@ -26,6 +27,7 @@ from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.fixed_rows import fix_rows
+from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
@@ -66,6 +68,7 @@ class ModelRunner:
     faster: what computes instead of transformers' forward as far as it is ready.
     windows: of each layer, as paged_attention.attention_windows() finds them.
     piece_size: of prompts, in tokens, if `faster` computes all steps, and each kind with the same number of rows.
+    rows: which rows of a step take which adapter, if there are any.
     """
 
     block_size = BLOCK_SIZE
@@ -81,10 +84,11 @@ class ModelRunner:
         longest_chunk: int | None = None,
         windows: Sequence[int | None] = (None,),
         piece_size: int | None = None,
+        rows: AdapterRows | None = None,
     ) -> None:
         self._pool, self.sampler, self._faster = pool, sampler, faster
         self._model, self._device = model, sampler.device
-        self._eager = EagerWay(model, pool, sampler, kernel, most_blocks=-(-context_length // BLOCK_SIZE))
+        self._eager = EagerWay(model, pool, sampler, kernel, -(-context_length // BLOCK_SIZE), rows)
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
         on_gpu = self._device.type == "cuda"
         self.pipelined, self.piece_size = on_gpu, piece_size
@@ -274,6 +278,7 @@ def build_runner(
     compile: bool = True,
     deterministic: bool = False,
     pool_type: type[KVPool] = KVPool,
+    adapters: Sequence[LoraWeights] = (),
 ) -> ModelRunner:
     """The fastest runner that this model can have where it is.
 
@@ -283,6 +288,7 @@ def build_runner(
     compile: make a Llama on a single GPU faster, in the background.
     deterministic: let an answer depend on its prompt, its settings and its seed alone; on a CPU it always does.
     pool_type: how keys and values are kept.
+    adapters: which requests may choose from, by their place here, 1 for the first.
 
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
     no memory is left for keys and values, or if its steps cannot be recorded and must be.
@@ -309,14 +315,20 @@ def build_runner(
     if not (compile and kernel is not None and RecordedWay.supports(model)):
         if in_pieces:
             raise ModelUnavailable(NOT_DETERMINISTIC)
+        rows = add_adapters(model, adapters)
         pool = pool_type(model, free_beside_steps, context_length, max_batch)
-        return ModelRunner(model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk, windows=windows)
+        return ModelRunner(
+            model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk, windows=windows, rows=rows
+        )
     join_projections(model)
+    rows = add_adapters(model, adapters)
     step_bytes *= 2  # recorded steps have memory of their own
     pool = pool_type(model, free_beside_steps, context_length, max_batch)
-    recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces)
+    recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
-    return ModelRunner(model, pool, sampler, context_length, kernel, recorded, longest_chunk, piece_size=piece_size)
+    return ModelRunner(
+        model, pool, sampler, context_length, kernel, recorded, longest_chunk, piece_size=piece_size, rows=rows
+    )
 
 
 @torch.inference_mode()

@@ -1,10 +1,11 @@
 """Which block of the KV pool holds what: a tree whose path from the root spells the ids, so that conversations share
-the blocks of whatever they begin alike. Numbers only: no tensor is touched here, and no torch imported.
+the blocks of whatever they begin alike. Each adapter has a tree of its own: to the same ids it computes other keys and
+values. Numbers only: no tensor is touched here, and no torch imported.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Node:
 class BlockTable:
     """The blocks of one running request, in order: those it shares, then its own. It only ever grows at its end."""
 
+    adapter: int = 0  # in whose tree they are
     shared: list[Node] = field(default_factory=list)
     own: list[int] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._root = Node((), 0, None)
+        self._roots: defaultdict[int, Node] = defaultdict(lambda: Node((), 0, None))  # of each adapter
         self._free = list(range(num_blocks - 1, 0, -1))  # the lowest block is handed out first
         self._evictable: OrderedDict[Node, None] = OrderedDict()  # leaves without references, the longest unused first
         self._unreferenced = 0  # blocks in the tree without references
@@ -68,9 +70,9 @@ class PrefixCache:
             self._remove(next(iter(self._evictable)))
         return self._free.pop()
 
-    def match(self, ids: Sequence[int]) -> Match:
-        """The blocks that begin as ids do. The last id is always left to compute: its logits are needed."""
-        table, node, start = BlockTable(), self._root, 0
+    def match(self, ids: Sequence[int], adapter: int = 0) -> Match:
+        """The adapter's blocks that begin as ids do. The last id is always left to compute: its logits are needed."""
+        table, node, start = BlockTable(adapter), self._roots[adapter], 0
         while child := node.children.get(self._next_block(ids, start)):
             if len(child.ids) < self.block_size:
                 break
@@ -87,7 +89,7 @@ class PrefixCache:
 
     def insert(self, table: BlockTable, ids: Sequence[int]) -> None:
         """Let others find the blocks that ids fill to the brim, while their request goes on."""
-        node = table.shared[-1] if table.shared else self._root
+        node = self._last_shared(table)
         while table.own and len(ids) >= (len(table.shared) + 1) * self.block_size:
             start = len(table.shared) * self.block_size
             key = tuple(ids[start : start + self.block_size])
@@ -99,7 +101,7 @@ class PrefixCache:
 
     def release(self, table: BlockTable, ids: Sequence[int]) -> None:
         """Keep what the blocks hold, ids, for the next who begins alike; the request no longer runs."""
-        node = table.shared[-1] if table.shared else self._root
+        node = self._last_shared(table)
         for index, block in enumerate(table.own, len(table.shared)):
             key = tuple(ids[index * self.block_size : (index + 1) * self.block_size])
             if not key:
@@ -133,6 +135,9 @@ class PrefixCache:
         table.shared, table.own = [], []
         return freed
 
+    def _last_shared(self, table: BlockTable) -> Node:
+        return table.shared[-1] if table.shared else self._roots[table.adapter]
+
     def _add(self, parent: Node, ids: tuple[int, ...], block: int) -> Node:
         node = parent.children[ids] = Node(ids, block, parent)
         self._evictable.pop(parent, None)
@@ -156,11 +161,11 @@ class PrefixCache:
     def _remove(self, node: Node) -> None:
         """Take a leaf without references out of the tree; its block is free."""
         parent = node.parent
-        assert parent is not None  # the root is never evictable
+        assert parent is not None  # a root is never evictable
         del self._evictable[node], parent.children[node.ids]
         self._unreferenced -= 1
         self._free.append(node.block)
-        if parent is not self._root and not parent.children and not parent.ref_count:
+        if parent.parent is not None and not parent.children and not parent.ref_count:
             self._evictable[parent] = None
             self._evictable.move_to_end(parent, last=False)
 

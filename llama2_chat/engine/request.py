@@ -52,6 +52,7 @@ class Request:
     draws: Tensor  # float32 [limit]: the random numbers of its answer
     constraint: TokenConstraint | None = None  # as far as ids have been emitted
     stop_ids: frozenset[int] = frozenset()  # ids that end the answer; they are not emitted
+    adapter: int = 0  # which of the runner's adapters computes it, 1 for the first; 0 for none
 
     prompt_tokens: int = field(init=False)
     cached_tokens: int = 0  # of the prompt, in whole blocks that were found in the KV cache

@@ -143,11 +143,12 @@ class Scheduler:
 
     def _is_being_read(self, request: Request) -> bool:
         """Whether just this prompt is being computed for somebody else, and will be in the cache within a few steps."""
-        return request.reads_cache and any(other.ids == request.ids for other in self.prefilling)
+        what = request.adapter, request.ids
+        return request.reads_cache and any((other.adapter, other.ids) == what for other in self.prefilling)
 
     def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
         """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""
-        table, nearest, common = self.cache.match(request.ids if request.reads_cache else ())
+        table, nearest, common = self.cache.match(request.ids if request.reads_cache else (), request.adapter)
         length, growing = len(request.ids), len(self.running)
         if self.config.piece_size:
             # Nobody is preempted: what decode steps computed would be read again in pieces, and rounded otherwise.

@@ -6,6 +6,7 @@ The other one is in cuda_graphs.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from llama2_chat.engine.paged_attention import AttentionStep, DecodeStep, Prefil
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import SamplerState
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.kernels.lora import AdapterRows
 
 
 @dataclass
@@ -65,8 +67,10 @@ class EagerWay:
         sampler: SamplerState,
         kernel: Callable[..., Tensor] | None,
         most_blocks: int,
+        rows: AdapterRows | None = None,
     ) -> None:
         self._model, self._pool, self._sampler, self._kernel = model, pool, sampler, kernel
+        self._rows = rows
         self._most_blocks, self._device = most_blocks, sampler.device
         self._on_cpu = self._device.type == "cpu"
         self._mask = torch.empty(1, 1, 1, 1, device=self._device)  # transformers makes none when it is given one
@@ -77,13 +81,15 @@ class EagerWay:
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
         last = torch.arange(len(ids)) if everywhere else ends[[chunk.is_last for chunk in chunks]] - 1
         step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
-        return self._forward(ids, step, last.to(self._device))
+        adapters = [chunk.request.adapter for chunk in chunks for _ in range(chunk.start, chunk.end)]
+        return self._forward(ids, step, last.to(self._device), adapters)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
         step = CpuStep.decode(self._pool, requests) if self._on_cpu else self._gpu_decode(requests)
         everyone = torch.arange(len(requests), device=self._device)
-        return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone), slots)
+        adapters = [request.adapter for request in requests]
+        return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone, adapters), slots)
 
     def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
@@ -108,14 +114,15 @@ class EagerWay:
             table[: len(blocks)] = torch.tensor(blocks)
         return DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
 
-    def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor) -> Tensor:
-        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T]."""
-        output = self._model(
-            input_ids=ids[None],
-            position_ids=step.positions[None],
-            attention_mask=self._mask,
-            use_cache=False,
-            logits_to_keep=last,
-            step=step,
-        )
+    def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor, adapters: Sequence[int]) -> Tensor:
+        """Logits [n, V] at `last`, int64 [n], of tokens ids, int64 [T], each computed by its adapter."""
+        with self._rows.taking(adapters) if self._rows else nullcontext():
+            output = self._model(
+                input_ids=ids[None],
+                position_ids=step.positions[None],
+                attention_mask=self._mask,
+                use_cache=False,
+                logits_to_keep=last,
+                step=step,
+            )
         return output.logits[0].to(self._device)

@@ -37,15 +37,19 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
         adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
-    made_for = str(adapted.active_peft_config.base_model_name_or_path)
-    if not _is_made_for(adapter, made_for, checkpoint.base):
-        base = checkpoint.base.repo or str(checkpoint.base.folder)
-        log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, base)
+    warn_of_another_base(adapter, str(adapted.active_peft_config.base_model_name_or_path), checkpoint.base)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def warn_of_another_base(adapter: Files, made_for: str, base: Files) -> None:
+    """Log it if an adapter that was made for the base of this name is used on another one."""
+    if not _is_made_for(adapter, made_for, base):
+        used_on = base.repo or str(base.folder)
+        log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, used_on)
 
 
 def _is_made_for(adapter: Files, name: str, base: Files) -> bool:

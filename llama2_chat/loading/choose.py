@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -51,6 +52,7 @@ class Plan:
     base_model: str | None = None  # overrides what an adapter names
     chat_format: str | None = None  # overrides what the model's files or its name say: "llama-2", or "none" to complete
     headroom_gb: float = Settings.kv_headroom_gb  # of each GPU, left alone
+    adapters: tuple[tuple[str, str], ...] = ()  # names and sources of those that requests choose from
 
     @property
     def is_embedded(self) -> bool:
@@ -63,6 +65,13 @@ class Plan:
         return folder.resolve().name if folder else split_revision(self.model_id)[0]
 
 
+class NamedAdapter(NamedTuple):
+    """A LoRA adapter that a request may choose."""
+
+    name: str  # as page and API call it
+    files: Files
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A fetched model: its configuration and tokenizer are on this disk, its weights perhaps not yet."""
@@ -72,7 +81,8 @@ class Checkpoint:
     quantization: str
     base: Files
     cache_dir: Path  # where weights that come quantised are unpacked
-    adapter: Files | None = None
+    adapter: Files | None = None  # for all requests
+    adapters: tuple[NamedAdapter, ...] = ()  # of which each request may choose one
     chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
     headroom_gb: float = Settings.kv_headroom_gb  # as the plan's
 
@@ -95,6 +105,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         settings.base_model,
         None if settings.chat_format == "auto" else settings.chat_format,
         settings.kv_headroom_gb,
+        settings.named_adapters,
     )
     if settings.zero_gpu:
         log.warning("%s", ZERO_GPU)
@@ -138,6 +149,30 @@ def _is_metas_repository(repo: str) -> ModelUnavailable:
 
 def fetch(plan: Plan, progress: Progress) -> Checkpoint:
     """The planned model with its configuration and tokenizer on this disk; the embedded model with its weights too."""
+    checkpoint = _fetch_model(plan, progress)
+    if checkpoint.adapter and plan.adapters:
+        raise ModelUnavailable(
+            f"{quoted(plan.model_id)} is an adapter, and those of ADAPTERS are chosen beside their base. Set MODEL_ID "
+            f"to the base, and add {quoted(plan.model_id)} to ADAPTERS under a name."
+        )
+    return replace(checkpoint, adapters=tuple(_fetch_adapter(*named, plan, progress) for named in plan.adapters))
+
+
+def _fetch_adapter(name: str, source: str, plan: Plan, progress: Progress) -> NamedAdapter:
+    if name == plan.name:
+        raise ModelUnavailable(f"ADAPTERS calls an adapter {name}, as the model is called. Choose another name.")
+    try:
+        files = fetch_small_files(source, progress, plan.hub_cache_dir)
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"The adapter {name}: {error.detail}") from error
+    if not (files.folder / "adapter_config.json").is_file():
+        raise ModelUnavailable(
+            f"The adapter {name}: {files} holds no adapter_config.json, so it is no adapter of PEFT. Check ADAPTERS."
+        )
+    return NamedAdapter(name, replace(files, stem="adapter_model"))
+
+
+def _fetch_model(plan: Plan, progress: Progress) -> Checkpoint:
     if sys.flags.optimize >= 2:
         raise ModelUnavailable(
             "Python runs with -OO or PYTHONOPTIMIZE=2, which takes out the docstrings that transformers reads while it "
@@ -168,7 +203,14 @@ def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkp
     known_base = KNOWN_BASE.fullmatch(split_revision(plan.model_id)[0])
     chat_format = plan.chat_format or (NO_FORMAT if known_base else None)
     return Checkpoint(
-        plan.model_id, plan.why, plan.quantization, base, plan.cache_dir, adapter, chat_format, plan.headroom_gb
+        plan.model_id,
+        plan.why,
+        plan.quantization,
+        base,
+        plan.cache_dir,
+        adapter,
+        chat_format=chat_format,
+        headroom_gb=plan.headroom_gb,
     )
 
 

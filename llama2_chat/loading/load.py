@@ -19,12 +19,14 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.loading.adapters import load_adapter, merge_adapter
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import read_config, read_generation_config
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import Progress, fetch_weights
+from llama2_chat.loading.lora import read_adapters
 from llama2_chat.loading.memory import (
     GB,
     MIN_CONTEXT_TOKENS,
@@ -59,6 +61,7 @@ class Loaded:
     model: PreTrainedModel
     why: str
     needed_bytes: int = 0  # of GPU memory, or of this computer's without one, with one conversation
+    adapters: tuple[LoraWeights, ...] = ()  # to be put beside it
 
     @cached_property
     def precision(self) -> str:
@@ -97,6 +100,13 @@ def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb) -> Size:
     return size
 
 
+def measure_checkpoint(checkpoint: Checkpoint) -> Size:
+    """measure() of its model, with the adapters that requests choose from: all are filled up to the largest."""
+    largest = max((sum(adapter.files.weights().values()) for adapter in checkpoint.adapters), default=0)
+    size = measure(checkpoint.base, checkpoint.headroom_gb)
+    return replace(size, adapter_bytes=largest * len(checkpoint.adapters))
+
+
 def check_headers(files: Files) -> None:
     """Raise ModelUnavailable if a file of weights is here but cut off or a Git LFS pointer. Reads only its header."""
     with translate_errors(files):
@@ -112,11 +122,14 @@ def check_headers(files: Files) -> None:
 def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     """Download the weights if they are not here, after checking that they will fit, and load them."""
     files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
-    size = measure(files, checkpoint.headroom_gb)
+    size = measure_checkpoint(checkpoint)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     if size.comes_in:
         check_room(files, read_config(files), checkpoint.cache_dir)
+    for other in checkpoint.adapters:
+        fetch_weights(other.files, progress)
+    adapters = read_adapters(checkpoint)
     bring_weights(files, progress)
     if adapter:
         fetch_weights(adapter, progress)
@@ -146,7 +159,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         if precision == "nf4" and gpus:
             speed_up_nf4(model)
     model.eval().requires_grad_(False)
-    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes)
+    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes, adapters)
     if loaded.precision != precision:
         return replace(loaded, why=f"{loaded.why} Not all of its layers can be in {precision}.")
     return loaded

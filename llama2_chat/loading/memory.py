@@ -68,6 +68,7 @@ class Size:
     kv_bytes_per_token: int
     step_bytes: int = 0  # of activations, in the engine's longest step
     headroom_bytes: int = int(Settings.kv_headroom_gb * GB)  # per GPU, which the engine leaves alone
+    adapter_bytes: int = 0  # of those that requests choose from
     comes_in: str | None = None  # "gptq", "awq", ...: what its weights are unpacked from before they are loaded
 
     @classmethod
@@ -105,7 +106,7 @@ class Size:
 
     def _bytes(self, precision: str, context: int) -> int:
         weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
-        return int(weights + self.kv_bytes_per_token * min(context, self.context))
+        return int(weights + self.adapter_bytes + self.kv_bytes_per_token * min(context, self.context))
 
     def working_bytes(self, precision: str) -> int:
         """Of each GPU beside weights and KV cache. Recorded steps have activations of their own."""

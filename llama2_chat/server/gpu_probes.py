@@ -81,7 +81,7 @@ def _nvidia_smi() -> tuple[_Card | None, str]:
 
 
 def probe_gpu_memory(start: PlannedStart) -> str:
-    from llama2_chat.loading.load import measure
+    from llama2_chat.loading.load import measure_checkpoint
     from llama2_chat.loading.memory import GB, MIN_CONTEXT_TOKENS, check_memory, choose_precision, visible_gpus
 
     checkpoint, gpus = start.checkpoint, visible_gpus()
@@ -89,14 +89,15 @@ def probe_gpu_memory(start: PlannedStart) -> str:
         raise NotApplicable("the model runs on the CPU")
     if checkpoint is None:
         raise NotApplicable("known after the first start; the small model needs little")
-    size = measure(checkpoint.base, checkpoint.headroom_gb)
+    size = measure_checkpoint(checkpoint)
     precision, _ = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
     alone, tokens = size.needed_bytes(precision, 0, len(gpus)), min(size.context, MIN_CONTEXT_TOKENS)
     conversations = max(free - alone, 0) // (tokens * size.kv_bytes_per_token)
+    adapters = f", {size.adapter_bytes / GB:.1f} GB of it for adapters" if size.adapter_bytes else ""
     return (
-        f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in, "
+        f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in{adapters}, "
         f"the rest for {conversations:,} conversations of {tokens:,} tokens"
     )
 

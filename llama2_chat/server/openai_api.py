@@ -86,12 +86,12 @@ def api_router(
     @router.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
         _check_ready(chat)
-        return {"object": "list", "data": [_model_object(chat)]}
+        return {"object": "list", "data": [_model_object(chat, name) for name in _models(chat)]}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         _check_model(chat, model)
-        return _model_object(chat)
+        return _model_object(chat, model)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -184,7 +184,8 @@ def api_router(
             client = client_id(request, settings)
             cleanup.enter_context(limiter.slot(client, len(starts) * body.choices_each))
             try:
-                params = replace(body.params(settings.sampling), client=client)
+                adapter = body.model if body.model in chat.status.adapters else ""
+                params = replace(body.params(settings.sampling), client=client, adapter=adapter)
                 start = functools.partial(_start, chat, body, starts, params)
                 has_grammar = params.grammar is not None or body.offer is not None
                 threads = await threads_for(request) or (schema_threads if has_grammar else None)
@@ -241,20 +242,27 @@ def _check_ready(chat: ChatBackend) -> None:
         raise ModelUnavailable(chat.status.error)
 
 
+def _models(chat: ChatBackend) -> list[str]:
+    """The names that a request may give as its model: the model's own, and its adapters'."""
+    return [chat.status.model, *chat.status.adapters]
+
+
 def _check_model(chat: ChatBackend, name: str | None) -> None:
     _check_ready(chat)
-    if name is not None and name != chat.status.model:
-        sentence = f"There is no model {name!r:.100} here; this server has {chat.status.model}."
+    if name is not None and name not in _models(chat):
+        sentence = f"There is no model {name!r:.100} here; this server has {', '.join(_models(chat))}."
         raise ApiError(404, "model_not_found", sentence, "model")
 
 
-def _model_object(chat: ChatBackend) -> dict[str, Any]:
+def _model_object(chat: ChatBackend, name: str) -> dict[str, Any]:
+    parent = {"parent": chat.status.model} if name in chat.status.adapters else {}
     return {
-        "id": chat.status.model,
+        "id": name,
         "object": "model",
         "created": STARTED,
         "owned_by": "llama-2-chat",
         "max_model_len": chat.context_length or None,  # what a remote server does not say
+        **parent,
     }
 
 
@@ -304,10 +312,10 @@ def _writer(
     sources: Sequence[Source],
 ) -> AnswerWriter:
     if isinstance(body, InfillRequest):
-        return Infills(chat.status.model, chat.context_length, with_text=body.max_tokens != 0)
+        return Infills(params.adapter or chat.status.model, chat.context_length, with_text=body.max_tokens != 0)
     ids = CallIds(None if body.seed is None else f"{body.seed} {json.dumps(question)}")
     readers = [_reader(chat, body, params, reply) for reply in choices.replies]
-    with_logprobs, model = params.logprobs is not None, chat.status.model
+    with_logprobs, model = params.logprobs is not None, params.adapter or chat.status.model
     if isinstance(body, ResponsesRequest):
         return Items(model, body.settings(params), readers[0], ids, with_logprobs)
     speech = Speech(readers, ids, isinstance(body, ChatRequest) and body.has_functions)

@@ -69,7 +69,10 @@ class PlannedStart:
     def files(self) -> list[Files]:
         """What holds weights."""
         checkpoint = self.checkpoint
-        return [files for files in (checkpoint.base, checkpoint.adapter) if files] if checkpoint else []
+        if checkpoint is None:
+            return []
+        adapters = [adapter.files for adapter in checkpoint.adapters]
+        return [files for files in (checkpoint.base, checkpoint.adapter, *adapters) if files]
 
 
 def probe_python(start: PlannedStart) -> str:
@@ -110,6 +113,7 @@ def probe_model(start: PlannedStart) -> str:
     from llama2_chat.loading.config import read_config
     from llama2_chat.loading.hub import check_reachable
     from llama2_chat.loading.load import check_headers, measure
+    from llama2_chat.loading.lora import check_adapters
     from llama2_chat.loading.memory import visible_gpus
     from llama2_chat.loading.small_model import check_index
 
@@ -119,16 +123,25 @@ def probe_model(start: PlannedStart) -> str:
             check_reachable(LLAMA_2_MODEL_ID, cache_dir=plan.hub_cache_dir)  # a start only logs this and goes on
         if checkpoint is None:
             check_index(plan.cache_dir)
-        return f"{plan.model_id}. {plan.why}"
+            return f"{plan.model_id}. {plan.why}"
+        check_adapters(checkpoint)
+        return f"{plan.model_id}{_adapters(checkpoint)}. {plan.why}"
     measure(start.files[0])
     check_architecture(read_config(start.files[0]))
+    assert checkpoint is not None  # only the embedded model's may be
+    check_adapters(checkpoint)
     for files in start.files:
         check_headers(files)
     for files in start.files:
         if (missing := files.missing()) and files.repo:
             check_reachable(files.repo, next(iter(missing)), files.cache_dir)
-            return f"{plan.model_id}. The Hub lets this account download it."
-    return f"{plan.model_id}. All files are here."
+            return f"{plan.model_id}{_adapters(checkpoint)}. The Hub lets this account download what is missing."
+    return f"{plan.model_id}{_adapters(checkpoint)}. All files are here."
+
+
+def _adapters(checkpoint: Checkpoint) -> str:
+    names = ", ".join(adapter.name for adapter in checkpoint.adapters)
+    return f" with the adapters {names}" if names else ""
 
 
 def probe_tokenizer(start: PlannedStart) -> str:

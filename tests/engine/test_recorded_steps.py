@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels import attention
 from llama2_chat.types import SamplingParams
+from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import RecordedWay, _packed
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import KVPool
@@ -24,6 +25,7 @@ from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import SamplerState, draws
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.kernels.lora import LoraWeights
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -32,18 +34,31 @@ model = LlamaForCausalLM(config).eval().requires_grad_(False)
 model.set_attn_implementation(ATTENTION)
 pool = KVPool(model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
 state = SamplerState(4, 97, 64, torch.device("cpu"))
-recorded = RecordedWay(model, pool, state, most_blocks=8)
 params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)
 
-def expected(ids):
-    return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+def lora(name, shapes):
+    # For both layers: [rank, in] and [out, rank].
+    layers = {{f"model.layers.{{i}}.{{layer}}": (torch.randn(rank, wide), 0.02 * torch.randn(out, rank))
+              for i in range(2) for layer, (rank, wide, out) in shapes.items()}}
+    return LoraWeights(name, layers)
+
+def expected(ids, adapter=0):
+    with rows.taking([adapter] * len(ids)):
+        return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 with torch.inference_mode():
-    before = expected([1, 2, 3])
+    before = model(torch.tensor([[1, 2, 3]])).logits[0, -1]
     join_projections(model)
+    first = {{"self_attn.q_proj": (4, 64, 64), "self_attn.v_proj": (4, 64, 32), "mlp.down_proj": (4, 64, 64)}}
+    second = {{"self_attn.o_proj": (2, 64, 64), "mlp.gate_proj": (2, 64, 64), "mlp.up_proj": (3, 64, 64)}}
+    rows = add_adapters(model, [lora("first", first), lora("second", second)])
+    recorded = RecordedWay(model, pool, state, most_blocks=8, rows=rows)
     assert expected([1, 2, 3]).equal(before)
+    assert not expected([1, 2, 3], adapter=1).allclose(before, atol=0.1)
+    assert not expected([1, 2, 3], adapter=2).allclose(before, atol=0.1)
     prompts = [torch.randint(0, 97, (length,)).tolist() for length in (1, 63, 64, 200)]
-    requests = [Request(ids, params, None, 64, draws(params, 64), slot=slot) for slot, ids in enumerate(prompts)]
+    requests = [Request(ids, params, None, 64, draws(params, 64), slot=slot, adapter=slot % 3)
+                for slot, ids in enumerate(prompts)]
     for request in requests:
         request.blocks = BlockTable(own=[1 + 4 * request.slot + place for place in (2, 0, 3, 1)])
     # The first half of each, then the rest of all, in one pack each.
@@ -53,7 +68,7 @@ with torch.inference_mode():
     recorded._prefill(_packed(halves, 256, 4), 256)
     logits = recorded._prefill(_packed(rest, 512, 4), 512)
     for request in requests:
-        torch.testing.assert_close(logits[request.slot], expected(request.ids), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logits[request.slot], expected(request.ids, request.adapter), atol=1e-3, rtol=1e-3)
         state.join(request.slot, request.ids, 0, params, request.draws)
     for request, token in zip(requests, state.sample(logits[:4], torch.arange(4), 64).tolist()):
         request.ids.append(token)
@@ -61,7 +76,8 @@ with torch.inference_mode():
     for step in range(3):
         logits = recorded._decode(everyone)
         for place, slot in enumerate(everyone[:4].tolist()):
-            torch.testing.assert_close(logits[place], expected(requests[slot].ids), atol=1e-3, rtol=1e-3)
+            alone = expected(requests[slot].ids, requests[slot].adapter)
+            torch.testing.assert_close(logits[place], alone, atol=1e-3, rtol=1e-3)
         for slot, token in zip(everyone.tolist(), state.sample(logits, everyone, 64).tolist()):
             if slot < 4:
                 requests[slot].ids.append(token)

@@ -1,0 +1,72 @@
+"""Adapters beside the linear layers of a model: put there once the layers are as steps compute them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llama2_chat.engine.kv_pool import input_embeddings
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.lora import AdaptedLinear, AdapterRows, Lora, LoraWeights, stack
+
+# Layers of one input in a Llama, in the order in which what they give lies side by side.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def add_adapters(model: PreTrainedModel, adapters: Sequence[LoraWeights]) -> AdapterRows | None:
+    """Let each linear layer add what the adapters say to the rows that take them; None if there are no adapters.
+
+    Raises ModelUnavailable if a layer does not see the rows of a step as they come.
+    """
+    if not adapters:
+        return None
+    weight = input_embeddings(model).weight
+    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+    rank = max(adapter.rank for adapter in adapters)
+    rows = AdapterRows(len(adapters), rank, weight.device, dtype)
+    for name in sorted({name for adapter in adapters for name in adapter.layers}):
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        adapted = AdaptedLinear(linear, _lora(adapters, name, rank, linear, dtype), rows)
+        setattr(model.get_submodule(parent), child, adapted)
+    for module in list(model.modules()):
+        for names in TOGETHER:
+            _share(module, names, rows)
+    _check(model, rows)
+    return rows
+
+
+def _lora(adapters: Sequence[LoraWeights], name: str, rank: int, linear: nn.Module, dtype: torch.dtype) -> Lora:
+    device = next(itertools.chain(linear.parameters(), linear.buffers())).device
+    down, up = (states.to(device, dtype) for states in stack(adapters, name, rank))
+    return Lora(down, [up])
+
+
+def _share(parent: nn.Module, names: Sequence[str], rows: AdapterRows) -> None:
+    """Of layers that may be computed together none is adapted or all are: the first is asked for all of them."""
+    linears: list[Any] = [getattr(parent, name, None) for name in names]
+    if None in linears or not any(isinstance(linear, AdaptedLinear) for linear in linears):
+        return
+    adapted = [each if isinstance(each, AdaptedLinear) else AdaptedLinear(each, None, rows) for each in linears]
+    for name, linear in zip(names, adapted, strict=True):
+        setattr(parent, name, linear)
+    adapted[0].share(adapted)
+
+
+@torch.inference_mode()
+def _check(model: PreTrainedModel, rows: AdapterRows) -> None:
+    """Three tokens, of which one takes an adapter, go through the model."""
+    ids = torch.zeros(1, 3, dtype=torch.long, device=input_embeddings(model).weight.device)
+    try:
+        with rows.taking([0, 1, 0]):
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError as error:  # shapes that do not fit
+        raise ModelUnavailable(
+            f"Adapters change a layer of {type(model).__name__} that sees only some tokens of a step, as experts of a "
+            "mixture do, and cannot be chosen per request there. Set MODEL_ID to the adapter, and leave out ADAPTERS."
+        ) from error
