@@ -54,6 +54,13 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Saved:
+    epoch: str
+    kept: dict[str, int]  # the revisions of what is there now as the browser has it, by id
+    others: list[Record]  # what is there of the rest, and of its conversations: changed by another browser, or deleted
+
+
+@dataclass(frozen=True)
 class Page:
     """Records after a revision, the oldest first, and the conversations of their messages."""
 
@@ -80,13 +87,12 @@ class History(Database):
             rows = db.execute(f"SELECT {FIELDS} FROM records WHERE revision > ? ORDER BY revision", (after,))
             records = _first_of(Record(*row) for row in rows)
             until = records[-1].revision if records else newest
-            return Page(own_epoch, after, until, until == newest, [*_conversations_of(db, records), *records])
+            return Page(own_epoch, after, until, until == newest, [*_conversations_of(db, records, records), *records])
 
-    def put(self, changes: Sequence[Change], epoch: str) -> tuple[str, dict[str, int]]:
-        """The file's epoch, and the revisions of all that is kept now as its browser has it. What is missing among them
-        was changed by another browser meanwhile, or belongs to a conversation that was deleted.
+    def put(self, changes: Sequence[Change], epoch: str) -> Saved:
+        """Keep what nobody else has changed meanwhile; whole or not at all, and on the disk when this returns.
 
-        Kept whole or not at all, and on the disk when this returns. Raises NoRoom.
+        A message is kept only where its conversation is. Raises NoRoom.
         """
         if any(change.body is not None for change in changes):  # else it gives room
             room_in(self.path.parent, sum(_size(change.body) for change in changes))
@@ -105,9 +111,11 @@ class History(Database):
                         "New ones stay in this browser until you delete some."
                     )
                 db.execute("UPDATE state SET revision = ?, bytes = ?", (revision, used))
+            others = [record for change in changes if change.id not in kept for record in _records(db, change.id)]
+            others += _conversations_of(db, [change for change in changes if change.id not in kept], others)
         if any(change.body is None for change in changes):
             self.truncate_log()
-        return own_epoch, kept
+        return Saved(own_epoch, kept, others)
 
 
 class Histories:
@@ -123,8 +131,7 @@ class Histories:
 
 def _put(db: sqlite3.Connection, change: Change, revision: int, used: int) -> tuple[int | None, int, int]:
     """The revision of what is kept as the browser has it, or None; then the newest revision, and the bytes used."""
-    row = db.execute(f"SELECT {FIELDS} FROM records WHERE id = ?", (change.id,)).fetchone()
-    there = Record(*row) if row else None
+    there = next(iter(_records(db, change.id)), None)
     if there and (there.kind, there.conversation) != (change.kind, change.conversation):
         return None, revision, used
     if (there.body if there else None) == change.body:
@@ -175,9 +182,14 @@ def _first_of(records: Iterable[Record]) -> list[Record]:
     return first
 
 
-def _conversations_of(db: sqlite3.Connection, records: Sequence[Record]) -> list[Record]:
-    """Those of the messages among them that are newer: a browser keeps no message without its conversation."""
-    there = {record.id for record in records}
-    missing = {record.conversation for record in records} - there
-    rows = (db.execute(f"SELECT {FIELDS} FROM records WHERE id = ?", (id,)).fetchone() for id in sorted(missing))
-    return [Record(*row) for row in rows if row]
+def _conversations_of(
+    db: sqlite3.Connection, messages: Sequence[Record | Change], told: Sequence[Record]
+) -> list[Record]:
+    """Those that are not told anyway: a browser keeps no message without its conversation."""
+    missing = {message.conversation for message in messages} - {record.id for record in told}
+    return [record for id in sorted(missing) for record in _records(db, id)]
+
+
+def _records(db: sqlite3.Connection, id: str) -> list[Record]:
+    """The one with this id, or none."""
+    return [Record(*row) for row in db.execute(f"SELECT {FIELDS} FROM records WHERE id = ?", (id,))]

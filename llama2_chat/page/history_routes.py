@@ -16,7 +16,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from llama2_chat.page.history import PAGE_BYTES, Change, Histories, History, Kind
+from llama2_chat.page.history import PAGE_BYTES, Change, Histories, History, Kind, Record
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.server.errors import ApiError
 from llama2_chat.server.limits import Turns
@@ -70,17 +70,8 @@ def add_history_routes(router: APIRouter, histories: Histories, visitors: Visito
     ) -> Response:
         read = functools.partial(_of(request).after, epoch, revision)
         page = await anyio.to_thread.run_sync(read, limiter=threads)
-        records = [
-            {
-                "id": record.id,
-                "kind": record.kind,
-                "conversation": record.conversation,
-                "revision": record.revision,
-                "record": None if record.body is None else json.loads(record.body),
-            }
-            for record in page.records
-        ]
         answer = {"epoch": page.epoch, "after": page.after, "revision": page.revision, "isLast": page.is_last}
+        records = list(map(_told, page.records))
         return JSONResponse({**answer, "records": records}, headers={"Cache-Control": "no-store"})
 
     @router.put("/history")
@@ -89,8 +80,8 @@ def add_history_routes(router: APIRouter, histories: Histories, visitors: Visito
         records = [record.change() for record in changes.records]
         async with turns.turn(visitors.owner(request)):
             write = functools.partial(history.put, records, changes.epoch)
-            epoch, kept = await anyio.to_thread.run_sync(write, limiter=threads)
-        return {"epoch": epoch, "kept": kept}
+            saved = await anyio.to_thread.run_sync(write, limiter=threads)
+        return {"epoch": saved.epoch, "kept": saved.kept, "others": list(map(_told, saved.others))}
 
     def _of(request: Request) -> History:
         """Raises ApiError where the page is another login's than the cookie: another tab has logged somebody in."""
@@ -98,3 +89,9 @@ def add_history_routes(router: APIRouter, histories: Histories, visitors: Visito
         if unquote(page_of) != visitors.profile(request):
             raise ApiError(409, "other_login", OTHER_LOGIN)
         return histories.of(owner)
+
+
+def _told(record: Record) -> dict[str, Any]:
+    body = None if record.body is None else json.loads(record.body)
+    told = {"id": record.id, "kind": record.kind, "conversation": record.conversation, "revision": record.revision}
+    return {**told, "record": body}

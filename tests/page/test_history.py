@@ -14,19 +14,12 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
 from llama2_chat import database
 from llama2_chat.errors import NoRoom
 from llama2_chat.page import history as module
-from llama2_chat.page.answering import Answering
 from llama2_chat.page.history import Change, Histories
-from llama2_chat.page.routes import page_router
-from llama2_chat.page.visitors import Visitors
-from llama2_chat.server.limits import ConcurrencyLimiter
-from llama2_chat.types import SamplingParams
-from tests.support.scripted import ScriptedChat
+from tests.support.histories import HistoryClient
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +52,7 @@ def gone(change, base):
 
 def put(history, *changes):
     """The revisions of what was kept, by name."""
-    kept = history.put(changes, "")[1]
+    kept = history.put(changes, "").kept
     return {bytes.fromhex(id).rstrip(b"\0").decode(): revision for id, revision in kept.items()}
 
 
@@ -82,7 +75,9 @@ def test_a_browser_hears_of_what_is_newer_than_it_has_seen(history):
 def test_what_another_browser_has_changed_meanwhile_is_not_overwritten(history):
     put(history, talk("a", title="Old"))
     assert put(history, talk("a", 1, title="From the phone")) == {"a": 2}
-    assert put(history, talk("a", 1, title="From the computer")) == {}
+    saved = history.put([talk("a", 1, title="From the computer")], "")
+    assert saved.kept == {}
+    assert [json.loads(record.body)["title"] for record in saved.others] == ["From the phone"]
     assert json.loads(all_of(history)["a"].body)["title"] == "From the phone"
     assert put(history, talk("a", 2, title="From both")) == {"a": 3}
 
@@ -96,7 +91,9 @@ def test_a_deleted_conversation_takes_its_messages_along_and_no_browser_brings_i
     put(history, talk("a"), said("a", "hello", "Hello"), talk("b"))
     assert put(history, gone(talk("a"), 1)) == {"a": 4}
     assert {name: record.body for name, record in all_of(history).items() if name != "b"} == {"a": None}
-    assert put(history, said("a", "late", "Late"), talk("a", 1)) == {}
+    saved = history.put([said("a", "late", "Late"), talk("a", 1)], "")
+    assert saved.kept == {}
+    assert [(record.id, record.body) for record in saved.others] == [(id_of("a"), None)]
     assert put(history, gone(talk("a"), 1), gone(talk("never"), 0)) == {"a": 4, "never": 0}
     # Who has seen that it is gone may undo it.
     assert put(history, talk("a", 4), said("a", "hello", "Hello")) == {"a": 5, "hello": 6}
@@ -132,7 +129,8 @@ def test_a_browser_that_knows_another_file_begins_again(histories, history):
     page = history.after(epoch, 2)
     assert (page.after, page.revision, len(page.records)) == (0, 1, 1)
     assert history.after(page.epoch, 5).after == 0  # from a copy that was kept before the file was put back
-    assert history.put([talk("a", 1, title="x")], epoch) == (page.epoch, {})
+    saved = history.put([talk("a", 1, title="x")], epoch)
+    assert (saved.epoch, saved.kept) == (page.epoch, {})
 
 
 def test_a_login_has_so_much_room_and_may_always_delete(history, monkeypatch):
@@ -166,6 +164,7 @@ WRITERS = """
 import sys, threading
 from pathlib import Path
 from llama2_chat.page.history import Change, Histories
+from tests.support.histories import HistoryClient
 
 history = Histories(Path(sys.argv[1])).of("login anna")
 a = "a" * 32
@@ -195,7 +194,7 @@ def test_a_server_that_is_killed_amid_32_writers_has_lost_no_turn_that_it_had_ke
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         kept = {id for (id,) in db.execute("SELECT id FROM records WHERE body IS NOT NULL")}
     assert set(told) <= kept
-    assert history.put([Change("b" * 32, "message", "a" * 32, 0, "{}")], "")[1]
+    assert history.put([Change("b" * 32, "message", "a" * 32, 0, "{}")], "").kept
 
 
 # ---- over HTTP
@@ -203,16 +202,7 @@ def test_a_server_that_is_killed_amid_32_writers_has_lost_no_turn_that_it_had_ke
 
 @pytest.fixture
 def anna_and_bert(histories):
-    """Programs that have logged in, on the page's routes alone."""
-    gradio = SimpleNamespace(tokens={"session of anna": "änna", "session of bert": "bert"}, cookie_id="x")
-    visitors, limiter, app = Visitors(gradio, has_login=True), ConcurrencyLimiter(None), FastAPI()
-    answering = Answering(ScriptedChat(), limiter, None)
-    app.include_router(page_router(answering, limiter, SamplingParams(), visitors, histories=histories))
-    headers = [
-        {"X-Login": quote(name), "Cookie": f"access-token-x=session of {plain}"}
-        for name, plain in (("änna", "anna"), ("bert", "bert"))
-    ]
-    return [TestClient(app, headers=each) for each in headers]
+    return [HistoryClient(histories, name) for name in ("änna", "bert")]
 
 
 def sent(change):

@@ -364,7 +364,7 @@ def test_a_tab_with_an_older_page_makes_way_for_a_newer_one_and_says_what_to_do(
     one, two = open_tab(), open_tab()
     one.evaluate("async () => { const t = window.t = await use(); await t.store.putConversation(t.conversation('a')) }")
     two.evaluate("""() => new Promise((resolve, reject) => {
-      const request = indexedDB.open("llama2-chat", 2);
+      const request = indexedDB.open("llama2-chat", 3);
       request.onsuccess = () => { request.result.close(); resolve(); };
       request.onblocked = () => reject(new Error("blocked"));
     })""")

@@ -1,12 +1,12 @@
-// IndexedDB "llama2-chat": conversations and messages as records on this computer, each change one transaction. What
-// happens when it is full or missing is decided in records.js.
+// IndexedDB "llama2-chat": conversations and messages as records on this computer, each change one transaction, and what is
+// known of the server's copies (syncing.js). What happens when it is full or missing is decided in records.js.
 
 import { ofProfile } from "./profile.js";
 import { T } from "./texts.js";
 
 const NAME = "llama2-chat";
-const VERSION = 1;
-const KINDS = ["conversations", "messages"];
+const VERSION = 2;
+const KINDS = ["conversations", "messages", "known"];
 const PATIENCE_MS = 5000; // an open that waits longer is blocked by another tab, or hangs as old Safaris do
 
 const done = (request) =>
@@ -34,7 +34,20 @@ export class Database {
     return this.#transaction("readonly", ({ conversations }) => done(conversations.getAll()));
   }
 
-  /** @param {"conversations" | "messages"} kind */
+  /** All that is known of the server's copies. */
+  known() {
+    return this.#transaction("readonly", ({ known }) => done(known.getAll()));
+  }
+
+  /** Writes entries of it, and removes those with these ids. */
+  changeKnown(entries, goneIds = []) {
+    return this.#transaction("readwrite", async ({ known }) => {
+      for (const entry of entries) known.put(entry);
+      for (const id of goneIds) known.delete(id);
+    });
+  }
+
+  /** @param {"conversations" | "messages" | "known"} kind */
   record(kind, id) {
     return this.#transaction("readonly", (stores) => done(stores[kind].get(id)));
   }
@@ -67,6 +80,7 @@ export class Database {
     return this.#transaction("readwrite", async (stores) => {
       const old = await done(stores.conversations.get(conversation.id));
       if (old?.deletedAt) await removeFrom(stores, old.id);
+      if (old?.deletedAt) stores.known.delete(old.id); // it is not to be deleted on the server
       const isNew = !old || Boolean(old.deletedAt);
       if (isNew) stores.conversations.put(conversation);
       const known = await Promise.all(messages.map(({ id }) => done(stores.messages.getKey(id))));
@@ -88,7 +102,12 @@ export class Database {
 
   /** Removes single messages, such as one that the model never took. */
   removeMessages(ids) {
-    return this.#transaction("readwrite", async ({ messages }) => ids.forEach((id) => messages.delete(id)));
+    return this.#transaction("readwrite", async ({ messages, known }) => {
+      for (const id of ids) {
+        messages.delete(id);
+        await markGone(known, id);
+      }
+    });
   }
 
   async #transaction(mode, work) {
@@ -98,9 +117,9 @@ export class Database {
       transaction.onabort = () => reject(transaction.error);
     });
     ended.catch(() => {}); // told below, unless `work` fails first
-    const [conversations, messages] = KINDS.map((kind) => transaction.objectStore(kind));
+    const stores = Object.fromEntries(KINDS.map((kind) => [kind, transaction.objectStore(kind)]));
     try {
-      const result = await work({ conversations, messages }); // may await requests of this transaction and nothing else
+      const result = await work(stores); // may await requests of this transaction and nothing else
       await ended;
       return result;
     } catch (error) {
@@ -142,15 +161,30 @@ function abort(transaction) {
   }
 }
 
-async function removeFrom({ conversations, messages }, id) {
+async function removeFrom({ conversations, messages, known }, id) {
   conversations.delete(id);
-  for (const key of await done(messages.index("conversationId").getAllKeys(id))) messages.delete(key);
+  await markGone(known, id);
+  for (const key of await done(messages.index("conversationId").getAllKeys(id))) {
+    messages.delete(key);
+    known.delete(key);
+  }
+}
+
+async function markGone(known, id) {
+  const entry = asGone(await done(known.get(id)));
+  if (entry) known.put(entry);
+  else known.delete(id);
+}
+
+/** What is known of the server's copy of what was removed here: that it is to be deleted, or nothing once it is. */
+export function asGone(entry) {
+  return entry && entry.sent !== null ? { ...entry, gone: true } : undefined;
 }
 
 function open(name) {
   return new Promise((resolve, reject) => {
     const request = indexedDB.open(name, VERSION); // throws where storage is forbidden
-    request.onupgradeneeded = () => createStores(request.result);
+    request.onupgradeneeded = ({ oldVersion }) => createStores(request.result, oldVersion);
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
     setTimeout(() => {
@@ -161,7 +195,10 @@ function open(name) {
   });
 }
 
-function createStores(connection) {
-  connection.createObjectStore("conversations", { keyPath: "id" });
-  connection.createObjectStore("messages", { keyPath: "id" }).createIndex("conversationId", "conversationId");
+function createStores(connection, oldVersion) {
+  if (oldVersion < 1) {
+    connection.createObjectStore("conversations", { keyPath: "id" });
+    connection.createObjectStore("messages", { keyPath: "id" }).createIndex("conversationId", "conversationId");
+  }
+  connection.createObjectStore("known", { keyPath: "id" });
 }

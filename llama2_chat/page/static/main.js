@@ -162,7 +162,7 @@ async function start() {
   });
   parts.onNew = leavePrivate;
   use(store);
-  if (!store.persistent) (saidUnkept = true), toast(T.header.memoryOnly);
+  if (!store.persistent && !store.shared) (saidUnkept = true), toast(T.header.memoryOnly);
   addShortcuts({
     onEscape: () => parts.sides.escape() || chat.stop(),
     onSearch: () => (parts.sides.open("sidebar"), sidebar.focusSearch()),

@@ -1,13 +1,16 @@
 // Where records lie: in the database, and in memory what the database cannot take. That is everything in a private chat
 // or without IndexedDB, and what was written since the disk was full. Nothing here knows of tabs, lists or search.
 
-const KINDS = ["conversations", "messages"]; // a message is only written where its conversation is
+import { asGone } from "./database.js";
+
+// A message is only written where its conversation is, and what is known of a copy of either after both.
+const KINDS = ["conversations", "messages", "known"];
 
 const isFull = ({ name }) => name === "QuotaExceededError" || name === "UnknownError"; // the latter is Safari's word
 
 export class Records {
   #database;
-  #memory = { conversations: new Map(), messages: new Map() };
+  #memory = { conversations: new Map(), messages: new Map(), known: new Map() };
   #wasPersistent;
 
   /** @param {import("./database.js").Database | null} database null keeps everything in memory */
@@ -30,6 +33,25 @@ export class Records {
   async messages(conversationId) {
     const stored = (await this.#database?.messages(conversationId)) ?? [];
     return this.#overlay("messages", stored, (message) => message.conversationId === conversationId);
+  }
+
+  /** All that is known of the server's copies. */
+  async known() {
+    return this.#overlay("known", (await this.#database?.known()) ?? [], () => true);
+  }
+
+  /** As Database.changeKnown. What is in memory alone is known there alone, or a reload would take it for deleted. */
+  async changeKnown(entries, goneIds = []) {
+    for (const id of goneIds) this.#memory.known.delete(id);
+    if (this.persistent) {
+      try {
+        return await this.#database.changeKnown(entries, goneIds);
+      } catch (error) {
+        if (!isFull(error)) throw error;
+      }
+    }
+    for (const entry of entries) this.#memory.known.set(entry.id, structuredClone(entry));
+    await this.#database?.changeKnown([], goneIds);
   }
 
   async record(kind, id) {
@@ -58,7 +80,10 @@ export class Records {
   async add(conversation, messages) {
     if (this.#database) return this.#database.add(conversation, messages);
     const { conversations: known, messages: knownMessages } = this.#memory;
-    if (known.get(conversation.id)?.deletedAt) this.#forget(conversation.id);
+    if (known.get(conversation.id)?.deletedAt) {
+      this.#forget(conversation.id);
+      this.#memory.known.delete(conversation.id); // it is not to be deleted on the server
+    }
     const isNew = !known.has(conversation.id);
     if (isNew) known.set(conversation.id, structuredClone(conversation));
     const added = messages.filter(({ id }) => !knownMessages.has(id));
@@ -75,7 +100,10 @@ export class Records {
   }
 
   async removeMessages(ids) {
-    for (const id of ids) this.#memory.messages.delete(id);
+    for (const id of ids) {
+      this.#memory.messages.delete(id);
+      this.#markGone(id);
+    }
     await this.#database?.removeMessages(ids);
     await this.#save();
   }
@@ -86,9 +114,19 @@ export class Records {
 
   #forget(conversationId) {
     this.#memory.conversations.delete(conversationId);
+    this.#markGone(conversationId);
     for (const [id, message] of this.#memory.messages) {
-      if (message.conversationId === conversationId) this.#memory.messages.delete(id);
+      if (message.conversationId !== conversationId) continue;
+      this.#memory.messages.delete(id);
+      this.#memory.known.delete(id);
     }
+  }
+
+  #markGone(id) {
+    const { known } = this.#memory;
+    const entry = asGone(known.get(id));
+    if (entry) known.set(id, entry);
+    else known.delete(id);
   }
 
   #overlay(kind, stored, belongs) {

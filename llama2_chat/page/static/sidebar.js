@@ -130,7 +130,7 @@ class Sidebar {
     this.#makeReachable(this.#rows.get(current)?.open);
     if (focused !== document.activeElement && this.list.contains(focused)) focused.focus({ preventScroll: true });
     const { store } = this.options;
-    this.note.textContent = store.persistent || store.private ? "" : T.sidebar.notKept;
+    this.note.textContent = store.problem || (store.persistent || store.private || store.shared ? "" : T.sidebar.notKept);
   }
 
   #section({ label, conversations }, current) {
@@ -157,7 +157,8 @@ class Sidebar {
   }
 
   #emptyNote() {
-    return h("p", { class: "note" }, this.options.store.private ? T.sidebar.emptyPrivate : T.sidebar.empty);
+    const { store } = this.options;
+    return h("p", { class: "note" }, store.private ? T.sidebar.emptyPrivate : store.shared ? T.sidebar.emptyShared : T.sidebar.empty);
   }
 
   // ---- the keyboard: the list is one stop of the Tab key, within it the arrows lead on

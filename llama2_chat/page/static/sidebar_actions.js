@@ -69,7 +69,7 @@ export class Actions {
 
   #deleteAll() {
     return attempt(async () => {
-      if (!(await confirmDialog(T.sidebar.deleteAllQuestion, T.sidebar.deleteAllYes))) return;
+      if (!(await confirmDialog(this.store.shared ? T.sidebar.deleteAllSharedQuestion : T.sidebar.deleteAllQuestion, T.sidebar.deleteAllYes))) return;
       const open = this.current();
       const undo = await this.store.deleteAll();
       this.onNew();

@@ -5,6 +5,7 @@ import { Database } from "./database.js";
 import { ofProfile } from "./profile.js";
 import { Records } from "./records.js";
 import { SearchIndex } from "./search.js";
+import { Syncing } from "./syncing.js";
 import { byAge } from "./tree.js";
 
 const CHANNEL = "llama2-chat";
@@ -21,15 +22,19 @@ let shared = null; // one in a tab, which has one login: one channel to the othe
 /**
  * The store of a login in this browser ("" where nobody logs in), or a private one that keeps everything in this tab's memory. Where IndexedDB is missing,
  * blocked or of a newer page, it is in memory too, and `persistent` is false.
+ * @param history the most of one request, where the server keeps the login's conversations as well; else null
  * @returns {Promise<Store>}
  */
-export async function openStore({ private: isPrivate = false, profile = "" } = {}) {
+export async function openStore({ private: isPrivate = false, profile = "", history = null } = {}) {
   if (isPrivate) return new Store(new Records(null), null);
   const channel = ofProfile(CHANNEL, profile);
   shared ??= Database.open(profile).then(
     (database) => new Store(new Records(database), channel),
     () => new Store(new Records(null), channel),
-  );
+  ).then((store) => {
+    if (history) store.shareWith(profile, history);
+    return store;
+  });
   return shared;
 }
 
@@ -37,6 +42,7 @@ class Store {
   #records;
   #index;
   #channel = null;
+  #syncing = null;
   #listeners = new Set();
   #persistenceListeners = new Set();
 
@@ -45,7 +51,7 @@ class Store {
     /** True for a private chat, which leaves no trace. */
     this.private = channel === null;
     this.#records = records;
-    records.onPersistence = (persistent) => this.#persistenceListeners.forEach((listener) => listener(persistent));
+    records.onPersistence = () => this.#tellPersistence();
     this.#index = new SearchIndex(records);
     if (records.persistent) this.#listenToOtherTabs(channel);
     this.#tidy().catch(() => {}); // the next start tidies up, and a search reads what it needs
@@ -56,8 +62,28 @@ class Store {
     return this.#records.persistent;
   }
 
+  /** Whether the server keeps what is written as well, for all browsers of the login. */
+  get shared() {
+    return this.#syncing !== null;
+  }
+
+  /** Why something is not on the server, where it should be; else "". */
+  get problem() {
+    return this.#syncing?.problem ?? "";
+  }
+
+  /** From now on the server keeps these conversations as well: those of a login. limits: the most of one request */
+  shareWith(profile, limits) {
+    const onTaken = (conversationId, id = null) => {
+      this.#tell({ kind: "message", id, conversationId }, false);
+      this.#tell({ kind: "conversation", id: conversationId, conversationId }, false);
+    };
+    this.#syncing = new Syncing(this.#records, { limits, profile, hooks: { newId, onTaken, onProblem: () => this.#tellPersistence() } });
+    this.#syncing.start();
+  }
+
   /**
-   * listener(persistent) hears that the disk is full, and that everything is saved again.
+   * listener(persistent) hears that the disk is full, and that everything is saved again; or that `problem` is another.
    * @returns {() => void} ends it
    */
   onPersistence(listener) {
@@ -191,9 +217,14 @@ class Store {
     this.#channel.onmessage = ({ data }) => this.#hear({ ...data, here: false });
   }
 
-  #tell(change) {
+  #tell(change, here = true) {
     this.#channel?.postMessage(change);
-    this.#hear({ ...change, here: true });
+    this.#hear({ ...change, here });
+    if (here) this.#syncing?.changed(change);
+  }
+
+  #tellPersistence() {
+    this.#persistenceListeners.forEach((listener) => listener(this.persistent));
   }
 
   #hear(change) {

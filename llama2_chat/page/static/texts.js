@@ -255,6 +255,7 @@ export const T = {
     nothingFound: (words) => `No chat holds “${words}”.`,
     untitled: "Untitled chat",
     empty: "Your chats will be listed here. They stay in this browser.",
+    emptyShared: "Your chats will be listed here, on each device where you log in.",
     emptyPrivate: "A private chat: nothing of it is kept.",
     notKept: "This browser is not keeping new chats: they are gone once this page closes.",
     options: (title) => `Options for “${title}”`,
@@ -272,6 +273,7 @@ export const T = {
     exportAll: "Export all chats",
     deleteAll: "Delete all chats…",
     deleteAllQuestion: "Delete all chats of this browser?",
+    deleteAllSharedQuestion: "Delete all your chats, on all your devices?",
     deleteAllYes: "Delete all",
     deletedAll: "All chats are deleted.",
     imported: (chats, messages) =>
@@ -285,6 +287,10 @@ export const T = {
   },
   store: {
     outdated: "The page was updated in another tab. Reload this one to go on.",
+  },
+  syncing: {
+    offline: "The server cannot be reached: new chats are in this browser alone until it can.",
+    failed: "New chats are in this browser alone. Reload the page to try again.",
   },
   transfer: {
     notOurs: "This is not a file of exported chats. Choose a .json file that was exported here.",
