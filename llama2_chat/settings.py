@@ -21,6 +21,8 @@ from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
 GUARD_FAILS = ("closed", "open")
+SHOWN_SETTINGS = ("all", "basic", "hidden")
+LONGEST_NOTICE = 500  # characters
 HISTORIES = ("browser", "server")
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
@@ -89,6 +91,12 @@ class Settings:
     presets: Path | None = _knob(
         None, "PRESETS", 'a file of presets that visitors can start from beside the page\'s own: {"presets": [...]}'
     )
+    settings: str = _knob(
+        "all",
+        "SETTINGS",
+        f"{', '.join(SHOWN_SETTINGS)}: which controls visitors see; basic leaves out what is for experts",
+    )
+    notice: str = _knob("", "NOTICE", "one line of text above the chat, such as when the server will be down")
     log_messages: bool = _knob(False, "LOG_MESSAGES", "write questions and answers to the log, word for word")
     model_id: str | None = _knob(
         None,
@@ -178,9 +186,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         # A line end from a file of variables is no part of them.
-        object.__setattr__(self, "guard_url", self.guard_url.strip())
+        for name in ("guard_url", "notice"):
+            object.__setattr__(self, name, getattr(self, name).strip())
         for name in ("model_id", "model_name", "base_model", "guard_model"):
             object.__setattr__(self, name, (getattr(self, name) or "").strip() or None)
+        if self.settings not in SHOWN_SETTINGS:
+            raise ChatError(f"settings must be one of {', '.join(SHOWN_SETTINGS)}; it was {self.settings!r:.40}.")
+        if self.notice and not (self.notice.isprintable() and len(self.notice) <= LONGEST_NOTICE):
+            raise ChatError(f"notice must be one line of at most {LONGEST_NOTICE} printable characters.")
         if self.model_name and not self.model_name.isprintable():
             raise ChatError(f"model_name must be one line of printable characters; it was {self.model_name[:40]!r}.")
         if self.model_name and self.inference_url:

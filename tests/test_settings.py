@@ -95,6 +95,8 @@ def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
         (["--queue-limit", "0"], {}, "queue_limit must be 1 or more"),
         (["--root-path", "chat"], {}, "root_path must start with a slash"),
         (["--json"], {}, "--json needs --check"),
+        ([], {"SETTINGS": "none"}, "settings must be one of all, basic, hidden"),
+        (["--notice", "one\ntwo"], {}, "notice must be one line"),
         (["--client-limit", "-1"], {}, "client_limit must be 0 or more"),
         ([], {"BODY_LIMIT_MB": "0"}, "body_limit_mb must be above 0"),
         ([], {"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "trusted_proxies must be addresses and networks"),

@@ -8,7 +8,7 @@ programs.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +27,7 @@ from llama2_chat.page.history import Histories
 from llama2_chat.page.log_in import login_router
 from llama2_chat.page.presets import first_preset
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
-from llama2_chat.page.routes import page_router
+from llama2_chat.page.routes import Decisions, page_router
 from llama2_chat.page.sessions import Sessions
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.presets import NO_PRESETS, Presets
@@ -88,7 +88,8 @@ def add_page(
     listeners, answering = Listeners(), Answering(chat, limiter, metrics)
     tools = _Tools((Clock(), Calculator()), more_tools) if settings.tools else ()
     reply, first = make_reply(answering, listeners, tools), first_preset(presets)
-    page = build_page(settings.sampling, reply, has_tools=settings.tools, system_prompt=first.system_prompt)
+    decisions = Decisions.of(settings, presets)
+    page = build_page(settings, reply, first.system_prompt, decisions.controls)
     page.max_threads, page.state_session_capacity = MOST_JOBS, MOST_PROGRAMS
     page.queue()
     page._queue.sleep_when_free = 0.05  # seconds; Gradio would look for work a thousand times a second
@@ -121,7 +122,9 @@ def add_page(
         app.include_router(login_router(users, visitors))
         users.on_change = visitors.end_sessions
     histories = Histories(settings.history_dir) if settings.history == "server" else None
-    app.include_router(page_router(answering, limiter, settings.sampling, visitors, tools, library, histories, presets))
+    app.include_router(
+        page_router(answering, limiter, settings.sampling, visitors, tools, library, histories, decisions)
+    )
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app
@@ -137,24 +140,25 @@ class _Tools:
         return itertools.chain.from_iterable(self._parts)
 
 
-def build_page(
-    defaults: SamplingParams, reply: ReplyFunction, *, has_tools: bool, system_prompt: str = wording.SYSTEM_PROMPT
-) -> gr.Blocks:
-    """The page. defaults: where its sliders start; reply: as make_reply() makes it."""
+def build_page(settings: Settings, reply: ReplyFunction, system_prompt: str, shown: Collection[str]) -> gr.Blocks:
+    """The page. reply: as make_reply() makes it. system_prompt: with which conversations start. shown: the controls
+    that visitors see."""
     with TextBlocks(title=wording.TITLE, analytics_enabled=False, fill_width=True) as page:
         with gr.Column(elem_id="settings"):
-            settings = [*_settings(defaults, system_prompt), *(_tool_settings() if has_tools else ())]
+            controls = [*_settings(settings.sampling, system_prompt), *(_tool_settings() if settings.tools else ())]
         with gr.Column(visible=False):
             ProgramChat(
                 reply,
                 chatbot=gr.Chatbot(visible=False),
                 textbox=gr.Textbox(visible=False),
-                additional_inputs=[*settings],
+                additional_inputs=[*controls],
                 api_name="chat",
                 concurrency_limit=None,  # the engine has the only line
                 show_progress="hidden",
                 cache_examples=False,
             )
+    for control in controls:  # programs can set those that are not shown, too
+        control.visible = control.elem_id in {f"setting-{name}" for name in shown}
     return page
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -37,9 +38,12 @@ from llama2_chat.server.errors import ApiError, as_api_error, error_response
 from llama2_chat.server.files import add_file_routes
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.openai_types import MAX_NAMED_DOCUMENTS, DocumentIds
+from llama2_chat.settings import SHOWN_SAMPLING, Settings
 from llama2_chat.text import valid_unicode
 from llama2_chat.types import ChatBackend, Message, SamplingParams
 
+CONTROLS = ("system_prompt", "examples", "reminder", *SHOWN_SAMPLING, "use_tools", "tools_memory")  # of PageSettings
+BASIC = ("system_prompt", "max_new_tokens", "temperature", "use_tools")
 AnswerId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
@@ -178,6 +182,23 @@ class Confirmation(BaseModel):
     allow: bool
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """What an operator decides of the page."""
+
+    presets: Presets = NO_PRESETS
+    controls: Sequence[str] = CONTROLS  # that visitors see, if the page has them
+    notice: str = ""  # a line above the chat
+
+    @classmethod
+    def of(cls, settings: Settings, presets: Presets) -> Decisions:
+        shown = {"all": CONTROLS, "basic": BASIC, "hidden": ()}[settings.settings]
+        return cls(presets, shown, settings.notice)
+
+
+DECISIONS = Decisions()
+
+
 def page_router(
     answering: Answering,
     limiter: ConcurrencyLimiter,
@@ -186,18 +207,18 @@ def page_router(
     tools: Iterable[Tool] = (),
     library: Library | None = None,
     histories: Histories | None = None,
-    presets: Presets = NO_PRESETS,
+    decisions: Decisions = DECISIONS,
 ) -> APIRouter:
     """defaults: where the page's controls stand at first. tools: that visitors may let the model use; which they
     are may change. library: where documents are; None for none at all. histories: of logins; None where only browsers
-    keep conversations. presets: the operator's."""
+    keep conversations. decisions: the operator's."""
     router, answers, chat = APIRouter(prefix="/page", route_class=_Route), Answers(), answering.chat
 
     @router.get("/state")
     async def state(request: Request) -> Response:
         login = {"logOutToken": visitors.log_out_token(request), "profile": visitors.profile(request)}
         limits = {"largest": MAX_FILE_BYTES, "most": MAX_NAMED_DOCUMENTS, "kept": wording.kept(visitors.has_login)}
-        model = _state(chat, defaults, presets, has_tools=any(True for _ in tools))
+        model = _state(chat, defaults, decisions, has_tools=any(True for _ in tools))
         kept = {"documents": limits if library else None, "history": LIMITS if histories else None}
         response = JSONResponse({**model, **login, **kept})
         visitors.remember(request, response)
@@ -293,9 +314,20 @@ def _stream(answer: Answer) -> Response:
     return StreamingResponse(answer.lines(), media_type="application/x-ndjson", headers=headers)
 
 
-def _state(chat: ChatBackend, defaults: SamplingParams, presets: Presets, *, has_tools: bool) -> dict[str, Any]:
+def _state(chat: ChatBackend, defaults: SamplingParams, decisions: Decisions, *, has_tools: bool) -> dict[str, Any]:
     """What the page shows of the model, and what it may ask for."""
     status, chats = chat.status, chat.capabilities.chats
+    values = {
+        **start_of(first_preset(decisions.presets)),
+        "maxNewTokens": defaults.max_new_tokens,
+        "temperature": defaults.temperature,
+        "topP": defaults.top_p,
+        "topK": defaults.top_k,
+        # Code and prose repeat themselves: a text is gone on with as the model would write it.
+        "repetitionPenalty": defaults.repetition_penalty if chats else 1.0,
+        "seed": "" if defaults.seed is None else str(defaults.seed),
+        **({"useTools": False, "toolsMemory": MEMORY} if has_tools else {}),
+    }
     return {
         "state": status.state,
         "line": wording.status_line(status, chats),
@@ -306,16 +338,8 @@ def _state(chat: ChatBackend, defaults: SamplingParams, presets: Presets, *, has
         "contextLength": chat.context_length,
         "countsTokens": chat.capabilities.counts_tokens,
         "changes": chat.capabilities.can_fail_over,
-        "defaults": {
-            **start_of(first_preset(presets)),
-            "maxNewTokens": defaults.max_new_tokens,
-            "temperature": defaults.temperature,
-            "topP": defaults.top_p,
-            "topK": defaults.top_k,
-            # Code and prose repeat themselves: a text is gone on with as the model would write it.
-            "repetitionPenalty": defaults.repetition_penalty if chats else 1.0,
-            "seed": "" if defaults.seed is None else str(defaults.seed),
-            **({"useTools": False, "toolsMemory": MEMORY} if has_tools else {}),
-        },
-        "presets": shown(presets),
+        "defaults": values,
+        "controls": [name for name in map(to_camel, decisions.controls) if name in values],
+        "presets": shown(decisions.presets),
+        "announcement": decisions.notice,
     }

@@ -18,8 +18,9 @@ from llama2_chat.errors import Busy
 from llama2_chat.page import answering as page_answering
 from llama2_chat.page import answers as page_answers
 from llama2_chat.page.answering import Answering
-from llama2_chat.page.routes import page_router
+from llama2_chat.page.routes import DECISIONS, Decisions, page_router
 from llama2_chat.page.visitors import Visitors
+from llama2_chat.presets import NO_PRESETS
 from llama2_chat.server.limits import ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.types import SamplingParams, Status
@@ -56,12 +57,12 @@ def chat(gate):
 
 
 @contextmanager
-def site(chat, limiter=None, gradio=None, metrics=None, tools=()):
+def site(chat, limiter=None, gradio=None, metrics=None, tools=(), decisions=DECISIONS):
     def build():
         app, limit = FastAPI(), limiter or ConcurrencyLimiter(0)
         visitors = Visitors(gradio, has_login=gradio is not None)
         answering = Answering(chat, limit, metrics or Metrics(chat))
-        app.include_router(page_router(answering, limit, SamplingParams(), visitors, tools))
+        app.include_router(page_router(answering, limit, SamplingParams(), visitors, tools, decisions=decisions))
         return uvicorn.Config(app, port=0, log_level="warning")
 
     with listening(build) as port:
@@ -459,3 +460,13 @@ def test_half_an_example_is_refused_in_words_and_the_message_goes_back(anna, cha
     assert "needs a question and an answer" in end["error"]
     assert end["refused"]
     assert not chat.asked
+
+
+def test_the_page_is_told_which_controls_it_shows_and_the_rest_stands_at_its_defaults(settings, chat):
+    decisions = Decisions.of(replace(settings, settings="basic", notice="Down on Friday."), NO_PRESETS)
+    with site(chat, decisions=decisions) as address, visitor(address) as http:
+        state = http.get("state").json()
+    assert state["controls"] == ["systemPrompt", "maxNewTokens", "temperature"]
+    assert (state["announcement"], state["defaults"]["topP"]) == ("Down on Friday.", 0.9)
+    assert Decisions.of(replace(settings, settings="hidden"), NO_PRESETS).controls == ()
+    assert Decisions.of(settings, NO_PRESETS) == DECISIONS

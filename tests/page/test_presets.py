@@ -1,4 +1,5 @@
-"""How conversations start on the page: presets, one's own, examples and a reminder, each conversation by itself."""
+"""How conversations start on the page: presets, one's own, examples and a reminder, each conversation by itself;
+and what an operator decides of it."""
 
 import json
 import re
@@ -136,3 +137,30 @@ def test_an_operators_preset_is_how_conversations_start(visit, chat, settings):
         expect(prompt(page)).to_have_value(SUPPORT.system_prompt)
         ask(page, "Who are you?")
     assert asked(chat) == [SUPPORT.system_prompt, "Hi", "Hello!", "Who are you?\n\n(Be kind.)"]
+
+
+@pytest.mark.slow
+def test_visitors_see_the_settings_that_the_operator_lets_them_see_and_a_notice(visit, chat, settings, tmp_path):
+    chat.context_length = 512  # the longest answer has to fit, seen or not
+    # Kept by a page that showed them; what is not shown stands at its default.
+    kept = json.dumps({"systemPrompt": "Old.", "temperature": 1.5, "topP": 0.5})
+    storage = [{"name": "llama2-chat.settings", "value": kept}, {"name": "llama2-chat.settings-open", "value": "yes"}]
+    notice = "Down on Friday. <b>محادثة</b>"
+    for choice, expected in (("basic", ("Old.", 1.5)), ("hidden", (SYSTEM_PROMPT, 0.6))):
+        with serving(chat, replace(settings, settings=choice, notice=notice)) as address:
+            state = {"cookies": [], "origins": [{"origin": address.rstrip("/"), "localStorage": storage}]}
+            page = visit(address, storage_state=state)
+            expect(page.get_by_text(notice)).to_be_visible()
+            button = page.locator("#chat").get_by_role("button", name="Settings")
+            if choice == "basic":
+                expect(page.get_by_role("spinbutton", name="Temperature")).to_have_value("1.5")
+                expect(page.get_by_role("spinbutton", name="Top-p")).to_have_count(0)
+                expect(page.get_by_text("Examples and reminder")).to_have_count(0)
+                expect(button).to_have_count(1)
+            else:
+                expect(button).to_have_count(0)
+                assert page.locator(".middle").bounding_box()["width"] > 1000  # no room is left for a panel
+            ask(page, "Hello")
+        messages, params = chat.asked[-1]
+        assert (messages[0]["content"], params.temperature) == expected
+        assert (params.top_p, params.max_new_tokens) == (0.9, 256)

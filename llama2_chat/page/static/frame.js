@@ -41,7 +41,7 @@ export function buildFrame(state) {
     button("newChat", () => parts.onNew(), { class: "quiet phone" }),
     button("theme", switchTheme),
     button("help", showShortcuts, { class: "quiet desktop" }),
-    button("settings", () => parts.sides.toggle("settings"), { "data-opens": "settings" }),
+    state.controls.length > 0 && button("settings", () => parts.sides.toggle("settings"), { "data-opens": "settings" }),
     state.logOutToken && button("logOut", () => logOut(state.logOutToken)),
   );
   const skip = h("a", { class: "skip", href: "#composer", onclick: (event) => (event.preventDefault(), parts.composer.querySelector("textarea").focus()) }, T.skip);
@@ -49,7 +49,8 @@ export function buildFrame(state) {
   const insecure = isSecureContext ? null : h("p", { class: "insecure" }, before, h("code", {}, command), after);
   const guide = h("a", { href: RESPONSIBLE_USE, target: "_blank", rel: "noopener noreferrer" }, T.responsibleUse);
   const notice = h("p", { class: "notice" }, parts.model, parts.notice, " · ", guide);
-  const middle = h("div", { class: "middle" }, header, insecure, parts.status, parts.transcript, parts.composer, notice);
+  const announcement = state.announcement && h("p", { class: "announcement", dir: "auto" }, state.announcement);
+  const middle = h("div", { class: "middle" }, header, h("div", { class: "lines" }, announcement, insecure), parts.status, parts.transcript, parts.composer, notice);
   const shade = h("div", { class: "shade", onclick: () => parts.sides.closeSheet() });
   document.body.prepend(h("div", { id: "chat" }, skip, parts.sidebar, middle, shade, parts.live));
   parts.sides = new Sides(parts.sidebar, [skip, middle]);

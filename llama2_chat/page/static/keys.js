@@ -33,7 +33,8 @@ export function leaveCompositionsAlone() {
 
 export function showShortcuts() {
   const row = ([keys, what]) => h("div", {}, h("dt", {}, h("kbd", {}, keys)), h("dd", {}, what));
-  openDialog(T.shortcuts.title, h("dl", { class: "shortcuts" }, ...T.shortcuts.rows.map(row)));
+  const isHere = ([, , side]) => !side || document.querySelector(`[data-opens=${side}]`);
+  openDialog(T.shortcuts.title, h("dl", { class: "shortcuts" }, ...T.shortcuts.rows.filter(isHere).map(row)));
 }
 
 function isTyping(element) {

@@ -70,6 +70,7 @@ async function start() {
   const settings = new Settings(state, { onChange: () => chat.count(), onReset: resetStart, onUnkept: sayUnkept });
   const conversationStart = new Start({
     presets: new Presets(state),
+    controls: state.controls,
     forAll: () => settings.readStart(),
     onChange: (chosen) => chat.chooseStart(chosen),
     onUnkept: sayUnkept,
@@ -111,7 +112,7 @@ async function start() {
     onDraftDocuments: (ids) => store.private || keepOfTab(draftDocuments, ids.join(" ")) || sayUnkept(),
     newDocuments: () => (store.private ? [] : keptOfTab(draftDocuments).split(" ").filter(Boolean)),
     onDraftStart: (chosen) => store.private || keepOfTab(draftStart, chosen ? JSON.stringify(chosen) : "") || sayUnkept(),
-    newStart: () => (store.private ? null : readStart(keptOfTab(draftStart))),
+    newStart: () => (store.private || !state.controls.length ? null : readStart(keptOfTab(draftStart))),
     onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
       parts.title.textContent = conversation?.title ?? T.title;
@@ -176,7 +177,8 @@ async function start() {
     chat.startNew();
   });
   offerBox();
-  startGradio(() => settings.attach((panel) => (conversationStart.attach(), parts.addSettings(panel))));
+  const hasSettings = state.controls.length > 0; // without them, the page needs nothing of Gradio's
+  if (hasSettings) startGradio(() => settings.attach((panel) => (conversationStart.attach(), parts.addSettings(panel))));
   watch(state, parts, (newer) => {
     state = newer;
     settings.useDefaults(state.defaults);

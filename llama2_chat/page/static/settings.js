@@ -15,22 +15,18 @@ const CONTROLS = {
   topK: "#setting-top_k input[type=number]",
   repetitionPenalty: "#setting-repetition_penalty input[type=number]",
   seed: "#setting-seed input, #setting-seed textarea",
-};
-const TOOL_CONTROLS = {
   useTools: "#setting-use_tools input[type=checkbox]",
   toolsMemory: "#setting-tools_memory input[type=number]",
 };
 const TEXTS = ["systemPrompt", "seed"];
 
-const controlsOf = ({ defaults }) => ("useTools" in defaults ? { ...CONTROLS, ...TOOL_CONTROLS } : CONTROLS);
-
 export class Settings {
-  /** @param state what the server says of its defaults */
+  /** @param state what the server says of its defaults, and which controls visitors see */
   constructor(state, { onChange, onReset, onUnkept }) {
     Object.assign(this, { defaults: state.defaults, onReset, onChange, onUnkept });
     this.keptAs = ofProfile(KEPT, state.profile);
-    this.controls = controlsOf(state);
-    this.waiting = { ...this.defaults, ...this._kept() }; // for its controls; null once they are there
+    this.controls = Object.fromEntries(Object.entries(CONTROLS).filter(([name]) => state.controls.includes(name)));
+    this.waiting = this._kept(); // for its controls; null once they are there
     this.fitWindow(state.contextLength);
   }
 
@@ -38,7 +34,7 @@ export class Settings {
   attach(onPanel) {
     if (!Object.values(this.controls).every((selector) => document.querySelector(selector))) return false;
     const panel = document.querySelector("#settings");
-    const values = this.waiting;
+    const values = this.read();
     this.waiting = null;
     this.write(values);
     this.known = this._readControls(); // what of it is changed here is kept; the rest may be another tab's to say
@@ -54,8 +50,7 @@ export class Settings {
 
   /** The values as they are sent; what is no number goes as it was typed, for the server to refuse in words. */
   read() {
-    const { examples, reminder } = this.defaults;
-    return { examples, reminder, ...this._readControls() };
+    return { ...this.defaults, ...this._readControls() };
   }
 
   /** How conversations start that have no start of their own. */
@@ -82,7 +77,10 @@ export class Settings {
 
   /** No answer can be longer than the model's window, and half of it is a better start than all of it. */
   fitWindow(contextLength) {
-    if (contextLength && this.read().maxNewTokens >= contextLength) this.write({ maxNewTokens: Math.floor(contextLength / 2) });
+    if (!contextLength || this.read().maxNewTokens < contextLength) return;
+    const fitting = { maxNewTokens: Math.floor(contextLength / 2) };
+    if ("maxNewTokens" in this.controls) this.write(fitting);
+    else this.defaults = { ...this.defaults, ...fitting };
   }
 
   write(values) {
@@ -116,6 +114,7 @@ export class Settings {
 
   _checkSeed() {
     const field = document.querySelector(CONTROLS.seed);
+    if (!field) return; // it is not shown
     const isWrong = !/^\s*\d*\s*$/.test(field.value);
     field.setAttribute("aria-invalid", isWrong);
     this.wrongSeed.hidden = !isWrong;
@@ -142,7 +141,7 @@ export class Settings {
 
   _addButtons(panel) {
     this.wrongSeed = h("p", { class: "wrong", role: "status", hidden: true }, T.settings.wrongSeed);
-    document.querySelector("#setting-seed").after(this.wrongSeed);
+    document.querySelector("#setting-seed")?.after(this.wrongSeed);
     panel.append(h("button", { type: "button", class: "reset", onclick: () => (this.write(this.defaults), this.onReset()) }, T.settings.reset));
   }
 }

@@ -86,7 +86,7 @@ export class Sides {
   /** As much as there is room for. */
   #arrange() {
     document.body.classList.toggle("sidebar-open", !NARROW.matches);
-    document.body.classList.toggle("settings-open", innerWidth >= 1200 && kept(KEPT) === "yes");
+    document.body.classList.toggle("settings-open", Boolean(buttonOf("settings")) && innerWidth >= 1200 && kept(KEPT) === "yes");
     this.#mark();
   }
 
@@ -97,9 +97,12 @@ export class Sides {
       panel.role = panel === sheet ? "dialog" : BESIDE[name];
       panel.ariaModal = panel === sheet ? "true" : null;
       panel.ariaLabel = panel.role && LABELS[name];
-      const button = document.querySelector(`[data-opens=${name}]`);
+      const button = buttonOf(name);
       button.setAttribute("aria-controls", panel.id);
       button.ariaExpanded = String(this.#isOpen(name));
     }
   }
 }
+
+/** There is none for settings that visitors do not see. */
+const buttonOf = (name) => document.querySelector(`[data-opens=${name}]`);

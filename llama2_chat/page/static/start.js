@@ -15,9 +15,9 @@ export class Start {
   #shown = ""; // what stands in the controls
   #listed = ""; // which presets, and which of them is chosen
 
-  /** @param parts presets; forAll() how the settings say that conversations start; onChange(start) of the visitor's */
-  constructor({ presets, forAll, onChange, onUnkept }) {
-    Object.assign(this, { presets, forAll, onChange, onUnkept });
+  /** @param parts presets; controls that visitors see; forAll() how the settings say that conversations start; onChange(start) of the visitor's */
+  constructor({ presets, controls, forAll, onChange, onUnkept }) {
+    Object.assign(this, { presets, controls, forAll, onChange, onUnkept });
     this.list = h("select", { id: "preset", onchange: () => this.#choose() });
     const button = (name, act) => h("button", { type: "button", class: "small", onclick: act }, T.presets[name]);
     this.saveButton = button("save", () => this.#save());
@@ -38,7 +38,7 @@ export class Start {
   attach() {
     const prompt = document.querySelector("#setting-system_prompt");
     prompt.before(this.head);
-    prompt.after(this.own, this.more);
+    prompt.after(this.own, ...(this.controls.includes("examples") ? [this.more] : []));
     this.panel = document.querySelector("#settings");
     this.#fill();
   }

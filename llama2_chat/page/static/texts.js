@@ -222,7 +222,7 @@ export const T = {
       ["↑ in the empty box", "Edit your last message"],
       ["Ctrl + K", "Search the conversations"],
       ["Ctrl + Shift + O", "New chat"],
-      ["Ctrl + ,", "Settings"],
+      ["Ctrl + ,", "Settings", "settings"], // with the side that it opens
       ["↑ ↓ in the list", "Another conversation"],
       ["F2 in the list", "Rename it"],
       ["Del in the list", "Delete it, with undo"],
