@@ -38,7 +38,7 @@ export class Start {
   attach() {
     const prompt = document.querySelector("#setting-system_prompt");
     prompt.before(this.head);
-    prompt.after(this.own, ...(this.controls.includes("examples") ? [this.more] : []));
+    prompt.after(...(this.controls.includes("examples") ? [this.more] : []));
     this.panel = document.querySelector("#settings");
     this.#fill();
   }
@@ -69,6 +69,8 @@ export class Start {
 
   #fill() {
     this.panel.classList.toggle("has-own-start", Boolean(this.#start));
+    if (!this.#start) this.own.remove();
+    else if (!this.own.isConnected) document.querySelector("#setting-system_prompt").after(this.own);
     this.#fillList();
     const now = JSON.stringify(this.#now);
     if (now === this.#shown) return; // as it was typed
