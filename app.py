@@ -38,6 +38,7 @@ from llama2_chat.documents.library import Library
 from llama2_chat.page.layout import add_page
 from llama2_chat.page.wording import TITLE
 from llama2_chat.presets import NO_PRESETS, Presets, read_presets
+from llama2_chat.server.admin import admin_router
 from llama2_chat.server.connections import Listener, room_for_connections
 from llama2_chat.server.head import HeadAsGet
 from llama2_chat.server.health import health_router
@@ -148,6 +149,8 @@ def create_app(
         metrics.registry.register(chat.verdicts)
     app.include_router(health_router(chat))
     app.include_router(api_router(chat, settings, limiter, metrics, library))
+    if settings.admin_key:
+        app.include_router(admin_router(chat, settings, metrics))
     if settings.https and not settings.certfile:
 
         @app.get("/ca.crt")

@@ -61,6 +61,7 @@ class Settings:
     key_password: str | None = field(default=None, repr=False)  # from the environment only
     root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # API_KEY, from the environment only
+    admin_key: str = field(default="", repr=False)  # from the environment only
     auth_file: Path | None = _knob(None, "AUTH_FILE", "who may log in to the page: lines that --hash-password makes")
     body_limit_mb: float | None = _knob(
         None,
@@ -297,7 +298,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags for every knob, whose defaults are what the environment says."""
     parser = argparse.ArgumentParser(
         description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
-        "API_KEY (one or several, comma-separated), INFERENCE_KEY, GUARD_KEY, KEY_PASSWORD."
+        "API_KEY (one or several, comma-separated), ADMIN_KEY, INFERENCE_KEY, GUARD_KEY, KEY_PASSWORD."
     )
     for knob in fields(Settings):
         if knob.metadata:
@@ -335,6 +336,7 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
         client_limit = CLIENT_LIMIT
     return values | {
         "api_keys": api_keys,
+        "admin_key": environ.get("ADMIN_KEY", "").strip(),
         "inference_key": environ.get("INFERENCE_KEY", "").strip(),
         "guard_key": environ.get("GUARD_KEY", "").strip(),
         "key_password": environ.get("KEY_PASSWORD") or None,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -22,15 +23,47 @@ log = logging.getLogger("llama2_chat")
 
 Question = list[Message] | list[str | list[int]]
 
+LONGEST_WINDOW = 60  # minutes that can be looked back
 FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 TOKENS_PER_S = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200)
 
 
-class Metrics:
-    """The counters of one server."""
+class Numbers(dict[tuple[str, tuple[tuple[str, str], ...]], float]):
+    """Samples of metrics by their names and labels."""
 
-    def __init__(self, chat: ChatBackend, log_messages: bool = False) -> None:
-        self.log_messages = log_messages
+    @classmethod
+    def of(cls, collectors: Iterable[Collector]) -> Numbers:
+        samples = [sample for each in collectors for metric in each.collect() for sample in metric.samples]
+        return cls({(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples})
+
+    def total(self, name: str) -> float:
+        """Of all labels."""
+        return sum(value for (sample, _), value in self.items() if sample == name)
+
+    def by(self, label: str, name: str) -> dict[str, float]:
+        """What each value of a label adds up to."""
+        counts: dict[str, float] = {}
+        for (sample, labels), value in self.items():
+            if sample == name:
+                of = dict(labels)[label]
+                counts[of] = counts.get(of, 0) + value
+        return counts
+
+    def since(self, before: Numbers) -> Numbers:
+        return Numbers({sample: value - before.get(sample, 0) for sample, value in self.items()})
+
+
+class Metrics:
+    """The counters of one server.
+
+    clock: seconds, by which it is told what the last minutes brought.
+    """
+
+    def __init__(
+        self, chat: ChatBackend, log_messages: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.log_messages, self._clock = log_messages, clock
+        self._marks: deque[tuple[int, Numbers]] = deque()  # the counters before the first change of a minute
         self.registry = registry = CollectorRegistry()
         registry.register(_CurrentState(chat))
 
@@ -58,6 +91,30 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def now(self) -> Numbers:
+        """All that text() says."""
+        return Numbers.of([self.registry])
+
+    def gained(self, minutes: int) -> Numbers:
+        """What was counted within so many minutes, an hour at most; the one that goes on is the last of them."""
+        before, counted = self._minute() - minutes, self._counted()
+        return counted.since(next((mark for minute, mark in self._marks if minute > before), counted))
+
+    def mark(self) -> None:
+        """Called before anything is counted."""
+        minute = self._minute()
+        if not self._marks or self._marks[-1][0] != minute:
+            self._marks.append((minute, self._counted()))
+        while self._marks[0][0] <= minute - LONGEST_WINDOW:
+            self._marks.popleft()
+
+    def _minute(self) -> int:
+        return int(self._clock() // 60)
+
+    def _counted(self) -> Numbers:
+        tokens = (self.prompt_tokens, self.cached_tokens, self.completion_tokens)
+        return Numbers.of([self.requests, self.errors, *tokens, self.first_token, self.speed])
 
 
 class Answered(Protocol):
@@ -99,6 +156,7 @@ class Record:
             return
         self._ended = True
         metrics, error = self._metrics, self._error_code(error)
+        metrics.mark()
         outcome = error or self._finish_reason()
         metrics.requests.labels(self._route, outcome).inc()
         if error:
