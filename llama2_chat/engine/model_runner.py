@@ -32,7 +32,7 @@ from llama2_chat.kernels.packed import PackedLinear, compile_products
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
-SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 128, 512
+SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "

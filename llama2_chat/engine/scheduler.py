@@ -17,6 +17,7 @@ from llama2_chat.errors import Busy
 
 # While others are being answered or read a chunk takes about so long: it is the gap in their text, or their wait.
 CHUNK_S = 0.1
+ALONE_S = 0.5  # of a client who is alone: Stop, and whoever comes next, wait no longer
 RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
 
 
@@ -258,20 +259,23 @@ class Scheduler:
         return self._readers.index(request.client) if request.client in self._readers else -1
 
     def _shares(self, requests: Sequence[Request]) -> dict[str, int]:
-        """Tokens of one step for each client: the same for all, and what one does not need is for the others."""
+        """Tokens of one step for each client: three quarters of what is left for whoever needs least, who would
+        wait long beside the long prompts of others, and the rest for these."""
         unread: Counter[str] = Counter()
         for request in requests:
             unread[request.client] += len(request.ids) - request.computed
         room, shares = self._chunk_tokens(), {}
-        for served, (client, tokens) in enumerate(sorted(unread.items(), key=lambda each: each[1])):
-            shares[client] = min(tokens, room // (len(unread) - served))
+        for served, (client, tokens) in enumerate(sorted(unread.items(), key=lambda each: each[1]), 1):
+            shares[client] = min(tokens, room if served == len(unread) else room * 3 // 4)
             room -= shares[client]
         return shares
 
     def _chunk_tokens(self) -> int:
-        if not self.decoding and len(_counted(self.running)) < 2:
+        alone = not self.decoding and len(_counted(self.running)) < 2
+        if alone and not self._prefill_tokens_per_s:
             return self._chunk_limit
-        return min(self._chunk_limit, max(int(self._prefill_tokens_per_s * CHUNK_S), self.config.shortest_chunk))
+        tokens = int(self._prefill_tokens_per_s * (ALONE_S if alone and not self.waiting else CHUNK_S))
+        return min(self._chunk_limit, max(tokens, self.config.shortest_chunk))
 
     def prefilled(self, chunks: Sequence[Chunk]) -> None:
         """The keys and values of these chunks are in their blocks."""

@@ -158,6 +158,15 @@ def test_while_others_are_answered_a_chunk_takes_a_tenth_of_a_second():
     assert [c.end - c.start for c in s.prefill_chunks([long])] == [10]
 
 
+def test_a_client_alone_is_read_for_half_a_second_and_for_a_tenth_while_more_of_its_questions_wait():
+    s = scheduler(max_batch=2)
+    (long,) = admitted(s, [1] * 30)
+    s.measured(s.prefill_chunks([long]), seconds=0.8)  # 16 tokens, so 20 a second
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [10]
+    admitted(s, [2], [3])
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [4]
+
+
 def test_when_memory_is_full_the_youngest_goes_back_to_the_head_of_the_line():
     s = scheduler(num_blocks=7)  # six blocks of four tokens
     old, young = admitted(s, [1] * 7, [2] * 3, limit=99)
@@ -398,6 +407,15 @@ def test_a_chunk_is_shared_by_clients_and_not_by_prompts():
     s.admit()
     s.measured(s.prefill_chunks([first[0]]), seconds=0.025)  # 4 tokens, so 16 in a tenth of a second
     assert [(c.request, c.end) for c in prefill(s, s.prefilling)] == [(first[0], 10), (second, 6)]
+
+
+def test_of_a_chunk_the_client_who_needs_least_has_three_quarters():
+    s = scheduler(num_blocks=65)
+    first = admitted(s, [1] * 40, [2] * 40, client="first")
+    s.add(second := request([4] * 30, client="second"))
+    s.admit()
+    s.measured(s.prefill_chunks([first[0]]), seconds=0.025)  # 4 tokens, so 16 in a tenth of a second
+    assert [(c.request, c.end) for c in prefill(s, s.prefilling)] == [(first[0], 4), (second, 12)]
 
 
 def test_in_pieces_clients_are_read_by_turns():
