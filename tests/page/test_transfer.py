@@ -57,7 +57,7 @@ window.use = async (options) => {
     for (const message of messages) await store.putMessage(message);
   };
   const imported = async (text) => {
-    try { return await transfer.importJson(store, new Blob([text])); } catch (error) { return error.message; }
+    try { return await transfer.importChats(store, new Blob([text])); } catch (error) { return error.message; }
   };
   return { ...transfer, store, dump, fill, imported };
 };
@@ -117,9 +117,9 @@ def test_what_was_exported_and_deleted_comes_back_equal_record_for_record(tab, p
           const before = await t.dump();
           const file = await t.exportJson(t.store, null);
           await t.store.deleteAll();
-          const counts = await t.importJson(t.store, file);
+          const counts = await t.importChats(t.store, file);
           const after = await t.dump();
-          return [before, counts, after, await t.importJson(t.store, file)];
+          return [before, counts, after, await t.importChats(t.store, file)];
         }""",
         [CONVERSATION, MESSAGES, private],
     )
@@ -147,7 +147,7 @@ def test_an_undo_after_an_import_changes_nothing(filled):
       const t = await use();
       const file = await t.exportJson(t.store, null);
       const undo = await t.store.deleteAll();
-      await t.importJson(t.store, file);
+      await t.importChats(t.store, file);
       await undo();
     }""")
     assert dump(filled) == before
@@ -170,7 +170,7 @@ def test_a_file_cannot_replace_a_message_of_another_conversation(filled):
     assert [entry for entry in dump(filled) if entry[0]["id"] != "c" * 32] == before
 
 
-NOT_OURS = "This is not a file of exported chats. Choose a .json file that was exported here."
+NOT_OURS = "This is not a file of exported chats. Choose one that was exported here, by ChatGPT or by llama.cpp’s page."
 
 
 NO_JSON = ["", "no JSON", "\0\x01PNG"]

@@ -8,9 +8,9 @@ export function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000); // the download may not have begun yet
 }
 
-/** onChosen(file) for the JSON file that the visitor chooses, if any. */
-export function chooseJson(onChosen) {
-  const field = h("input", { type: "file", accept: ".json,application/json" });
+/** onChosen(file) for the file that the visitor chooses, if any. accept: of which kinds, as a file field has it */
+export function chooseFile(accept, onChosen) {
+  const field = h("input", { type: "file", accept });
   field.addEventListener("change", () => onChosen(field.files[0]));
   field.click();
 }

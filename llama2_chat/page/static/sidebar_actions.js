@@ -1,9 +1,9 @@
 // What can be done with conversations from the sidebar: pin, delete with undo, export, import. Each says what it did.
 
 import { confirmDialog, toast } from "./dialog.js";
-import { chooseJson, download, today } from "./files.js";
+import { chooseFile, download, today } from "./files.js";
 import { T } from "./texts.js";
-import { exportJson, exportMarkdown, importJson } from "./transfer.js";
+import { exportJson, exportMarkdown, importChats } from "./transfer.js";
 
 const ICONS = {
   pin: "M9 4h6l-.8 6 3.3 3.5h-11L9.8 10zM12 13.5V20",
@@ -12,6 +12,8 @@ const ICONS = {
   import: "M12 15.5V4.5M7.5 9 12 4.5 16.5 9M5 20h14",
   delete: "M5 7h14M9.5 7V4.5h5V7M7 7l.8 12.5h8.4L17 7",
 };
+
+const CHATS = ".json,.jsonl,.zip,application/json,application/zip";
 
 export class Actions {
   /** @param {{ store: object, current(): string | null, onOpen(id: string): void, onNew(): void }} options */
@@ -87,7 +89,7 @@ export class Actions {
   }
 
   #import() {
-    chooseJson((file) => attempt(async () => toast(sentenceOf(await importJson(this.store, file)))));
+    chooseFile(CHATS, (file) => attempt(async () => toast(sentenceOf(await importChats(this.store, file)))));
   }
 }
 

@@ -3,7 +3,7 @@
 
 import { confirmDialog, h, openDialog, toast } from "./dialog.js";
 import { setText, watchDirection } from "./direction.js";
-import { chooseJson, download, today } from "./files.js";
+import { chooseFile, download, today } from "./files.js";
 import { isSame, MOST_EXAMPLES, nameOf, startOf, withoutBlanks } from "./presets.js";
 import { T } from "./texts.js";
 
@@ -23,7 +23,7 @@ export class Start {
     this.saveButton = button("save", () => this.#save());
     this.deleteButton = button("delete", () => this.#delete());
     this.exportButton = button("export", () => download(this.presets.file(), `${T.presets.file} ${today()}.json`));
-    const buttons = [this.saveButton, this.deleteButton, this.exportButton, button("import", () => chooseJson((file) => this.#import(file)))];
+    const buttons = [this.saveButton, this.deleteButton, this.exportButton, button("import", () => chooseFile(".json,application/json", (file) => this.#import(file)))];
     this.head = h("div", { class: "start" }, h("label", { for: "preset" }, T.presets.label), this.list, h("div", { class: "prompts" }, ...buttons));
     this.prompt = area(T.start.systemPrompt, { rows: 4, id: "own-prompt", oninput: () => this.#edit({ systemPrompt: this.prompt.value }) });
     this.own = h("div", { class: "start own" }, h("label", { for: "own-prompt" }, T.start.systemPrompt), h("p", {}, T.start.own), this.prompt);

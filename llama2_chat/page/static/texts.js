@@ -293,7 +293,8 @@ export const T = {
     failed: "New chats are in this browser alone. Reload the page to try again.",
   },
   transfer: {
-    notOurs: "This is not a file of exported chats. Choose a .json file that was exported here.",
+    notOurs: "This is not a file of exported chats. Choose one that was exported here, by ChatGPT or by llama.cpp’s page.",
+    picture: "[picture]",
     newer: "This file was exported by a newer version. Update this program to import it.",
     full: "The browser's storage is full. Delete some chats and import the file again.",
     you: "You",

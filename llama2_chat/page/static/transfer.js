@@ -1,13 +1,16 @@
 // Conversations as files and back: JSON with everything, Markdown to read. What an imported file may hold is checked in
-// import_check.js; buttons and downloads are in sidebar.js.
+// import_check.js, other pages' files become ours in foreign_chats.js; buttons and downloads are in sidebar.js.
 
+import { foreignChats } from "./foreign_chats.js";
 import { checkConversation, checkMessage } from "./import_check.js";
 import { inputOf } from "./steps.js";
 import { T } from "./texts.js";
 import { leafToShow, pathTo } from "./tree.js";
+import { isZip, textsInZip } from "./zip.js";
 
 const FORMAT = "llama2-chat";
 const VERSION = 1;
+const IN_ZIP = /(^|\/)(conversations[-\w]*\.json|[^/]+\.jsonl)$/; // as ChatGPT and llama.cpp's page name them
 
 /**
  * All of the conversations: every branch, settings, drafts.
@@ -43,16 +46,16 @@ export async function exportMarkdown(store, id) {
 }
 
 /**
- * Adds the conversations of a file that exportJson made, and changes nothing that is there. What is broken in it is left
- * out.
+ * Adds the conversations of a file that exportJson made, or that ChatGPT or llama.cpp's page exported, and changes nothing that
+ * is there. What is broken in it is left out.
  * @param {Blob} file
  * @returns {Promise<{ conversations: number, messages: number, skipped: number, unreadable: number }>} how many were added; how
  *   many records were there already or made no sense; how many of these made no sense
  * @throws {Error} with a sentence to show, if it is no such file or the disk is full
  */
-export async function importJson(store, file) {
+export async function importChats(store, file) {
   const total = { conversations: 0, messages: 0, skipped: 0, unreadable: 0 };
-  for (const entry of conversationsIn(await textOf(file))) {
+  for await (const entry of conversationsOf(file)) {
     const conversation = checkConversation(entry);
     const given = Array.isArray(entry?.messages) ? entry.messages : [];
     const messages = conversation ? given.map((message) => checkMessage(message, conversation.id)).filter(Boolean) : [];
@@ -65,11 +68,22 @@ export async function importJson(store, file) {
   return total;
 }
 
-async function textOf(file) {
+/** One after another, so that only one file of an archive is in memory. */
+async function* conversationsOf(file) {
+  let isEmpty = true;
+  for await (const text of textsOf(file)) {
+    isEmpty = false;
+    yield* foreignChats(text) ?? conversationsIn(text);
+  }
+  if (isEmpty) throw new Error(T.transfer.notOurs);
+}
+
+async function* textsOf(file) {
   try {
-    return await file.text();
+    if (await isZip(file)) yield* textsInZip(file, (name) => IN_ZIP.test(name));
+    else yield await file.text();
   } catch (error) {
-    throw new Error(T.transfer.notOurs, { cause: error }); // longer than a string can be, or gone from the disk
+    throw new Error(T.transfer.notOurs, { cause: error }); // broken, longer than a string can be, or gone from the disk
   }
 }
 
