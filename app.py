@@ -49,7 +49,7 @@ from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
 from llama2_chat.server.security import add_security_middleware
 from llama2_chat.server.tls import get_certificate, server_context
-from llama2_chat.types import ChatBackend
+from llama2_chat.types import ChatBackend, Embedder
 
 log = logging.getLogger("llama2_chat")
 
@@ -116,6 +116,14 @@ def _make_unguarded(settings: Settings) -> ChatBackend:
     return ChatModel(settings)
 
 
+def _make_embedder(settings: Settings) -> Embedder | None:
+    if not settings.embeddings:
+        return None
+    from llama2_chat.embeddings import make_embedder
+
+    return make_embedder(settings)
+
+
 def create_app(
     chat: ChatBackend,
     settings: Settings,
@@ -128,15 +136,20 @@ def create_app(
 
     more_tools: that visitors may let the model use, and presets: that they may start from, beside the page's own.
     """
-    library = Library(settings.documents_dir) if settings.documents else None
+    embedder = _make_embedder(settings)
+    library = Library(settings.documents_dir, embedder) if settings.documents else None
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if embedder:
+            embedder.start()
         if library:
             library.start()
         yield
         if library:
             await anyio.to_thread.run_sync(library.close)
+        if embedder:
+            await anyio.to_thread.run_sync(embedder.close)
 
     app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(HeadAsGet)

@@ -163,6 +163,16 @@ class Settings:
     history_dir: Path = _knob(
         Path("~/.local/share/llama2-chat/history"), "HISTORY_DIR", "where they are kept with HISTORY=server"
     )
+    embeddings: str = _knob(
+        "",
+        "EMBEDDINGS",
+        "what finds documents by their meaning too: an encoder as Hub id or folder, such as "
+        "intfloat/multilingual-e5-small, or a server that has one, such as http://gpu-1:8080/v1",
+    )
+    embeddings_model: str | None = _knob(
+        None, "EMBEDDINGS_MODEL", "the encoder's name on that server; may be left out where it has only one model"
+    )
+    embeddings_key: str = field(default="", repr=False)  # from the environment only
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
         None, "MAX_BATCH", "answers computed at once, the others wait in line; by default 32 on a GPU and 8 on a CPU"
@@ -187,9 +197,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         # A line end from a file of variables is no part of them.
-        for name in ("guard_url", "notice"):
+        for name in ("guard_url", "embeddings", "notice"):
             object.__setattr__(self, name, getattr(self, name).strip())
-        for name in ("model_id", "model_name", "base_model", "guard_model"):
+        for name in ("model_id", "model_name", "base_model", "guard_model", "embeddings_model"):
             object.__setattr__(self, name, (getattr(self, name) or "").strip() or None)
         if self.settings not in SHOWN_SETTINGS:
             raise ChatError(f"settings must be one of {', '.join(SHOWN_SETTINGS)}; it was {self.settings!r:.40}.")
@@ -227,12 +237,14 @@ class Settings:
                 raise ChatError(
                     f"inference_url must be like http://gpu-1:8000, or several with commas; it was {url!r}."
                 )
-        for name, key in (("INFERENCE_KEY", self.inference_key), ("GUARD_KEY", self.guard_key)):
+        for name in ("inference_key", "guard_key", "embeddings_key"):
+            key = getattr(self, name)
             if not (key.isascii() and key.isprintable()):
                 raise ChatError(
-                    f"{name} contains characters that an HTTP header cannot carry. Use printable ASCII only."
+                    f"{name.upper()} contains characters that an HTTP header cannot carry. Use printable ASCII only."
                 )
         self._check_guard()
+        self._check_embeddings()
         if self.client_limit is not None and self.client_limit < 0:
             raise ChatError(f"client_limit must be 0 or more; it was {self.client_limit}.")
         if self.body_limit_mb is not None and not 0 < self.body_limit_mb < float("inf"):
@@ -272,6 +284,19 @@ class Settings:
         pairs = (each.partition("=") for each in _split(self.adapters))
         return tuple((name.strip(), source.strip()) for name, _, source in pairs)
 
+    def _check_embeddings(self) -> None:
+        if self.embeddings_url and not _is_http(self.embeddings_url):
+            raise ChatError(
+                f"embeddings must be an encoder, or a server like http://gpu-1:8080/v1; it was {self.embeddings!r}."
+            )
+        if self.embeddings_model and not self.embeddings_url:
+            raise ChatError("embeddings_model is an encoder's name on a server: embeddings must be its address.")
+
+    @property
+    def embeddings_url(self) -> str:
+        """The server that has the encoder; "" if it is loaded here, or there is none."""
+        return self.embeddings if self.embeddings.lower().startswith(("http:", "https:")) else ""
+
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine is served."""
@@ -298,7 +323,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags for every knob, whose defaults are what the environment says."""
     parser = argparse.ArgumentParser(
         description="Chat with Llama 2 on your own hardware. Secrets come from the environment only: HF_TOKEN, "
-        "API_KEY (one or several, comma-separated), ADMIN_KEY, INFERENCE_KEY, GUARD_KEY, KEY_PASSWORD."
+        "API_KEY (one or several, comma-separated), ADMIN_KEY, INFERENCE_KEY, GUARD_KEY, EMBEDDINGS_KEY, KEY_PASSWORD."
     )
     for knob in fields(Settings):
         if knob.metadata:
@@ -339,6 +364,7 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
         "admin_key": environ.get("ADMIN_KEY", "").strip(),
         "inference_key": environ.get("INFERENCE_KEY", "").strip(),
         "guard_key": environ.get("GUARD_KEY", "").strip(),
+        "embeddings_key": environ.get("EMBEDDINGS_KEY", "").strip(),
         "key_password": environ.get("KEY_PASSWORD") or None,
         "https": https,
         "host": host,

@@ -11,13 +11,19 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonprefix
-from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama2_chat.errors import BadGrammar, ChatError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
 Phase = Literal["choose", "download", "convert", "load", "connect"]  # of loading
+# What a text is turned into a vector for: a visitor's question waits for nobody, a program's request goes before
+# documents. Questions and documents get the prefixes that the encoder was trained with.
+EmbeddingPurpose = Literal["question", "request", "document"]
 
 
 class ToolCall(TypedDict):
@@ -496,4 +502,43 @@ class ChatBackend(Protocol):
 
         extra: further texts, the nearest last.
         room: tokens that the prompt may have; what is farthest from the gap is left out for it, `extra` first.
+        """
+
+
+class Embedded(NamedTuple):
+    vectors: np.ndarray  # [N, D], float32, each of length 1
+    tokens: int  # of all texts together, as the encoder read them; 0 where nobody says
+
+
+class Embedder(Protocol):
+    """An encoder, wherever it is: texts become vectors, whose product is the larger the more alike two texts mean.
+
+    Kept by embeddings.LocalEmbedder, which has it in a process of its own, and by embeddings.RemoteEmbedder, which
+    asks a server. Used by any number of threads.
+    """
+
+    @property
+    def name(self) -> str: ...  # as programs call it
+
+    @property
+    def state(self) -> Literal["loading", "ready", "failed"]: ...
+
+    @property
+    def error(self) -> str: ...  # a sentence, of one that failed
+
+    @property
+    def identity(self) -> str: ...  # of its vectors: those of two identities cannot be compared; "" while unknown
+
+    @property
+    def dimensions(self) -> int: ...  # 0 while unknown
+
+    def start(self) -> None:
+        """Load or connect in the background. Again, it tries what failed once more, and changes nothing else."""
+
+    def close(self) -> None: ...
+
+    def embed(self, texts: Sequence[str], purpose: EmbeddingPurpose) -> Embedded:
+        """The vectors of some texts, in their order. What is too long is cut, but for a request.
+
+        Raises ModelUnavailable where there is no encoder now, ChatError for a request that it refuses.
         """

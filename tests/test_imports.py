@@ -23,7 +23,7 @@ LAYERS = [
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
     {"model"},
-    {"agent", "documents", "training", "guard"},
+    {"agent", "documents", "embeddings", "training", "guard"},
     {"server"},
     {"page", "evaluation"},
     {"app"},
@@ -40,6 +40,7 @@ ONLY = {
     # From here on: ChatBackend, and never who keeps it.
     "agent": GROUND_FLOOR,
     "documents": GROUND_FLOOR,
+    "embeddings": GROUND_FLOOR | {"loading", "remote"},  # from the Hub to a folder; a client
     "guard": GROUND_FLOOR | {"remote"},  # for its client
     "server": GROUND_FLOOR | {"agent", "documents", "tools"},
     "page": GROUND_FLOOR | {"agent", "documents", "server"},
@@ -48,7 +49,7 @@ ONLY = {
 # Files that know more, and why.
 MORE = {
     # --check tries what a start would do.
-    "llama2_chat/server/probes.py": {"engine", "guard", "loading", "prompt", "remote"},
+    "llama2_chat/server/probes.py": {"embeddings", "engine", "guard", "loading", "prompt", "remote"},
     "llama2_chat/server/gpu_probes.py": {"loading"},
 }
 

@@ -182,7 +182,18 @@ def test_a_guard_has_an_address_and_fails_closed_unless_told():
             Settings(**wrong)
 
 
-@pytest.mark.parametrize("name", ["INFERENCE_KEY", "GUARD_KEY"])
+def test_an_encoder_is_an_id_a_folder_or_an_address():
+    environ = {"EMBEDDINGS": " http://a:8000/v1\n", "EMBEDDINGS_MODEL": "e5 ", "EMBEDDINGS_KEY": " secret\n"}
+    read = Settings.read([], environ)
+    assert (read.embeddings_url, read.embeddings_model, read.embeddings_key) == ("http://a:8000/v1", "e5", "secret")
+    assert "secret" not in repr(read)
+    assert Settings(embeddings="intfloat/multilingual-e5-small").embeddings_url == ""
+    for wrong in ({"embeddings": "http://"}, {"embeddings_model": "e5"}):
+        with pytest.raises(ChatError, match="embeddings"):
+            Settings(**wrong)
+
+
+@pytest.mark.parametrize("name", ["INFERENCE_KEY", "GUARD_KEY", "EMBEDDINGS_KEY"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(name, capsys):
     with pytest.raises(SystemExit):
         Settings.read([], {name: "zwölf"})

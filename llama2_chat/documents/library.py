@@ -21,9 +21,11 @@ from filelock import FileLock
 
 from llama2_chat.database import path_of, room_in
 from llama2_chat.documents.line import Line
+from llama2_chat.documents.meaning import Encoding
 from llama2_chat.documents.parsing import NICE, parse
 from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
+from llama2_chat.types import Embedder
 
 log = logging.getLogger("llama2_chat")
 
@@ -37,8 +39,11 @@ VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept afte
 class Library:
     """Nothing is made in the folder before the first document, and nothing read there before start() or add()."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, embedder: Embedder | None = None) -> None:
+        """embedder: what finds documents by their meaning, too; started and closed by whoever made it."""
         self.folder = folder
+        self._embedder = embedder
+        self._encoding = Encoding(embedder, folder) if embedder else None
         self._line = Line()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -47,7 +52,7 @@ class Library:
 
     def shelf(self, owner: str) -> Shelf:
         """owner: a kind and a name, such as "login anna"."""
-        return Shelf(path_of(self.folder, owner))
+        return Shelf(path_of(self.folder, owner), self._embedder)
 
     def start(self) -> None:
         """Go on with what an earlier process left unread, and forget visitors whose cookie has expired."""
@@ -85,6 +90,8 @@ class Library:
         """What is being read is gone on with after the next start()."""
         self._closing.set()
         self._line.close()
+        if self._encoding:
+            self._encoding.close()
         if self._thread is not None:
             self._thread.join(5)
 
@@ -103,6 +110,8 @@ class Library:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="documents", daemon=True)
                 self._thread.start()
+                if self._encoding:
+                    self._encoding.start()
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # of this thread alone, on Linux
@@ -144,6 +153,8 @@ class Library:
             self._speed.pop(id, None)
         if is_whole:
             shelf.finish(id, error or _without_text(shelf.get(id)))
+            if self._encoding:
+                self._encoding.put(shelf, id)
         else:
             self._line.put_back(shelf, id)
 

@@ -1,4 +1,5 @@
-"""Which chunks say most about a question: by their words and by parts of words, fused by reciprocal rank.
+"""Which chunks say most about a question: by their words and by parts of words, fused by reciprocal rank, and with
+them, where there is an encoder, by their meaning.
 
 No model is needed, and no list of stop words: bm25 weighs what stands everywhere with next to nothing. Figures are in
 docs/documents.md.
@@ -12,6 +13,7 @@ import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
+from llama2_chat.documents.meaning import by_meaning, embedded_question
 from llama2_chat.documents.store import Chunk, Shelf
 
 CANDIDATES = 50  # of each ranking
@@ -55,10 +57,15 @@ def search(shelf: Shelf, query: str, ids: Sequence[str], limit: int = 5) -> list
     stems = [stem for word in spaced if len(stem := _stem(word[:LONGEST_WORD])) >= SHORTEST]
     parts = _capped([*stems, *_trigrams(query)])
     pairs = [run for run in _unspaced(query) if len(run) == SHORTEST - 1][:MAX_PAIRS]
+    question = embedded_question(shelf.embedder, query)  # before a reader keeps others from truncating the log
     with shelf.reading() as db:
         rankings = [_ranking(db, "words", _capped(words), ids), _ranking(db, "trigrams", parts, ids)]
         rankings.append(_with_pairs(db, pairs, ids))
-        return [_chunk(db, id) for id in fused(rankings)[:limit]]
+        found = fused(rankings)
+        if question is not None:
+            meant = by_meaning(db, ids, *question)
+            found = fused([found, meant, meant])  # twice: in another language words find next to nothing
+        return [_chunk(db, id) for id in found[:limit]]
 
 
 def fused(rankings: Sequence[Sequence[int]]) -> list[int]:

@@ -7,6 +7,7 @@ log is truncated. Any number of threads and processes may use a database at the 
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import secrets
@@ -14,11 +15,13 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from llama2_chat.database import Database
 from llama2_chat.documents.parsing import ParsedPage
 from llama2_chat.errors import NoRoom, NotHere
+from llama2_chat.types import Embedder
 
 State = Literal["waiting", "ready", "failed"]
 
@@ -40,6 +43,12 @@ CREATE VIRTUAL TABLE words USING fts5(
     text, content='chunks', content_rowid='id', tokenize='porter unicode61 remove_diacritics 2'
 );
 CREATE VIRTUAL TABLE trigrams USING fts5(text, content='chunks', content_rowid='id', tokenize='trigram');
+"""
+# A row has the vectors of some chunks that follow each other up to the last: their numbers as int64, and float16.
+VECTORS = """
+CREATE TABLE vectors (
+    document TEXT, encoder TEXT, last INTEGER, chunks BLOB, vectors BLOB, PRIMARY KEY (document, encoder, last)
+);
 """
 INDEXES = ("words", "trigrams")
 FIELDS = "id, name, bytes, purpose, created, state, error, pages, pages_done, without_text, hidden"
@@ -84,9 +93,14 @@ class Chunk:
 class Shelf(Database):
     """One owner's documents. The file is made when there is something to keep."""
 
-    versions = (SCHEMA,)
+    versions = (SCHEMA, VECTORS)
     what = "documents"
     synchronous = "NORMAL"  # a page that is lost is read again
+
+    def __init__(self, path: Path, embedder: Embedder | None = None) -> None:
+        """embedder: of questions, for whoever searches here."""
+        super().__init__(path)
+        self.embedder = embedder
 
     # ---- documents ----
 
@@ -154,7 +168,7 @@ class Shelf(Database):
                 db.execute(f"INSERT INTO {index}({index}, rowid, text) {stored}", (id,))
                 # Only what is merged into one segment keeps nothing of what was deleted from it.
                 db.execute(f"INSERT INTO {index}({index}) VALUES ('optimize')")
-            for table in ("chunks", "pages", "originals"):
+            for table in ("chunks", "vectors", "pages", "originals"):
                 db.execute(f"DELETE FROM {table} WHERE document = ?", (id,))
             db.execute("DELETE FROM documents WHERE id = ?", (id,))
         self.truncate_log()
@@ -187,6 +201,26 @@ class Shelf(Database):
             db.execute(
                 "UPDATE documents SET state = ?, error = ? WHERE id = ?", ("failed" if error else "ready", error, id)
             )
+
+    def without_vectors(self, id: str, encoder: str, most: int) -> list[tuple[int, str]]:
+        """The first chunks that have no vectors of this encoder, numbers and texts. Raises NotHere."""
+        with self.reading() as db:
+            _one(db, id)
+            query = "SELECT id, text FROM chunks WHERE document = ? AND id > ? ORDER BY id LIMIT ?"
+            return db.execute(query, (id, _last_with_vector(db, id, encoder), most)).fetchall()
+
+    def add_vectors(self, id: str, encoder: str, chunks: list[int], vectors: bytes) -> None:
+        """Those of the next chunks; what is there already changes nothing. Another encoder's are removed.
+
+        vectors: as many as chunks, all of one length, in float16. Raises NotHere.
+        """
+        with self.writing() as db:
+            _one(db, id)
+            if chunks[0] <= _last_with_vector(db, id, encoder):
+                return
+            db.execute("DELETE FROM vectors WHERE document = ? AND encoder != ?", (id, encoder))
+            numbers = array.array("q", chunks).tobytes()
+            db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?, ?)", (id, encoder, chunks[-1], numbers, vectors))
 
     # ---- what stands in them ----
 
@@ -224,6 +258,12 @@ def _one(db: sqlite3.Connection, id: str) -> Document:
     if row is None:
         raise NotHere(f"There is no document {id!r:.60} here.")
     return _document(row)
+
+
+def _last_with_vector(db: sqlite3.Connection, id: str, encoder: str) -> int:
+    """The number of a chunk; 0 if there is none. They get them in the order of their numbers."""
+    query = "SELECT coalesce(max(last), 0) FROM vectors WHERE document = ? AND encoder = ?"
+    return int(db.execute(query, (id, encoder)).fetchone()[0])
 
 
 def _document(row: tuple[Any, ...]) -> Document:

@@ -29,11 +29,13 @@ SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own for
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
 
 
-def fetch_small_files(source: str, progress: Progress, cache_dir: Path | None = None) -> Files:
+def fetch_small_files(
+    source: str, progress: Progress, cache_dir: Path | None = None, ignored: list[str] = SUBFOLDERS
+) -> Files:
     """Configuration and tokenizer of a local folder or a Hub id: the newest, or the cached ones if the Hub is away.
 
     source: a folder, a Hub id, or a Hub id with a branch, tag or commit, such as "owner/name@v1".
-    cache_dir: where repositories are kept, or None for huggingface_hub's own place.
+    cache_dir: where repositories are kept, or None for huggingface_hub's own place. ignored: patterns of paths.
     """
     if folder := find_folder(source):
         if folder.is_dir():
@@ -42,7 +44,7 @@ def fetch_small_files(source: str, progress: Progress, cache_dir: Path | None = 
             f"There is no folder {quoted(source)}. Check the path, or give the id of a model on the Hub."
         )
     repo, revision = split_revision(source)
-    return Files(_snapshot(repo, revision, SMALL_FILES, 0, progress, cache_dir), repo)
+    return Files(_snapshot(repo, revision, SMALL_FILES, 0, progress, cache_dir, ignored), repo)
 
 
 def find_folder(source: str) -> Path | None:
@@ -86,14 +88,14 @@ def check_reachable(repo: str, name: str = "config.json", cache_dir: Path | None
 
 
 def _is_cached_whole(repo: str, cache_dir: Path | None) -> bool:
-    folder = _cached(repo, "main", SMALL_FILES, cache_dir)
+    folder = _cached(repo, "main", SMALL_FILES, cache_dir, SUBFOLDERS)
     try:
         return folder is not None and not Files(folder, repo).missing()
     except ModelUnavailable:  # not even the names of the weights are known
         return False
 
 
-def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | None) -> Path | None:
+def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | None, ignored: list[str]) -> Path | None:
     """The folder of a repository's files that match `patterns`, if the cache holds all of them."""
     try:
         return Path(
@@ -102,7 +104,7 @@ def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | Non
                 revision=revision,
                 cache_dir=cache_dir,
                 allow_patterns=patterns,
-                ignore_patterns=SUBFOLDERS,
+                ignore_patterns=ignored,
                 local_files_only=True,
             )
         )
@@ -111,7 +113,13 @@ def _cached(repo: str, revision: str, patterns: list[str], cache_dir: Path | Non
 
 
 def _snapshot(
-    repo: str, revision: str, patterns: list[str], total: int, progress: Progress, cache_dir: Path | None
+    repo: str,
+    revision: str,
+    patterns: list[str],
+    total: int,
+    progress: Progress,
+    cache_dir: Path | None,
+    ignored: list[str] = SUBFOLDERS,
 ) -> Path:
     """The folder of a repository's files that match `patterns`, downloaded where the cache does not have them."""
     bars: list[Any] = []
@@ -140,7 +148,7 @@ def _snapshot(
             revision=revision,
             cache_dir=cache_dir,
             allow_patterns=patterns,
-            ignore_patterns=SUBFOLDERS,
+            ignore_patterns=ignored,
             tqdm_class=Bar,
         )
 
@@ -148,7 +156,7 @@ def _snapshot(
         return Path(_run_beside(download, report))
     except (OSError, ValueError, httpx2.HTTPError) as error:  # ValueError: no id, or a login page instead of JSON
         # huggingface_hub falls back to the cache itself, but not after a proxy's error or a cut connection.
-        if folder := _cached(repo, revision, patterns, cache_dir):
+        if folder := _cached(repo, revision, patterns, cache_dir, ignored):
             return folder
         if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in NOT_WRITABLE):
             raise not_writable(error, "set HF_HOME to a folder that has room and is yours") from error

@@ -87,6 +87,21 @@ class Client:
         except Exception as error:
             raise translate(error) from error
 
+    async def embed(self, model: str, texts: list[str]) -> tuple[list[list[float]], int]:
+        """The vectors of texts, in their order, and how many tokens the server says they have."""
+        asked = {"model": model, "input": texts, "encoding_format": "float"}
+        try:
+            async with get_async_session() as client:
+                url = f"{self.url}/embeddings"
+                answer = await client.post(url, json=asked, headers=self._authorization, timeout=self._timeout)
+                said = answer.json()
+                found = sorted(said["data"], key=lambda each: each["index"])
+                if [each["index"] for each in found] != list(range(len(texts))):
+                    raise ServerFault(NO_API, f"It sent {len(found)} vectors for {len(texts)} texts.")
+                return [each["embedding"] for each in found], int((said.get("usage") or {}).get("prompt_tokens") or 0)
+        except Exception as error:
+            raise translate(error) from error
+
     @property
     def _authorization(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}

@@ -62,6 +62,7 @@ PROBES = {
     "tools": Probe(probes.probe_tools, 15),
     "presets": Probe(probes.probe_presets, 15),
     "guard": Probe(probes.probe_guard, 60, if_late=NETWORK),
+    "embeddings": Probe(probes.probe_embeddings, 150, if_late=NETWORK),
 }
 # For a model that is loaded by the start.
 LOCAL = ("GPU", "model", "tokenizer", "GPU memory", "bitsandbytes", "int4, int8", "disk")

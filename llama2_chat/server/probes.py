@@ -267,6 +267,31 @@ def probe_guard(start: PlannedStart) -> str:
     return f"gives verdicts; what it cannot judge is {'let through' if settings.guard_fails == 'open' else 'refused'}"
 
 
+def probe_embeddings(start: PlannedStart) -> str:
+    settings = start.settings
+    if not settings.embeddings:
+        raise NotApplicable("no EMBEDDINGS, so documents are found by their words alone")
+    from llama2_chat.embeddings import make_embedder, sentence_of
+
+    if not settings.embeddings_url:
+        from llama2_chat.embeddings.encoder import find
+        from llama2_chat.loading.hub import check_reachable
+
+        try:
+            files, _ = find(settings.embeddings, settings.hub_cache_dir)
+            if (missing := files.missing()) and files.repo:
+                check_reachable(files.repo, next(iter(missing)), files.cache_dir)
+                return f"{files.repo}. The Hub lets this account download it."
+        except ChatError as error:
+            raise ChatError(sentence_of(error)) from error
+    embedder = make_embedder(settings)
+    try:
+        embedder.check()
+        return f"{embedder.name} gives vectors of {embedder.dimensions:,} numbers"
+    finally:
+        embedder.close()
+
+
 def probe_access(start: PlannedStart) -> str:
     from llama2_chat.server import login
 

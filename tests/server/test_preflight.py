@@ -34,6 +34,7 @@ from llama2_chat.server.preflight import run, run_probe
 from llama2_chat.server.probes import PlannedStart
 from llama2_chat.settings import Settings
 from model import ChatModel
+from tests.support.encoders import save_encoder
 from tests.support.odd_server import OddServer, reset, status
 from tests.support.small_model import save_model
 from tests.support.small_tokenizer import llama_shaped
@@ -667,3 +668,28 @@ def test_what_is_wrong_with_a_models_server_is_told_apart(odd, settings, probe, 
     assert found[name].next_step == step
     later = preflight.REMOTE[preflight.REMOTE.index(name) + 1 :]
     assert all("skipped, because" in found[one].detail for one in later)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "ok", "said"),
+    [
+        ("", None, "by their words alone"),
+        ("nothing", False, "There is no folder"),
+        ("chat", False, "is no encoder of texts"),
+        ("http://127.0.0.1:9/v1", False, "The encoder's server does not accept connections"),
+    ],
+)
+def test_an_encoder_that_a_start_could_not_use_is_named(tmp_path, embeddings, ok, said):
+    save_model(tmp_path / "chat")
+    if embeddings in ("nothing", "chat"):
+        embeddings = str(tmp_path / embeddings)
+    finding = run_probe("embeddings", PlannedStart(Settings(embeddings=embeddings)))
+    assert finding.ok is ok
+    assert said in finding.detail
+
+
+@pytest.mark.slow
+def test_an_encoder_that_a_start_can_use_gives_vectors(tmp_path):
+    folder = save_encoder(tmp_path / "mine")
+    finding = run_probe("embeddings", PlannedStart(Settings(embeddings=str(folder))))
+    assert (finding.ok, finding.detail) == (True, "mine gives vectors of 32 numbers")
