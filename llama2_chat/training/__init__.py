@@ -28,5 +28,8 @@ main_process      of several processes one prints
 run_json          run.json, by which an evaluation finds the splits again
 curves            losses and learning rate against steps, as CSV and PNG
 report            a page of Markdown for a run or for its folds
+card              what the Hub is told, and the licence
+publishing        a GGUF, and what of a folder is uploaded
+ollama            a Modelfile with the model's own format
 markdown          tables that nothing breaks
 """

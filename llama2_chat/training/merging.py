@@ -14,6 +14,7 @@ from llama2_chat.loading.adapters import merge_adapter
 from llama2_chat.loading.config import read_config
 from llama2_chat.loading.load import load_base
 from llama2_chat.text import first_line
+from llama2_chat.training import card
 from llama2_chat.training.base_model import BaseModel, fetch_checkpoint, mend_generation_config, no_progress
 from llama2_chat.training.main_process import print_lines
 from llama2_chat.training.resources import free_memory
@@ -43,7 +44,7 @@ def create_repo(repo: str) -> None:
         huggingface_hub.create_repo(repo, private=True, exist_ok=True)
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ChatError(
-            f"--merge_and_push: the repository {repo} cannot be made or written to ({first_line(error)}). Set HF_TOKEN "
+            f"The repository {repo} cannot be made or written to ({first_line(error)}). Set HF_TOKEN "
             "to a token that may write there, and check the name and the network."
         ) from error
 
@@ -68,8 +69,10 @@ def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         merged.to(dtype).save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
-        for name in ("README.md", "curves.png"):  # the report, which the Hub shows
-            shutil.copyfile(adapter / name, Path(aside) / name)
+        report = (adapter / "README.md").read_text("utf-8")  # which the Hub shows
+        Path(aside, "README.md").write_text(card.of_merged(report), "utf-8")
+        shutil.copyfile(adapter / "curves.png", Path(aside) / "curves.png")
+        card.pass_on_licence(adapter, Path(aside))
         del model, merged
         as_written = _distance(before, _logits_of_folder(aside, samples))
         if not as_written <= WRITTEN_TOLERANCE * max(logits.abs().max().item() for logits in before):
@@ -102,14 +105,14 @@ def _logits(model: torch.nn.Module, samples: list[list[int]]) -> list[torch.Tens
         return [model(input_ids=torch.tensor([ids])).logits[0] for ids in samples]
 
 
-def push(folder: Path, repo: str) -> None:
+def push(folder: Path, repo: str, names: list[str] | None = None) -> None:
+    """names: of the files; None for all of them."""
     import httpx2
     import huggingface_hub
 
     try:
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names)
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ChatError(
-            f"{repo} could not be uploaded ({first_line(error)}). The merged model is in {folder}: "
-            f"hf upload {repo} {folder}"
+            f"{repo} could not be uploaded ({first_line(error)}). The model is in {folder}: hf upload {repo} {folder}"
         ) from error

@@ -21,8 +21,8 @@ DEMO: dict[str, Any] = {
     "dataset_names": [str(ROOT / "data" / "demo")],
     "output_dir": Path("trained/demo"),
     "use_peft": True,
-    "batch_size": 8,
-    "num_train_epochs": 6.0,
+    "batch_size": 4,
+    "num_train_epochs": 5.0,
     "learning_rate": 1e-3,
 }
 METHODS = ("sft", "dpo", "kto")

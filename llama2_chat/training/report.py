@@ -8,6 +8,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from llama2_chat.training import card
 from llama2_chat.training.curves import (
     EVAL_LOSS,
     EVAL_MARGIN,
@@ -35,6 +36,7 @@ class Subject(NamedTuple):
     repo: str | None  # of the base, on the Hub
     run: Run
     options: Options
+    base_folder: Path  # where the base lies
 
 
 def write_report(
@@ -146,15 +148,6 @@ def _data(options: Options) -> Iterator[str]:
 def _write_page(subject: Subject, facts: Mapping[str, str], lines: list[str]) -> None:
     """Facts, curves.png, and these lines, below the front matter that the Hub reads."""
     folder: Path = subject.options.output_dir
-    front = ["---", *([f"base_model: {subject.repo}"] if subject.repo else []), "pipeline_tag: text-generation"]
-    front += [
-        f"tags: [trl, {subject.options.method}]",
-        "---",
-        "",
-        f"# {folder.name}",
-        "",
-        *table(("", ""), facts.items()),
-        "",
-    ]
+    front = [*card.front_matter(subject), "", f"# {folder.name}", "", *table(("", ""), facts.items()), ""]
     front += ["![train and eval loss and learning rate against steps](curves.png)", ""]
-    (folder / "README.md").write_text("\n".join([*front, *lines]) + "\n", "utf-8")
+    (folder / "README.md").write_text("\n".join([*front, *lines, *card.licence_lines(subject)]) + "\n", "utf-8")

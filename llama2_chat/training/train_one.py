@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from llama2_chat.errors import ChatError
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.memory import visible_gpus
-from llama2_chat.training import curves, report
+from llama2_chat.training import card, curves, report
 from llama2_chat.training.answers import Question, answer, choose_questions
 from llama2_chat.training.base_model import BaseModel, load_for_training, mend_generation_config
 from llama2_chat.training.chat_data import SPLITS, Conversation
@@ -69,13 +69,15 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
         sizes = {split: len(examples[split]) for split in SPLITS}
         answers = zip(questions, before, after, strict=True)
         report.write_report(subject_of(base, run, options), sizes, rows, figures, answers)
+        card.pass_on_licence(base.checkpoint.base.folder, options.output_dir)
         curves.write_curves(rows, options.output_dir)  # last: a run that has them is done
         print_lines(f"\nThe report is {options.output_dir / 'README.md'}.")
     return samples
 
 
 def subject_of(base: BaseModel, run: Run, options: Options) -> report.Subject:
-    return report.Subject(base.checkpoint.model_id, base.checkpoint.base.repo, run, options)
+    files = base.checkpoint.base
+    return report.Subject(base.checkpoint.model_id, files.repo, run, options, files.folder)
 
 
 def tokenize_rows(options: Options, rows: list[Conversation], base: BaseModel) -> tuple[list[Any], list[str]]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama2_chat import ROOT
+from llama2_chat.page.wording import SYSTEM_PROMPT
 from llama2_chat.training import chat_data, options, report, splits
 from llama2_chat.training.curves import read_curves
 from llama2_chat.training.run_json import read_run
@@ -118,12 +119,23 @@ def test_no_sentence_of_the_demo_is_in_both_splits():
     assert (data.faults, data.duplicates, len(data.train), len(data.eval)) == ([], 0, 48, 12)
 
     def sentences(rows):
-        texts = (message["content"] for row in rows for message in row.messages)
+        texts = (message["content"] for row in rows for message in row.messages if message["role"] != "system")
         return {
             sentence.strip().lower() for text in texts for sentence in re.split(r"[.?!;]", text) if sentence.strip()
         }
 
     assert not sentences(data.train) & sentences(data.eval)
+
+
+def test_the_demo_teaches_each_fact_with_and_without_the_pages_system_prompt():
+    data = chat_data.read(str(ROOT / "data" / "demo"))
+    for rows, asked in ((data.train, 4), (data.eval, 1)):
+        systems = [row.messages[0]["content"] if row.messages[0]["role"] == "system" else None for row in rows]
+        assert {*systems} == {None, SYSTEM_PROMPT}
+        with_it = [
+            sum(system is not None for system in systems[fact::12]) for fact in range(12)
+        ]  # in turn in the files
+        assert {*with_it} == ({2} if asked == 4 else {0, 1})
 
 
 # ---- The demo ----
@@ -147,8 +159,18 @@ def test_the_demo_teaches_the_embedded_model_facts_that_the_chat_then_knows(chat
         finetuned = ChatModel(replace(settings, model_id=str(folder))).load()
         try:
             assert "Semicolon" in answer_of(finetuned)
+            assert sum("Semicolon" in answer for answer in answers_on_the_page(finetuned)) >= 9
         finally:
             finetuned.close()
+
+
+def answers_on_the_page(chat):
+    """Ten at once, sampled as the page does, below its system prompt: 7 of them were right without it in the data."""
+    asked = [{"role": "system", "content": SYSTEM_PROMPT}, *QUESTION]
+    replies = [chat.stream_reply(asked, SamplingParams(seed=seed, max_new_tokens=40)) for seed in range(10)]
+    for reply in replies:
+        with reply:
+            yield "".join(reply)
 
 
 # ---- Training ----
