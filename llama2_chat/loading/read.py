@@ -23,7 +23,8 @@ from llama2_chat.text import first_line, is_out_of_memory
 log = logging.getLogger("llama2_chat")
 
 # Tensors of older checkpoints that the model computes by itself.
-HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
+CAUSAL_MASKS = {"gpt_neo": "attention.bias", "gptj": "attn.bias"}  # by the model's type: of others it may be a bias
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -64,7 +65,8 @@ def read_model(
     model, report = loaded
     if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
-    if unknown := sorted(name for name in report["unexpected_keys"] if not name.endswith(HARMLESS)):
+    harmless = (*HARMLESS, *filter(None, [CAUSAL_MASKS.get(model.config.model_type)]))
+    if unknown := sorted(name for name in report["unexpected_keys"] if not name.endswith(harmless)):
         raise ValueError(f"{len(unknown)} tensors belong to no layer, such as {unknown[0]}")
     return model
 

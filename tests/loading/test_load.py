@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llama2_chat.loading.choose import choose, fetch
@@ -65,6 +66,13 @@ def test_a_checkpoint_that_cannot_be_used_is_a_sentence(tiny, tmp_path, damage, 
     damage(folder)
     sentence = refusal(get, asking_for(folder))
     assert [fact for fact in facts if fact not in sentence] == []
+
+
+def test_biases_that_no_layer_takes_are_refused_though_old_checkpoints_of_others_call_their_masks_so(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "with-biases")
+    weights = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.bias": torch.ones(64)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "belong to no layer, such as model.layers.0.self_attn.bias" in refusal(get, asking_for(folder))
 
 
 def test_a_missing_shard_is_named(tiny, tmp_path):
