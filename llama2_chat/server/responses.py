@@ -55,7 +55,7 @@ async def submit(start: Callable[[], ReplyT], threads: anyio.CapacityLimiter | N
 
 
 def _close_unread(submitting: asyncio.Future[ReplyT | None]) -> None:
-    if submitting.exception() is None and (reply := submitting.result()):
+    if not submitting.cancelled() and submitting.exception() is None and (reply := submitting.result()):
         reply.close()
 
 

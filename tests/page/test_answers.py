@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from llama2_chat.page.answering import Answering
 from llama2_chat.page.routes import DECISIONS, Decisions, page_router
 from llama2_chat.page.visitors import Visitors
 from llama2_chat.presets import NO_PRESETS
-from llama2_chat.server.limits import ConcurrencyLimiter
+from llama2_chat.server.limits import LONG_TEXT, ConcurrencyLimiter
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.types import SamplingParams, Status
 from tests.support.scripted import READY, Scripted, ScriptedChat, raising
@@ -120,6 +120,33 @@ def test_whoever_was_cut_off_reads_on_and_the_question_was_asked_once(anna, chat
     gate.set()
     assert whole(anna.get(f"answers/{ID}"))[0] == "Once upon a time."
     assert len(chat.asked) == 1
+
+
+def test_long_questions_are_encoded_one_after_another_and_a_short_one_waits_for_none_of_them():
+    encoding, released = [], threading.Event()
+
+    def say(messages):
+        if len(messages[-1]["content"]) > LONG_TEXT:
+            encoding.append(messages)
+            assert released.wait(60)
+        return Scripted("Read.")
+
+    long = {**QUESTION, "messages": [{"role": "user", "content": "x" * (LONG_TEXT + 1)}]}
+    with site(ScriptedChat(say=say)) as address, ExitStack() as stack:
+        readers = [stack.enter_context(visitor(address)) for _ in range(3)]
+        streams = [
+            stack.enter_context(http.stream("PUT", f"answers/{number:032}", json=long))
+            for number, http in enumerate(readers, 1)
+        ]
+        lines = [stream.iter_lines() for stream in streams]
+        for each in lines:
+            next(each)  # it is under way
+        until(lambda: encoding)
+        with visitor(address) as another:
+            assert whole(another.put(f"answers/{ID}", json=QUESTION))[0] == "Read."
+        assert len(encoding) == 1
+        released.set()
+        until(lambda: len(encoding) == 3)
 
 
 WITH_TOOLS = {"messages": [{"role": "user", "content": TOOL_QUESTION}], "settings": {**SETTINGS, "useTools": True}}
