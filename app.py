@@ -161,7 +161,7 @@ def create_app(
         assert isinstance(chat, GuardedChat)  # as make_backend() makes it
         metrics.registry.register(chat.verdicts)
     app.include_router(health_router(chat))
-    app.include_router(api_router(chat, settings, limiter, metrics, library))
+    app.include_router(api_router(chat, settings, limiter, metrics, library, embedder))
     if settings.admin_key:
         app.include_router(admin_router(chat, settings, metrics))
     if settings.https and not settings.certfile:

@@ -28,6 +28,7 @@ from llama2_chat.errors import BadGrammar, ChatError, ModelUnavailable, NoInfill
 from llama2_chat.server.bodies import JsonRequest
 from llama2_chat.server.choices import Choices
 from llama2_chat.server.chunks import Chunks
+from llama2_chat.server.embeddings import add_embedding_route
 from llama2_chat.server.errors import RETRY_AFTER_S, ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.files import add_file_routes
 from llama2_chat.server.infill import InfillRequest, Infills, stream_infill
@@ -57,7 +58,7 @@ from llama2_chat.server.responses import (
 from llama2_chat.server.speech import CallIds, Reader, Speech, TextReader
 from llama2_chat.settings import Settings
 from llama2_chat.tools import CallReader
-from llama2_chat.types import ChatBackend, Fit, Message, Reply, SamplingParams
+from llama2_chat.types import ChatBackend, Embedder, Fit, Message, Reply, SamplingParams
 
 SCHEMA_THREADS = 20  # that may wait for their JSON schema to be compiled, which goes one at a time
 SEEDS = 2**63
@@ -76,8 +77,10 @@ def api_router(
     limiter: ConcurrencyLimiter,
     metrics: Metrics,
     library: Library | None = None,
+    embedder: Embedder | None = None,
 ) -> APIRouter:
-    """All of them. Without a model they say why there is none. library: where documents are; None for none at all."""
+    """All of them. Without a model they say why there is none. library: where documents are; None for none at all.
+    embedder: of texts; without one, their route says so."""
     router = APIRouter(route_class=_route_class(settings, metrics))
     # What is slow to read has threads of its own, or a few such requests would leave none for everybody else.
     schema_threads = anyio.CapacityLimiter(SCHEMA_THREADS)
@@ -141,6 +144,7 @@ def api_router(
     owners = ApiOwners(settings)
     if library is not None:
         add_file_routes(router, library, owners, "/v1")
+    add_embedding_route(router, embedder, settings, limiter)
 
     methods = ["GET", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
 

@@ -1,5 +1,7 @@
 """Whatever programs send: requests made from our own OpenAPI document, right ones and wrong ones, and none is a 500."""
 
+from contextlib import contextmanager
+
 import pytest
 import schemathesis
 from fastapi import FastAPI
@@ -7,6 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from schemathesis import GenerationMode
 
+from llama2_chat.server.embeddings import EmbeddingsRequest
 from llama2_chat.server.grammar_types import GrammarFields
 from llama2_chat.server.health import health_router
 from llama2_chat.server.infill import InfillRequest
@@ -17,6 +20,7 @@ from llama2_chat.server.openai_api import api_router
 from llama2_chat.server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from llama2_chat.types import Status
 from model import ChatModel
+from tests.support.encoders import WordMeanings
 from tests.support.serving import serving
 from tests.support.small_model import untrained
 
@@ -30,6 +34,7 @@ ROUTES = (
     "POST /infill",
     "POST /tokenize",
     "POST /detokenize",
+    "POST /v1/embeddings",
     "GET /metrics",
 )
 CONTEXT = 128  # tokens: answers are short whatever length is asked for
@@ -41,7 +46,7 @@ def document(chat, settings):
     small = ChatModel(settings)
     small.status = Status(model="small")
     small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, CONTEXT))
-    with serving(small, settings) as address:
+    with encoding(), serving(small, settings) as address:
         ours = FastAPI()
         ours.include_router(health_router(small))
         ours.include_router(api_router(small, settings, ConcurrencyLimiter(0), Metrics(small)))
@@ -50,7 +55,18 @@ def document(chat, settings):
     small.close()
 
 
-REQUESTS = (ChatRequest, ResponsesRequest, CompletionRequest, InfillRequest, TokenizeRequest, DetokenizeRequest)
+@contextmanager
+def encoding():
+    """A server that is made meanwhile has an encoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app._make_embedder", lambda _: WordMeanings())
+        yield
+
+
+REQUESTS = (
+    *(ChatRequest, ResponsesRequest, CompletionRequest, InfillRequest, TokenizeRequest, DetokenizeRequest),
+    EmbeddingsRequest,
+)
 KNOWN = {name for request in REQUESTS for name in request.model_fields} - {"model"}
 # Messages and prompts of all kinds go to /tokenize; here a sound one lets everything else be looked at.
 SOUND = {
