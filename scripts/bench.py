@@ -10,7 +10,7 @@
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
     python scripts/bench.py --documents                      what reading 200 pages takes, and from an answer meanwhile
     python scripts/bench.py --http                                       what the API costs, with 32 streams
-    python scripts/bench.py --soak                                       ten minutes of readers who come and go
+    python scripts/bench.py --soak                   ten minutes of readers who come and go, hostile ones among them
     python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
 
 A shape has random weights, which take the time and the memory of real ones and need no licence. Every ratio compares
@@ -78,7 +78,9 @@ def read_arguments() -> argparse.Namespace:
     add("--documents", action="store_true", help="measure the reading of documents, beside the embedded model")
     add("--plot", type=Path, help="draw tokens/s and time to first token against users, as a PNG")
     add("--http", action="store_true", help="the embedded model's speed over HTTP and without")
-    add("--soak", type=float, nargs="?", const=10, help="minutes of 32 readers on the embedded model")
+    add("--soak", type=float, nargs="?", const=10, help="minutes of readers of a server with the embedded model")
+    add("--readers", type=int, default=32, help="healthy ones of a soak")
+    add("--hostile", type=int, default=16, help="hostile readers of a soak, for its first two thirds")
     add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
@@ -98,7 +100,7 @@ def _default_users(args: argparse.Namespace) -> tuple[int, ...]:
 
 def measure(args: argparse.Namespace) -> Iterator[Figures]:
     if args.soak:
-        return soak.measure(args.soak)
+        return soak.measure(args.soak, args.readers, args.hostile)
     if args.http:
         return serving_cost.measure_api()
     if args.documents:

@@ -9,7 +9,7 @@ starts         which shapes and precisions start in how much GPU memory
 server_load    the load test for any OpenAI-compatible server
 serving_cost   what the page and the API take from many users
 browser_cost   what the page takes from a browser
-soak           readers who come and go, and memory meanwhile
+soak           a server for minutes: healthy_readers who come and go, hostile_readers, and what is left behind
 training_cost  QLoRA by sft_trainer.py, beside TRL called directly
 plot           tokens/s and waiting against how many users
 

@@ -67,6 +67,6 @@ def test_the_p99_gap_leaves_out_the_longest_of_a_hundred():
 
 
 def test_resident_memory_at_a_minute_is_the_median_of_the_samples_before_it():
-    state = SoakState(minutes=10, resident=[(minute, 100.0 + minute) for minute in range(10)])
+    state = SoakState(minutes=10, samples=[(minute, (100 + minute) * 1_000_000, 1, 1) for minute in range(10)])
     assert state.resident_mb(6) == 104
     assert not state.is_over
