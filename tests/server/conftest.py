@@ -27,10 +27,11 @@ def small(chat, settings):
 
 
 @pytest.fixture(scope="module")
-def address(chat, settings):
+def address(chat, settings, tmp_path_factory):
     for messages in (HELLO, TALK):  # a prompt from the KV cache may differ in its last bits from one that is computed
         whole_reply(chat, messages, max_new_tokens=1)
-    with serving(chat, replace(settings, sampling=LIKELIEST)) as address:
+    documents_dir = tmp_path_factory.mktemp("documents")
+    with serving(chat, replace(settings, sampling=LIKELIEST, documents_dir=documents_dir)) as address:
         yield address
 
 

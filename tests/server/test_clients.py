@@ -36,6 +36,7 @@ CLIENTS = [
     "guidance",
     "instructor",
     "langchain",
+    "langchain_retrieval",
     "litellm",
     "llm",
     "openai_agents",
@@ -69,8 +70,14 @@ def test_a_small_task_comes_to_its_end(ask, python, client):
     ask(python, SCRIPTS / f"with_{client}.py")
 
 
-def test_a_small_task_comes_to_its_end_with_llama_index(ask, tmp_path):
-    ask(python_environment(tmp_path, LLAMA_INDEX), SCRIPTS / "with_llama_index.py")
+@pytest.fixture(scope="module")
+def python_for_llama_index(tmp_path_factory):
+    return python_environment(tmp_path_factory.mktemp("llama-index"), LLAMA_INDEX)
+
+
+@pytest.mark.parametrize("client", ["llama_index", "llama_index_evaluators"])
+def test_a_small_task_comes_to_its_end_with_llama_index(ask, python_for_llama_index, client):
+    ask(python_for_llama_index, SCRIPTS / f"with_{client}.py")
 
 
 def test_a_small_task_comes_to_its_end_in_javascript(ask, tmp_path):
