@@ -182,6 +182,8 @@ def test_files_can_be_dropped_and_pasted_and_what_cannot_be_read_says_why(page):
     documents(page).locator("summary").click()
     expect(rows(page).first).to_contain_text("birds.txt")
     expect(rows(page).last).to_contain_text("This PDF is broken and cannot be opened.")
+    rows(page).first.get_by_role("checkbox").uncheck()
+    expect(documents(page).locator("summary")).to_have_text("2 documents · 1 remark")  # long after the toast
     expect(rows(page).last.get_by_role("checkbox")).to_be_disabled()
 
 
@@ -209,6 +211,30 @@ def test_a_question_waits_for_its_document_while_others_are_typed_and_says_so(pa
     library._read_later(*job)
     expect(answers(page).last).to_contain_text("Ferrandini")
     assert "Seabirds nest" in asked(chat)
+
+
+@pytest.mark.slow
+def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat):
+    """It was asked without the file, which was still on its way."""
+    held = []
+    page.route("**/page/files", lambda each: held.append(each) if each.request.method == "POST" else each.continue_())
+    page.locator("input[type=file]").set_input_files([NOTES])
+    expect(documents(page)).to_contain_text("Uploading")
+    send(page, QUESTION)
+    expect(page.get_by_text("Sent as soon as the upload ends.")).to_be_visible()
+    expect(box(page)).to_have_value(QUESTION)
+    expect(questions(page)).to_have_count(0)
+    held.pop().continue_()
+    expect(answers(page).last).to_contain_text("Ferrandini")
+    assert "Seabirds nest" in asked(chat)
+    page.locator("input[type=file]").set_input_files([REPORT])
+    expect(documents(page)).to_contain_text("Uploading")
+    send(page, "And who built it?")
+    held.pop().abort()
+    expect(toast(page)).to_contain_text("report.pdf")
+    expect(page.get_by_text("Sent as soon as the upload ends.")).to_have_count(0)
+    expect(box(page)).to_have_value("And who built it?")  # it may be about what is missing
+    assert len(chat.asked) == 1
 
 
 @pytest.mark.slow

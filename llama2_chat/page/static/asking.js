@@ -27,6 +27,11 @@ export class Asking extends Reading {
     return Boolean(talk.isAsking || (talk === this.talk && this._runningHere()));
   }
 
+  /** Whether what is sent in it now would come before an answer that is on its way, or before a file that it may be about. */
+  _mustWait(talk) {
+    return this._isBusy(talk) || this.documents.isBringing(talk);
+  }
+
   /** Do what leads to an answer; from its first moment on, what is typed waits for it.
    *  Nothing is done if one is on its way: this is the second of two quick clicks. text: what returns to the box if it fails */
   async _begin(talk, lead, text = "") {
@@ -82,10 +87,18 @@ export class Asking extends Reading {
     const isOpen = conversationId === this.id;
     const talk = isOpen ? this.talk : talkOf(conversation, await this.store.messages(conversationId));
     talk.queued = null;
+    if (this.documents.isBringing(talk)) return this._waitFor(talk, text);
     if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
     if (isOpen && this.composer.text === text) this.composer.text = ""; // else another tab's text is sent
     this.drafts.put(conversationId, "draft", text); // until it is kept as a message
     await this._begin(talk, () => this._ask(talk, text, id, () => this._sent(talk, "")), text);
+  }
+
+  /** It waited for an answer and now does for files. */
+  _waitFor(talk, text) {
+    talk.queued = { text };
+    this.drafts.put(talk.conversation.id, "draft", text);
+    this.render();
   }
 
   /** What waited here for this answer, another tab has sent. */

@@ -6,7 +6,7 @@ import { ContextWindow } from "./context_window.js";
 import { toast } from "./dialog.js";
 import { Drafts, setText } from "./drafts.js";
 import { offerBox } from "./focus.js";
-import { emptyTalk, pathOf, talkOf } from "./reading.js";
+import { emptyTalk, isSame, pathOf, talkOf } from "./reading.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
 import { leafBelow, leafToShow, siblings } from "./tree.js";
@@ -83,7 +83,7 @@ export class Chat extends Asking {
   async send(text) {
     const { talk } = this;
     const rest = this.composer.text; // where an example was sent
-    if (this._isBusy(talk)) {
+    if (this._mustWait(talk)) {
       this.composer.text = [text, rest].filter(Boolean).join("\n\n");
       return this.queue(true);
     }
@@ -115,15 +115,25 @@ export class Chat extends Asking {
     await this.store.updateConversation(this.id, (kept) => (start ? (kept.start = start) : delete kept.start));
   }
 
-  /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then. */
+  /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then; or when
+   *  the files are on the server that were brought into this one. */
   async queue(waits) {
     const { talk } = this;
-    if (waits && !this._isBusy(talk)) return this._sendBox(); // it has ended a moment ago
+    if (waits && !this._mustWait(talk)) return this._sendBox(); // it has ended a moment ago
     talk.queued = waits ? { after: this._runningHere()?.id, text: this.composer.text } : null;
     if (this.id) this.drafts.put(this.id, "draft", this.composer.text);
     this.drafts.flush(); // before the answer ends and it is sent
     this.render();
     if (!waits || talk.queued.after) await this._keepQueue(talk);
+  }
+
+  /** Its files are on the server, or isWhole is false: then the question stays in the box, for it may be about what is missing. */
+  async brought(talk, isWhole) {
+    const { queued } = this.talk;
+    if (!isSame(talk, this.talk) || !queued || queued.after || this._mustWait(this.talk)) return;
+    this.talk.queued = null;
+    this.render();
+    if (isWhole) await this._sendBox();
   }
 
   _sendBox() {
@@ -236,7 +246,8 @@ export class Chat extends Asking {
     const running = this._runningHere();
     if (this.doing.has(running?.id)) this._show(running); // it may be new on the page
     const isRunning = this._isBusy(this.talk);
-    this.composer.setRunning(isRunning, isRunning && Boolean(this.talk.queued) && this.talk.queued.after === running?.id);
+    const waits = this._mustWait(this.talk) && this.talk.queued && this.talk.queued.after === running?.id;
+    this.composer.setRunning(isRunning, waits ? (isRunning ? T.box.queued : T.box.queuedForFile) : "");
   }
 
   // Other tabs.

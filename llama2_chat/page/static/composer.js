@@ -44,11 +44,11 @@ export class Composer {
     this.area.focus({ preventScroll: true });
   }
 
-  /** While an answer is on its way the box takes the next message. queued: it has it, and waits with it. */
-  setRunning(running, queued = false) {
+  /** While an answer is on its way the box takes the next message. queued: it has it, and waits for what these words say. */
+  setRunning(running, queued = "") {
     this.running = running;
     this.queued = queued;
-    this.note.textContent = queued ? T.box.queued : "";
+    this.note.textContent = queued;
     this._face();
   }
 
@@ -109,7 +109,7 @@ export class Composer {
     const hasText = this.text.trim() !== "";
     this.stop.hidden = !this.running;
     this.send.hidden = this.running && !hasText;
-    this.send.disabled = !hasText || Boolean(this.queued);
+    this.send.disabled = !hasText || this.queued !== "";
   }
 
   /** As high as its text, up to what the style sheet allows. */

@@ -3,6 +3,7 @@
 
 import { explain } from "./asking.js";
 import { confirmDialog, h, icon, toast } from "./dialog.js";
+import { isSame } from "./reading.js";
 import { T } from "./texts.js";
 
 const ICONS = {
@@ -16,7 +17,8 @@ export class Documents {
   /**
    * @param composer the element of the box
    * @param limits largest file in bytes, most documents of a question, kept: for how long, in words; null where the server has no documents
-   * @param handlers talk() the open conversation, onChoose(change, talk) where change makes ids of ids, onSaid(text)
+   * @param handlers talk() the open conversation, onChoose(change, talk) where change makes ids of ids, onSaid(text),
+   *   onBrought(talk, whether all that was brought is on the server)
    */
   constructor(composer, limits, handlers) {
     Object.assign(this, { limits, handlers, list: limits ? null : [], chosen: [], uploading: [] });
@@ -32,6 +34,11 @@ export class Documents {
     if (!this.list) return ids;
     const readable = new Set(this.list.filter(({ status }) => status !== "error").map(({ id }) => id));
     return ids.filter((id) => readable.has(id));
+  }
+
+  /** Whether files are on their way to the server that were brought into this conversation. */
+  isBringing(talk) {
+    return this.uploading.some((each) => isSame(each.talk, talk));
   }
 
   /** @param chosen ids of those that the open conversation is about */
@@ -94,15 +101,19 @@ export class Documents {
   /** One after another, each read from its disk as it is sent; into the conversation that is open now. */
   async _bring(files) {
     const talk = this.handlers.talk();
-    this.uploading.push(...files.map(({ name }) => name));
-    for (const file of files) {
+    const brought = files.map((file) => ({ file, talk }));
+    this.uploading.push(...brought);
+    let isWhole = true;
+    for (const each of brought) {
       this.show();
-      await this._upload(file, talk);
-      this.uploading.shift();
+      isWhole = (await this._upload(each.file, talk)) && isWhole;
+      this.uploading.splice(this.uploading.indexOf(each), 1);
     }
+    this.handlers.onBrought(talk, isWhole);
     await this.refresh();
   }
 
+  /** @returns whether the server has it */
   async _upload(file, talk) {
     try {
       if (file.size > this.limits.largest) throw new Error(T.documents.tooLarge(this.limits.largest));
@@ -112,8 +123,10 @@ export class Documents {
       const added = await answered("page/files", { method: "POST", body: form });
       this.list = [added, ...(this.list ?? []).filter(({ id }) => id !== added.id)];
       this.handlers.onChoose((ids) => [...ids.filter((id) => id !== added.id), added.id], talk);
+      return true;
     } catch (error) {
       explain({ status: error.status, message: T.documents.failed(file.name, error.message) });
+      return false;
     }
   }
 
@@ -135,9 +148,9 @@ export class Documents {
   /** What a visitor should know of a document that has just been read. */
   _tellEnd(before, document) {
     if (!before || !isUnread(before) || isUnread(document)) return;
-    const { filename, status, status_details: why, notes } = document;
+    const { filename, status, status_details: why } = document;
     this.handlers.onSaid(T.documents.failed(filename, status === "error" ? why : T.documents.read));
-    const words = [status === "error" && why, ...notes].filter(Boolean).join(" ");
+    const words = remarksOn(document).join(" ");
     if (words) toast(T.documents.failed(filename, words), { seconds: 12 });
   }
 
@@ -151,12 +164,14 @@ export class Documents {
   }
 
   _line(list) {
-    if (this.uploading.length) return T.documents.uploading(this.uploading[0]);
+    if (this.uploading.length) return T.documents.uploading(this.uploading[0].file.name);
     const unread = list.find(isUnread);
     if (unread) return `${T.documents.name(unread.filename)}: ${stateOf(unread)}`;
     const used = this.known(this.chosen);
     const only = used.length === 1 && list.find(({ id }) => id === used[0]);
-    return only ? T.documents.name(only.filename) : T.documents.count(used.length, list.length);
+    const line = only ? T.documents.name(only.filename) : T.documents.count(used.length, list.length);
+    const remarks = (only ? [only] : list).flatMap(remarksOn).length; // their toasts are soon gone
+    return remarks ? `${line} · ${T.documents.remarks(remarks)}` : line;
   }
 
   /** Made anew, with the focus on the same control as before. */
@@ -167,7 +182,7 @@ export class Documents {
   }
 
   _row(document) {
-    const { id, filename, status, notes, status_details: why } = document;
+    const { id, filename, status } = document;
     const change = ({ target }) => this.handlers.onChoose((ids) => [...ids.filter((each) => each !== id), ...(target.checked ? [id] : [])], this.handlers.talk());
     const used = h("input", { type: "checkbox", onchange: change });
     used.checked = this.chosen.includes(id) && status !== "error";
@@ -175,7 +190,7 @@ export class Documents {
     const words = { "aria-label": T.documents.delete(filename), title: T.documents.delete(filename) };
     const remove = h("button", { type: "button", class: "quiet", ...words, onclick: () => this._delete(document) }, icon(ICONS.delete));
     const state = h("span", { class: "state" }, stateOf(document));
-    const trouble = [status === "error" && why, ...notes].filter(Boolean).map((text) => h("span", { class: "trouble" }, text));
+    const trouble = remarksOn(document).map((text) => h("span", { class: "trouble" }, text));
     return h("li", {}, h("label", {}, used, h("bdi", { class: "name", title: filename }, filename)), remove, state, ...trouble);
   }
 
@@ -192,6 +207,9 @@ export class Documents {
 }
 
 const isUnread = ({ status }) => status === "uploaded";
+
+/** Why it cannot be read, or what a visitor should know of it. */
+const remarksOn = ({ status, status_details: why, notes }) => [status === "error" && why, ...notes].filter(Boolean);
 
 function stateOf({ bytes, pages, pages_done: done, seconds_left: left, status }) {
   if (isUnread({ status })) return pages ? T.documents.reading(done, pages, left) : T.documents.waiting;

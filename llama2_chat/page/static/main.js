@@ -98,6 +98,7 @@ async function start() {
   const documents = new Documents(parts.composer, state.documents, {
     talk: () => chat.talk,
     onChoose: (change, talk) => chat.chooseDocuments(change, talk),
+    onBrought: (talk, isWhole) => chat.brought(talk, isWhole),
     onSaid: (text) => (parts.live.textContent = text),
   });
   watchFocus(composer.area, parts.transcript);

@@ -15,6 +15,11 @@ export function talkOf(conversation, messages) {
   return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents: conversation.documents ?? [], start: conversation.start ?? null };
 }
 
+/** Whether they are one conversation, which may have been opened again meanwhile. */
+export function isSame(talk, other) {
+  return talk === other || Boolean(talk.conversation && talk.conversation.id === other.conversation?.id);
+}
+
 /** The messages that are shown: from the first to the leaf at which the conversation stands. */
 export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([...messages.values()], conversation.leafId) : []);
 

@@ -43,6 +43,7 @@ export const T = {
     send: "Send",
     stop: "Stop",
     queued: "Sent as soon as this answer ends.",
+    queuedForFile: "Sent as soon as the upload ends.",
     toBottom: "To the newest message",
   },
   completion: {
@@ -193,6 +194,7 @@ export const T = {
     useHelp: "In this conversation, each question is searched for in the documents that are ticked",
     name: isolated,
     count: (used, all) => (used ? `${number(used)} of ${plural(all, "document", "documents")}` : plural(all, "document", "documents")),
+    remarks: (count) => plural(count, "remark", "remarks"),
     read: "has been read.",
     tooLarge: (bytes) => `A file may have ${number(bytes / 1e6)} MB.`,
     lost: "The server cannot be reached. Please try again in a moment.",
