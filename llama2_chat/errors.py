@@ -63,7 +63,7 @@ class PromptTooLong(ChatError):
 
     prompt_tokens, context_length: 0 where nobody knows them.
     max_new_tokens: the room that was requested for the answer; 0 if any will do.
-    system_tokens: of the prompt, the system text; what to shorten depends on it.
+    system_tokens: of the prompt, the system text and examples; what to shorten depends on it.
     subject: what is so long; a message is the newest alone, a prompt a text to go on with.
     """
 
@@ -74,18 +74,21 @@ class PromptTooLong(ChatError):
         max_new_tokens: int = 0,
         system_tokens: int = 0,
         subject: Subject = "conversation",
+        has_examples: bool = False,
     ) -> None:
         self.prompt_tokens, self.context_length = prompt_tokens, context_length
         too_much_system = 2 * system_tokens > prompt_tokens
         verb = "are" if " and " in subject else "is"
         what = f"This {subject} {verb} {f'{prompt_tokens:,} tokens' if prompt_tokens else 'too long'}"
         if too_much_system:
-            what = f"The system prompt is {system_tokens:,} tokens, {prompt_tokens:,} with this {subject}"
+            begins = "system prompt and its examples are" if has_examples else "system prompt is"
+            what = f"The {begins} {system_tokens:,} tokens, {prompt_tokens:,} with this {subject}"
         answer = f", and {max_new_tokens:,} more are requested for the answer" if max_new_tokens else ""
         holds = ""
         if context_length:
             holds = f" This model's maximum context length is {context_length:,} tokens, prompt and answer together."
-        shorten = "Shorten the system prompt" if too_much_system else "Shorten it"
+        longest = "the system prompt or its examples" if has_examples else "the system prompt"
+        shorten = f"Shorten {longest}" if too_much_system else "Shorten it"
         room = context_length - prompt_tokens if prompt_tokens else 0
         less = f", or ask for an answer of at most {room:,} tokens" if max_new_tokens and room > 0 else ""
         super().__init__(f"{what}{answer}.{holds} {shorten}{less}.")

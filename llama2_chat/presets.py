@@ -27,6 +27,7 @@ MOST_EXAMPLES = 20
 LONGEST_NAME = 60  # characters
 FORMAT, VERSION = "llama2-chat-presets", 1  # of the files that the page exports
 REMEDY = "Correct the file, or start without PRESETS."
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and ends of lines
 VARIABLE = re.compile(r"\{\{ *(\w+) *\}\}")
 VARIABLES: Mapping[str, Callable[[date], str]] = {"today": written_day}
 
@@ -144,8 +145,9 @@ def _presets(read: Any) -> Presets:
 
 def _preset(entry: Any, number: int) -> Preset:
     name = entry.get("name") if isinstance(entry, dict) else None
-    if not (isinstance(name, str) and name.strip() and name.isprintable() and len(name) <= LONGEST_NAME):
-        raise _Wrong(f"preset {number} needs a name: one line of at most {LONGEST_NAME} printable characters.")
+    if not (isinstance(name, str) and name.strip() and len(name) <= LONGEST_NAME and not CONTROLS.search(name)):
+        raise _Wrong(f"preset {number} needs a name: one line of at most {LONGEST_NAME} characters.")
+    name = valid_unicode(name)
     _check_keys(entry, {"name", "systemPrompt", "examples", "reminder"}, f"preset {name!r}")
     examples = entry.get("examples", [])
     if not isinstance(examples, list) or len(examples) > MOST_EXAMPLES:

@@ -73,9 +73,10 @@ def test_variables_are_filled_in_examples_and_reminder():
 def test_a_file_of_presets_is_read(tmp_path):
     file = tmp_path / "presets.json"
     shown = {"question": "Where is Oslo?", "answer": "In Norway."}
-    whole = {"name": "Short", "systemPrompt": "Be brief.", "examples": [shown], "reminder": "(Briefly.)"}
-    file.write_text(json.dumps({"presets": [{"name": "None"}, whole], "default": "Short"}))
-    short = Preset("Short", "Be brief.", Guidance((Example("Where is Oslo?", "In Norway."),), "(Briefly.)"))
+    family = "👨\u200d👩\u200d👧 at home"  # holds what does not count as printable
+    whole = {"name": family, "systemPrompt": "Be brief.", "examples": [shown], "reminder": "(Briefly.)"}
+    file.write_text(json.dumps({"presets": [{"name": "None"}, whole], "default": family}))
+    short = Preset(family, "Be brief.", Guidance((Example("Where is Oslo?", "In Norway."),), "(Briefly.)"))
     assert read_presets(file) == Presets((Preset("None"), short), short)
 
 
@@ -84,7 +85,7 @@ BAD = {
     "[]": "must hold",
     '{"presets": []}': "must hold",
     '{"presets": [{}]}': "preset 1 needs a name",
-    '{"presets": [{"name": "two\\nlines"}]}': "preset 1 needs a name",
+    '{"presets": [{"name": "two\\nlines"}]}': "needs a name: one line",
     '{"presets": [{"name": "a"}, {"name": "a"}]}': "two presets called 'a'",
     '{"presets": [{"name": "a", "prompt": "x"}]}': "has 'prompt', which nothing here reads",
     '{"presets": [{"name": "a", "systemPrompt": 1}]}': "\"systemPrompt\" of 'a' must be text",

@@ -49,7 +49,7 @@ def fit(
     system, turns = check_messages(messages)
     shown, turns = split_examples(turns)
     newest = newest_turns(turns)
-    _check_length(tokenizer, [Turn("system", system or "", 1), *newest], tools, context_length)
+    _check_length(tokenizer, [Turn("system", system or "", 1), *shown, *newest], tools, context_length)
     write_all, codec = writer(tokenizer, chat_format, tools), codec_of(tokenizer)
     room = context_length - max_new_tokens
 
@@ -64,7 +64,9 @@ def fit(
 
     least = len(write(system, newest))
     if least > room:
-        raise _too_long(least, newest, write, system, context_length, max_new_tokens)
+        word = [Turn("user", "Hello", 1)]
+        S = len(write(system, word)) - len(write_all(None, word))  # tokens of what stands before any conversation
+        raise PromptTooLong(least, context_length, max_new_tokens, S, subject_of(newest), bool(shown))
 
     # Back from the newest, each exchange by itself: where they no longer fit, the prompt does not either. So an old
     # megabyte is encoded once, and not at every step of the search.
@@ -108,15 +110,6 @@ def _at_least(exchange: list[Turn], write: Writer) -> int:
     """Tokens that an exchange takes in any conversation: as the template writes it, which may leave thoughts out."""
     word = [Turn("user", "Hello", 1)]
     return len(write(None, [*exchange, *word])) - len(write(None, word)) - MERGED
-
-
-def _too_long(
-    T: int, newest: list[Turn], write: Writer, system: str | None, context_length: int, max_new_tokens: int
-) -> PromptTooLong:
-    """T: tokens of the system text and the newest turns alone, with what the format adds."""
-    word = [Turn("user", "Hello", 1)]
-    S = len(write(system, word)) - len(write(None, word)) if system else 0
-    return PromptTooLong(T, context_length, max_new_tokens, S, subject=subject_of(newest))
 
 
 def subject_of(newest: list[Turn]) -> Subject:

@@ -12,6 +12,7 @@ from llama2_chat.page.layout import STATIC
 from llama2_chat.page.presets import BUILT_IN, first_preset, shown
 from llama2_chat.page.wording import META_SYSTEM_PROMPT, SYSTEM_PROMPT
 from llama2_chat.presets import NO_PRESETS, Example, Guidance, Preset, Presets, read_presets
+from tests.support.axe import assert_accessible
 from tests.support.browser import ask, box, open_settings, press, send, toast
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
@@ -66,10 +67,14 @@ def asked(chat):
 
 @pytest.mark.slow
 def test_a_preset_its_examples_and_its_reminder_are_the_conversations_own(page, chat):
+    page.get_by_role("button", name="Preset: Default").click()
+    expect(preset(page)).to_be_focused()
     preset(page).select_option(label="Meta’s prompt of July 2023")
     expect(prompt(page)).to_have_value(META_SYSTEM_PROMPT)
     preset(page).select_option(label="JSON only")
     page.reload()  # before it has begun
+    expect(page.get_by_role("button", name="Preset: JSON only")).to_be_visible()
+    assert_accessible(page)
     expect(preset(page).locator("option:checked")).to_have_text("JSON only")
     ask(page, "One")
     ask(page, "Two")
@@ -159,6 +164,7 @@ def test_visitors_see_the_settings_that_the_operator_lets_them_see_and_a_notice(
                 expect(button).to_have_count(1)
             else:
                 expect(button).to_have_count(0)
+                expect(page.get_by_role("button", name="Preset")).to_have_count(0)
                 assert page.locator(".middle").bounding_box()["width"] > 1000  # no room is left for a panel
             ask(page, "Hello")
         messages, params = chat.asked[-1]

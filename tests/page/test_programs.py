@@ -88,6 +88,7 @@ def test_a_history_that_no_chat_can_have_is_refused_in_words(turn):
 def test_the_system_prompt_comes_first_and_an_empty_one_is_left_out():
     assert conversation("Hi", [], "Be brief.")[0] == {"role": "system", "content": "Be brief."}
     assert conversation("Hi", [], "") == [{"role": "user", "content": "Hi"}]
+    assert conversation("{{today}}", [], "{{today}}")[0]["content"] != "{{today}}"
 
 
 @pytest.mark.parametrize("message", ["", " \n", None, ["Hi"]])

@@ -193,7 +193,8 @@ BROKEN_CONVERSATIONS = [None, 1, "a", [], {}, {**CONVERSATION, "id": "../x"}, {*
 BROKEN_CONVERSATIONS += [{**CONVERSATION, "title": ["x"]}, {**CONVERSATION, "title": "x" * 1001}]
 BROKEN_CONVERSATIONS += [{**CONVERSATION, name: value} for name, value in [("pinned", 1), ("createdAt", "now")]]
 BROKEN_CONVERSATIONS += [
-    {**CONVERSATION, name: value} for name, value in [("updatedAt", 1e300), ("leafId", {}), ("draft", 5)]
+    {**CONVERSATION, name: value}
+    for name, value in [("updatedAt", 1e300), ("leafId", {}), ("draft", 5), ("start", {"systemPrompt": "x"})]
 ]
 
 
@@ -226,6 +227,8 @@ BROKEN_FIELDS += [
     ("settings", []),
     ("settings", {"topP": ["1"]}),
     ("settings", {"useTools": "yes"}),
+    ("settings", {"examples": [{"question": "Hi"}]}),
+    ("settings", {"today": "yesterday"}),
     ("steps", STEP),
     ("steps", [{**STEP, "input": {"a": 1}}]),
     ("steps", [{**STEP, "failed": None}]),
@@ -242,19 +245,27 @@ def test_a_broken_message_is_left_out_and_the_others_are_not(tab, name, value):
     assert [message["text"] for message in dump(tab)[0][1]] == ["Hello?"]
 
 
-SENT = {"systemPrompt": "", "maxNewTokens": 1024, "temperature": None, "seed": "12"}  # as the settings read themselves
+START = {"systemPrompt": "Be brief.", "examples": [{"question": "Hi", "answer": "Hello!"}], "reminder": ""}
+SENT = {
+    **START,
+    "today": "2026-11-28",
+    "maxNewTokens": 1024,
+    "temperature": None,
+    "seed": "12",
+}  # as the settings read themselves
 ENDED = {"reason": "unread", "error": None, "refused": False, "promptTokens": 0, "firstTokenS": None, "seed": "7"}
 
 
 def test_what_the_page_itself_writes_passes(tab):
     answer = {**ANSWER, "settings": SENT, "end": ENDED, "base": "So far", "seed": 5}
-    assert imported(tab, file_of({**CONVERSATION, "messages": [answer]})) == {
+    conversation = {**CONVERSATION, "start": START}
+    assert imported(tab, file_of({**conversation, "messages": [answer]})) == {
         "conversations": 1,
         "messages": 1,
         "skipped": 0,
         "unreadable": 0,
     }
-    assert dump(tab)[0][1] == [answer]
+    assert dump(tab) == [[conversation, [answer]]]
 
 
 def test_what_a_file_says_is_null_is_not_there(tab):

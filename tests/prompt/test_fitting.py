@@ -71,6 +71,20 @@ def test_a_system_prompt_that_is_too_long_is_named(speaker):
         prompt.fit(tokenizer, turns("Hi", system="the " * 3000), 1024, 100, chat_format)
 
 
+def test_examples_that_are_too_long_are_named_and_a_megabyte_of_them_stays_unread(speaker):
+    tokenizer, chat_format = speaker
+
+    def refused(words):
+        examples = [{**turn, "is_example": True} for turn in turns("the " * words, "He")]
+        with pytest.raises(PromptTooLong) as error:
+            prompt.fit(tokenizer, [*examples, *turns("Hi")], 1024, 100, chat_format)
+        return error.value
+
+    assert "Shorten the system prompt or its examples" in str(refused(2_000))
+    assert refused(2_000).prompt_tokens > 2_000
+    assert refused(10**6).prompt_tokens == 0  # nobody knows them
+
+
 def test_a_megabyte_and_a_thousand_turns_take_a_moment(speaker):
     """Generous limits: the true tokenizers take about 0.6 s and 0.02 s."""
     tokenizer, chat_format = speaker

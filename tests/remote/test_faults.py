@@ -140,10 +140,13 @@ def test_an_error_that_repeats_a_long_question_is_read_at_once(settings, odd):
         assert time.monotonic() - began < 10
 
 
+BEFORE = {"system_tokens": 3000, "has_examples": True}
+
+
 @pytest.mark.parametrize(
     "more",
-    [{}, {"max_new_tokens": 1024}, {"subject": "message"}, {"system_tokens": 3000}],
-    ids=["a conversation", "with the answer", "a message", "mostly a system prompt"],
+    [{}, {"max_new_tokens": 1024}, {"subject": "message"}, {"system_tokens": 3000}, BEFORE],
+    ids=["a conversation", "with the answer", "a message", "mostly a system prompt", "mostly examples"],
 )
 def test_this_projects_own_sentences_are_read_back(more):
     found = read_too_long(str(PromptTooLong(5000, 4096, **more)))

@@ -73,6 +73,7 @@ async function start() {
     controls: state.controls,
     forAll: () => settings.readStart(),
     onChange: (chosen) => chat.chooseStart(chosen),
+    onOpen: () => parts.sides.openAt("settings", "#preset"),
     onUnkept: sayUnkept,
   });
   const transcript = new Transcript(parts.transcript, {
@@ -83,6 +84,7 @@ async function start() {
     onBranch: (message, step) => chat.branch(message, step),
     onEditing: (message, text) => chat.keepEditing(message, text),
     onConfirm: (message, ...said) => chat.confirm(message, ...said),
+    door: conversationStart.door,
     onExample: (text) => composer.running || chat.send(text),
   });
   const composer = new Composer(parts.composer, {

@@ -8,7 +8,7 @@ import { T } from "./texts.js";
 const KEPT = "llama2-chat.presets";
 const FORMAT = "llama2-chat-presets"; // as in ../../presets.py, which reads these files too
 const VERSION = 1;
-const LONGEST_NAME = 60;
+const LONGEST_NAME = 60; // characters
 export const MOST_EXAMPLES = 20;
 
 const isText = (value) => typeof value === "string";
@@ -85,7 +85,7 @@ export class Presets {
 }
 
 /** What the visitor types as a name, as it is kept. */
-export const nameOf = (text) => text.replace(/[\p{Cc}\s]+/gu, " ").trim().slice(0, LONGEST_NAME);
+export const nameOf = (text) => [...text.replace(/[\p{Cc}\s]+/gu, " ").trim()].slice(0, LONGEST_NAME).join("");
 
 function entriesIn(text) {
   let document;

@@ -43,6 +43,13 @@ export class Sides {
     focusInto(this.panels[name]);
   }
 
+  /** As open, with the focus on one of its controls, once these are there. */
+  openAt(name, selector) {
+    if (!this.panels[name]) return this.toggle(name);
+    this.open(name);
+    this.panels[name].querySelector(selector).focus();
+  }
+
   /** Closes the sheet, so that the conversation can be seen. */
   closeSheet() {
     const sheet = this.#sheet();

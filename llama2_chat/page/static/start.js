@@ -15,9 +15,11 @@ export class Start {
   #shown = ""; // what stands in the controls
   #listed = ""; // which presets, and which of them is chosen
 
-  /** @param parts presets; controls that visitors see; forAll() how the settings say that conversations start; onChange(start) of the visitor's */
-  constructor({ presets, controls, forAll, onChange, onUnkept }) {
+  /** @param parts presets; controls that visitors see; forAll() how the settings say that conversations start; onChange(start) of the visitor's;
+   *   onOpen() shows the settings */
+  constructor({ presets, controls, forAll, onChange, onOpen, onUnkept }) {
     Object.assign(this, { presets, controls, forAll, onChange, onUnkept });
+    this.door = h("button", { type: "button", class: "words preset", hidden: !controls.length, onclick: onOpen }); // for an empty chat
     this.list = h("select", { id: "preset", onchange: () => this.#choose() });
     const button = (name, act) => h("button", { type: "button", class: "small", onclick: act }, T.presets[name]);
     this.saveButton = button("save", () => this.#save());
@@ -46,7 +48,7 @@ export class Start {
   /** @param start of the conversation that is open now */
   show(start) {
     this.#start = start;
-    if (this.panel) this.#fill();
+    this.#fill();
   }
 
   #guidance() {
@@ -68,6 +70,8 @@ export class Start {
   }
 
   #fill() {
+    this.door.textContent = T.presets.door(this.#name);
+    if (!this.panel) return;
     this.panel.classList.toggle("has-own-start", Boolean(this.#start));
     if (!this.#start) this.own.remove();
     else if (!this.own.isConnected) document.querySelector("#setting-system_prompt").after(this.own);
@@ -106,6 +110,12 @@ export class Start {
     const own = this.presets.own.find((preset) => isSame(preset, start));
     const place = this.presets.given.findIndex((preset) => isSame(preset, start));
     return own ? OWN + own.name : place >= 0 ? String(place) : CHANGED;
+  }
+
+  get #name() {
+    const chosen = this.#chosen();
+    if (chosen.startsWith(OWN)) return chosen.slice(OWN.length);
+    return this.presets.given[chosen]?.name ?? (chosen === CHANGED ? T.presets.changed : T.presets.forAll);
   }
 
   #choose() {

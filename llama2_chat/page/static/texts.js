@@ -137,6 +137,7 @@ export const T = {
   },
   presets: {
     label: "Preset of this chat",
+    door: (name) => `Preset: ${isolated(name)}`,
     forAll: "Default",
     names: {
       short: "Short and neutral",

@@ -12,7 +12,7 @@ export class Transcript {
   /**
    * @param element the scrolling box
    * @param handlers onEdit(message, text) => whether it is done, onRetry(message), onSame(message), onContinue(message), onBranch(message, step),
-   *   onConfirm(message, call, allowed, always), onExample(text), onEditing(message, text) while one is edited, with null once it is not
+   *   onConfirm(message, call, allowed, always), onExample(text), door: to what an empty conversation may start as, onEditing(message, text) while one is edited, with null once it is not
    */
   constructor(element, handlers) {
     this.element = element;
@@ -45,7 +45,7 @@ export class Transcript {
     const focused = this._focusedButton();
     const ids = new Set(path.map(({ message }) => message.id));
     for (const [id, article] of this.articles) if (!ids.has(id)) this._remove(id, article);
-    this.thread.querySelector(".empty")?.remove();
+    if (path.length) this.thread.querySelector(".empty")?.remove();
     this.thread.querySelector(".forgotten")?.remove();
     let before = null;
     for (const [position, { message, index, count, editing }] of path.entries()) {
@@ -60,7 +60,7 @@ export class Transcript {
       const mark = h("div", { class: "forgotten", role: "separator" }, h("span", {}, T.gauge.forgotten));
       this.articles.get(path[forgotten].message.id).element.before(mark);
     }
-    if (!path.length) this.thread.append(this._empty());
+    if (!path.length && !this.thread.querySelector(".empty")) this.thread.append(this._empty());
     if (focused) this._focusButton(focused);
   }
 
@@ -145,6 +145,6 @@ export class Transcript {
 
   _empty() {
     const ask = (text) => h("button", { type: "button", onclick: () => (this.handlers.onExample(text), focusBox()) }, text);
-    return h("div", { class: "empty" }, h("h2", {}, T.empty), h("div", { class: "examples" }, ...T.examples.map(ask)));
+    return h("div", { class: "empty" }, h("h2", {}, T.empty), h("div", { class: "examples" }, ...T.examples.map(ask)), this.handlers.door);
   }
 }
