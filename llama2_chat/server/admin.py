@@ -73,7 +73,7 @@ def _given(request: Request) -> str:
     """The password, with whatever name, or the token; "" where there is none."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
-        return given_key(request)[:LONGEST_KEY]
+        return given_key(request).encode("latin-1").decode("utf-8", "replace")[:LONGEST_KEY]  # Starlette reads latin-1
     try:
         return base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2][:LONGEST_KEY]
     except binascii.Error:

@@ -19,7 +19,7 @@ export class Start {
    *   onOpen() shows the settings */
   constructor({ presets, controls, forAll, onChange, onOpen, onUnkept }) {
     Object.assign(this, { presets, controls, forAll, onChange, onUnkept });
-    this.door = h("button", { type: "button", class: "words preset", hidden: !controls.length, onclick: onOpen }); // for an empty chat
+    this.door = h("button", { type: "button", class: "preset", hidden: !controls.length, onclick: onOpen }); // for an empty chat
     this.list = h("select", { id: "preset", onchange: () => this.#choose() });
     const button = (name, act) => h("button", { type: "button", class: "small", onclick: act }, T.presets[name]);
     this.saveButton = button("save", () => this.#save());
