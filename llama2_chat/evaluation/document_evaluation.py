@@ -69,7 +69,7 @@ def evaluate(
                 try:
                     for judged in judge_answers(chat, judging, collection, chosen):
                         results.judged.append(judged)
-                        print(f"{judged.found.question.text}  |  {judged.answer}", flush=True)
+                        print(f"{judged.found.question.text}  |  {' '.join(judged.answer.split())}", flush=True)
                 finally:
                     document_report.write(results, folder)
             print("", *document_report.answer_lines(results), sep="\n")

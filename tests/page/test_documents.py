@@ -199,6 +199,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(page):
 
 @pytest.mark.slow
 def test_a_question_waits_for_its_document_while_others_are_typed_and_says_so(page, chat, monkeypatch):
+    """Pages of others froze until a file was read."""
     held = []
     monkeypatch.setattr(Library, "_read_later", lambda self, *job: held.append((self, job)))
     page.locator("input[type=file]").set_input_files([NOTES])
@@ -249,27 +250,40 @@ def test_what_a_document_holds_is_text_and_reaches_out_nowhere(page):
     assert not [url for url in requests if "evil.example" in url]
 
 
-@pytest.mark.slow
-def test_two_visitors_of_the_page_never_see_each_others_documents(visit, address):
-    anna, bob = visit(address), visit(address)
-    bring(anna, REPORT)
-    bob.reload()
-    expect(box(bob)).to_be_editable()
-    expect(documents(bob)).to_be_hidden()
-    ids = "fetch('page/files').then((r) => r.json()).then(({ data }) => data.map(({ id }) => id))"
-    (id,) = anna.evaluate(ids)
-    assert bob.evaluate(ids) == []
-    for method, path in (("GET", ""), ("GET", "/content"), ("GET", "/pages/1"), ("DELETE", "")):
-        status = "([path, method]) => fetch(path, { method }).then((r) => r.status)"
+@pytest.fixture
+def anna(address):
+    with httpx.Client(base_url=address, verify=False) as anna:
+        anna.get("/page/state")
+        yield anna
+
+
+def brought(visitor, name, content):
+    """The id of a document that has been read."""
+    id = visitor.post("/page/files", files={"file": (name, content)}).json()["id"]
+    until(lambda: visitor.get(f"/page/files/{id}").json()["status"] == "processed")
+    return id
+
+
+def test_two_visitors_never_see_each_others_documents_on_any_route_of_the_page_or_of_gradio(address, anna, chat):
+    id = brought(anna, "report.txt", NOTES["buffer"])
+    question = {"messages": [{"role": "user", "content": QUESTION}], "settings": SETTINGS, "documents": [id]}
+    assert "report.txt" in anna.put(f"/page/answers/{'a' * 32}", json=question).text
+    with httpx.Client(base_url=address, verify=False) as bob:
+        bob.get("/page/state")
         for room in ("page", "v1"):
-            assert bob.evaluate(status, [f"{room}/files/{id}{path}", method]) == 404
-    question = {"messages": [{"role": "user", "content": "x"}], "settings": SETTINGS, "documents": [id]}
-    send_json = """([path, method, body]) => fetch(path, {
-      method, body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
-    }).then((response) => response.text())"""
-    assert DELETED in bob.evaluate(send_json, [f"page/answers/{'b' * 32}", "PUT", question])
-    assert DELETED in bob.evaluate(send_json, ["page/fit", "POST", question])
-    assert anna.evaluate(ids) == [id]
+            assert bob.get(f"/{room}/files").json()["data"] == []
+            for method, path in (("GET", ""), ("GET", "/content"), ("GET", "/pages/1"), ("DELETE", "")):
+                assert bob.request(method, f"/{room}/files/{id}{path}").status_code == 404
+        assert DELETED in bob.put(f"/page/answers/{'b' * 32}", json=question).text
+        assert DELETED in bob.post("/page/fit", json=question).text
+        assert bob.get(f"/page/answers/{'a' * 32}").status_code == 404  # with what Anna's was made from
+        assert bob.post("/v1/chat/completions", json={**question, "settings": None}).status_code == 404
+        assert [*bob.get("/gradio_api/info").json()["named_endpoints"]] == ["/chat"]
+        given = [f"{QUESTION} {id}", "", 8, 0, 1, 0, 1, "", False, 5]
+        call = bob.post("/gradio_api/call/chat", json={"data": given}).json()["event_id"]
+        assert "Ferrandini" in bob.get(f"/gradio_api/call/chat/{call}").text
+        assert "Seabirds" not in str(chat.asked[-1])
+    assert [each["id"] for each in anna.get("/page/files").json()["data"]] == [id]
 
 
 def test_a_browser_without_a_cookie_is_told_so_and_asks_about_nothing(address):
@@ -327,14 +341,11 @@ def test_tools_for_documents_say_no_more_than_is_read_and_name_what_there_is(tmp
             page.run(input)
 
 
-def test_the_gauge_counts_the_excerpts_of_a_question(address):
-    with httpx.Client(base_url=address) as visitor:
-        visitor.get("/page/state")
-        id = visitor.post("/page/files", files={"file": ("a.txt", NOTES["buffer"])}).json()["id"]
-        until(lambda: visitor.get(f"/page/files/{id}").json()["status"] == "processed")
-        question = {"messages": [{"role": "user", "content": QUESTION}], "settings": SETTINGS}
-        plain = visitor.post("/page/fit", json=question).json()["promptTokens"]
-        assert visitor.post("/page/fit", json={**question, "documents": [id]}).json()["promptTokens"] > plain + 30
+def test_the_gauge_counts_the_excerpts_of_a_question(anna):
+    id = brought(anna, "a.txt", NOTES["buffer"])
+    question = {"messages": [{"role": "user", "content": QUESTION}], "settings": SETTINGS}
+    plain = anna.post("/page/fit", json=question).json()["promptTokens"]
+    assert anna.post("/page/fit", json={**question, "documents": [id]}).json()["promptTokens"] > plain + 30
 
 
 @pytest.mark.slow
