@@ -345,6 +345,8 @@ class ChatModel:
         from llama2_chat.engine.reply import StreamedReply
 
         serving = self.serving
+        if params.server:
+            raise ChatError(f"There is no server {params.server!r:.100} here.")
         if to_the_end:
             params = replace(params, max_new_tokens=min(self.context_length - len(input_ids), LONGEST_UNASKED))
         most_tokens = min(params.max_new_tokens, serving.engine.context_length - len(input_ids))

@@ -129,6 +129,7 @@ class SamplingParams:
     cache_prompt: bool = True  # False: the whole prompt is computed, whatever of it the KV cache holds
     client: str = ""  # who asks; where several wait, each has the same share of the model
     adapter: str = ""  # which of status.adapters answers; "" for the model without any
+    server: str = ""  # which of the backend's servers answers, and no other in its place; "" for whichever can
 
     def __post_init__(self) -> None:
         for field in fields(self):

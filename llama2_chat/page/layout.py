@@ -53,6 +53,7 @@ STYLES = (
     "start.css",
     "login.css",
     "completing.css",
+    "compare.css",
     "forced_colors.css",
     "print.css",
 )

@@ -124,7 +124,7 @@ class WithTools:
         return talk
 
     def _agent(self, chat: ChatBackend, talk: _Talk, client: str = "") -> Agent:
-        given = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        given = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "adapter", "server")
         params = replace(PARAMS, client=client, **{name: getattr(self.params, name) for name in given})
         # The page's own short prompt says nothing that the agent's examples do not show.
         system = [message["content"] for message in self.messages if message["role"] == "system"]

@@ -108,11 +108,13 @@ class PageSettings(BaseModel):
     seed: str = ""
     use_tools: bool = False
     tools_memory: Any = None
+    adapter: str = ""
+    server: str = ""
 
     def params(self) -> SamplingParams:
         """Raises ChatError for a value outside its range."""
         numbers = self.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"})
-        return SamplingParams(**numbers, seed=parsed_seed(self.seed))
+        return SamplingParams(**numbers, seed=parsed_seed(self.seed), adapter=self.adapter, server=self.server)
 
     def system(self) -> list[Message]:
         text = filled(valid_unicode(self.system_prompt), self._today)
@@ -333,6 +335,8 @@ def _state(chat: ChatBackend, defaults: SamplingParams, decisions: Decisions, *,
         "line": wording.status_line(status, chats),
         "chats": chats,
         "model": status.model,
+        "adapters": status.adapters,
+        "servers": [server.name for server in chat.servers if server.healthy],
         "why": status.why,
         "notice": wording.notice(status.model),
         "contextLength": chat.context_length,

@@ -121,13 +121,16 @@ class RemoteModel:
         to_the_end: the answer may be as long as the server lets it, instead of params.max_new_tokens.
         tools: passed on, or written as plain turns and a JSON schema for a server that does not take them.
 
-        Raises ModelUnavailable if no server is healthy, ChatError for malformed messages. Entering or reading raises
+        Raises ModelUnavailable if no server is healthy, ChatError for malformed messages and a server that is none of
+        these. Entering or reading raises
         PromptTooLong, Busy, ModelUnavailable, and ChatError for what the server rejects.
         """
         if self.state != "ready":
             raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
+        if params.server and params.server not in [server.name for server in self._servers]:
+            raise ChatError(f"There is no server {params.server!r:.100} here.")
         question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply(params.logprobs)
-        self._tasks.answer(reply, lambda: self._answer(reply, question, trim))
+        self._tasks.answer(reply, lambda: self._answer(reply, question, trim, params.server))
         return reply
 
     def stream_completion(self, input_ids: Sequence[int], params: SamplingParams, *, to_the_end: bool = False) -> Reply:
@@ -161,10 +164,14 @@ class RemoteModel:
 
     # What runs in the event loop.
 
-    async def _answer(self, reply: RemoteReply, question: Question, trim: bool) -> None:
-        """Ask one server after another until one has sent text; what happens to it then is final."""
-        tried: set[Server] = set()
-        fault: ChatError = ModelUnavailable(self.status.error or "No server can answer now. Please try again.")
+    async def _answer(self, reply: RemoteReply, question: Question, trim: bool, only: str) -> None:
+        """Ask one server after another until one has sent text; what happens to it then is final.
+
+        only: the name of the one that may be asked; "" for all.
+        """
+        tried = {server for server in self._servers if only and server.name != only}
+        nobody = f"{only} cannot answer now." if only else self.status.error or "No server can answer now."
+        fault: ChatError = ModelUnavailable(f"{nobody} Please try again.")
         try:
             while server := self._least_loaded(tried):
                 try:

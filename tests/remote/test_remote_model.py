@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from gradio_client import Client
@@ -12,7 +13,7 @@ from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.remote.health import Health
 from llama2_chat.remote.remote_model import NO_TOKENS
 from tests.support.odd_server import HEAD, event, silence
-from tests.support.remote import HELLO, PARAMS, behind, wait_until_healthy
+from tests.support.remote import HELLO, PARAMS, behind, read, wait_until_healthy
 from tests.support.waiting import until
 
 
@@ -30,6 +31,21 @@ def test_the_least_loaded_server_answers_and_the_first_when_nobody_else_asks(set
         until(lambda: not any(server.running for server in model.servers))
         next(model.stream_reply(HELLO, PARAMS))
         assert (len(odd.requests), len(other.requests)) == (3, 2)
+
+
+def test_a_server_that_is_named_answers_alone(settings, odd, other):
+    odd.answer = other.answer = [HEAD, event("a"), event("", "stop")]
+    with behind(settings, odd, other) as model:
+        wait_until_healthy(model)
+        named = replace(PARAMS, server=model.servers[1].name)
+        assert [read(model, params=named)[0] for _ in range(3)] == ["a"] * 3
+        assert (len(odd.requests), len(other.requests)) == (0, 3)
+        other.answer = [b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n"]
+        text, error = read(model, params=named)
+        assert (text, len(odd.requests)) == ("", 0)
+        assert isinstance(error, ChatError)
+        with pytest.raises(ChatError, match="There is no server 'elsewhere' here"):
+            model.stream_reply(HELLO, replace(PARAMS, server="elsewhere"))
 
 
 def test_what_takes_tokens_is_refused_in_a_sentence(settings, odd):

@@ -16,6 +16,7 @@ const ICONS = {
   retry: "M4 12a8 8 0 1 0 3-6 M4 4v4h4",
   same: "M4 9h14l-3-3 M20 15H6l3 3",
   continue: "M6 5l8 7-8 7z M18 5v14",
+  compare: "M4 5h6v14H4z M14 5h6v14h-6z",
   previous: "M14 6l-6 6 6 6",
   next: "M10 6l6 6-6 6",
 };
@@ -26,27 +27,33 @@ export class Article {
     this.handlers = handlers;
     this.message = message;
     this.steps = message.role === "assistant" ? new Steps((...said) => handlers.onConfirm(this.message, ...said)) : null;
+    this.apart = h("p", { class: "apart", hidden: true });
     this.body = h("div", { class: "body", dir: "auto" });
     this.sources = message.role === "assistant" ? new Sources() : null;
     this.remark = h("p", { class: "remark" });
     this.buttons = h("div", { class: "buttons" });
     const speaker = h("h2", { class: "visually-hidden" }, message.role === "user" ? T.you : T.assistant);
-    this.element = h("article", { class: message.role }, speaker, this.steps?.element, this.body, this.sources?.element, h("footer", {}, this.remark, this.buttons));
+    this.element = h("article", { class: message.role }, speaker, this.apart, this.steps?.element, this.body, this.sources?.element, h("footer", {}, this.remark, this.buttons));
     this.element.article = this;
     this.view = null; // of an answer, once it has come near
     this.shown = "";
   }
 
-  show(message, { index, count, running, last }) {
+  /** beside: what tells it apart from the answer that stands beside it; undefined where none does */
+  show(message, { index, count, running, last, beside }) {
     this.message = message;
     this.running = running;
+    this.element.classList.toggle("beside", beside !== undefined);
+    this.apart.textContent = beside ?? "";
+    this.apart.hidden = !beside;
     this.element.setAttribute("aria-busy", running);
     this._steps(running ? this.calling : null);
     if (!this.element.querySelector(".editor")) this._text(this.waiting ?? "");
     this.remark.replaceChildren(...this._remark());
     this.remark.hidden = !this.remark.hasChildNodes();
-    const state = JSON.stringify([index, count, running, last, message.end?.reason, Boolean(message.text)]);
-    if (state !== this.state) this._buttons(index, count, last);
+    const isBeside = beside !== undefined;
+    const state = JSON.stringify([index, count, running, last, message.end?.reason, Boolean(message.text), isBeside]);
+    if (state !== this.state) this._buttons(index, count, last, isBeside);
     this.state = state;
   }
 
@@ -114,7 +121,7 @@ export class Article {
     return [];
   }
 
-  _buttons(index, count, last) {
+  _buttons(index, count, last, isBeside) {
     const { role, end, text } = this.message;
     const on = this.handlers;
     const button = (name, act, title) =>
@@ -138,6 +145,8 @@ export class Article {
         const answersSomething = this.message.parentId !== null; // not in every file from elsewhere
         if (answersSomething) buttons.push(button("retry", ask(on.onRetry), T.actions.retryHelp));
         if (answersSomething && end?.seed != null) buttons.push(button("same", ask(on.onSame), T.actions.sameHelp));
+        if (answersSomething && !isBeside) buttons.push(button("compare", () => on.onCompare(this.message), T.actions.compareHelp));
+        if (isBeside) buttons.push(h("button", { type: "button", class: "words", onclick: ask(on.onKeep) }, T.compare.keep));
         if (last && text && end && end.reason !== "stop") {
           const words = h("button", { type: "button", class: "words", onclick: ask(on.onContinue) }, T.actions.continue);
           buttons.push(words);

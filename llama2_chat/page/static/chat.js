@@ -2,6 +2,7 @@
 
 import { confirm, stop } from "./answers.js";
 import { Asking, explain, newSeed, settingsOf } from "./asking.js";
+import { chooseOther, tellApart } from "./compare.js";
 import { ContextWindow } from "./context_window.js";
 import { toast } from "./dialog.js";
 import { Drafts, setText } from "./drafts.js";
@@ -21,6 +22,7 @@ export class Chat extends Asking {
     this.window = new ContextWindow({ settings, composer, state: hooks.state, onCounted: () => this.render() });
     this.deaf = store.onChange((change) => this._changed(change));
     this.drafts = new Drafts(store, hooks.state().profile);
+    this.beside = null; // id of an answer that stands beside another version of it
   }
 
   /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
@@ -52,6 +54,7 @@ export class Chat extends Asking {
     }
     if (this.closed) return;
     this.talk = talk;
+    this.beside = null;
     this._resume(messages);
     this._askStill(messages);
     const { queuedAfter, draft = "" } = conversation;
@@ -68,6 +71,7 @@ export class Chat extends Asking {
   startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments(), start = this.hooks.newStart()) {
     this.drafts.flush();
     this.talk = { ...emptyTalk(), documents, start };
+    this.beside = null;
     if (draft) this.hooks.onDraft(draft);
     this.hooks.onDraftDocuments(documents);
     this.hooks.onDraftStart(start);
@@ -88,6 +92,7 @@ export class Chat extends Asking {
       return this.queue(true);
     }
     const isNew = !talk.conversation;
+    this.beside = null;
     const lead = async () => {
       const made = this._ensureConversation(talk, text);
       this.drafts.put(this.id, "draft", text); // until it is kept as a message
@@ -151,6 +156,37 @@ export class Chat extends Asking {
     await this._answerAgain(message, { seed: message.end.seed, settings, documents: message.documents ?? [] });
   }
 
+  /** Another answer to the same question, or another version, is shown beside this one. */
+  async compare(message) {
+    const { talk } = this;
+    const { list } = siblings([...talk.messages.values()], message);
+    const asked = { ...settingsOf(talk, this.settings.read()), ...message.settings };
+    const others = list.flatMap(({ id }, at) => (id === message.id ? [] : [at + 1]));
+    const choice = await chooseOther(this.hooks.state(), asked, others);
+    if (!choice || talk !== this.talk) return;
+    this.beside = message.id;
+    if (choice.version) {
+      await this._setLeaf(talk, leafBelow([...talk.messages.values()], list[choice.version - 1].id));
+      return this.render();
+    }
+    await this._answerAgain(message, { seed: newSeed(), settings: choice.settings, ...(message.documents && { documents: message.documents }) });
+  }
+
+  /** Of two answers that stand side by side, the conversation goes on with this one. */
+  async keep(message) {
+    this.beside = null;
+    await this._setLeaf(this.talk, leafBelow([...this.talk.messages.values()], message.id));
+    this.render();
+    this.count();
+  }
+
+  /** The other answer was refused: the conversation stands where it was compared. */
+  async _takeBack(message) {
+    const first = message.conversationId === this.id ? this.talk.messages.get(this.beside) : null;
+    await super._takeBack(message);
+    if (first && first.conversationId === this.id) await this.keep(first);
+  }
+
   async _answerAgain({ parentId }, options) {
     const { talk } = this;
     await this._begin(talk, () => this._answer(talk, talk.messages.get(parentId), options));
@@ -177,7 +213,8 @@ export class Chat extends Asking {
     const { end, ...open } = message;
     const begun = { ...open, answerId: newId(), seed: end.seed };
     const now = settingsOf(talk, this.settings.read(), message.settings?.today);
-    const settings = { ...now, useTools: Boolean(message.settings?.useTools) };
+    const { useTools = false, adapter = "", server = "" } = message.settings ?? {};
+    const settings = { ...now, useTools, adapter, server };
     await this._begin(talk, () => this._run(talk, begun, { seed: newSeed(), settings }));
   }
 
@@ -236,11 +273,14 @@ export class Chat extends Asking {
   render() {
     if (this.closed) return; // another chat has the page
     const all = [...this.talk.messages.values()];
-    const path = this.path.map((message) => {
+    const path = this.path.flatMap((message) => {
       const { list, index } = siblings(all, message);
-      return { message, index, count: list.length, editing: this.talk.conversation.editing?.[message.id] };
+      const shown = { message, index, count: list.length, editing: this.talk.conversation.editing?.[message.id] };
+      const first = this.beside !== message.id && list.find(({ id }) => id === this.beside);
+      if (!first) return [shown];
+      return [{ message: first, beside: tellApart(first, message) }, { ...shown, beside: tellApart(message, first) }];
     });
-    this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(path.length) });
+    this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(this.path.length) });
     this.documents.show(this.talk.documents);
     this.start.show(this.talk.start);
     const running = this._runningHere();

@@ -51,6 +51,8 @@ const SETTINGS = {
   seed: optional(is.typed),
   useTools: optional(is.flag),
   toolsMemory: optional(is.typed),
+  adapter: optional(is.title),
+  server: optional(is.title),
 };
 
 const END = {

@@ -80,6 +80,8 @@ async function start() {
     onEdit: (message, text) => chat.edit(message, text),
     onRetry: (message) => chat.retry(message),
     onSame: (message) => chat.sameAgain(message),
+    onCompare: (message) => chat.compare(message),
+    onKeep: (message) => chat.keep(message),
     onContinue: (message) => chat.continue(message),
     onBranch: (message, step) => chat.branch(message, step),
     onEditing: (message, text) => chat.keepEditing(message, text),

@@ -12,7 +12,8 @@ export class Transcript {
   /**
    * @param element the scrolling box
    * @param handlers onEdit(message, text) => whether it is done, onRetry(message), onSame(message), onContinue(message), onBranch(message, step),
-   *   onConfirm(message, call, allowed, always), onExample(text), door: to what an empty conversation may start as, onEditing(message, text) while one is edited, with null once it is not
+   *   onCompare(message), onKeep(message) of two that stand side by side, onConfirm(message, call, allowed, always), onExample(text),
+   *   door: to what an empty conversation may start as, onEditing(message, text) while one is edited, with null once it is not
    */
   constructor(element, handlers) {
     this.element = element;
@@ -36,8 +37,8 @@ export class Transcript {
 
   /**
    * Show these messages, keeping what is on the page already.
-   * @param path [{message, index, count, editing}] with the place of each among its versions; editing: what was made of it
-   *   and not sent yet
+   * @param path [{message, index, count, editing, beside}] with the place of each among its versions; editing: what was made
+   *   of it and not sent yet; beside: of two that stand side by side, what tells it apart
    * @param running ids of messages that are being written
    * @param forgotten how many of the oldest the model no longer remembers
    */
@@ -48,9 +49,10 @@ export class Transcript {
     if (path.length) this.thread.querySelector(".empty")?.remove();
     this.thread.querySelector(".forgotten")?.remove();
     let before = null;
-    for (const [position, { message, index, count, editing }] of path.entries()) {
+    this.thread.classList.toggle("comparing", path.some(({ beside }) => beside !== undefined));
+    for (const [position, { message, index, count, editing, beside }] of path.entries()) {
       const article = this.articles.get(message.id) ?? this._add(message);
-      article.show(message, { index, count, running: running.has(message.id), last: position === path.length - 1 });
+      article.show(message, { index, count, running: running.has(message.id), last: position === path.length - 1, beside });
       if (editing !== undefined) article.edit(editing, { focus: false });
       const { element } = article;
       if (!element.isConnected || element.previousElementSibling !== before) before ? before.after(element) : this.thread.prepend(element);
