@@ -20,21 +20,20 @@ LLAMA_2_NOTICE = (
     "All Rights Reserved. Whoever passes this model on passes on that line, the "
     "[licence](https://ai.meta.com/llama/license/) and the [use policy](https://ai.meta.com/llama/use-policy/)."
 )
-ADAPTER, MODEL = (
-    ("library_name: peft", "base_model_relation: adapter"),
-    ("library_name: transformers", "base_model_relation: finetune"),
-)
+# Which library loads it, and what it is to its base.
+ADAPTER = ("library_name: peft", "base_model_relation: adapter")
+MODEL = ("library_name: transformers", "base_model_relation: finetune")
 
 
 def front_matter(subject: Subject) -> list[str]:
     """What the Hub reads of README.md: base, licence, data, and which library loads the model."""
     licence = find_licence(subject)
-    kind = ADAPTER if subject.options.use_peft else MODEL
+    library, relation = ADAPTER if subject.options.use_peft else MODEL
     data = [name for name in subject.options.dataset_names if is_of_hub(name)]
     return [
         "---",
-        *([f"base_model: {subject.repo}"] if subject.repo else []),
-        *kind,
+        *([f"base_model: {subject.repo}", relation] if subject.repo else []),
+        library,
         *([f"license: {licence}"] if licence else []),
         *([f"datasets: [{', '.join(data)}]"] if data else []),
         "pipeline_tag: text-generation",

@@ -104,13 +104,13 @@ def test_the_card_names_base_data_and_licence(tmp_path):
     front = card.front_matter(subject(tmp_path, "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", use_peft=True))
     assert front[1:6] == [
         "base_model: meta-llama/Llama-2-7b-hf",
-        "library_name: peft",
         "base_model_relation: adapter",
+        "library_name: peft",
         "license: llama2",
         "datasets: [someone/talks]",
     ]
     merged = card.of_merged("\n".join(front)).split("\n")
-    assert merged[2:4] == ["library_name: transformers", "base_model_relation: finetune"]
+    assert merged[2:4] == ["base_model_relation: finetune", "library_name: transformers"]
     assert merged[:2] + merged[4:] == front[:2] + front[4:]
 
 
