@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("questions", type=Path, help="JSONL of questions, or a JSON list of objects with a text and questions")
+    add("questions", type=Path, help="JSONL of questions; or passages with questions, as SQuAD has them")
     add("documents", type=Path, nargs="*", help="PDF, DOCX, TXT, Markdown, CSV or HTML files that they are about")
     add("--make", type=int, metavar="N", help="have the model write N questions to the file, for you to look through")
     add("--judge", metavar="URL", help="have the model answer, and this server judge the answers")

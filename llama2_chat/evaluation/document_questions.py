@@ -6,7 +6,8 @@ A file has a JSON object on each line:
     {"question": "Who kept the lighthouse?", "passage": "Its keeper was Ottavio Ferrandini."}
 
 The place is a page of a file, from 1, or words that stand on it; the answer, by which others are judged, may be left
-out. A JSON list of {"text": "...", "questions": ["..."]}, as XQuAD's passages may be written, says the same.
+out. Passages with their questions are read as SQuAD and XQuAD are published, and as a JSON list of
+{"text": "...", "questions": ["..."]}.
 """
 
 from __future__ import annotations
@@ -74,20 +75,33 @@ def read_questions(path: Path) -> list[DocumentQuestion]:
         text = path.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ChatError(f"{path} cannot be read as text in UTF-8 ({first_line(error)}).") from error
-    passages = text.lstrip().startswith("[")
-    questions = list(_of_passages(path, text) if passages else _of_lines(path.name, text))
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    if isinstance(whole, list) or (isinstance(whole, dict) and "data" in whole):
+        questions = list(_of_passages(path, whole))
+    else:
+        questions = list(_of_lines(path.name, text))
     if not questions:
         raise ChatError(f"{path} holds no question.")
     return questions
 
 
-def _of_passages(path: Path, text: str) -> Iterator[DocumentQuestion]:
+def _of_passages(path: Path, whole: Any) -> Iterator[DocumentQuestion]:
     try:
-        for passage in json.loads(text):
-            for question in passage["questions"]:
-                yield DocumentQuestion(str(question), passage=str(passage["text"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ChatError(f"{path} is no JSON list of objects with a text and questions: {error}.") from error
+        if isinstance(whole, list):
+            for passage in whole:
+                yield from (DocumentQuestion(str(each), passage=str(passage["text"])) for each in passage["questions"])
+            return
+        for passage in (passage for article in whole["data"] for passage in article["paragraphs"]):
+            for each in passage["qas"]:
+                answer = next((answer["text"] for answer in each["answers"]), "")  # SQuAD 2.0 has questions without
+                if answer:
+                    yield DocumentQuestion(str(each["question"]), passage=str(passage["context"]), answer=str(answer))
+    except (KeyError, TypeError, AttributeError) as error:
+        form = "no JSON list of objects with a text and questions, and not in SQuAD's form"
+        raise ChatError(f"{path} is {form}: {first_line(repr(error))}.") from error
 
 
 def _of_lines(name: str, text: str) -> Iterator[DocumentQuestion]:

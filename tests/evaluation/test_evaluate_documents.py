@@ -11,7 +11,7 @@ from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.evaluation import document_evaluation, document_report, retrieval
 from llama2_chat.evaluation.document_answers import judge_answers
 from llama2_chat.evaluation.document_evaluation import Judge, evaluate, make_questions
-from llama2_chat.evaluation.document_questions import EXAMPLE, make, read_questions
+from llama2_chat.evaluation.document_questions import EXAMPLE, DocumentQuestion, make, read_questions
 from llama2_chat.evaluation.document_report import Results, interval, summary
 from llama2_chat.types import Status
 from scripts import evaluate_documents
@@ -64,6 +64,17 @@ def test_passages_with_questions_are_pages_of_one_document_among_distractors(tmp
     assert result.recall(1) == result.recall(10) == result.mean_reciprocal_rank == pytest.approx(2 / 3)
 
 
+def test_squad_is_read_as_it_is_published(tmp_path):
+    answered = {"question": "What is it made of?", "answers": [{"text": "granite", "answer_start": 23}]}
+    unanswerable = {"question": "Who swims?", "answers": [], "is_impossible": True}
+    paragraph = {"context": PASSAGES[0]["text"], "qas": [answered, unanswerable]}
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "2.0", "data": [{"title": "Lighthouse", "paragraphs": [paragraph]}]}))
+    assert read_questions(file) == [
+        DocumentQuestion("What is it made of?", passage=PASSAGES[0]["text"], answer="granite")
+    ]
+
+
 def test_a_page_is_right_by_its_number_or_by_words_that_stand_on_it(collection, tmp_path):
     result = retrieval.measure(collection, read_questions(jsonl(tmp_path, *ROWS)))
     assert [sorted(each.right) for each in result.found] == [[("report.pdf", page)] for page in (2, 3, 1)]
@@ -92,6 +103,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path, row, sentence):
         (b"", "holds no question"),
         (b"\xff\xfe\x00", "cannot be read as text in UTF-8"),
         (b'[{"text": 1}]', "no JSON list of objects with a text and questions"),
+        (b'{"data": [1]}', "not in SQuAD's form"),
         (None, r"cannot be read as text in UTF-8 \(\[Errno 2\]"),
     ],
 )
