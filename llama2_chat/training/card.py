@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,16 +72,12 @@ def licence_lines(subject: Subject) -> list[str]:
     return ["", "## Licence", "", LLAMA_2_NOTICE] if is_llama_2(subject) else []
 
 
-def pass_on_licence(folder: Path, to: Path) -> None:
-    """Copy the files with which a model comes that say what may be done with it."""
-    for file in licence_files(folder):
-        if not (to / file.name).exists():
-            shutil.copyfile(file, to / file.name)
-
-
-def licence_files(folder: Path) -> Iterator[Path]:
-    for pattern in LICENCES:
-        yield from (file for file in sorted(folder.glob(pattern)) if file.is_file())
+def pass_on_files(folder: Path, to: Path) -> None:
+    """Copy what comes with a model, and what transformers does not write: licence, use policy and tokenizer.model."""
+    for pattern in (*LICENCES, "tokenizer.model"):
+        for file in folder.glob(pattern):
+            if file.is_file() and not (to / file.name).exists():
+                shutil.copyfile(file, to / file.name)
 
 
 def is_of_hub(name: str) -> bool:

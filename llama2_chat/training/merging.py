@@ -72,7 +72,7 @@ def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]
         report = (adapter / "README.md").read_text("utf-8")  # which the Hub shows
         Path(aside, "README.md").write_text(card.of_merged(report), "utf-8")
         shutil.copyfile(adapter / "curves.png", Path(aside) / "curves.png")
-        card.pass_on_licence(adapter, Path(aside))
+        card.pass_on_files(adapter, Path(aside))
         del model, merged
         as_written = _distance(before, _logits_of_folder(aside, samples))
         if not as_written <= WRITTEN_TOLERANCE * max(logits.abs().max().item() for logits in before):

@@ -41,7 +41,7 @@ def export_gguf(folder: Path, outtype: str, llama_cpp: Path | None) -> Exported:
     """A GGUF of the model and a Modelfile for Ollama, in the folder's gguf/.
 
     llama_cpp: where llama.cpp lies; None looks for its converter among the programs.
-    Raises ChatError if there is no converter, if it fails, or if the folder holds an adapter.
+    Raises ChatError if there is no converter, if it fails, or if the folder holds an adapter or lacks what it needs.
     """
     checkpoint = fetch_checkpoint(str(folder))
     if checkpoint.adapter:
@@ -49,6 +49,7 @@ def export_gguf(folder: Path, outtype: str, llama_cpp: Path | None) -> Exported:
             f"{folder} is an adapter, and a GGUF is a whole model. Merge it first: sft_trainer.py with the same flags, "
             "--resume and --merge_to, and then give the merged folder."
         )
+    check_tokenizer(folder)
     converter = find_converter(llama_cpp)
     to = folder / "gguf"
     to.mkdir(exist_ok=True)
@@ -57,6 +58,22 @@ def export_gguf(folder: Path, outtype: str, llama_cpp: Path | None) -> Exported:
     (to / "Modelfile").write_text(modelfile(file.name, load_tokenizer(checkpoint), length), "utf-8")
     _convert(converter, folder, file, outtype)
     return Exported(file, to / "Modelfile")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ChatError for a SentencePiece tokenizer without its tokenizer.model.
+
+    The converter would give all its tokens one score, and llama.cpp, which merges by scores, then reads gibberish.
+    """
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return
+    if tokenizer["model"].get("byte_fallback") and not (folder / "tokenizer.model").is_file():
+        raise ChatError(
+            f"{folder} lacks tokenizer.model, without which llama.cpp would split texts otherwise than the model has "
+            "learned. Copy it there from the base model."
+        )
 
 
 def find_converter(llama_cpp: Path | None) -> Path:

@@ -69,7 +69,7 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
         sizes = {split: len(examples[split]) for split in SPLITS}
         answers = zip(questions, before, after, strict=True)
         report.write_report(subject_of(base, run, options), sizes, rows, figures, answers)
-        card.pass_on_licence(base.checkpoint.base.folder, options.output_dir)
+        card.pass_on_files(base.checkpoint.base.folder, options.output_dir)
         curves.write_curves(rows, options.output_dir)  # last: a run that has them is done
         print_lines(f"\nThe report is {options.output_dir / 'README.md'}.")
     return samples

@@ -69,6 +69,18 @@ def test_an_adapter_is_no_gguf_and_one_for_a_base_of_this_machine_is_not_publish
         publishing.push(adapter, "you/adapter")
 
 
+def test_a_llama_2_is_no_gguf_without_its_tokenizer_model(chat_model, llama_cpp, tmp_path):
+    """llama.cpp's converter takes it, gives all tokens one score, and its texts are split at random."""
+    folder = shutil.copytree(chat_model, tmp_path / "mine")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ChatError, match=r"lacks tokenizer\.model"):
+        publishing.export_gguf(folder, "f16", llama_cpp)
+    (folder / "tokenizer.model").write_text("a")
+    assert publishing.export_gguf(folder, "f16", llama_cpp).gguf.is_file()
+
+
 # ---- The Hub ----
 
 
@@ -131,12 +143,16 @@ def test_the_licence_is_the_bases(tmp_path, model, base_card, licence):
     assert ("Meta Platforms" in "\n".join(card.licence_lines(found))) is (licence == "llama2")
 
 
-def test_files_with_the_licence_are_passed_on(tmp_path):
-    for name in ("LICENSE.txt", "USE_POLICY.md", "README.md"):
+def test_licence_and_tokenizer_model_are_passed_on(tmp_path):
+    for name in ("LICENSE.txt", "USE_POLICY.md", "README.md", "tokenizer.model", "tokenizer.json"):
         (tmp_path / name).write_text("a")
     (tmp_path / "to").mkdir()
-    card.pass_on_licence(tmp_path, tmp_path / "to")
-    assert {file.name for file in Path(tmp_path / "to").iterdir()} == {"LICENSE.txt", "USE_POLICY.md"}
+    card.pass_on_files(tmp_path, tmp_path / "to")
+    assert {file.name for file in Path(tmp_path / "to").iterdir()} == {
+        "LICENSE.txt",
+        "USE_POLICY.md",
+        "tokenizer.model",
+    }
 
 
 @pytest.mark.parametrize(
