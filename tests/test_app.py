@@ -49,6 +49,14 @@ def test_of_other_libraries_only_warnings_reach_stderr(stderr):
     assert "chatter" not in written
 
 
+def test_presets_that_make_no_sense_stop_the_start_with_a_sentence(stderr, monkeypatch, tmp_path):
+    file = tmp_path / "presets.json"
+    file.write_text('{"presets": []}')
+    monkeypatch.setattr("sys.argv", ["app.py", "--presets", str(file)])
+    assert app.main() == 1
+    assert "presets.json: it must hold" in stderr()
+
+
 def test_servers_answer_if_any_are_named_and_else_a_model_in_this_process():
     assert isinstance(app.make_backend(Settings(inference_url="http://gpu-1:8000")), RemoteModel)
     assert isinstance(app.make_backend(Settings()), model.ChatModel)
