@@ -8,20 +8,23 @@ programs ask in llama2_chat/server/, what a model does with a message in model.p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from llama2_chat.errors import ChatError
+from llama2_chat.process import outlive_stderr
 from llama2_chat.server import login, preflight
 from llama2_chat.settings import Settings
 
 if __name__ == "__main__":
     # Before the imports below: that a package is missing is for the check to tell.
+    outlive_stderr()
     requested = Settings.read()
     if requested.hash_password:
         sys.exit(login.main())
@@ -48,7 +51,7 @@ from llama2_chat.server.local_ca import CERTS
 from llama2_chat.server.metrics import Metrics
 from llama2_chat.server.openai_api import api_router
 from llama2_chat.server.security import add_security_middleware
-from llama2_chat.server.tls import get_certificate, server_context
+from llama2_chat.server.tls import Certificates, get_certificate
 from llama2_chat.types import ChatBackend, Embedder
 
 log = logging.getLogger("llama2_chat")
@@ -59,7 +62,7 @@ def main() -> int:
     log_to_stderr()
     certificate = functools.partial(get_certificate, settings.certfile, settings.keyfile, settings.key_password)
     try:
-        context = server_context(certificate) if settings.https else None
+        certificates = Certificates(certificate) if settings.https else None
         users = login.read_users(settings.auth_file) if settings.auth_file else None
         mcp_tools = McpTools(read_mcp_servers(settings.mcp_servers)) if settings.mcp_servers else None
         presets = read_presets(settings.presets) if settings.presets else NO_PRESETS
@@ -68,15 +71,14 @@ def main() -> int:
         log.error("%s", error.detail)
         return 1
     chat = make_backend(settings)
-    app = create_app(chat, settings, users, certificate().hosts if context else (), mcp_tools or (), presets)
-    server = make_server(app, chat, settings, context)
-    announce(settings, listener, certificate() if context else None)
+    hosts = certificate().hosts if certificates else ()
+    app = asyncio.run(_built(lambda: create_app(chat, settings, users, hosts, mcp_tools or (), presets)))
+    server = make_server(app, chat, settings, certificates.context if certificates else None)
+    announce(settings, listener, certificate() if certificates else None)
     # uvicorn stops at SIGTERM, then raises it again for the handler of before: the default one would end the process
     # without closing the model.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if users is not None and settings.auth_file is not None and hasattr(signal, "SIGHUP"):  # Windows has none
-        read_again = functools.partial(login.read_again, users, settings.auth_file)
-        signal.signal(signal.SIGHUP, lambda *_: read_again())  # a certificate is looked at every minute anyway
+    _read_again_at_sighup(settings, users, certificates)
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         chat.start()
         if mcp_tools:
@@ -88,6 +90,25 @@ def main() -> int:
     if chat.state == "loading":
         os._exit(0)  # its thread may be deep inside a download or PyTorch, and Python would wait for it or crash on it
     return 0 if server.started else 1
+
+
+async def _built(make: Callable[[], FastAPI]) -> FastAPI:
+    """Outside of a loop Gradio would make loops of its own and never close them."""
+    return make()
+
+
+def _read_again_at_sighup(settings: Settings, users: login.Users | None, certificates: Certificates | None) -> None:
+    """What lies in files and may change while answers go on. Where there is nothing, SIGHUP ends the program."""
+    if not (users or certificates) or not hasattr(signal, "SIGHUP"):  # Windows has none
+        return
+
+    def read_again(*_: object) -> None:
+        if certificates and certificates.read_again():
+            log.info("The certificate was read again")
+        if users and settings.auth_file:
+            login.read_again(users, settings.auth_file)
+
+    signal.signal(signal.SIGHUP, read_again)
 
 
 def log_to_stderr() -> None:

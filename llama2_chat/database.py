@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from llama2_chat.errors import Busy, ChatError, NoRoom
+from llama2_chat.errors import DISK_FULL, Busy, ChatError, NoRoom
 
 BUSY_S = 30.0
 FREE_BYTES = 500_000_000  # that the disk keeps free
@@ -34,7 +34,7 @@ def room_in(folder: Path, size: int) -> int:
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(existing).free - FREE_BYTES
     if free < size:
-        raise NoRoom("The disk of this server is full, so nothing more can be kept.")
+        raise NoRoom(DISK_FULL)
     return free
 
 
@@ -129,7 +129,7 @@ class Database:
             yield
         except sqlite3.OperationalError as error:
             if "full" in str(error) or "disk I/O" in str(error):
-                raise NoRoom("The disk of this server is full, so nothing more can be kept.", str(error)) from error
+                raise NoRoom(DISK_FULL, str(error)) from error
             if "locked" in str(error):
                 raise Busy(f"Your {self.what} are being changed. Please try again in a minute.") from error
             raise

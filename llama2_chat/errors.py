@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 Subject = Literal["conversation", "message", "message and its answer so far", "prompt"]
+DISK_FULL = "The disk of this server is full, so nothing more can be kept."
 GPU_LOST = "The GPU stopped working, so this program is shutting down. It must be restarted if no supervisor does so."
 
 

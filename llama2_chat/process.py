@@ -1,12 +1,14 @@
 """Python processes of their own for what could crash, hang or eat memory: a hostile schema, a broken GPU driver; and
-memory that this one gives back."""
+memory that this one gives back, and a log without which it goes on."""
 
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 from llama2_chat import ROOT
 
@@ -38,3 +40,19 @@ def trim_memory() -> None:
     """Give the system back what was freed: glibc keeps most of it for later, hundreds of megabytes at times."""
     with suppress(AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def outlive_stderr() -> None:
+    """From now on what cannot be written to standard error is lost, and nothing else: its disk may be full, or its
+    terminal gone."""
+    if os.name == "posix":  # on Windows a console is no file
+        file = io.BufferedWriter(_LossyFile(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(file, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
+class _LossyFile(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)

@@ -6,6 +6,7 @@ is written for people and shown as it stands; everything else is logged, and the
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from llama2_chat.errors import (
+    DISK_FULL,
     BadGrammar,
     Busy,
     ChatError,
@@ -84,6 +86,9 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(507, "no_room", str(error), param)
         case ChatError():
             return ApiError(400, "invalid_value", str(error), param)
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):  # of what a visitor sends, while it comes in
+            log.warning("%s", error)
+            return ApiError(507, "no_room", DISK_FULL, param)
     log.error("Answering failed", exc_info=error)
     return ApiError(500, "internal_error", INTERNAL_ERROR)
 

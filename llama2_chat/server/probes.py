@@ -220,7 +220,7 @@ def probe_certificate(start: PlannedStart) -> str:
     if not settings.certfile and not settings.keyfile and local_ca.needs_new_certificate(local_ca.CERTS):
         return f"the start will make one in {local_ca.CERTS}"
     found = tls.get_certificate(settings.certfile, settings.keyfile, settings.key_password)
-    tls.server_context(lambda: found)
+    tls.Certificates(lambda: found)
     return f"{found.certfile} for {', '.join(found.hosts)}, until {found.not_after:%Y-%m-%d}"
 
 

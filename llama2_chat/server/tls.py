@@ -28,26 +28,33 @@ def get_certificate(certfile: Path | None, keyfile: Path | None, password: str |
     return own_certificate(certfile, keyfile, password)
 
 
-def server_context(get: Callable[[], Certificate], check_every_s: float = 60) -> ssl.SSLContext:
+class Certificates:
     """TLS 1.2 and later with what get() returns, called again at a handshake once check_every_s have passed.
 
     So a server that outlives its certificate, or a laptop that changes networks, needs no restart.
     """
-    first = current = _context(get())
-    checked = time.monotonic()
 
-    def use_current(connection: ssl.SSLObject, _server_name: str | None, _first: ssl.SSLContext) -> None:
-        nonlocal current, checked
-        if time.monotonic() - checked > check_every_s:
-            try:
-                current = _context(get())
-            except ChatError as error:
-                log.warning("%s Until then the certificate stays as it was.", error)
-            checked = time.monotonic()
-        connection.context = current
+    def __init__(self, get: Callable[[], Certificate], check_every_s: float = 60) -> None:
+        self._get, self._check_every_s = get, check_every_s
+        self.context = self._current = _context(get())  # what a server is given
+        self._checked = time.monotonic()
+        self.context.sni_callback = self._use_current  # called for clients that name no server, too
 
-    first.sni_callback = use_current  # called for clients that name no server, too
-    return first
+    def read_again(self) -> bool:
+        """Serve what get() returns now. False, with a line in the log, if that cannot be served: then all stays as it
+        was."""
+        self._checked = time.monotonic()
+        try:
+            self._current = _context(self._get())
+        except ChatError as error:
+            log.warning("%s Until then the certificate stays as it was.", error)
+            return False
+        return True
+
+    def _use_current(self, connection: ssl.SSLObject, _server_name: str | None, _first: ssl.SSLContext) -> None:
+        if time.monotonic() - self._checked > self._check_every_s:
+            self.read_again()
+        connection.context = self._current
 
 
 def _context(certificate: Certificate) -> ssl.SSLContext:

@@ -7,7 +7,7 @@ import pytest
 
 from llama2_chat.errors import ChatError
 from llama2_chat.server.certificate import own_certificate
-from llama2_chat.server.tls import server_context
+from llama2_chat.server.tls import Certificates
 from tests.support.certificates import DAY, curl, serving
 
 
@@ -29,7 +29,7 @@ def test_the_classic_openssl_pair_serves(own):
 def test_an_encrypted_key_and_a_file_that_holds_both_are_taken(own, certfile, keyfile, password):
     certificate = own_certificate(own / certfile, keyfile and own / keyfile, password)
     assert certificate.hosts == ("localhost", "127.0.0.1")
-    assert isinstance(server_context(lambda: certificate), ssl.SSLContext)
+    assert isinstance(Certificates(lambda: certificate).context, ssl.SSLContext)
 
 
 @pytest.mark.parametrize(

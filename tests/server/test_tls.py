@@ -17,7 +17,7 @@ from app import create_app
 from llama2_chat.errors import ChatError
 from llama2_chat.server.certificate import own_certificate
 from llama2_chat.server.local_ca import local_certificate
-from llama2_chat.server.tls import get_certificate, server_context
+from llama2_chat.server.tls import Certificates, get_certificate
 from llama2_chat.types import SamplingParams
 from tests.support.browser import CHROMIUM
 from tests.support.certificates import HOSTS, LOCALHOST, curl, forged, local, openssl, serving
@@ -189,7 +189,7 @@ def test_a_key_that_openssl_finds_too_weak_is_refused_before_the_start(tmp_path)
     weak = ("req", "-x509", "-newkey", "rsa:1024", "-nodes", *LOCALHOST)
     openssl(*weak, "-keyout", tmp_path / "weak.key", "-out", tmp_path / "weak.crt")
     with pytest.raises(ChatError, match=r"OpenSSL refuses .*weak\.crt: EE_KEY_TOO_SMALL"):
-        server_context(lambda: own_certificate(tmp_path / "weak.crt", tmp_path / "weak.key"))
+        Certificates(lambda: own_certificate(tmp_path / "weak.crt", tmp_path / "weak.key"))
 
 
 def test_a_keyfile_alone_is_refused(own):
@@ -198,4 +198,4 @@ def test_a_keyfile_alone_is_refused(own):
 
 
 def test_nothing_older_than_tls_1_2_is_spoken(folder):
-    assert server_context(local(folder)).minimum_version == ssl.TLSVersion.TLSv1_2
+    assert Certificates(local(folder)).context.minimum_version == ssl.TLSVersion.TLSv1_2

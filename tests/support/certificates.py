@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from llama2_chat.server.certificate import Certificate
 from llama2_chat.server.hosts import as_address
 from llama2_chat.server.local_ca import local_certificate
-from llama2_chat.server.tls import server_context
+from llama2_chat.server.tls import Certificates
 from tests.support.serving import listening
 
 HOSTS = ("localhost", "llama.local", "llama", "127.0.0.1", "127.0.0.2", "::1", "192.168.7.7", "fd00::7")
@@ -29,7 +29,7 @@ async def hello(scope, receive, send):
 
 def serving(get, check_every_s=60, app=lambda: hello):
     """The port of a server with the certificate that get() returns, for what app() makes in the server's loop."""
-    context = server_context(get, check_every_s)
+    context = Certificates(get, check_every_s).context
 
     def build():
         config = uvicorn.Config(app(), host="0.0.0.0", port=0, log_level="error", timeout_graceful_shutdown=1)
