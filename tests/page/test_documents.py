@@ -215,22 +215,26 @@ def test_a_question_waits_for_its_document_while_others_are_typed_and_says_so(pa
 
 
 @pytest.mark.slow
-def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat):
+def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat, monkeypatch):
     """It was asked without the file, which was still on its way."""
-    held = []
-    page.route("**/page/files", lambda each: held.append(each) if each.request.method == "POST" else each.continue_())
+    goes_on, add = threading.Event(), Library.add
+    monkeypatch.setattr(Library, "add", lambda *args: add(*args) if goes_on.wait(60) else None)
     page.locator("input[type=file]").set_input_files([NOTES])
-    expect(documents(page)).to_contain_text("Uploading")
+    expect(documents(page)).to_contain_text("100 % …")  # it has been sent, and nothing has come back
     send(page, QUESTION)
     expect(page.get_by_text("Sent as soon as the upload ends.")).to_be_visible()
     expect(box(page)).to_have_value(QUESTION)
     expect(questions(page)).to_have_count(0)
-    held.pop().continue_()
+    goes_on.set()
     expect(answers(page).last).to_contain_text("Ferrandini")
     assert "Seabirds nest" in asked(chat)
+    held = []
+    page.route("**/page/files", lambda each: held.append(each) if each.request.method == "POST" else each.continue_())
     page.locator("input[type=file]").set_input_files([REPORT])
     expect(documents(page)).to_contain_text("Uploading")
     send(page, "And who built it?")
+    while not held:
+        page.wait_for_timeout(20)  # in which Playwright calls the handler
     held.pop().abort()
     expect(toast(page)).to_contain_text("report.pdf")
     expect(page.get_by_text("Sent as soon as the upload ends.")).to_have_count(0)

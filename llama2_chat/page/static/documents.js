@@ -106,7 +106,7 @@ export class Documents {
     let isWhole = true;
     for (const each of brought) {
       this.show();
-      isWhole = (await this._upload(each.file, talk)) && isWhole;
+      isWhole = (await this._upload(each)) && isWhole;
       this.uploading.splice(this.uploading.indexOf(each), 1);
     }
     this.handlers.onBrought(talk, isWhole);
@@ -114,13 +114,15 @@ export class Documents {
   }
 
   /** @returns whether the server has it */
-  async _upload(file, talk) {
+  async _upload(each) {
+    const { file, talk } = each;
+    const onSent = (share) => (Object.assign(each, { share }), this.show());
     try {
       if (file.size > this.limits.largest) throw new Error(T.documents.tooLarge(this.limits.largest));
       const form = new FormData();
       form.append("purpose", "user_data");
       form.append("file", file, file.name);
-      const added = await answered("page/files", { method: "POST", body: form });
+      const added = await answered("page/files", { body: form, onSent }, posted);
       this.list = [added, ...(this.list ?? []).filter(({ id }) => id !== added.id)];
       this.handlers.onChoose((ids) => [...ids.filter((id) => id !== added.id), added.id], talk);
       return true;
@@ -164,7 +166,7 @@ export class Documents {
   }
 
   _line(list) {
-    if (this.uploading.length) return T.documents.uploading(this.uploading[0].file.name);
+    if (this.uploading.length) return T.documents.uploading(this.uploading[0].file.name, this.uploading[0].share);
     const unread = list.find(isUnread);
     if (unread) return `${T.documents.name(unread.filename)}: ${stateOf(unread)}`;
     const used = this.known(this.chosen);
@@ -216,11 +218,23 @@ function stateOf({ bytes, pages, pages_done: done, seconds_left: left, status })
   return [pages && T.documents.pages(pages), T.documents.size(bytes)].filter(Boolean).join(" · ");
 }
 
+/** fetch() would not say how much of the body has been sent. */
+function posted(address, { body, onSent }) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.upload.onprogress = ({ loaded, total }) => onSent(loaded / total);
+    request.onload = () => resolve(new Response(request.responseText, { status: request.status }));
+    request.onerror = reject;
+    request.open("POST", address);
+    request.send(body);
+  });
+}
+
 /** @returns its JSON; raises an Error with the server's sentence and status where it refused */
-async function answered(address, options) {
+async function answered(address, options, ask = fetch) {
   let response, body;
   try {
-    response = await fetch(address, options);
+    response = await ask(address, options);
     body = await response.json();
   } catch {
     throw new Error(response ? T.documents.refused(response.status) : T.documents.lost);

@@ -227,7 +227,7 @@ export const T = {
     lost: "The server cannot be reached. Please try again in a moment.",
     refused: (status) => `The server answered with ${status}.`,
     more: (count) => `${number(count)} more`,
-    uploading: (name) => `Uploading ${isolated(name)} …`,
+    uploading: (name, share) => `Uploading ${isolated(name)}${share ? `, ${number(Math.floor(100 * share))} %` : ""} …`,
     size: (bytes) => (bytes < 1e6 ? `${number(Math.ceil(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`),
     pages: (count) => plural(count, "page", "pages"),
     reading: (done, pages, seconds) =>
