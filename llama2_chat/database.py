@@ -65,7 +65,7 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection in one transaction, which is kept whole or not at all. Raises NoRoom if the disk is full."""
+        """A connection in one transaction, which is kept whole or not at all. Raises NoRoom if the disk takes none."""
         with self._open() as db, self._sentences(), _transaction(db):
             yield db
 
@@ -128,13 +128,15 @@ class Database:
         try:
             yield
         except sqlite3.OperationalError as error:
+            if "unable to open" in str(error) or "readonly" in str(error):
+                raise NoRoom(f"This server cannot keep {self.what} at the moment.", str(error)) from error
             if "full" in str(error) or "disk I/O" in str(error):
                 raise NoRoom(DISK_FULL, str(error)) from error
             if "locked" in str(error):
                 raise Busy(f"Your {self.what} are being changed. Please try again in a minute.") from error
             raise
         except OSError as error:
-            raise ChatError(f"This server cannot keep {self.what} at the moment.", str(error)) from error
+            raise NoRoom(f"This server cannot keep {self.what} at the moment.", str(error)) from error
 
 
 @contextlib.contextmanager

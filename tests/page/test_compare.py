@@ -7,6 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from llama2_chat.types import ServerStatus
+from tests.support.axe import assert_accessible
 from tests.support.browser import answers, ask, expect_unlocked, questions
 from tests.support.scripted import READY, Scripted, ScriptedChat
 
@@ -36,9 +37,11 @@ def test_two_answers_stand_side_by_side_until_the_visitor_goes_on_with_one(visit
     dialog(page).get_by_label("Answered by").select_option("gpu-2:8000")
     expect(dialog(page).get_by_role("option")).to_have_text(["Whichever server is free", "gpu-1:8000", "gpu-2:8000"])
     dialog(page).get_by_label("Temperature").fill("0.1")
+    assert_accessible(page)
     press(dialog(page), "Answer")
     expect_unlocked(page)
     expect(answers(page)).to_have_text(["Answer 1, to Why?", "Answer 2, to Why?"])
+    assert_accessible(page)
     (first, first_params), (second, second_params) = chat.asked
     assert first == second
     assert (second_params.temperature, second_params.server) == (0.1, "gpu-2:8000")

@@ -150,6 +150,13 @@ def test_a_login_has_so_much_room_and_may_always_delete(history, monkeypatch):
     assert used == sum(module._size(body) for (body,) in bodies)
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence_for_the_visitor_and_a_reason_for_the_log(tmp_path):
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(NoRoom, match="cannot keep conversations") as caught:
+        put(Histories(tmp_path / "a file").of("login anna"), talk("a"))
+    assert "a file" in caught.value.detail
+
+
 @pytest.mark.slow
 def test_thirty_two_writers_at_once_lose_nothing(history):
     put(history, talk("a"))

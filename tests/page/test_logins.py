@@ -1,5 +1,7 @@
 """A page behind a login: whose conversations a browser shows, and what happens to words when the login has ended."""
 
+from dataclasses import replace
+
 import pytest
 from playwright.sync_api import expect
 
@@ -13,11 +15,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def address(settings, tmp_path):
+    with serve(settings, tmp_path) as address:
+        yield address
+
+
+def serve(settings, tmp_path, words=200):
     names = "".join(f"{name}:{login.hash_password('sesame')}\n" for name in ("anna", "bert"))
     (tmp_path / "users.txt").write_text(names)
-    chat = ScriptedChat(say=lambda messages: Scripted(*["word "] * 200, gate=Slow()))
-    with serving(chat, settings, login.read_users(tmp_path / "users.txt")) as address:
-        yield address
+    chat = ScriptedChat(say=lambda messages: Scripted(*["word "] * words, gate=Slow()))
+    return serving(chat, settings, login.read_users(tmp_path / "users.txt"))
 
 
 class Slow:
@@ -93,3 +99,30 @@ def test_stop_says_why_it_does_not_once_the_login_has_ended(page):
     page.get_by_role("button", name="Stop", exact=True).click()
     expect_unlocked(page)
     ask(page, "And now?")
+
+
+def test_another_device_of_a_login_has_its_conversations_and_nobody_elses(browser, settings, tmp_path):
+    kept = replace(settings, history="server", history_dir=tmp_path / "history", auth_file=tmp_path / "users.txt")
+    with (
+        serve(kept, tmp_path, words=60) as address,
+        browser.new_page() as laptop,
+        browser.new_page() as phone,
+        browser.new_page() as berts,
+    ):
+        for page, name in ((laptop, "anna"), (phone, "anna"), (berts, "bert")):
+            page.goto(address)
+            log_in(page, name)
+        send(laptop, "From the laptop")
+        expect(answers(laptop)).to_contain_text("word")
+        phone.evaluate("() => dispatchEvent(new Event('online'))")  # or ten seconds later
+        phone.get_by_role("navigation").get_by_text("From the laptop").click()
+        expect(answers(phone)).to_contain_text("word")  # while it is being written
+        for page in (laptop, phone):
+            expect(answers(page)).to_have_text("word " * 60, timeout=60_000)
+        ask(phone, "And from the phone")
+        laptop.evaluate("() => dispatchEvent(new Event('online'))")
+        expect(questions(laptop)).to_have_text(["From the laptop", "And from the phone"])
+        expect(answers(laptop)).to_have_count(2)
+        berts.reload()
+        expect(berts.get_by_text("Your chats will be listed here, on each device")).to_be_visible()
+        expect(berts.get_by_text("From the laptop")).to_have_count(0)

@@ -62,6 +62,8 @@ async function start() {
     return startGradio(completeLogin); // after it, the page is loaded anew
   }
   let store = await openStore(state);
+  // A line that is down is said beside the list alone, and by what waits for it.
+  store.onPersistence(() => store.problem && store.problem !== T.syncing.offline && toast(store.problem, { seconds: 12 }));
   const draft = ofProfile(DRAFT, state.profile);
   const draftDocuments = ofProfile(DRAFT_DOCUMENTS, state.profile);
   const draftStart = ofProfile(DRAFT_START, state.profile);
