@@ -200,6 +200,7 @@ class ChatModel:
             compile=self.settings.compile,
             deterministic=self.settings.deterministic,
             adapters=loaded.adapters,
+            speculate=self.settings.speculation == "auto",
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length

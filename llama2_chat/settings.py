@@ -24,6 +24,7 @@ GUARD_FAILS = ("closed", "open")
 SHOWN_SETTINGS = ("all", "basic", "hidden")
 LONGEST_NOTICE = 500  # characters
 HISTORIES = ("browser", "server")
+SPECULATIONS = ("auto", "off")
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
@@ -188,6 +189,12 @@ class Settings:
         "DETERMINISTIC",
         "on a GPU too, the same seed or temperature 0 gives the same text, cached or not, alone or in company",
     )
+    speculation: str = _knob(
+        "auto",
+        "SPECULATION",
+        "auto or off: on a CPU, guess what an answer repeats or a grammar forces, and check several tokens at once; "
+        "no text changes by it",
+    )
     check: bool = _knob(False, "", "start nothing; say what would go wrong and how to fix it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
     hash_password: bool = _knob(
@@ -224,6 +231,8 @@ class Settings:
             raise ChatError(f"history must be one of {', '.join(HISTORIES)}; it was {self.history!r}.")
         if self.history == "server" and not self.auth_file:
             raise ChatError("HISTORY=server needs AUTH_FILE: without a login nobody's conversations can be told apart.")
+        if self.speculation not in SPECULATIONS:
+            raise ChatError(f"speculation must be {' or '.join(SPECULATIONS)}; it was {self.speculation!r}.")
         if not 0 <= self.port <= 65535:
             raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
         if self.queue_limit < 1:

@@ -386,6 +386,8 @@ class Occupancy:
     kv_tokens: int  # whose keys and values running requests hold, in whole blocks
     kv_capacity_tokens: int  # that there is memory for
     preemptions: int = 0  # since the start: requests that went back to the waiting queue because memory was full
+    drafted: int = 0  # since the start: tokens of answers that were guessed, so that several are computed at once
+    accepted: int = 0  # of those the ones that were chosen
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The embedded model in the precision that a machine without a GPU gets: start, turns, speed, users, perplexity.
+"""The embedded model as a machine without a GPU gets it: start, turns, guesses, speed, users, perplexity.
 
 Ratios compare two things measured in the same run, alternately, because machines are shared and noisy.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llama2_chat import ROOT
-from llama2_chat.benchmark import Figures, serving_cost
+from llama2_chat.benchmark import Figures, serving_cost, speculation
 from llama2_chat.benchmark.decode_speed import decode_speed, unquantized_generate_speed, unquantized_model
 from llama2_chat.benchmark.load_test import batching_gain, throughput_by_users
 from llama2_chat.benchmark.local_model import GB, load, text_ids, time_full_answers
@@ -45,6 +45,7 @@ def measure(users: Sequence[int], with_page: bool) -> Iterator[Figures]:
     yield start_time()
     chat = load([])
     yield turn_times(chat)
+    yield from speculation.measure(chat)
     time_full_answers(chat)
     yield decode_beside_generate(chat)
     yield batching_gain(chat, 8, PROMPT_TOKENS, ANSWER_TOKENS)

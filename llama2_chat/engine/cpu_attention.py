@@ -4,6 +4,7 @@ not on chunks, on the prefix cache or on who shares the step.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE)  # tokens
 
 
 class Part(NamedTuple):
-    """N requests with T tokens each, all between the same two spans: of one chunk, or the newest of each answer."""
+    """N requests with T tokens each, all between the same two spans: of one chunk, or the newest of some answers."""
 
     tokens: Tensor  # int64 [N, T]: where they are in the step
     positions: Tensor  # int64 [N, T]
@@ -39,26 +40,21 @@ class CpuStep:
     _masks: dict[tuple[int, int, Scoring], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def prefill(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
-        parts, first = [], 0
+    def of(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
+        pieces: defaultdict[tuple[int, int], list[tuple[int, Request]]] = defaultdict(list)
+        first = 0  # token of the step
         for chunk in chunks:
             start = chunk.start
             while start < chunk.end:
                 end = min(chunk.end, span(start))
-                tokens = torch.arange(first, first + end - start)[None]
-                parts.append(Part(tokens, torch.arange(start, end)[None], _tables([chunk.request], span(start))))
+                pieces[end - start, span(start)].append((first, chunk.request))
                 first, start = first + end - start, end
-        return cls(pool, torch.cat([part.positions[0] for part in parts]), parts)
-
-    @classmethod
-    def decode(cls, pool: KVPool, requests: Sequence[Request]) -> CpuStep:
-        positions = torch.tensor([request.computed for request in requests])
-        spans = [span(request.computed) for request in requests]
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         parts = []
-        for length in sorted(set(spans)):
-            tokens = torch.tensor([index for index, other in enumerate(spans) if other == length])
-            tables = _tables([requests[index] for index in tokens.tolist()], length)
-            parts.append(Part(tokens[:, None], positions[tokens, None], tables))
+        for (count, length), alike in pieces.items():
+            firsts, requests = zip(*alike, strict=True)
+            tokens = torch.tensor(firsts)[:, None] + torch.arange(count)
+            parts.append(Part(tokens, positions[tokens], _tables(requests, length)))
         return cls(pool, positions, parts)
 
     @cached_property
@@ -78,7 +74,7 @@ class CpuStep:
             self._attend_part(layer, part, queries, mask, scoring) for part, mask in zip(self.parts, masks, strict=True)
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])[self._order]
-        return output.to(query.dtype).view(queries.shape)
+        return output.to(query.dtype).reshape(queries.shape)
 
     def _attend_part(self, layer: int, part: Part, queries: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
         """[N, T, heads, head_dim], float32. queries: [1, T, heads, head_dim], of the whole step."""

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from llama2_chat.engine.delivery import ANSWERING_FAILED, Delivery
+from llama2_chat.engine.drafts import Drafts
 from llama2_chat.engine.request import Request, Streamer, TokenConstraint
 from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import BlockCopy, Scheduler, SchedulerConfig
 from llama2_chat.engine.self_check import check_request
+from llama2_chat.engine.speculation import Speculation
 from llama2_chat.errors import GPU_LOST, Busy, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
 from llama2_chat.text import is_out_of_memory
 from llama2_chat.types import Occupancy, SamplingParams
@@ -68,6 +70,7 @@ class Engine:
         self._changed = threading.Condition()  # its lock protects the waiting queue and self._closed
         self.stop_ids = stop_ids
         self.delivery = Delivery(runner, self._scheduler, self._changed)
+        self._speculation = Speculation(runner, self._scheduler, self.delivery)
         self._self_check()
         runner.start(self._wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -95,7 +98,15 @@ class Engine:
             scheduler = self._scheduler
             capacity = (self.runner.num_blocks - 1) * self.runner.block_size
             running, waiting = len(scheduler.running), len(scheduler.waiting)
-            return Occupancy(running, waiting, scheduler.kv_tokens, capacity, scheduler.preemptions)
+            return Occupancy(
+                running,
+                waiting,
+                scheduler.kv_tokens,
+                capacity,
+                scheduler.preemptions,
+                self._speculation.drafted,
+                self._speculation.accepted,
+            )
 
     def submit(
         self,
@@ -123,8 +134,9 @@ class Engine:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
         stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.stop_ids)
-        random_numbers = draws(params, limit)
-        request = Request(list(input_ids), params, streamer, limit, random_numbers, constraint, stop_ids, adapter)
+        drafts = Drafts() if self.runner.draft_tokens else None
+        numbers = draws(params, limit)
+        request = Request(list(input_ids), params, streamer, limit, numbers, constraint, stop_ids, adapter, drafts)
         with self._changed:
             if self._closed:
                 raise ModelUnavailable("The model has been stopped. Start the program again.")
@@ -260,6 +272,9 @@ class Engine:
             while request.runs and not self._scheduler.grow(request):
                 self._preempt(self._scheduler.youngest)
         requests = [request for request in requests if request.runs]
+        if chunks := self._speculation.chunks(requests):
+            self._speculation.verify(chunks)
+            return
         if requests:
             self.delivery.launch(self.runner.decode(requests))
             for request in requests:

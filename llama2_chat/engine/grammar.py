@@ -153,6 +153,9 @@ class Grammar:
                 self._look_at, self._may_look_at = self._most, LOOKED_AT
         self._way = self._way[1:] if self._way[:1] == [token] else []
 
+    def forced(self) -> list[int]:
+        return [*self._way] or self._matcher.compute_ff_tokens()
+
     def _end_number(self, mask: Tensor) -> None:
         """Allow a number no more digits than mean anything: a small model can write them until max_new_tokens."""
         left = self._state.digits_left

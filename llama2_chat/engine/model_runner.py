@@ -22,17 +22,18 @@ from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, Likeliest, SamplerState, biased, is_narrow, restrict
-from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.kernels.fixed_rows import fix_rows
+from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
 from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
+CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "
@@ -60,6 +61,17 @@ class TokensInFlight:
         return Likelihood(chosen.item(), [*zip(ids.tolist(), top.tolist(), strict=True)])
 
 
+@dataclass(frozen=True)
+class VerifiedDrafts:
+    """Logits after each id of some DraftChunks, [T, V] for each request."""
+
+    logits: Mapping[Request, Tensor]
+
+    def step(self, place: int, requests: Sequence[Request]) -> ModelStep:
+        logits = torch.stack([self.logits[request][place] for request in requests])
+        return ModelStep([*requests], logits, torch.tensor([request.slot for request in requests]))
+
+
 class ModelRunner:
     """The Runner of a transformers model.
 
@@ -69,6 +81,7 @@ class ModelRunner:
     windows: of each layer, as paged_attention.attention_windows() finds them.
     piece_size: of prompts, in tokens, if `faster` computes all steps, and each kind with the same number of rows.
     rows: which rows of a step take which adapter, if there are any.
+    draft_tokens: as Runner has it; on a CPU only, where a row's logits do not depend on the rows beside it.
     """
 
     block_size = BLOCK_SIZE
@@ -85,13 +98,14 @@ class ModelRunner:
         windows: Sequence[int | None] = (None,),
         piece_size: int | None = None,
         rows: AdapterRows | None = None,
+        draft_tokens: int = 0,
     ) -> None:
         self._pool, self.sampler, self._faster = pool, sampler, faster
         self._model, self._device = model, sampler.device
         self._eager = EagerWay(model, pool, sampler, kernel, -(-context_length // BLOCK_SIZE), rows)
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
         on_gpu = self._device.type == "cuda"
-        self.pipelined, self.piece_size = on_gpu, piece_size
+        self.pipelined, self.piece_size, self.draft_tokens = on_gpu, piece_size, draft_tokens
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
@@ -168,6 +182,10 @@ class ModelRunner:
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         return next(step for way in self._ways if (step := way.decode(requests)) is not None)
+
+    def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
+        logits = self._eager.prefill(chunks, everywhere=True).split([chunk.end - chunk.start for chunk in chunks])
+        return VerifiedDrafts({chunk.request: rows for chunk, rows in zip(chunks, logits, strict=True)})
 
     def new_masks(self, count: int) -> Tensor:
         return torch.zeros(count, -(-self.vocab_size // 32), dtype=torch.int32, pin_memory=self.pipelined)
@@ -277,6 +295,7 @@ def build_runner(
     longest_chunk: int | None = None,
     compile: bool = True,
     deterministic: bool = False,
+    speculate: bool = True,
     pool_type: type[KVPool] = KVPool,
     adapters: Sequence[LoraWeights] = (),
 ) -> ModelRunner:
@@ -287,6 +306,7 @@ def build_runner(
     max_batch: requests answered at once.
     compile: make a Llama on a single GPU faster, in the background.
     deterministic: let an answer depend on its prompt, its settings and its seed alone; on a CPU it always does.
+    speculate: guess what answers say next, and check several tokens in one step; on a GPU nothing is guessed.
     pool_type: how keys and values are kept.
     adapters: which requests may choose from, by their place here, 1 for the first.
 
@@ -317,8 +337,17 @@ def build_runner(
             raise ModelUnavailable(NOT_DETERMINISTIC)
         rows = add_adapters(model, adapters)
         pool = pool_type(model, free_beside_steps, context_length, max_batch)
+        draft_tokens = CPU_DRAFT_TOKENS if speculate and weight.device.type == "cpu" else 0
         return ModelRunner(
-            model, pool, sampler, context_length, kernel, longest_chunk=longest_chunk, windows=windows, rows=rows
+            model,
+            pool,
+            sampler,
+            context_length,
+            kernel,
+            longest_chunk=longest_chunk,
+            windows=windows,
+            draft_tokens=draft_tokens,
+            rows=rows,
         )
     join_projections(model)
     rows = add_adapters(model, adapters)

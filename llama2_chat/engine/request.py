@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from llama2_chat.engine.drafts import Drafts
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.errors import ChatError
 from llama2_chat.types import FinishReason, SamplingParams
@@ -31,6 +32,7 @@ class TokenConstraint(Protocol):
 
     def allow(self, mask: Tensor) -> None: ...  # writes a bit for each id to int32 [words] on the CPU, lowest first
     def advance(self, token: int) -> None: ...
+    def forced(self) -> list[int]: ...  # what most probably comes next, since little or nothing else is allowed
 
 
 class Likelihood(NamedTuple):
@@ -53,6 +55,7 @@ class Request:
     constraint: TokenConstraint | None = None  # as far as ids have been emitted
     stop_ids: frozenset[int] = frozenset()  # ids that end the answer; they are not emitted
     adapter: int = 0  # which of the runner's adapters computes it, 1 for the first; 0 for none
+    drafts: Drafts | None = None  # guesses at its next tokens; None if there shall be none
 
     prompt_tokens: int = field(init=False)
     cached_tokens: int = 0  # of the prompt, in whole blocks that were found in the KV cache

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from llama2_chat.engine.request import Likelihood, Request
-from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.scheduler import Chunk, DraftChunk
 
 
 class Step(Protocol):
@@ -37,6 +37,14 @@ class Masks:
 
 
 StepT = TypeVar("StepT", bound=Step)
+StepT_co = TypeVar("StepT_co", bound=Step, covariant=True)
+
+
+class Verification(Protocol[StepT_co]):
+    """Logits after each id of some DraftChunks."""
+
+    def step(self, place: int, requests: Sequence[Request]) -> StepT_co:
+        """The step that chooses what these requests say after this id of their chunks, 0 for the first."""
 
 
 class Runner(Protocol[StepT]):
@@ -50,6 +58,7 @@ class Runner(Protocol[StepT]):
     piece_size: int | None  # tokens: as SchedulerConfig has it
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
+    draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
 
     @property
@@ -89,6 +98,9 @@ class Runner(Protocol[StepT]):
 
     def decode(self, requests: Sequence[Request]) -> StepT:
         """Compute the keys and values of the newest token of each request, at position request.computed."""
+
+    def verify(self, chunks: Sequence[DraftChunk]) -> Verification[StepT]:
+        """Compute what decode() would if the guesses of these chunks were what has been chosen, bit for bit."""
 
     def new_masks(self, count: int) -> Tensor:
         """Zeros, int32 [count, words], on the CPU: nothing is allowed."""

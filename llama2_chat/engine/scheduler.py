@@ -52,6 +52,26 @@ class Chunk:
         return self.end == len(self.request.ids)
 
 
+@dataclass(frozen=True)
+class DraftChunk(Chunk):
+    """The newest id of an answer, and guesses at those that come next: of all of them one step computes the logits."""
+
+    draft: list[int]
+    forced: int  # how many of the draft, from its first on, a grammar leaves little choice about
+
+    @classmethod
+    def of(cls, request: Request, draft: list[int], forced: int) -> DraftChunk:
+        return cls(request, request.computed, request.computed + 1 + len(draft), draft, forced)
+
+    @property
+    def ids(self) -> list[int]:
+        return [*super().ids, *self.draft]
+
+    def came_true(self, place: int) -> bool:
+        """Whether the answer goes on and its newest token, the first since the chunk or a later one, is as guessed."""
+        return self.request.runs and self.draft[place : place + 1] == self.request.ids[-1:]
+
+
 class BlockCopy(NamedTuple):
     """What the pool must do before the next step: source may be handed to somebody else after that."""
 
@@ -172,14 +192,20 @@ class Scheduler:
             request.cached_tokens = len(table.shared) * self.config.block_size
         return True
 
-    def grow(self, request: Request) -> bool:
-        """Whether there is a block for one more token of a running request; if not, somebody must be preempted."""
-        if len(request.blocks) * self.config.block_size > request.computed:
+    def grow(self, request: Request, guesses: int = 0) -> bool:
+        """Whether there are blocks for one more token of a running request, and so many guesses at what comes next.
+
+        If there is none for the token, somebody must be preempted; for guesses nobody is, and each keeps room to grow.
+        """
+        needed = (request.computed + guesses) // self.config.block_size + 1 - len(request.blocks)
+        if needed <= 0:
             return True
-        block = self.cache.allocate()
-        if block is None:
+        if self.cache.available < needed + (len(self.running) if guesses else 0):
             return False
-        request.blocks.own.append(block)
+        for _ in range(needed):
+            block = self.cache.allocate()
+            assert block is not None  # as many are available
+            request.blocks.own.append(block)
         return True
 
     @property
@@ -298,6 +324,12 @@ class Scheduler:
         for request in requests:
             request.computed, request.sampled = min(request.computed, len(request.ids) - 1), 0
             request.computed = self._shareable(request)
+
+    def unread(self, request: Request) -> list[int]:
+        """Let a request go on from its last whole block. Returns the blocks after that, which must be zeroed."""
+        whole = request.computed // self.config.block_size
+        request.computed, request.sampled = whole * self.config.block_size, 0
+        return request.blocks.blocks[whole:]
 
     def shrink_batch(self) -> Request | None:
         """Ask less of the next step: one request fewer may run. Returns whom to preempt; None if one runs at most."""

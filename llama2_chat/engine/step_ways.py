@@ -80,16 +80,19 @@ class EagerWay:
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
         last = torch.arange(len(ids)) if everywhere else ends[[chunk.is_last for chunk in chunks]] - 1
-        step = CpuStep.prefill(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+        step = CpuStep.of(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
         adapters = [chunk.request.adapter for chunk in chunks for _ in range(chunk.start, chunk.end)]
         return self._forward(ids, step, last.to(self._device), adapters)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
-        step = CpuStep.decode(self._pool, requests) if self._on_cpu else self._gpu_decode(requests)
+        step = self._cpu_decode(requests) if self._on_cpu else self._gpu_decode(requests)
         everyone = torch.arange(len(requests), device=self._device)
         adapters = [request.adapter for request in requests]
         return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone, adapters), slots)
+
+    def _cpu_decode(self, requests: Sequence[Request]) -> CpuStep:
+        return CpuStep.of(self._pool, [Chunk(request, request.computed, request.computed + 1) for request in requests])
 
     def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)

@@ -242,6 +242,9 @@ class _CurrentState(Collector):
         yield GaugeMetricFamily("chat_kv_cache_capacity_tokens", help, occupancy.kv_capacity_tokens)
         help = "Running requests that were put back into the queue because the KV cache was full."
         yield CounterMetricFamily("chat_preemptions", help, occupancy.preemptions)
+        help = "Tokens of answers that were guessed, so that several are computed in one step."
+        yield CounterMetricFamily("chat_drafted_tokens", help, occupancy.drafted)
+        yield CounterMetricFamily("chat_accepted_tokens", "Guessed tokens that came true.", occupancy.accepted)
 
     def _gpu_memory(self, gpu_memory: list[tuple[int, int]]) -> Iterator[Metric]:
         help = "GPU memory in use by all programs together."

@@ -142,7 +142,7 @@ def test_long_prompts_are_read_in_long_chunks_again_once_there_is_memory(tiny_ll
 
     handle = tiny_llama.model.layers[0].register_forward_pre_hook(scarce)
     try:
-        with running(tiny_llama) as engine:
+        with running(tiny_llama, speculate=False) as engine:
             assert answer(engine, [7] * (CPU_CHUNK + 1))[1].finish_reason == "length"
             most = CPU_CHUNK
             answer(engine, [8] * (CPU_CHUNK + 1))

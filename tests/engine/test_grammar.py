@@ -103,6 +103,27 @@ def test_whatever_is_drawn_follows_the_schema(tokenizer, schema):
     assert all(ended and follows(text, schema) for text, ended in answers), answers
 
 
+def test_tokens_that_are_forced_are_told_in_advance_and_asking_for_them_changes_nothing():
+    tokenizer, rng = gpt_2_shaped("<|end|>"), random.Random(0)
+    asked, unasked = (grammars_of(tokenizer).grammar(json_schema(PERSON), 60) for _ in range(2))
+    told: list[int] = []
+    came_true = 0
+    while not unasked.complete:
+        told = told or asked.forced()
+        choice = allowed(unasked, len(tokenizer) + 32)
+        assert allowed(asked, len(tokenizer) + 32) == choice
+        if set(told[:1]) & set(choice):
+            token, *told = told
+            came_true += 1
+        else:
+            token, told = rng.choice(choice), []
+        if token == tokenizer.eos_token_id:
+            break
+        asked.advance(token)
+        unasked.advance(token)
+    assert came_true >= 10
+
+
 @pytest.mark.parametrize("text", ['{"a": "é 日本 😱\\n", "b": [1, -2.5e3, true, null]}', "{}"])
 def test_json_may_be_written_as_python_writes_it(tokenizer, text):
     following = grammars_of(tokenizer).grammar(json_schema({"type": "object"}))

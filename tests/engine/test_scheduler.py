@@ -454,3 +454,24 @@ def test_with_shares_everybody_is_served_in_the_end_too(visitors, num_blocks, pi
             finished += 1
     assert finished == len(visitors)
     assert s.kv_tokens == 0
+
+
+def test_a_guess_takes_no_block_that_another_may_need_next():
+    s = scheduler(num_blocks=6)
+    first, second = admitted(s, [1, 2, 3], [4, 5, 6])  # a block each, three are left
+    prefill(s, [first, second])
+    assert s.grow(first, guesses=1)
+    assert (len(first.blocks), s.cache.available) == (2, 2)
+    assert not s.grow(first, guesses=6)
+    assert s.grow(second, guesses=0)
+    assert (len(first.blocks), len(second.blocks)) == (2, 1)
+
+
+def test_whose_guesses_cannot_be_computed_is_read_again_from_its_last_whole_block():
+    s = scheduler()
+    (one,) = admitted(s, [1, 2, 3, 4, 5, 6])
+    prefill(s, [one])
+    assert s.grow(one, guesses=4)
+    assert s.unread(one) == one.blocks.blocks[1:]
+    assert (one.computed, s.prefilling) == (4, [one])
+    assert [chunk.ids for chunk in s.prefill_chunks([one])] == [[5, 6, 0]]

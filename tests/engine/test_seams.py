@@ -33,7 +33,7 @@ class ScriptedRunner:
     """Computes nothing: the next token is always the one after the last."""
 
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
-    longest_chunk, shortest_chunk, piece_size, context_length = 16, 4, None, 64
+    longest_chunk, shortest_chunk, piece_size, context_length, draft_tokens = 16, 4, None, 64, 0
     mode, kv_bytes, maintenance_due, check_lengths = "scripted", 0, False, (24,)
 
     def __init__(self, pipelined=False):

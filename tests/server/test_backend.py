@@ -45,7 +45,7 @@ class EchoChat:
 
     capabilities = Capabilities(supports_token_ids=True, knows_queue=True, can_fail_over=True, counts_tokens=True)
     state, status, mode, context_length = "ready", Status("ready", model="echo", device="paper"), "", 100
-    occupancy, gpu_memory = Occupancy(1, 2, 30, 400, preemptions=5), [(3, 4)]
+    occupancy, gpu_memory = Occupancy(1, 2, 30, 400, preemptions=5, drafted=7, accepted=6), [(3, 4)]
     servers = [ServerStatus("a:80", True, 1), ServerStatus("b:80", False, 0)]  # noqa: RUF012
     error = None
 
@@ -140,6 +140,8 @@ def test_metrics_show_whatever_a_backend_knows_of_its_queue_memory_and_servers(h
         "chat_kv_cache_used_tokens 30.0",
         "chat_kv_cache_capacity_tokens 400.0",
         "chat_preemptions_total 5.0",
+        "chat_drafted_tokens_total 7.0",
+        "chat_accepted_tokens_total 6.0",
         'chat_server_healthy{server="a:80"} 1.0',
         'chat_server_healthy{server="b:80"} 0.0',
         'chat_server_requests_running{server="a:80"} 1.0',

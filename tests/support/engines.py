@@ -68,6 +68,9 @@ class Stairs:
         bits[[(self.last + 1) % 97, (self.last + 2) % 97]] = 1
         mask[:4] = (bits.view(4, 32) << torch.arange(32)).sum(1).to(torch.int32)
 
+    def forced(self):
+        return [(self.last + 1) % 97, (self.last + 2) % 97]
+
     def advance(self, token):
         assert (token - self.last) % 97 in (1, 2)
         self.last, self.left = token, self.left - 1

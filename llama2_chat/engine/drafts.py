@@ -1,0 +1,58 @@
+"""Guesses at what an answer says next, made without a model: text that comes again, as in quotes, code and lists.
+
+A guess is only ever a guess: the engine chooses each token as it would without, and keeps a guess where it equals the
+choice. A request has `Drafts` of its own, which know its prompt and its answer and nobody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Ids that must stand as they stood before, for what came next then to be guessed: at first, at least and at most.
+ALIKE, LEAST_ALIKE, MOST_ALIKE = 3, 2, 8
+LENGTH, LEAST_LENGTH, MOST_LENGTH = 4, 1, 16  # ids of a guess: the same
+PLACES = 8  # that are compared, the latest ones
+COMPARED = 16  # ids before each
+
+
+class Drafts:
+    """Guesses for one request. The fewer come true the shorter they get, and the rarer."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, int], list[int]] = {}  # of two ids in a row: where the next one stands
+        self._indexed = 1  # the first place that has not been looked at as that of the second of two
+        self._alike, self._length = ALIKE, LENGTH
+
+    def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
+        """At most so many ids that may come next; often none.
+
+        ids: prompt and answer, which begin with those of the last call. forced: guesses that come before these.
+        """
+        for place in range(self._indexed, len(ids) - 1):  # nothing follows the newest two as yet
+            self._places.setdefault((ids[place - 1], ids[place]), []).append(place + 1)
+        self._indexed = max(self._indexed, len(ids) - 1)
+        text = [*ids, *forced] if forced else ids
+        places = self._places.get((text[-2], text[-1]), []) if len(text) > 1 else []
+        alike, place = max(((_alike(text, place), place) for place in places[-PLACES:]), default=(0, 0))
+        if alike < self._alike:
+            return []
+        # What came then; past its end the guess goes round, as lists and rules do.
+        period = len(text) - place
+        return [text[place + step % period] for step in range(min(self._length, most))]
+
+    def judge(self, guessed: int, kept: int) -> None:
+        """Of so many ids that were looked up, so many came true."""
+        if not guessed:
+            return
+        if kept == guessed:
+            self._length = min(self._length * 2, MOST_LENGTH)
+            self._alike = max(self._alike - 1, LEAST_ALIKE)
+        elif kept < guessed / 2:
+            self._length = max(self._length // 2, LEAST_LENGTH)
+            self._alike = min(self._alike + 1, MOST_ALIKE)
+
+
+def _alike(ids: Sequence[int], place: int) -> int:
+    """How many ids before this place are those at the end."""
+    most = min(place, COMPARED)
+    return next((n for n in range(most) if ids[place - 1 - n] != ids[-1 - n]), most)
