@@ -6,7 +6,8 @@
     python scripts/evaluate_documents.py questions.jsonl report.pdf notes.docx --judge http://gpu-1:8000
 
 Each line of questions.jsonl is {"question": "...", "file": "report.pdf", "page": 2, "answer": "..."}; in place of file
-and page, "passage" may have words that stand on the page, and the answer may be missing. The search needs no model.
+and page, "passage" may have words that stand on the page, and the answer may be missing. The search needs no model;
+with EMBEDDINGS= it also goes by meaning, as it does in the chat.
 With --make and --judge, questions and answers come from the model that app.py would start, or INFERENCE_URL's; the
 judge is any OpenAI-compatible server that holds answers to a JSON schema, whose key is JUDGE_KEY.
 

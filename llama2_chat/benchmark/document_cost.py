@@ -1,4 +1,5 @@
-"""What reading documents takes: until 200 pages can be searched, in time and memory, and from an answer meanwhile."""
+"""What reading and encoding documents takes: until 200 pages can be searched, in time and memory, and from an answer
+meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import ctypes
 import io
 import pydoc_data.topics
 import statistics
+import sys
 import tempfile
 import textwrap
 import threading
@@ -21,7 +23,14 @@ import pypdfium2.raw as pdfium
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.local_model import load
 from llama2_chat.documents.library import Library
-from llama2_chat.types import Message, SamplingParams
+from llama2_chat.documents.meaning import encode_next
+from llama2_chat.documents.parsing import parse
+from llama2_chat.documents.search import search
+from llama2_chat.documents.store import Shelf
+from llama2_chat.embeddings import make_embedder
+from llama2_chat.errors import ChatError
+from llama2_chat.settings import Settings
+from llama2_chat.types import Embedder, Message, SamplingParams
 from model import ChatModel
 
 PAGES, LINES, COLUMNS = 200, 48, 90
@@ -29,13 +38,24 @@ ANSWER_TOKENS = 150
 ROUNDS = 4  # the first warms up
 MEMORY_EVERY_S = 0.05
 OWNER = "login benchmark"
+QUESTIONS = 20
 
 
 def measure() -> Iterator[Figures]:
-    file = report()
+    """With EMBEDDINGS= also of an encoder. Ends the program with a sentence if it cannot be loaded."""
+    file, settings = report(), Settings.read([])
     yield {"pages": PAGES, "MB": len(file) / 1e6}
     yield reading(file)
-    yield beside_an_answer(load([]), file)
+    if not settings.embeddings:
+        yield beside_an_answer(load([]), file)
+        return
+    with contextlib.closing(make_embedder(settings)) as embedder:
+        try:
+            embedder.check()
+        except ChatError as error:
+            sys.exit(error.detail)
+        yield encoding(file, embedder)
+        yield beside_an_answer(load([]), file, embedder)
 
 
 def report() -> bytes:
@@ -69,12 +89,38 @@ def reading(file: bytes) -> Figures:
     }
 
 
-def beside_an_answer(chat: ChatModel, file: bytes) -> Figures:
-    """Tokens/s of one answer alone, and beside documents that are read, one round after the other."""
+def encoding(file: bytes, embedder: Embedder) -> Figures:
+    """Seconds by the clock until all chunks have vectors, once they are read, and of a question by its meaning."""
+    with tempfile.TemporaryDirectory() as folder:
+        shelf = Shelf(Path(folder) / "copy.sqlite", embedder)
+        id = shelf.add(io.BytesIO(file), "a.pdf", "user_data").id
+        with tempfile.TemporaryFile() as original:
+            original.write(file)
+            for page in parse(original, "a.pdf"):
+                shelf.add_page(id, page)
+        shelf.finish(id)
+        began = time.perf_counter()
+        while encode_next(embedder, shelf, id):
+            pass
+        seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        for _ in range(QUESTIONS):
+            search(shelf, "How are names bound in a nested function?", [id])
+        a_question = (time.perf_counter() - began) / QUESTIONS
+    memory = sum(map(_resident, psutil.Process().children()))
+    return {
+        "until found by meaning, s": seconds,
+        "a question, ms": 1000 * a_question,
+        "memory of the encoder, MB": memory / 1e6,
+    }
+
+
+def beside_an_answer(chat: ChatModel, file: bytes, embedder: Embedder | None = None) -> Figures:
+    """Tokens/s of one answer alone, and beside documents that are read and encoded, one round after the other."""
     rounds = []
     for _ in range(ROUNDS):
         alone = _tokens_per_s(chat)
-        with _reading(file):
+        with _reading(file, embedder):
             rounds.append((alone, _tokens_per_s(chat)))
     alone, beside = (statistics.median(speeds) for speeds in zip(*rounds[1:], strict=True))
     ratio = statistics.median(beside / alone for alone, beside in rounds[1:])
@@ -82,10 +128,10 @@ def beside_an_answer(chat: ChatModel, file: bytes) -> Figures:
 
 
 @contextlib.contextmanager
-def _reading(file: bytes) -> Iterator[threading.Event]:
+def _reading(file: bytes, embedder: Embedder | None = None) -> Iterator[threading.Event]:
     """Copies of the file are read until the end; the event says that the first has been."""
     with tempfile.TemporaryDirectory() as folder:
-        library, done, over = Library(Path(folder)), threading.Event(), threading.Event()
+        library, done, over = Library(Path(folder), embedder), threading.Event(), threading.Event()
         shelf = library.shelf(OWNER)
         ids = [library.add(OWNER, io.BytesIO(file), "a.pdf", "user_data").id]
 

@@ -75,6 +75,18 @@ def is_whole(db: sqlite3.Connection, id: str, encoder: str) -> bool:
     return bool(row and row[0])
 
 
+def encode_next(embedder: Embedder, shelf: Shelf, id: str) -> bool:
+    """Give the next chunks of a document their vectors; False if all have theirs. Raises NotHere, ModelUnavailable."""
+    encoder = embedder.identity
+    chunks = shelf.without_vectors(id, encoder, BATCH)
+    if not chunks:
+        return False
+    vectors = embedder.embed([text for _, text in chunks], "document").vectors
+    if embedder.identity == encoder:
+        shelf.add_vectors(id, encoder, [chunk for chunk, _ in chunks], vectors.astype(np.float16).tobytes())
+    return True
+
+
 class Encoding:
     """The thread. Nothing is encoded before start()."""
 
@@ -143,15 +155,10 @@ class Encoding:
         """Whether all of it is; else it is somebody else's turn, or the end."""
         started = time.monotonic()
         while not self._closing.is_set():
-            encoder = self._embedder.identity
-            if encoder != self._identity:  # a server has another model now
+            if self._embedder.identity != self._identity:  # a server has another model now
                 self._look_around()
-            chunks = shelf.without_vectors(id, encoder, BATCH)
-            if not chunks:
+            if not encode_next(self._embedder, shelf, id):
                 return True
-            vectors = self._embedder.embed([text for _, text in chunks], "document").vectors
-            if self._embedder.identity == encoder:
-                shelf.add_vectors(id, encoder, [chunk for chunk, _ in chunks], vectors.astype(np.float16).tobytes())
             if time.monotonic() - started > TURN_S and self._line.others_wait(shelf):
                 return False
         return False

@@ -74,7 +74,10 @@ class LocalEmbedder:
             self._settled.clear()
             command = python_command(f"{__name__}:encode_here")
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            # In a session of its own: Ctrl+C is for the server, which then ends this process.
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+            )
             self._send((self._source, self._cache_dir))
         threading.Thread(target=self._listen, args=(self._process,), name="embeddings", daemon=True).start()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2_chat.embeddings import make_embedder
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation import document_questions, document_report, retrieval
 from llama2_chat.evaluation.document_answers import judge_answers
@@ -15,7 +16,7 @@ from llama2_chat.evaluation.document_report import Results
 from llama2_chat.evaluation.folder import make_folder
 from llama2_chat.remote import RemoteModel
 from llama2_chat.settings import Settings
-from llama2_chat.types import ChatBackend
+from llama2_chat.types import ChatBackend, Embedder
 from model import ChatModel
 
 
@@ -57,7 +58,7 @@ def evaluate(
     """
     questions = document_questions.read_questions(path)
     make_folder(folder)
-    with retrieval.collected(documents, questions) as collection:
+    with _encoder(settings) as embedder, retrieval.collected(documents, questions, embedder) as collection:
         results = Results(retrieval.measure(collection, questions))
         document_report.write(results, folder)  # at once: it is kept, whatever ends what follows
         print(*document_report.search_lines(results.retrieval), sep="\n", flush=True)
@@ -83,6 +84,17 @@ def _answering(settings: Settings) -> Iterator[ChatBackend]:
         if chat.load().state != "ready":
             raise ChatError(f"The model cannot answer: {chat.status.error}")
         yield chat
+
+
+@contextlib.contextmanager
+def _encoder(settings: Settings) -> Iterator[Embedder | None]:
+    """What EMBEDDINGS names, ready; None if it names nothing."""
+    if not settings.embeddings:
+        yield None
+        return
+    with contextlib.closing(make_embedder(settings)) as embedder:
+        embedder.check()
+        yield embedder
 
 
 @contextlib.contextmanager

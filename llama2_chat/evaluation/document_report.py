@@ -109,7 +109,8 @@ def _page(results: Results, has_picture: bool) -> Iterator[str]:
 
 
 def search_lines(retrieval: Retrieval) -> Iterator[str]:
-    yield "How often the right page is among the first chunks that the search finds:"
+    how = f"by words and, with {retrieval.encoder}, by meaning" if retrieval.encoder else "by words"
+    yield f"How often the right page is among the first chunks that the search finds {how}:"
     yield ""
     cells = [f"{retrieval.recall(k):.3f}" for k in SHOWN]
     head = (*(f"recall@{k}" for k in SHOWN), "MRR")

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from llama2_chat.documents.chunks import chunks_of
 from llama2_chat.documents.library import MAX_FILE_BYTES, Library
+from llama2_chat.documents.meaning import encode_next
 from llama2_chat.documents.parsing import ParsedPage
 from llama2_chat.documents.search import search
 from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.documents.texts import shown_name
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation.document_questions import DocumentQuestion
+from llama2_chat.types import Embedder
 
 OWNER = "evaluation"
 DEPTH = 10  # chunks that are looked at for each question; a page that is not among them counts as missed
@@ -65,6 +67,7 @@ class Retrieval:
     found: tuple[Found, ...]  # at least one
     index_s: float
     search_ms: float  # for each question
+    encoder: str = ""  # by which they were also found; "" if by their words alone
 
     def recall(self, k: int) -> float:
         """The share of questions of which the page is among the first k chunks."""
@@ -76,12 +79,22 @@ class Retrieval:
 
 
 @contextlib.contextmanager
-def collected(paths: Sequence[Path], questions: Sequence[DocumentQuestion]) -> Iterator[Collection]:
-    """These files, or the questions' passages where there are none. Raises ChatError for what cannot be read."""
+def collected(
+    paths: Sequence[Path], questions: Sequence[DocumentQuestion], embedder: Embedder | None = None
+) -> Iterator[Collection]:
+    """These files, or the questions' passages where there are none. Raises ChatError for what cannot be read.
+
+    embedder: what finds them by their meaning, too; ready.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Library(Path(folder))) as library:
         began = time.perf_counter()
         documents = _read(library, paths) if paths else [_passages(library, questions)]
-        yield Collection(library.shelf(OWNER), tuple(documents), time.perf_counter() - began)
+        shelf = Shelf(library.shelf(OWNER).path, embedder)
+        if embedder:
+            for document in documents:
+                while encode_next(embedder, shelf, document.id):
+                    pass
+        yield Collection(shelf, tuple(documents), time.perf_counter() - began)
 
 
 def measure(collection: Collection, questions: Sequence[DocumentQuestion]) -> Retrieval:
@@ -97,7 +110,12 @@ def measure(collection: Collection, questions: Sequence[DocumentQuestion]) -> Re
     ]
     pages = sum(document.pages for document in collection.documents)
     return Retrieval(
-        len(collection.documents), pages, tuple(found), collection.index_s, 1000 * seconds / len(questions)
+        len(collection.documents),
+        pages,
+        tuple(found),
+        collection.index_s,
+        1000 * seconds / len(questions),
+        collection.shelf.embedder.name if collection.shelf.embedder else "",
     )
 
 

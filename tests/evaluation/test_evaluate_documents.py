@@ -15,6 +15,7 @@ from llama2_chat.evaluation.document_questions import EXAMPLE, DocumentQuestion,
 from llama2_chat.evaluation.document_report import Results, interval, summary
 from llama2_chat.types import Status
 from scripts import evaluate_documents
+from tests.support.encoders import WordMeanings
 from tests.support.files import pdf
 from tests.support.scripted import Scripted, ScriptedChat
 
@@ -73,6 +74,14 @@ def test_squad_is_read_as_it_is_published(tmp_path):
     assert read_questions(file) == [
         DocumentQuestion("What is it made of?", passage=PASSAGES[0]["text"], answer="granite")
     ]
+
+
+def test_with_an_encoder_pages_are_also_found_by_their_meaning(report, tmp_path):
+    questions = read_questions(jsonl(tmp_path, {"question": "Leuchtturm?", "file": "report.pdf", "page": 1}))
+    with retrieval.collected([report], questions, WordMeanings()) as collection:
+        by_meaning = retrieval.measure(collection, questions)
+    assert (by_meaning.found[0].rank, by_meaning.encoder) == (1, "word-meanings")
+    assert "with word-meanings, by meaning" in "\n".join(document_report.search_lines(by_meaning))
 
 
 def test_a_page_is_right_by_its_number_or_by_words_that_stand_on_it(collection, tmp_path):
