@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from llama2_chat.embeddings.prefixes import prefixes_of
 from llama2_chat.errors import ChatError, ModelUnavailable
@@ -44,8 +44,7 @@ class Encoder:
         fetch_weights(files, lambda *_: None)
         with translate_errors(files):
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the other half answers
-            loaded: Any = AutoModel.from_pretrained(files.folder, config=config, dtype=torch.float32)
-        self._model = loaded.eval()
+            self._model = _read_model(files, config)
         self._longest = min(_positions(config), int(self._tokenizer.model_max_length))
         self.dimensions: int = config.hidden_size
         self.prefixes = prefixes_of(split_revision(source)[0], _prompts(files))
@@ -85,6 +84,17 @@ def find(source: str, cache_dir: Path | None) -> tuple[Files, PreTrainedConfig]:
         config = read_config(files)
         _check_is_encoder(files, config)
     return files, config
+
+
+def _read_model(files: Files, config: PreTrainedConfig) -> PreTrainedModel:
+    loaded: Any = AutoModel.from_pretrained(
+        files.folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    model, report = loaded
+    # Transformers fills what is missing with random numbers and goes on; nothing here looks at the pooler.
+    if lost := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
+        raise ValueError(f"{len(lost)} tensors are missing, such as {lost[0]}")
+    return model.eval()
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from llama2_chat.embeddings.encoder import Encoder
@@ -91,3 +92,12 @@ def test_what_is_no_encoder_is_refused_before_its_weights_are_read(tmp_path):
             Encoder(str(save_encoder(tmp_path / more, **kinds)), None)
     with pytest.raises(ModelUnavailable, match="There is no folder"):
         Encoder(str(tmp_path / "nothing"), None)
+
+
+def test_weights_of_which_some_are_missing_are_refused_but_for_those_that_nothing_needs(folder):
+    weights = load_file(folder / "model.safetensors")  # which has no pooler
+    Encoder(str(folder), None)
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelUnavailable, match="incomplete"):
+        Encoder(str(folder), None)
