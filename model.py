@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
-from llama2_chat.errors import GPU_LOST, ChatError, ModelUnavailable, NoInfilling, PromptTooLong, Subject, quoted
+from llama2_chat.errors import (
+    GPU_LOST,
+    ChatError,
+    ModelUnavailable,
+    NoAdapter,
+    NoInfilling,
+    PromptTooLong,
+    Subject,
+    quoted,
+)
 from llama2_chat.settings import Settings
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
@@ -364,7 +373,7 @@ class ChatModel:
         """As Engine.submit() takes it."""
         names = "", *self.status.adapters
         if name not in names:
-            raise ChatError(f"There is no adapter {name!r:.100} here.")
+            raise NoAdapter(name)
         return names.index(name)
 
     def _lost(self) -> None:

@@ -55,6 +55,13 @@ class UnknownToken(ChatError):
         self.setting = setting
 
 
+class NoAdapter(ChatError):
+    """A model that has no adapter of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter {name!r:.100} here. Choose another model.")
+
+
 class NoInfilling(ChatError):
     """A model that goes on with a text and cannot fill in before another."""
 

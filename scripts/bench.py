@@ -10,6 +10,7 @@
     python scripts/bench.py --url http://gpu-1:8000               any OpenAI-compatible server, in the same rows
     python scripts/bench.py --documents                      what reading 200 pages takes, and from an answer meanwhile
     python scripts/bench.py --http                                       what the API costs, with 32 streams
+    python scripts/bench.py --adapters                 eight users of the embedded model and of four adapters over it
     python scripts/bench.py --soak                   ten minutes of readers who come and go, hostile ones among them
     python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.benchmark import (
     Figures,
+    adapter_cost,
     browser_cost,
     document_cost,
     embedded,
@@ -81,6 +83,7 @@ def read_arguments() -> argparse.Namespace:
     add("--soak", type=float, nargs="?", const=10, help="minutes of readers of a server with the embedded model")
     add("--readers", type=int, default=32, help="healthy ones of a soak")
     add("--hostile", type=int, default=16, help="hostile readers of a soak, for its first two thirds")
+    add("--adapters", action="store_true", help="what four adapters over the embedded model cost eight users")
     add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
@@ -103,6 +106,8 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return soak.measure(args.soak, args.readers, args.hostile)
     if args.http:
         return serving_cost.measure_api()
+    if args.adapters:
+        return adapter_cost.measure()
     if args.documents:
         return document_cost.measure()
     if args.browser:

@@ -2,6 +2,7 @@
 
 local_model    the model that is measured, loaded in this process, and what a benchmark must know of its inside
 load_test      many users at once, a long prompt among them, a conversation that goes on
+adapter_cost   what four adapters cost eight users of the embedded model
 decode_speed   one user's tokens/s, beside transformers' generate() on the same weights
 embedded       everything about the embedded model: start, turns, speed, perplexity
 shapes         everything about a shape of Llama 2 with random weights

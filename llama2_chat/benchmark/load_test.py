@@ -24,8 +24,8 @@ SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, repetition_pena
 ROUNDS = 3
 
 
-def submit(chat: ChatModel, input_ids: list[int], max_new_tokens: int) -> TimedReply:
-    reply = chat.stream_completion(input_ids, replace(SAMPLING, max_new_tokens=max_new_tokens))
+def submit(chat: ChatModel, input_ids: list[int], max_new_tokens: int, adapter: str = "") -> TimedReply:
+    reply = chat.stream_completion(input_ids, replace(SAMPLING, max_new_tokens=max_new_tokens, adapter=adapter))
     assert isinstance(reply, TimedReply)  # local_model.time_full_answers() was called
     return reply
 
@@ -56,9 +56,14 @@ def throughput(chat: ChatModel, users: int, prompt_tokens: int = 512, answer_tok
     return throughput_of([fresh_ids(chat, prompt_tokens) for _ in range(users)], chat, answer_tokens)
 
 
-def throughput_of(prompts: list[list[int]], chat: ChatModel, answer_tokens: int) -> dict[str, float]:
+def throughput_of(
+    prompts: list[list[int]], chat: ChatModel, answer_tokens: int, adapters: Sequence[str] = ()
+) -> dict[str, float]:
+    """adapters: of each prompt its own; none without them."""
+
     async def read_all() -> list[TimedReply]:
-        replies = [submit(chat, input_ids, answer_tokens) for input_ids in prompts]
+        asked = zip(prompts, adapters or [""] * len(prompts), strict=True)
+        replies = [submit(chat, input_ids, answer_tokens, adapter) for input_ids, adapter in asked]
         await asyncio.gather(*map(_read, replies))
         return replies
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llama2_chat.engine.kv_pool import input_embeddings
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.kernels.lora import AdaptedLinear, AdapterRows, Lora, LoraWeights, stack
+from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.kernels.lora import AdaptedLinear, AdapterRows, Int8Lora, Lora, LoraWeights, stack
 
 # Layers of one input in a Llama, in the order in which what they give lies side by side.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,15 +26,16 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[LoraWeights]) -> Ada
     """
     if not adapters:
         return None
-    weight = input_embeddings(model).weight
+    weight, rank = input_embeddings(model).weight, max(adapter.rank for adapter in adapters)
+    in_int8 = any(isinstance(module, Int8Linear) for module in model.modules())
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-    rank = max(adapter.rank for adapter in adapters)
-    rows = AdapterRows(len(adapters), rank, weight.device, dtype)
+    multiple, mask_dtype = (Int8Lora.MULTIPLE, torch.bfloat16) if in_int8 else (1, dtype)
+    rows = AdapterRows(len(adapters), rank, multiple, weight.device, mask_dtype)
     for name in sorted({name for adapter in adapters for name in adapter.layers}):
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        adapted = AdaptedLinear(linear, _lora(adapters, name, rank, linear, dtype), rows)
-        setattr(model.get_submodule(parent), child, adapted)
+        lora = _lora(stack(adapters, name, rank, rows.columns), linear, dtype)
+        setattr(model.get_submodule(parent), child, AdaptedLinear(linear, lora, rows))
     for module in list(model.modules()):
         for names in TOGETHER:
             _share(module, names, rows)
@@ -41,9 +43,11 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[LoraWeights]) -> Ada
     return rows
 
 
-def _lora(adapters: Sequence[LoraWeights], name: str, rank: int, linear: nn.Module, dtype: torch.dtype) -> Lora:
+def _lora(stacked: tuple[Tensor, Tensor], linear: nn.Module, dtype: torch.dtype) -> Lora:
+    if isinstance(linear, Int8Linear):
+        return Int8Lora.of(*stacked)
     device = next(itertools.chain(linear.parameters(), linear.buffers())).device
-    down, up = (states.to(device, dtype) for states in stack(adapters, name, rank))
+    down, up = (states.to(device, dtype) for states in stacked)
     return Lora(down, [up])
 
 

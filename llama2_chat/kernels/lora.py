@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama2_chat.kernels.fixed_rows import ROWS
+from llama2_chat.kernels.fixed_rows import MANY_ROWS, ROWS
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,20 @@ class LoraWeights:
 
 
 class AdapterRows:
-    """Which adapter each row of the step that is being computed takes: 1 for the first one, 0 for none."""
+    """Which adapter each row of the step that is being computed takes: 1 for the first one, 0 for none.
 
-    def __init__(self, count: int, rank: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._numbers = torch.arange(1, count + 1, device=device).repeat_interleave(rank)
+    rank: to which all are filled up; multiple: of columns, which are so many for all adapters together.
+    """
+
+    def __init__(self, count: int, rank: int, multiple: int, device: torch.device, dtype: torch.dtype) -> None:
+        numbers = torch.arange(1, count + 1, device=device).repeat_interleave(rank)
+        self._numbers = F.pad(numbers, (0, -len(numbers) % multiple), value=-1)
         self._dtype = dtype
         self.mask: Tensor | None = None  # as mask_of() makes it; None while no row takes any
+
+    @property
+    def columns(self) -> int:
+        return len(self._numbers)
 
     def mask_of(self, adapters: Tensor) -> Tensor:
         """1 in the columns of each row's adapter, else 0, [T, columns]. adapters: int64 [T]."""
@@ -50,8 +59,7 @@ class AdapterRows:
     def taking(self, adapters: Sequence[int]) -> Iterator[None]:
         """Layers that are called meanwhile, with a row for each of these, add what the adapters say."""
         if any(adapters):
-            mask = self.mask_of(torch.tensor(adapters, device=self._numbers.device))
-            self.mask = F.pad(mask, (0, 0, 0, -len(mask) % ROWS)) if mask.device.type == "cpu" else mask
+            self.mask = self.mask_of(torch.tensor(adapters, device=self._numbers.device))
         try:
             yield
         finally:
@@ -61,8 +69,7 @@ class AdapterRows:
 class Lora(nn.Module):
     """The adapters of linear layers that have the same input: one product for all that comes in, then one a layer.
 
-    down: [adapted layers * columns, in], columns being adapters times rank; ups: of each layer [columns, out], or None
-    if no adapter changes it.
+    down: [adapted layers * columns, in]; ups: of each layer [columns, out], or None if no adapter changes it.
     """
 
     down: Tensor
@@ -74,6 +81,15 @@ class Lora(nn.Module):
             self.register_buffer(f"up{index}", up, persistent=False)
         self._layers = len(ups)
 
+    @classmethod
+    def joined(cls, loras: Sequence[Lora | None]) -> Lora:
+        """Of several layers, from that of each. Theirs become views of it, so that it takes no more memory."""
+        adapted = [lora for lora in loras if lora is not None]
+        whole = cls(torch.cat([lora.down for lora in adapted]), [lora.ups[0] if lora else None for lora in loras])
+        for lora, down in zip(adapted, whole.down.chunk(len(adapted)), strict=True):
+            lora.down = down
+        return whole
+
     @property
     def ups(self) -> list[Tensor | None]:
         return [getattr(self, f"up{index}") for index in range(self._layers)]
@@ -81,24 +97,88 @@ class Lora(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> list[Tensor | None]:
         """What is added to each layer's [..., out] for x [..., in]; mask: [rows of x, columns].
 
-        On a CPU the mask has a multiple of ROWS rows, and rows go through in blocks of so many: each comes out the
-        same, bit for bit, whoever the others are.
+        On a CPU rows go through in blocks of so many that each comes out the same, bit for bit, whoever the others are.
         """
-        rows, mask = x.reshape(-1, x.shape[-1]).to(self.down.dtype), mask.to(x.device)
-        if x.device.type != "cpu":
+        rows, mask = x.reshape(-1, x.shape[-1]), mask.to(x.device)
+        if (block := self._block(rows)) is None:
             added = self._added(rows, mask)
         else:
-            padded = F.pad(rows, (0, 0, 0, len(mask) - len(rows))) if len(mask) > len(rows) else rows
-            blocks = [*map(self._added, padded.split(ROWS), mask.split(ROWS))]
+            rows, mask = (F.pad(each, (0, 0, 0, -len(each) % block)) for each in (rows, mask))
+            blocks = [*map(self._added, rows.split(block), mask.split(block))]
             added = blocks[0] if len(blocks) == 1 else [*map(torch.cat, zip(*blocks, strict=True))]
-        parts = (part[: len(rows)].view(*x.shape[:-1], -1) for part in added)
+        parts = (part[: x.shape[:-1].numel()].view(*x.shape[:-1], -1) for part in added)
         return [None if up is None else next(parts) for up in self.ups]
+
+    def _block(self, rows: Tensor) -> int | None:
+        """How many rows must be multiplied at a time; None for all."""
+        return ROWS if rows.device.type == "cpu" else None
 
     def _added(self, rows: Tensor, mask: Tensor) -> list[Tensor]:
         """Of the adapted layers alone."""
         ups = [up for up in self.ups if up is not None]
-        hidden = F.linear(rows, self.down).view(len(rows), len(ups), -1) * mask[:, None]
+        hidden = F.linear(rows.to(self.down.dtype), self.down).view(len(rows), len(ups), -1) * mask[:, None]
         return [part @ up for part, up in zip(hidden.unbind(1), ups, strict=True)]
+
+
+class Int8Lora(Lora):
+    """The same in 8 bits, beside layers in 8 bits on the CPU: what takes the time is to read A and B.
+
+    down: int8; scale: bfloat16, of each of its rows; ups: int8 [out, columns], 127 being the largest of each column,
+    whose size is in the scale. So no adapter is rounded otherwise for the others beside it.
+    """
+
+    MULTIPLE = 64  # of in_features and of columns: _weight_int8pack_mm reads past the end of a row of any other length
+
+    def __init__(self, down: Tensor, ups: Sequence[Tensor | None], scale: Tensor) -> None:
+        super().__init__(down, ups)
+        # Where Python finds them at once: looking for buffers of a module takes as long as the products.
+        self._first = down, scale
+        self._then = [(up, torch.ones(len(up), dtype=torch.bfloat16)) for up in ups if up is not None]
+        self._adapted = [up is not None for up in ups]
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor) -> Int8Lora:
+        """Of one layer, from its A [columns, in] and B [columns, out] in float32."""
+        sizes = [each.abs().amax(1, keepdim=True).clamp_(min=1e-12) / 127 for each in (down, up)]
+        codes = [(each / size).round_().to(torch.int8) for each, size in zip((down, up), sizes, strict=True)]
+        return cls(codes[0], [codes[1].t().contiguous()], (sizes[0] * sizes[1])[:, 0].bfloat16())
+
+    @classmethod
+    def joined(cls, loras: Sequence[Any]) -> Int8Lora:
+        adapted = [lora for lora in loras if lora is not None]
+        down, scale = map(torch.cat, zip(*(lora._first for lora in adapted), strict=True))
+        for lora, *first in zip(adapted, down.chunk(len(adapted)), scale.chunk(len(adapted)), strict=True):
+            lora.down, lora._first = first[0], tuple(first)
+        return cls(down, [lora.ups[0] if lora else None for lora in loras], scale)
+
+    def forward(self, x: Tensor, mask: Tensor) -> list[Tensor | None]:
+        if x.dim() > 2 or not int8_rows_are_alike(torch.get_num_threads()):
+            return super().forward(x, mask)
+        added = self._added(x, mask)
+        return added if len(added) == len(self._adapted) else [added.pop(0) if each else None for each in self._adapted]
+
+    def _block(self, rows: Tensor) -> int | None:
+        return None if int8_rows_are_alike(torch.get_num_threads()) else ROWS
+
+    def _added(self, rows: Tensor, mask: Tensor) -> list[Any]:
+        hidden = torch._weight_int8pack_mm(rows.bfloat16(), *self._first)
+        if len(self._then) == 1:
+            return [torch._weight_int8pack_mm(hidden.mul_(mask), *self._then[0])]
+        parts = hidden.chunk(len(self._then), 1)
+        return [torch._weight_int8pack_mm(part * mask, *then) for part, then in zip(parts, self._then, strict=True)]
+
+
+@cache
+def int8_rows_are_alike(threads: int) -> bool:
+    """Whether a row comes out of a product with weights in 8 bits with the same bits, however many there are."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (96, 128), dtype=torch.int8, generator=random)
+    rows, scale = torch.randn(67, 128, generator=random).bfloat16(), torch.ones(96, dtype=torch.bfloat16)
+    whole = torch._weight_int8pack_mm(rows, weight, scale)
+    return all(
+        torch.equal(torch.cat([torch._weight_int8pack_mm(part, weight, scale) for part in rows.split(size)]), whole)
+        for size in (1, ROWS, MANY_ROWS)
+    )
 
 
 class AdaptedLinear(nn.Module):
@@ -141,21 +221,19 @@ class AdaptedLinear(nn.Module):
     def share(self, linears: Sequence[AdaptedLinear]) -> None:
         """Let what adapters add to these layers, which have its input and of which it is the first, begin with one
         product."""
-        loras = [linear.lora for linear in linears if linear.lora is not None]
-        whole = torch.cat([lora.down for lora in loras])
-        for lora, down in zip(loras, whole.chunk(len(loras)), strict=True):
-            lora.down = down
-        self.shared = Lora(whole, [linear.lora.ups[0] if linear.lora else None for linear in linears])
+        loras = [linear.lora for linear in linears]
+        kind = next(type(lora) for lora in loras if lora is not None)
+        self.shared = kind.joined(loras)
         self._widths = [linear.base_layer.out_features for linear in linears]
 
 
-def stack(adapters: Sequence[LoraWeights], layer: str, rank: int) -> tuple[Tensor, Tensor]:
-    """A [adapters * rank, in] and B [adapters * rank, out] of a layer, zeros where an adapter has less or nothing."""
+def stack(adapters: Sequence[LoraWeights], layer: str, rank: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A [columns, in] and B [columns, out] of a layer, zeros where an adapter has less than the rank, or nothing."""
     found = [adapter.layers.get(layer) for adapter in adapters]
     one = next(each for each in found if each is not None)
-    down = torch.zeros(len(adapters), rank, one[0].shape[1])
-    up = torch.zeros(len(adapters), rank, one[1].shape[0])
+    down, up = torch.zeros(columns, one[0].shape[1]), torch.zeros(columns, one[1].shape[0])
     for index, each in enumerate(found):
         if each is not None:
-            down[index, : len(each[0])], up[index, : len(each[0])] = each[0], each[1].t()
-    return down.flatten(0, 1), up.flatten(0, 1)
+            own = slice(index * rank, index * rank + len(each[0]))
+            down[own], up[own] = each[0], each[1].t()
+    return down, up

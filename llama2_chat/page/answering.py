@@ -101,7 +101,7 @@ class Answering:
             while self.chat.state == "loading":
                 yield Progress(loading=self.chat.status)
                 await asyncio.sleep(REFRESH_EVERY_S)
-            record.question = question.messages
+            record.question, record.adapter = question.messages, question.params.adapter
             about = question if isinstance(question, AboutDocuments) else None
             while about and (unread := await anyio.to_thread.run_sync(about.unread)):
                 yield Progress(reading=unread)

@@ -28,6 +28,9 @@ class Asked(Protocol):
     def messages(self) -> list[Message]: ...  # as they were said
 
     @property
+    def params(self) -> SamplingParams: ...
+
+    @property
     def size(self) -> int: ...  # bytes of all texts that are to be encoded
 
     def ask(
@@ -153,6 +156,10 @@ class AboutDocuments:
     @property
     def messages(self) -> list[Message]:
         return self._question.messages
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._question.params
 
     @property
     def size(self) -> int:

@@ -92,6 +92,7 @@ class PageSettings(BaseModel):
     """How a conversation starts, and the controls of the page. Ranges are SamplingParams' to check, in words.
 
     today: the visitor's day, which may not be the server's; it stays that of the question while an answer is continued.
+    adapter: of the model's, by its name; "" for the model itself.
     """
 
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
-from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
+from llama2_chat.errors import Busy, ChatError, ModelUnavailable, NoAdapter, PromptTooLong
 from llama2_chat.remote.client import Timeouts, use_our_http
 from llama2_chat.remote.faults import INCOMPLETE, ServerFault
 from llama2_chat.remote.health import Health
@@ -129,6 +129,8 @@ class RemoteModel:
             raise ModelUnavailable(self.status.error or "Still connecting to the model's server. Please try again.")
         if params.server and params.server not in [server.name for server in self._servers]:
             raise ChatError(f"There is no server {params.server!r:.100} here.")
+        if params.adapter:  # of a conversation that had one elsewhere
+            raise NoAdapter(params.adapter)
         question, reply = Question.of(messages, params, to_the_end, tools), RemoteReply(params.logprobs)
         self._tasks.answer(reply, lambda: self._answer(reply, question, trim, params.server))
         return reply

@@ -75,6 +75,8 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens in prompts.")
         self.cached_tokens = counter("cached_tokens", "Tokens in prompts that were found in the KV cache.")
         self.completion_tokens = counter("completion_tokens", "Tokens in answers.")
+        self.adapter_answers = counter("adapter_answers", "Answers of adapters.", "adapter")
+        self.adapter_tokens = counter("adapter_completion_tokens", "Tokens in answers of adapters.", "adapter")
         self.tool_calls = counter("tool_calls", "Tools that the page has called.", "tool", "outcome")
         self.first_token = Histogram(
             "chat_time_to_first_token_seconds",
@@ -136,6 +138,7 @@ class Record:
     def __init__(self, metrics: Metrics, route: str) -> None:
         self.reply: Answered | None = None
         self.question: Question | None = None
+        self.adapter = ""  # which was asked; "" for the model itself
         self.answers: dict[int, str] = {}  # by the index of the choice
         self.error = ""  # its code, for a stream that fails when its status has been sent
         self._metrics, self._route, self._started = metrics, route, time.perf_counter()
@@ -170,6 +173,8 @@ class Record:
         }
         if self.reply is not None:
             line |= self._count(self.reply)
+        if self.adapter:
+            line["adapter"] = self.adapter
         if self._calls:
             line["tool_calls"] = self._calls
         if metrics.log_messages:
@@ -192,6 +197,9 @@ class Record:
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.cached_tokens)
         metrics.completion_tokens.inc(usage.completion_tokens)
+        if self.adapter:
+            metrics.adapter_answers.labels(self.adapter).inc()
+            metrics.adapter_tokens.labels(self.adapter).inc(usage.completion_tokens)
         first_token_s, tokens_per_s = timing.time_to_first_token_s, timing.tokens_per_second
         if first_token_s is not None:
             metrics.first_token.observe(first_token_s)

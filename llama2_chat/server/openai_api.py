@@ -188,8 +188,8 @@ def api_router(
             client = client_id(request, settings)
             cleanup.enter_context(limiter.slot(client, len(starts) * body.choices_each))
             try:
-                adapter = body.model if body.model in chat.status.adapters else ""
-                params = replace(body.params(settings.sampling), client=client, adapter=adapter)
+                record.adapter = body.model if body.model in chat.status.adapters else ""
+                params = replace(body.params(settings.sampling), client=client, adapter=record.adapter)
                 start = functools.partial(_start, chat, body, starts, params)
                 has_grammar = params.grammar is not None or body.offer is not None
                 threads = await threads_for(request) or (schema_threads if has_grammar else None)

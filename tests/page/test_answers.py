@@ -266,6 +266,19 @@ def test_calls_of_tools_are_counted_and_a_refused_question_with_tools_goes_back(
     assert (end["error"], end["refused"]) == ("The line is full.", True)
 
 
+def test_an_adapter_is_asked_by_its_name_and_its_answers_are_counted():
+    chat = ScriptedChat(replace(READY, adapters=("law",)))
+    metrics = Metrics(chat)
+    with site(chat, metrics=metrics) as address, visitor(address) as http:
+        assert http.get("state").json()["adapters"] == ["law"]
+        question = QUESTION | {"settings": SETTINGS | {"adapter": "law"}}
+        assert whole(http.put(f"answers/{ID}", json=question))[0] == "Hello!"
+        assert whole(http.put(f"answers/{OTHER}", json=QUESTION))[0] == "Hello!"
+    assert [params.adapter for _, params in chat.asked] == ["law", ""]
+    assert b'chat_adapter_answers_total{adapter="law"} 1.0' in metrics.text()
+    assert b'chat_adapter_completion_tokens_total{adapter="law"} 1.0' in metrics.text()
+
+
 def test_stop_ends_an_answer_for_all_its_readers_and_keeps_what_was_written(anna, gate):
     with anna.stream("PUT", f"answers/{ID}", json=QUESTION) as response:
         gate.one()

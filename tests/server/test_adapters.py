@@ -1,5 +1,6 @@
 """Programs choose an adapter by the name of the model; the names are those of ADAPTERS."""
 
+import json
 from dataclasses import replace
 
 import httpx
@@ -68,6 +69,17 @@ def test_the_other_routes_take_an_adapters_name_too(programs, adapted):
         assert len({route(model) for model in NAMES[:3]}) == 3
     tokens = [httpx.post(f"{adapted}tokenize", json={"model": name, "prompt": "Hi"}).json()["tokens"] for name in NAMES]
     assert tokens == [tokens[0]] * len(NAMES)
+
+
+def test_the_page_is_told_of_an_adapter_that_is_not_here_and_the_message_goes_back(adapted):
+    settings = {"maxNewTokens": 6, "temperature": 0, "topP": 0.9, "topK": 50, "repetitionPenalty": 1, "adapter": "gone"}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "settings": settings}
+    with httpx.Client(base_url=adapted) as http:
+        http.get("page/state")
+        *_, last = http.put(f"page/answers/{'0' * 32}", json=body).text.splitlines()
+    end = json.loads(last)["end"]
+    assert end["refused"]
+    assert end["error"] == "There is no adapter 'gone' here. Choose another model."
 
 
 def test_an_unknown_model_is_refused_by_the_names_of_those_that_are_here(programs):

@@ -12,8 +12,8 @@ import { T } from "./texts.js";
 import { leafBelow, pathTo, siblings, titleOf } from "./tree.js";
 
 /** What is asked with in this conversation. day: the visitor's, for what the prompt says of it */
-export function settingsOf({ start }, settings, day = today()) {
-  return { ...settings, ...(start && withoutBlanks(start)), today: day };
+export function settingsOf({ start, adapter }, settings, day = today()) {
+  return { ...settings, ...(start && withoutBlanks(start)), ...(adapter && { adapter }), today: day };
 }
 
 export function newSeed() {
@@ -68,6 +68,7 @@ export class Asking extends Reading {
     this.hooks.onDraft("");
     this.hooks.onDraftDocuments([]);
     this.hooks.onDraftStart(null);
+    this.hooks.onDraftAdapter("");
   }
 
   async _keepQueue({ conversation, queued }) {
@@ -113,7 +114,8 @@ export class Asking extends Reading {
   async _ensureConversation(talk, text) {
     if (talk.conversation) return;
     const now = Date.now();
-    const kind = { renamed: false, pinned: false, ...(talk.documents.length && { documents: talk.documents }), ...(talk.start && { start: talk.start }) };
+    const { documents, start, adapter } = talk;
+    const kind = { renamed: false, pinned: false, ...(documents.length && { documents }), ...(start && { start }), ...(adapter && { adapter }) };
     talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
     if (talk === this.talk) this.hooks.onOpened(talk.conversation); // a reload at this moment comes back to it
     await this.store.putConversation(talk.conversation);
@@ -212,7 +214,7 @@ export class Asking extends Reading {
     this.talk.queued = null;
     if (!left.length) {
       await this.store.deleteConversation(conversationId);
-      this.startNew(draft, this.talk.documents, this.talk.start);
+      this.startNew(draft, this.talk.documents, this.talk.start, this.talk.adapter);
       return;
     }
     gone.forEach((id) => this.talk.messages.delete(id));

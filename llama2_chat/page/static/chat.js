@@ -15,7 +15,8 @@ import { leafBelow, leafToShow, siblings } from "./tree.js";
 export class Chat extends Asking {
   /** @param hooks onOpened(conversation), onSaid(text) for screen readers, onDraft(text) and newDraft() of a
    *   conversation that has not begun, onDraftDocuments(ids) and newDocuments() of what it is about, onDraftStart(start) and
-   *   newStart() of how it starts, onTitle(conversation) when it has another, state() what the server says of its model */
+   *   newStart() of how it starts, onDraftAdapter(name) and newAdapter() of who answers in it, onTitle(conversation) when it
+   *   has another, state() what the server says of its model */
   constructor(parts) {
     super(parts);
     const { store, settings, composer, hooks } = parts;
@@ -68,13 +69,14 @@ export class Chat extends Asking {
     this.count();
   }
 
-  startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments(), start = this.hooks.newStart()) {
+  startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments(), start = this.hooks.newStart(), adapter = this.hooks.newAdapter()) {
     this.drafts.flush();
-    this.talk = { ...emptyTalk(), documents, start };
+    this.talk = { ...emptyTalk(), documents, start, adapter };
     this.beside = null;
     if (draft) this.hooks.onDraft(draft);
     this.hooks.onDraftDocuments(documents);
     this.hooks.onDraftStart(start);
+    this.hooks.onDraftAdapter(adapter);
     this.composer.text = draft;
     this.render();
     this.hooks.onOpened(null);
@@ -120,6 +122,14 @@ export class Chat extends Asking {
     await this.store.updateConversation(this.id, (kept) => (start ? (kept.start = start) : delete kept.start));
   }
 
+  /** Who answers in the open conversation from now on: an adapter by its name, or "" for the model itself. */
+  async chooseAdapter(adapter) {
+    this.talk.adapter = adapter;
+    this.count();
+    if (!this.id) return this.hooks.onDraftAdapter(adapter);
+    await this.store.updateConversation(this.id, (kept) => (adapter ? (kept.adapter = adapter) : delete kept.adapter));
+  }
+
   /** What stands in the box is sent when the answer under way here has ended, whichever conversation is open then; or when
    *  the files are on the server that were brought into this one. */
   async queue(waits) {
@@ -160,7 +170,7 @@ export class Chat extends Asking {
   async compare(message) {
     const { talk } = this;
     const { list } = siblings([...talk.messages.values()], message);
-    const asked = { ...settingsOf(talk, this.settings.read()), ...message.settings };
+    const asked = { ...settingsOf(talk, this.settings.read()), adapter: "", ...message.settings };
     const others = list.flatMap(({ id }, at) => (id === message.id ? [] : [at + 1]));
     const choice = await chooseOther(this.hooks.state(), asked, others);
     if (!choice || talk !== this.talk) return;
@@ -206,8 +216,8 @@ export class Chat extends Asking {
     return true;
   }
 
-  /** Its seed stays that of its beginning, with which the same question has the same answer again. What began with tools
-   *  goes on with what they said, and what began without them knows nothing of them. */
+  /** Its seed stays that of its beginning, with which the same question has the same answer again, and so does who gives it.
+   *  What began with tools goes on with what they said, and what began without them knows nothing of them. */
   async continue(message) {
     const { talk } = this;
     const { end, ...open } = message;
@@ -283,6 +293,7 @@ export class Chat extends Asking {
     this.transcript.show(path, { running: this.running, forgotten: this.window.forgotten(this.path.length) });
     this.documents.show(this.talk.documents);
     this.start.show(this.talk.start);
+    this.adapter.show(this.talk.adapter);
     const running = this._runningHere();
     if (this.doing.has(running?.id)) this._show(running); // it may be new on the page
     const isRunning = this._isBusy(this.talk);
@@ -301,7 +312,7 @@ export class Chat extends Asking {
       this.hooks.onTitle(conversation);
     }
     if (conversation?.documents) this._chosenElsewhere(conversation.documents);
-    if (conversation && !here) this._startsElsewhere(conversation.start ?? null);
+    if (conversation && !here) this._changedElsewhere({ start: conversation.start ?? null, adapter: conversation.adapter ?? "" });
     if (here) return;
     if (!conversation) return void this.startNew(this.composer.text);
     await this._reread(conversation, kind === "message" ? id : null);
@@ -315,9 +326,10 @@ export class Chat extends Asking {
     this.count();
   }
 
-  _startsElsewhere(start) {
-    if (JSON.stringify(start) === JSON.stringify(this.talk.start)) return;
-    this.talk.start = start;
+  /** How the conversation starts, or who answers in it. */
+  _changedElsewhere({ start, adapter }) {
+    if (adapter === this.talk.adapter && JSON.stringify(start) === JSON.stringify(this.talk.start)) return;
+    Object.assign(this.talk, { start, adapter });
     this.render();
     this.count();
   }

@@ -35,6 +35,7 @@ const CONVERSATION = {
   editing: optional(is.texts),
   documents: optional(is.documents),
   start: optional(isStart),
+  adapter: optional(is.title),
 };
 
 // As they were typed: the server refuses what is no number with a sentence.

@@ -1,6 +1,7 @@
 // Puts the page together, before Gradio has built the settings: ties store, settings, transcript, box and sidebar to the
 // open conversation.
 
+import { Adapter } from "./adapter.js";
 import { Chat } from "./chat.js";
 import { Completing } from "./completing.js";
 import { Composer } from "./composer.js";
@@ -23,6 +24,7 @@ import { Transcript } from "./transcript.js";
 
 const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
 const DRAFT_START = "llama2-chat.draft-start"; // how it starts, if not as the settings say for all
+const DRAFT_ADAPTER = "llama2-chat.draft-adapter"; // who answers in it, if not the model itself
 const DRAFT_DOCUMENTS = "llama2-chat.draft-documents"; // that it is about: their ids
 
 /** What the server says of its model and this visitor; null where nobody has logged in. */
@@ -67,6 +69,7 @@ async function start() {
   const draft = ofProfile(DRAFT, state.profile);
   const draftDocuments = ofProfile(DRAFT_DOCUMENTS, state.profile);
   const draftStart = ofProfile(DRAFT_START, state.profile);
+  const draftAdapter = ofProfile(DRAFT_ADAPTER, state.profile);
   const parts = buildFrame(state);
   const resetStart = () => (conversationStart.show(null), chat.chooseStart(null));
   const settings = new Settings(state, { onChange: () => chat.count(), onReset: resetStart, onUnkept: sayUnkept });
@@ -78,6 +81,8 @@ async function start() {
     onOpen: () => parts.sides.openAt("settings", "#preset"),
     onUnkept: sayUnkept,
   });
+  const adapter = new Adapter({ onChange: (name) => chat.chooseAdapter(name) });
+  adapter.offer(state);
   const transcript = new Transcript(parts.transcript, {
     onEdit: (message, text) => chat.edit(message, text),
     onRetry: (message) => chat.retry(message),
@@ -109,7 +114,8 @@ async function start() {
   });
   watchFocus(composer.area, parts.transcript);
   const { profile } = state;
-  const completing = new Completing(parts, { settings, profile, onSaid: (text) => (parts.live.textContent = text) });
+  const withAdapter = { read: () => ({ ...settings.read(), adapter: chat.talk.adapter }) };
+  const completing = new Completing(parts, { settings: withAdapter, profile, onSaid: (text) => (parts.live.textContent = text) });
   completing.show(!state.chats);
   const hooks = {
     state: () => state,
@@ -119,6 +125,8 @@ async function start() {
     onDraftDocuments: (ids) => store.private || keepOfTab(draftDocuments, ids.join(" ")) || sayUnkept(),
     newDocuments: () => (store.private ? [] : keptOfTab(draftDocuments).split(" ").filter(Boolean)),
     onDraftStart: (chosen) => store.private || keepOfTab(draftStart, chosen ? JSON.stringify(chosen) : "") || sayUnkept(),
+    onDraftAdapter: (name) => store.private || keepOfTab(draftAdapter, name) || sayUnkept(),
+    newAdapter: () => (store.private ? "" : keptOfTab(draftAdapter)),
     newStart: () => (store.private || !state.controls.length ? null : readStart(keptOfTab(draftStart))),
     onTitle: (conversation) => {
       document.title = conversation ? `${conversation.title} – ${T.title}` : T.title;
@@ -136,7 +144,7 @@ async function start() {
   function use(opened) {
     store = opened;
     chat?.close();
-    chat = new Chat({ store, settings, start: conversationStart, transcript, composer, documents, hooks });
+    chat = new Chat({ store, settings, start: conversationStart, adapter, transcript, composer, documents, hooks });
     parts.sidebar.replaceChildren();
     sidebar = makeSidebar(parts.sidebar, {
       store,
@@ -185,11 +193,12 @@ async function start() {
   });
   offerBox();
   const hasSettings = state.controls.length > 0; // without them, the page needs nothing of Gradio's
-  if (hasSettings) startGradio(() => settings.attach((panel) => (conversationStart.attach(), parts.addSettings(panel))));
+  if (hasSettings) startGradio(() => settings.attach((panel) => (conversationStart.attach(), adapter.attach(), parts.addSettings(panel))));
   watch(state, parts, (newer) => {
     state = newer;
     settings.useDefaults(state.defaults);
     settings.fitWindow(state.contextLength);
+    adapter.offer(state);
     completing.show(!state.chats);
     chat.count();
   });

@@ -9,10 +9,11 @@ import { pathTo } from "./tree.js";
 const KEEP_EVERY_MS = 1000; // of an answer that is being written
 
 /** A conversation as this tab holds it; none is kept before its first message. */
-export const emptyTalk = () => ({ conversation: null, messages: new Map(), documents: [], start: null });
+export const emptyTalk = () => ({ conversation: null, messages: new Map(), documents: [], start: null, adapter: "" });
 
 export function talkOf(conversation, messages) {
-  return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents: conversation.documents ?? [], start: conversation.start ?? null };
+  const { documents = [], start = null, adapter = "" } = conversation;
+  return { conversation, messages: new Map(messages.map((each) => [each.id, each])), documents, start, adapter };
 }
 
 /** Whether they are one conversation, which may have been opened again meanwhile. */
@@ -25,8 +26,8 @@ export const pathOf = ({ conversation, messages }) => (conversation ? pathTo([..
 
 /** Whoever extends it has render(), and _finish(message, refusal) for what follows the end of one. */
 export class Reading {
-  constructor({ store, settings, start, transcript, composer, documents, hooks }) {
-    Object.assign(this, { store, settings, start, transcript, composer, documents, hooks });
+  constructor({ store, settings, start, adapter, transcript, composer, documents, hooks }) {
+    Object.assign(this, { store, settings, start, adapter, transcript, composer, documents, hooks });
     this.talk = emptyTalk(); // which is open; what has begun in it goes on in it, whichever is open then
     this.running = new Map(); // message id -> AbortController of its reading
     this.doing = new Map(); // message id -> [what it waits for, what is called for it], which the server says only once
@@ -101,7 +102,7 @@ export class Reading {
   }
 
   _end(message, end) {
-    const model = this.hooks.state().model;
+    const model = message.settings?.adapter || this.hooks.state().model;
     message.end = { ...end, model, ...(message.seed !== undefined && { seed: message.seed }) };
     for (const passing of ["answerId", "unasked", "base", "seed"]) delete message[passing];
   }

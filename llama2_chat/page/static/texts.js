@@ -161,6 +161,11 @@ export const T = {
     missing: "The settings could not be loaded. Reload the page to have them.",
     reload: "Reload",
   },
+  adapter: {
+    label: "Model of this chat",
+    help: "Who answers from now on: the model, or one of its adapters.",
+    gone: (name) => `${isolated(name)} (no longer here)`,
+  },
   presets: {
     label: "Preset of this chat",
     door: (name) => `Preset: ${isolated(name)}`,
