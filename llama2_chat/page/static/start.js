@@ -177,7 +177,7 @@ export class Start {
 
   #save() {
     const { value } = this.list;
-    const name = h("input", { type: "text", maxlength: 60, required: true, value: value.startsWith(OWN) ? value.slice(OWN.length) : "", "aria-label": T.presets.name, placeholder: T.presets.name });
+    const name = h("input", { type: "text", class: "preset-name", maxlength: 60, required: true, value: value.startsWith(OWN) ? value.slice(OWN.length) : "", "aria-label": T.presets.name, placeholder: T.presets.name });
     const form = h("form", {}, name, h("footer", {}, h("button", { type: "submit", class: "primary" }, T.presets.saveYes)));
     const dialog = openDialog(T.presets.saveTitle, form);
     form.addEventListener("submit", (event) => {
