@@ -101,7 +101,14 @@ def _verdict(judge: ChatBackend, task: str, parts: list[str], schema: dict[str, 
     try:
         return ask_held(judge, [Message(role="user", content="\n\n".join([MATERIAL, *parts, task]))], schema)
     except ChatError as error:
-        raise ChatError(f"The judge gave no verdict: {error.detail}") from error
+        raise ChatError(f"The judge gave no verdict: {of_judge(error.detail)}") from error
+
+
+def of_judge(sentence: str) -> str:
+    """What went wrong, with the names by which the judge is set."""
+    for name, own in (("url", "--judge"), ("model", "--judge_model"), ("key", "JUDGE_KEY")):
+        sentence = sentence.replace(f"inference_{name}", own).replace(f"INFERENCE_{name.upper()}", own)
+    return sentence.replace("The model's server", "The judge's server")
 
 
 def _excerpts(sources: Sequence[Source]) -> str:

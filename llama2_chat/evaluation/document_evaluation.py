@@ -10,7 +10,7 @@ from pathlib import Path
 from llama2_chat.embeddings import make_embedder
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation import document_questions, document_report, retrieval
-from llama2_chat.evaluation.document_answers import judge_answers
+from llama2_chat.evaluation.document_answers import judge_answers, of_judge
 from llama2_chat.evaluation.document_questions import DocumentQuestion
 from llama2_chat.evaluation.document_report import Results
 from llama2_chat.evaluation.folder import make_folder
@@ -31,21 +31,26 @@ class Judge:
 
 def make_questions(path: Path, documents: Sequence[Path], number: int, settings: Settings, seed: int) -> None:
     """Have the model of these settings write questions to a new file, each as it comes. Raises ChatError."""
-    if path.exists():
-        raise ChatError(f"{path} is there already. Give another name for the new questions.")
-    with retrieval.collected(documents, []) as collection, _answering(settings) as chat:
-        pages = collection.shelf.pages(collection.ids)
-        try:
-            with path.open("x", encoding="utf-8") as file:
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError as error:
+        raise ChatError(f"{path} is there already. Give another name for the new questions.") from error
+    except OSError as error:
+        raise ChatError(f"{path} cannot be written ({error.strerror}).") from error
 
-                def keep(question: DocumentQuestion) -> None:
-                    print(f"{question.text}  |  {question.answer}", flush=True)
-                    file.write(question.to_json() + "\n")
-                    file.flush()
+    def keep(question: DocumentQuestion) -> None:
+        print(f"{question.text}  |  {question.answer}", flush=True)
+        file.write(question.to_json() + "\n")
+        file.flush()
 
-                made = document_questions.make(chat, pages, number, seed, keep)
-        except OSError as error:
-            raise ChatError(f"{path} cannot be written ({error.strerror}).") from error
+    try:
+        with file, retrieval.collected(documents, []) as collection, _answering(settings) as chat:
+            made = document_questions.make(chat, collection.shelf.pages(collection.ids), number, seed, keep)
+    finally:
+        if not path.stat().st_size:
+            path.unlink()
+    if not made:
+        raise ChatError("The model wrote no question about any of these passages. A larger one does better.")
     print(f"{made:,} questions are in {path}. Look through them: some may make no sense without their passage.")
 
 
@@ -102,15 +107,8 @@ def _judging(judge: Judge) -> Iterator[ChatBackend]:
     try:
         settings = Settings(inference_url=judge.url, inference_model=judge.model, inference_key=judge.key)
     except ChatError as error:
-        raise ChatError(_worded(str(error))) from error
+        raise ChatError(of_judge(str(error))) from error
     with contextlib.closing(RemoteModel(settings)) as chat:
         if chat.load().state != "ready":
-            raise ChatError(f"The judge cannot be asked: {_worded(chat.status.error)}")
+            raise ChatError(f"The judge cannot be asked: {of_judge(chat.status.error)}")
         yield chat
-
-
-def _worded(sentence: str) -> str:
-    """With the names by which the judge is set."""
-    for name, own in (("url", "--judge"), ("model", "--judge_model"), ("key", "JUDGE_KEY")):
-        sentence = sentence.replace(f"inference_{name}", own).replace(f"INFERENCE_{name.upper()}", own)
-    return sentence

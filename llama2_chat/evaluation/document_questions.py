@@ -73,8 +73,10 @@ def read_questions(path: Path) -> list[DocumentQuestion]:
     """At least one. Raises ChatError, with the line, for what is none."""
     try:
         text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ChatError(f"{path} cannot be read as text in UTF-8 ({first_line(error)}).") from error
+    except OSError as error:
+        raise ChatError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ChatError(f"{path} is no text in UTF-8 ({first_line(error)}).") from error
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):

@@ -110,10 +110,10 @@ def test_a_line_that_is_no_question_is_named(tmp_path, row, sentence):
     ("content", "sentence"),
     [
         (b"", "holds no question"),
-        (b"\xff\xfe\x00", "cannot be read as text in UTF-8"),
+        (b"\xff\xfe\x00", "is no text in UTF-8"),
         (b'[{"text": 1}]', "no JSON list of objects with a text and questions"),
         (b'{"data": [1]}', "not in SQuAD's form"),
-        (None, r"cannot be read as text in UTF-8 \(\[Errno 2\]"),
+        (None, r"cannot be read \(No such file or directory\)"),
     ],
 )
 def test_a_file_without_questions_is_refused(tmp_path, content, sentence):
@@ -194,6 +194,16 @@ def test_questions_that_are_there_are_not_written_over(report, tmp_path, setting
     assert len(read_questions(file)) == 3
 
 
+def test_where_no_question_can_be_made_no_file_is_left(tmp_path, settings):
+    for file, sentence in (
+        (tmp_path / "none" / "q.jsonl", "cannot be written"),
+        (tmp_path / "q.jsonl", "cannot be read"),
+    ):
+        with pytest.raises(ChatError, match=sentence):
+            make_questions(file, [tmp_path / "none.pdf"], 5, settings, 0)
+        assert not file.exists()
+
+
 def judge(**verdicts):
     """One that says this of everything."""
     return ScriptedChat(say=lambda messages: Scripted(json.dumps({"reason": "So it is.", **verdicts})))
@@ -245,7 +255,7 @@ def test_a_judge_that_gives_no_verdict_is_counted_and_one_that_fails_is_named(co
     assert (results.judged[0].faithful, results.judged[0].correctness) == (None, None)
     assert "faithful" not in summary(results)
     failing = ScriptedChat(say=lambda _: Scripted(error=ModelUnavailable("The model's server is gone.")))
-    with pytest.raises(ChatError, match="The judge gave no verdict: The model's server is gone"):
+    with pytest.raises(ChatError, match="The judge gave no verdict: The judge's server is gone"):
         judged(collection, ROWS[:1], failing, tmp_path)
 
 
