@@ -188,6 +188,25 @@ def test_files_can_be_dropped_and_pasted_and_what_cannot_be_read_says_why(page):
 
 
 @pytest.mark.slow
+def test_an_upload_can_be_cancelled_and_the_next_goes_on(page):
+    line = page.context.new_cdp_session(page)
+    line.send("Network.enable")
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 2e6}
+    line.send("Network.emulateNetworkConditions", slow)
+    large = {"name": "large.txt", "mimeType": "text/plain", "buffer": b"Words and words. " * 2_000_000}
+    page.locator("input[type=file]").set_input_files([large, NOTES])
+    expect(documents(page).locator("summary")).to_have_text(re.compile(r"Uploaded [1-9]\d? % of .large\.txt"))
+    assert_accessible(page)
+    documents(page).get_by_role("button", name="Cancel upload").click()
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page)).to_contain_text("notes.txt")
+    expect(documents(page).get_by_role("button", name="Cancel upload")).to_be_hidden()
+    expect(toast(page)).to_have_count(0)
+    page.reload()
+    expect(rows(page)).to_have_count(1)
+
+
+@pytest.mark.slow
 def test_a_file_that_is_too_large_is_refused_before_it_is_sent(page):
     page.evaluate("""() => {
       const data = new DataTransfer();
@@ -220,7 +239,7 @@ def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat,
     goes_on, add = threading.Event(), Library.add
     monkeypatch.setattr(Library, "add", lambda *args: add(*args) if goes_on.wait(60) else None)
     page.locator("input[type=file]").set_input_files([NOTES])
-    expect(documents(page)).to_contain_text("100 % …")  # it has been sent, and nothing has come back
+    expect(documents(page)).to_contain_text("Uploaded 100 % of")  # it has been sent, and nothing has come back
     send(page, QUESTION)
     expect(page.get_by_text("Sent as soon as the upload ends.")).to_be_visible()
     expect(box(page)).to_have_value(QUESTION)

@@ -49,6 +49,7 @@ export class Documents {
     this.section.hidden = !list.length && !this.uploading.length;
     this.use.checked = this.known(chosen).length > 0;
     this.details.classList.toggle("busy", Boolean(this.uploading.length) || list.some(isUnread));
+    this.cancel.hidden = !this.uploading[0]?.sending;
     this.use.disabled = !list.some(({ status }) => status !== "error");
     const line = this._line(list);
     if (this.summary.textContent !== line) this.summary.textContent = line;
@@ -68,7 +69,8 @@ export class Documents {
     this.rows = h("ul", {});
     this.details = h("details", {}, this.summary, this.rows, h("p", {}, this.limits.kept));
     this.section = h("section", { class: "documents", "aria-label": T.documents.label, hidden: true });
-    this.section.append(h("label", { title: T.documents.useHelp }, this.use, T.documents.use), this.details);
+    this.cancel = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.uploading[0]?.sending?.abort() }, T.documents.cancel);
+    this.section.append(h("label", { title: T.documents.useHelp }, this.use, T.documents.use), this.cancel, this.details);
     composer.prepend(this.section);
   }
 
@@ -122,12 +124,14 @@ export class Documents {
       const form = new FormData();
       form.append("purpose", "user_data");
       form.append("file", file, file.name);
-      const added = await answered("page/files", { body: form, onSent }, posted);
+      each.sending = new AbortController();
+      this.show();
+      const added = await answered("page/files", { body: form, onSent, signal: each.sending.signal }, posted);
       this.list = [added, ...(this.list ?? []).filter(({ id }) => id !== added.id)];
       this.handlers.onChoose((ids) => [...ids.filter((id) => id !== added.id), added.id], talk);
       return true;
     } catch (error) {
-      explain({ status: error.status, message: T.documents.failed(file.name, error.message) });
+      if (!each.sending?.signal.aborted) explain({ status: error.status, message: T.documents.failed(file.name, error.message) });
       return false;
     }
   }
@@ -219,12 +223,13 @@ function stateOf({ bytes, pages, pages_done: done, seconds_left: left, status })
 }
 
 /** fetch() would not say how much of the body has been sent. */
-function posted(address, { body, onSent }) {
+function posted(address, { body, onSent, signal }) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.upload.onprogress = ({ loaded, total }) => onSent(loaded / total);
     request.onload = () => resolve(new Response(request.responseText, { status: request.status }));
-    request.onerror = reject;
+    request.onerror = request.onabort = reject;
+    signal.onabort = () => request.abort();
     request.open("POST", address);
     request.send(body);
   });

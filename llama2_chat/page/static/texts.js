@@ -232,7 +232,8 @@ export const T = {
     lost: "The server cannot be reached. Please try again in a moment.",
     refused: (status) => `The server answered with ${status}.`,
     more: (count) => `${number(count)} more`,
-    uploading: (name, share) => `Uploading ${isolated(name)}${share ? `, ${number(Math.floor(100 * share))} %` : ""} …`,
+    uploading: (name, share) => (share ? `Uploaded ${number(Math.floor(100 * share))} % of ${isolated(name)}` : `Uploading ${isolated(name)} …`),
+    cancel: "Cancel upload",
     size: (bytes) => (bytes < 1e6 ? `${number(Math.ceil(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`),
     pages: (count) => plural(count, "page", "pages"),
     reading: (done, pages, seconds) =>
