@@ -30,6 +30,7 @@ BATCH = 8  # chunks
 TURN_S = 10.0  # that one owner's document is encoded while others wait
 RETRY_S = 10.0  # after a failure
 MOST_CHUNKS = 200_000  # that a question is compared with; more are searched by their words alone
+AT_ONCE = 256  # rows of BATCH vectors: in 32 bits they take twice the memory
 MAX_LETTERS = 1_000  # of a question
 CANDIDATES = 50
 
@@ -51,18 +52,20 @@ def by_meaning(db: sqlite3.Connection, ids: Sequence[str], encoder: str, vector:
 
     With some only, those would be preferred to the others whatever they say.
     """
-    parts: list[tuple[bytes, bytes]] = []
-    for id in ids:
-        if not is_whole(db, id, encoder):
-            return []
-        parts += db.execute("SELECT chunks, vectors FROM vectors WHERE document = ? AND encoder = ?", (id, encoder))
-    chunks = np.frombuffer(b"".join(chunks for chunks, _ in parts), np.int64)
-    vectors = np.frombuffer(b"".join(vectors for _, vectors in parts), np.float16).reshape(len(chunks), -1)
-    if not 0 < len(chunks) <= MOST_CHUNKS:
+    if not all(is_whole(db, id, encoder) for id in ids):
         return []
-    scores = vectors.astype(np.float32) @ vector
-    best = np.argpartition(-scores, min(CANDIDATES, len(scores)) - 1)[:CANDIDATES]
-    return chunks[best[np.argsort(-scores[best], kind="stable")]].tolist()
+    numbers, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for id in ids:
+        rows = db.execute("SELECT chunks, vectors FROM vectors WHERE document = ? AND encoder = ?", (id, encoder))
+        while some := rows.fetchmany(AT_ONCE):
+            numbers.append(np.frombuffer(b"".join(chunks for chunks, _ in some), np.int64))
+            halves = np.frombuffer(b"".join(vectors for _, vectors in some), np.float16)
+            scores.append(halves.reshape(len(numbers[-1]), -1).astype(np.float32) @ vector)
+    chunks, score = np.concatenate(numbers), np.concatenate(scores)
+    if len(chunks) > MOST_CHUNKS:
+        return []
+    best = np.argsort(-score, kind="stable")[:CANDIDATES]
+    return chunks[best].tolist()
 
 
 def is_whole(db: sqlite3.Connection, id: str, encoder: str) -> bool:
