@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -50,6 +51,9 @@ def make_server(app: FastAPI, chat: ChatBackend, settings: Settings, context: ss
             # An open page keeps a stream open for good; cutting it is no error worth a traceback.
             logging.getLogger("uvicorn.error").disabled = True
             await super().shutdown(sockets)
+            for connection in list(self.server_state.connections):  # over TLS they wait for the other side's goodbye
+                connection.transport.abort()
+            await asyncio.sleep(0)  # in which the loop tells them
 
     return Server(server_config(app, settings, ssl_context_factory=(lambda *_: context) if context else None))
 
