@@ -152,8 +152,16 @@ def test_what_a_browser_held_before_is_taken_over_and_every_device_has_all_of_it
     for page in (laptop, tab, phone):
         until_on(page, {"a": ["hello", "more"], "b": [], "c": []})
     until_kept(server, laptop, "a", "b", "c", "hello", "more")
+    # What a tab had no time to send, another one does.
+    server.is_up = False
+    do(tab, "await t.talk('d')")
+    tab.close()
+    server.is_up = True
+    until_kept(server, laptop, "a", "b", "c", "d", "hello", "more")
+    do(laptop, "await t.store.deleteConversation(t.id('d'))")
+    until_kept(server, laptop, "a", "b", "c", "hello", "more")
     puts = server.puts
-    for page in (laptop, tab, phone):
+    for page in (laptop, phone):
         page.reload()
         until_on(page, {"a": ["hello", "more"], "b": [], "c": []})
     assert server.puts == puts  # there was nothing to tell
@@ -199,6 +207,12 @@ def test_an_answer_under_way_can_be_read_on_elsewhere_and_its_end_is_kept(device
         until_on(page, {"a": ["hello", "word by word"]})
     until_kept(server, laptop, "a", "hello", "word by word")
     assert server.puts - puts <= 3
+    # What the model refused leaves every browser.
+    do(laptop, "await t.say('a', 'too long')")
+    until_on(phone, {"a": ["hello", "too long", "word by word"]})
+    do(laptop, "await t.store.removeMessages(t.id('a'), [t.id('too long')])")
+    until_on(phone, {"a": ["hello", "word by word"]})
+    until_kept(server, phone, "a", "hello", "word by word")
 
 
 def test_what_is_deleted_is_gone_everywhere_and_undo_brings_it_back(device, server):

@@ -1,5 +1,5 @@
 // What the server keeps of a record, and what becomes of one that two browsers have changed: pure functions on plain records.
-// When they are sent and taken in is told in syncing.js.
+// When they are sent and taken in is told in syncing.js and taking.js.
 
 // What is typed and not sent, and which tools are allowed, stays in its browser.
 const SHARED = ["id", "title", "renamed", "pinned", "createdAt", "updatedAt", "leafId", "documents", "start"];
@@ -24,6 +24,11 @@ export function sharedMessage(message) {
   if (!message.answerId) return message;
   const { steps, sources, ...begun } = message;
   return { ...begun, text: message.base ?? "" };
+}
+
+/** By what a record is compared with its copy. */
+export function sentOf(kind, record) {
+  return kind === "conversation" ? sharedConversation(record) : fingerprint(sharedMessage(record));
 }
 
 /** By this two versions of a record are told apart; the order of fields makes no difference. */

@@ -214,13 +214,16 @@ class Store {
   #listenToOtherTabs(channel) {
     if (!globalThis.BroadcastChannel) return;
     this.#channel = new BroadcastChannel(channel);
-    this.#channel.onmessage = ({ data }) => this.#hear({ ...data, here: false });
+    this.#channel.onmessage = ({ data }) => {
+      this.#hear({ ...data, here: false });
+      this.#syncing?.changed({ ...data, here: false });
+    };
   }
 
   #tell(change, here = true) {
     this.#channel?.postMessage(change);
     this.#hear({ ...change, here });
-    if (here) this.#syncing?.changed(change);
+    if (here) this.#syncing?.changed({ ...change, here });
   }
 
   #tellPersistence() {

@@ -1,23 +1,21 @@
 // The conversations of this browser and the server's copies of them, where HISTORY=server: what is new here is sent, and what
-// other browsers have sent is taken in. The browser works from its own records, so it works without the server, and catches
-// up. How two versions of a record become one is told in merging.js; the server's side is ../history.py.
-//
-// Known of each copy: { id, kind, conversation, revision, sent, gone }. sent is the copy as it was when it was last seen: a
-// conversation's fields, a message's fingerprint, null once it is deleted there. gone: it was removed here, and is to be deleted.
+// other browsers have sent is asked for. The browser works from its own records, so it works without the server, and catches
+// up. How copies are taken in, and what is known of them, is told in taking.js; the server's side is ../history.py.
 
-import { checkConversation, checkMessage } from "./import_check.js";
-import { fingerprint, mergedConversation, mergedMessage, sharedConversation, sharedMessage, withShared } from "./merging.js";
+import { fingerprint, sentOf, sharedConversation, sharedMessage } from "./merging.js";
+import { entryOf, KINDS, Taking } from "./taking.js";
 import { T } from "./texts.js";
 
 const SINCE = "since"; // the entry that says up to which revision all is known
 const LOOK_EVERY_MS = 10_000; // for what is new elsewhere, while the page can be seen
 const SEND_AFTER_MS = 300; // without a change
+const SEND_FOR_OTHERS_MS = 3000; // what another tab has written, which has sent it by then unless it was closed
 const RETRY_MS = [1000, 3000, 10_000, 60_000];
-const KINDS = { conversation: "conversations", message: "messages" };
 
 export class Syncing {
   #changed = new Map(); // id -> { id, kind, conversation }, whose copy may be another
   #refused = new Set(); // ids of what the server does not take
+  #refusal = ""; // why, of the last of them
   #isRead = false; // whether what changed while no page was open is among them
   #working = Promise.resolve();
   #isFull = false; // the server has no room, so that deletions go first
@@ -25,6 +23,7 @@ export class Syncing {
   #pausedUntil = 0;
   #timer = null;
   #most;
+  #taking;
 
   /**
    * @param {import("./records.js").Records} records
@@ -35,6 +34,7 @@ export class Syncing {
    */
   constructor(records, { limits, profile, hooks }) {
     Object.assign(this, { records, limits, profile, hooks });
+    this.#taking = new Taking(records, { ...hooks, onDiffers: (record) => this.#changed.set(record.id, record) });
     /** Why something is not on the server; "" if all is well. */
     this.problem = "";
     this.#most = limits.records;
@@ -48,13 +48,13 @@ export class Syncing {
     look();
   }
 
-  /** A record was written or removed here. id: null for all messages of the conversation */
-  changed({ kind, id, conversationId }) {
+  /** A record was written or removed. id: null for all messages of the conversation; here: by this tab */
+  changed({ kind, id, conversationId, here }) {
     const conversation = conversationId;
     this.#changed.set(id ?? `all of ${conversation}`, { id, kind, conversation });
     if (this.#failures && !this.#isFull) return; // it goes along with the next try
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#work(false), SEND_AFTER_MS);
+    this.#timer = setTimeout(() => this.#work(false), here ? SEND_AFTER_MS : SEND_FOR_OTHERS_MS);
   }
 
   /** One after another. looks: for what is new elsewhere, too */
@@ -66,7 +66,7 @@ export class Syncing {
         if (!this.#isRead) await this.#readAll();
         await this.#send();
         this.#failures = 0;
-        this.#tell(this.#refused.size ? this.problem : "");
+        this.#tell(this.#refusal);
       } catch (error) {
         this.#failed(error);
       }
@@ -74,9 +74,9 @@ export class Syncing {
   }
 
   #failed(error) {
-    const isLineDown = error instanceof TypeError || [502, 503, 504].includes(error.status);
+    const isLineDown = [502, 503, 504].includes(error.status);
     this.#isFull = error.status === 507;
-    if (!error.status && !isLineDown) console.error(error);
+    if (!error.status) console.error(error);
     this.#tell(isLineDown ? (this.#changed.size ? T.syncing.offline : "") : (error.status && error.message) || T.syncing.failed);
     const wait = this.#isFull ? RETRY_MS.at(-1) : RETRY_MS[Math.min(this.#failures, RETRY_MS.length - 1)];
     this.#failures += 1;
@@ -97,7 +97,7 @@ export class Syncing {
     for (;;) {
       const page = await this.#ask(`?epoch=${since.epoch}&revision=${since.revision}`);
       if (since.epoch && (page.epoch !== since.epoch || page.after < since.revision)) await this.#forget(); // it is another file
-      await this.#take(page.records);
+      await this.#taking.take(page.records);
       since = { id: SINCE, epoch: page.epoch, revision: page.revision };
       await this.records.changeKnown([since]);
       if (page.isLast) return;
@@ -108,96 +108,6 @@ export class Syncing {
     const known = await this.records.known();
     await this.records.changeKnown([], known.map(({ id }) => id));
     this.#isRead = false;
-  }
-
-  async #take(copies) {
-    const groups = new Map();
-    for (const copy of copies) groups.set(copy.conversation, [...(groups.get(copy.conversation) ?? []), copy]);
-    for (const [id, group] of groups) {
-      const own = group.find(({ kind }) => kind === "conversation");
-      const messages = group.filter(({ kind }) => kind === "message");
-      const all = own ? [own, ...messages] : messages; // a message is only written where its conversation is
-      let isNews = await this.#addNew(id, own, messages);
-      if (!isNews) for (const copy of all) isNews = (await this.#takeOne(copy)) || isNews;
-      if (isNews) this.hooks.onTaken(id);
-    }
-  }
-
-  /** A conversation of which nothing is known here, at once. Whether it was one. */
-  async #addNew(id, own, messages) {
-    if (!own?.record || (await this.records.record("conversations", id)) || (await this.records.record("known", id))) return false;
-    const conversation = checkConversation(own.record);
-    if (conversation?.id !== id) return false;
-    const checked = messages.map((copy) => [copy, copy.record && checkMessage(copy.record, id)]).filter(([copy, message]) => message?.id === copy.id);
-    try {
-      await this.records.add(conversation, checked.map(([, message]) => message));
-    } catch {
-      return false; // the disk is full, which the other way knows to handle
-    }
-    const entries = checked.map(([copy, message]) => entryOf(copy, copy.revision, sentOf("message", message)));
-    await this.records.changeKnown([entryOf(own, own.revision, sentOf("conversation", conversation)), ...entries]);
-    return true;
-  }
-
-  /** Whether something is another now. */
-  async #takeOne(copy) {
-    const { id, kind, conversation, revision } = copy;
-    const known = await this.records.record("known", id);
-    if (known?.revision >= revision) return false;
-    const mine = await this.records.record(KINDS[kind], id);
-    if (!copy.record) return this.#takeDeletion(copy, known, mine);
-    if (known?.gone) return this.#know({ ...known, revision }); // and is to be deleted there
-    const theirs = kind === "conversation" ? checkConversation(copy.record) : checkMessage(copy.record, conversation);
-    if (theirs?.id !== id) return this.#know(entryOf(copy, revision, known?.sent ?? "")); // of a later page, maybe
-    if (!(await (kind === "conversation" ? this.#takeConversation : this.#takeMessage).call(this, theirs, mine, known))) return false;
-    await this.#know(entryOf(copy, revision, sentOf(kind, theirs)));
-    this.#changed.set(id, { id, kind, conversation }); // where it was changed here as well
-    return true;
-  }
-
-  async #takeDeletion({ id, kind, conversation, revision }, known, mine) {
-    if (!mine || (known && known.sent !== null)) {
-      if (kind === "conversation") await this.records.remove([id], () => true);
-      else await this.records.removeMessages([id]);
-      await this.records.changeKnown([], [id]);
-      if (kind === "message") this.hooks.onTaken(conversation, id);
-      return Boolean(mine);
-    }
-    await this.#know({ id, kind, conversation, revision, sent: null }); // here it was brought back, or imported
-    this.#changed.set(id, { id, kind, conversation });
-    return false;
-  }
-
-  #takeConversation(theirs, mine, known) {
-    const shared = sharedConversation(theirs);
-    const before = typeof known?.sent === "object" ? known.sent : null;
-    return this.records.change("conversations", theirs.id, (old) => {
-      if (!old) return mine ? undefined : shared; // removed at this very moment
-      return withShared(old, mergedConversation(sharedConversation(old), shared, before));
-    });
-  }
-
-  async #takeMessage(theirs, mine, known) {
-    let beside = null;
-    const kept = await this.records.change("messages", theirs.id, (old) => {
-      if (!old || sentOf("message", old) === known?.sent) return theirs;
-      const merged = mergedMessage(old, theirs);
-      beside = merged.beside;
-      return merged.kept;
-    }, theirs.conversationId);
-    if (beside) await this.#keepBeside({ ...beside, id: this.hooks.newId() });
-    return kept;
-  }
-
-  async #keepBeside(message) {
-    const { id, conversationId: conversation } = message;
-    await this.records.change("messages", id, () => message, conversation);
-    this.#changed.set(id, { id, kind: "message", conversation });
-  }
-
-  async #know(entry) {
-    await this.records.changeKnown([entry]);
-    return false;
   }
 
   // To the server.
@@ -236,7 +146,7 @@ export class Syncing {
         continue;
       }
       for (const each of batch) await this.#sent(each, saved.kept[each.change.id]);
-      await this.#take(saved.others);
+      await this.#taking.take(saved.others);
       await this.#advance({ epoch, revision }, saved);
       refusals = Object.keys(saved.kept).length ? 0 : refusals + 1; // others write all the time
     }
@@ -246,8 +156,8 @@ export class Syncing {
   #narrow(batch, error) {
     if (batch.length > 1) return void (this.#most = Math.ceil(batch.length / 2));
     this.#refused.add(batch[0].change.id);
+    this.#refusal = error.message;
     this.#most = this.limits.records;
-    this.#tell(error.message);
   }
 
   /** What is to be sent next: conversations before messages, which are not kept without them. */
@@ -303,7 +213,7 @@ export class Syncing {
     }
     if (sent === null && !isHere) return this.records.changeKnown([], [id]);
     await this.records.changeKnown([entryOf(changed, revision, sent, !isHere)]);
-    if (!isHere) this.changed({ kind, id, conversationId: changed.conversation }); // removed while it was sent
+    if (!isHere) this.changed({ kind, id, conversationId: changed.conversation, here: true }); // removed while it was sent
   }
 
   /** What was sent need not be read again, unless others have sent something before it. */
@@ -316,16 +226,12 @@ export class Syncing {
 
   async #ask(query, changes) {
     const headers = { "X-Login": encodeURIComponent(this.profile), ...(changes && { "Content-Type": "application/json" }) };
-    const response = await fetch(`page/history${query}`, { headers, ...(changes && { method: "PUT", body: JSON.stringify(changes) }) });
+    const asked = { headers, ...(changes && { method: "PUT", body: JSON.stringify(changes) }) };
+    const response = await fetch(`page/history${query}`, asked).catch((error) => {
+      throw Object.assign(error, { status: 503 }); // the line is down
+    });
     const body = await response.json().catch(() => null);
     if (response.ok && body) return body;
     throw Object.assign(new Error(body?.error?.message ?? T.connection.refused(response.status)), { status: response.ok ? 502 : response.status });
   }
-}
-
-const entryOf = ({ id, kind, conversation }, revision, sent, gone = false) => ({ id, kind, conversation, revision, sent, ...(gone && { gone }) });
-
-/** By what a record is compared with its copy. */
-function sentOf(kind, record) {
-  return kind === "conversation" ? sharedConversation(record) : fingerprint(sharedMessage(record));
 }
