@@ -236,15 +236,21 @@ def test_a_question_waits_for_its_document_while_others_are_typed_and_says_so(pa
 @pytest.mark.slow
 def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat, monkeypatch):
     """It was asked without the file, which was still on its way."""
-    goes_on, add = threading.Event(), Library.add
-    monkeypatch.setattr(Library, "add", lambda *args: add(*args) if goes_on.wait(60) else None)
+    ended, uploaded, add = threading.Event(), threading.Event(), Library.add
+    chat.say = lambda _: Scripted("It was Ferrandini.", gate=ended.is_set)
+    monkeypatch.setattr(Library, "add", lambda *args: add(*args) if uploaded.wait(60) else None)
+    send(page, "Hello.")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.locator("input[type=file]").set_input_files([NOTES])
     expect(documents(page)).to_contain_text("Uploaded 100 % of")  # it has been sent, and nothing has come back
     send(page, QUESTION)
+    expect(page.get_by_text("Sent as soon as this answer ends.")).to_be_visible()
+    ended.set()
     expect(page.get_by_text("Sent as soon as the upload ends.")).to_be_visible()
     expect(box(page)).to_have_value(QUESTION)
-    expect(questions(page)).to_have_count(0)
-    goes_on.set()
+    expect(questions(page)).to_have_count(1)
+    uploaded.set()
+    expect(answers(page)).to_have_count(2)
     expect(answers(page).last).to_contain_text("Ferrandini")
     assert "Seabirds nest" in asked(chat)
     held = []
@@ -258,7 +264,7 @@ def test_a_question_that_is_sent_during_an_upload_waits_for_the_file(page, chat,
     expect(toast(page)).to_contain_text("report.pdf")
     expect(page.get_by_text("Sent as soon as the upload ends.")).to_have_count(0)
     expect(box(page)).to_have_value("And who built it?")  # it may be about what is missing
-    assert len(chat.asked) == 1
+    assert len(chat.asked) == 2
 
 
 @pytest.mark.slow
