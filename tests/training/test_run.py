@@ -168,7 +168,7 @@ def test_a_base_model_learns_plain_texts_and_stays_a_base_model(chat_model, tmp_
 def test_a_run_stops_early_when_the_eval_loss_rises_and_does_not_begin_to_count_anew(
     chat_model, dataset, tmp_path, capsys
 ):
-    flags = ("--use_peft", "--learning_rate", "0.1", "--num_train_epochs", "40", "--early_stopping", "2")
+    flags = ("--use_peft", "--learning_rate", "0.3", "--num_train_epochs", "40", "--early_stopping", "2")
     command = arguments(chat_model, dataset, tmp_path, *flags)
     train_here(*command)
     stopped = read_curves(tmp_path)
