@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from llama2_chat.api_keys import ApiKeys
 from llama2_chat.errors import ChatError
 from llama2_chat.process import outlive_stderr
 from llama2_chat.server import login, preflight
@@ -99,7 +100,8 @@ async def _built(make: Callable[[], FastAPI]) -> FastAPI:
 
 def _read_again_at_sighup(settings: Settings, users: login.Users | None, certificates: Certificates | None) -> None:
     """What lies in files and may change while answers go on. Where there is nothing, SIGHUP ends the program."""
-    if not (users or certificates) or not hasattr(signal, "SIGHUP"):  # Windows has none
+    keys = settings.api_keys if isinstance(settings.api_keys, ApiKeys) else None
+    if not (users or certificates or keys) or not hasattr(signal, "SIGHUP"):  # Windows has none
         return
 
     def read_again(*_: object) -> None:
@@ -107,6 +109,8 @@ def _read_again_at_sighup(settings: Settings, users: login.Users | None, certifi
             log.info("The certificate was read again")
         if users and settings.auth_file:
             login.read_again(users, settings.auth_file)
+        if keys:
+            keys.read_again()
 
     signal.signal(signal.SIGHUP, read_again)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from llama2_chat.api_keys import ApiKeys
 from llama2_chat.errors import ChatError
 from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
@@ -33,6 +34,7 @@ OPTIONAL = {
     "certfile": Path,
     "keyfile": Path,
     "auth_file": Path,
+    "api_key_file": Path,
     "mcp_servers": Path,
     "presets": Path,
     "max_batch": int,
@@ -61,7 +63,8 @@ class Settings:
     keyfile: Path | None = _knob(None, "KEYFILE", "its private key, PEM; KEY_PASSWORD decrypts it")
     key_password: str | None = field(default=None, repr=False)  # from the environment only
     root_path: str = _knob("", "GRADIO_ROOT_PATH", "path of the page behind a reverse proxy, such as /chat")
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # API_KEY, from the environment only
+    api_keys: Collection[str] = field(default=(), repr=False)  # API_KEY, from the environment only, and those of a file
+    api_key_file: Path | None = _knob(None, "API_KEY_FILE", "more keys of the API, one a line; SIGHUP reads them again")
     admin_key: str = field(default="", repr=False)  # from the environment only
     auth_file: Path | None = _knob(None, "AUTH_FILE", "who may log in to the page: lines that --hash-password makes")
     body_limit_mb: float | None = _knob(
@@ -356,9 +359,11 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
     for name in ("cache_dir", "documents_dir", "history_dir", *files):
         if values[name] is not None:
             values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
-    api_keys = _split(environ.get("API_KEY", ""))
+    api_keys: Collection[str] = _split(environ.get("API_KEY", ""))
     if environ.get("API_KEY") and not api_keys:
         raise ChatError("API_KEY contains no key. Set one, or unset API_KEY to let everybody in.")
+    if values["api_key_file"]:
+        api_keys = ApiKeys(tuple(api_keys), values["api_key_file"])
     https = bool(values["https"] or values["certfile"] or values["keyfile"])
     host = values["host"] or ("0.0.0.0" if https else Settings.host)
     body_limit_mb = values["body_limit_mb"]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A room may import itself and the rooms of the lines above its own. Rooms of one line do not know each other.
 LAYERS = [
     {"__init__", "errors"},
-    {"types"},
+    {"types", "api_keys"},
     {"text", "context", "settings", "channel", "process", "database"},
     {"tasks", "presets"},
     {"kernels", "prompt", "tools"},

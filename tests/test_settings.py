@@ -149,6 +149,23 @@ def test_api_keys_come_from_the_environment_and_are_never_printed():
     assert Settings.read([], {"API_KEY": ""}).api_keys == ()
 
 
+def test_the_keys_of_a_file_stand_beside_those_of_the_environment_and_are_read_again(tmp_path, caplog, capsys):
+    path = tmp_path / "keys.txt"
+    path.write_text("# of the office\ntwo\n")
+    settings = Settings.read(["--api-key-file", str(path)], {"API_KEY": "one"})
+    assert [*settings.api_keys] == ["one", "two"]
+    path.write_text("three\n")
+    settings.api_keys.read_again()
+    assert [*settings.api_keys] == ["one", "three"]
+    path.write_text("\n")
+    settings.api_keys.read_again()
+    assert [*settings.api_keys] == ["one", "three"]
+    assert "contains no key" in caplog.text
+    with pytest.raises(SystemExit):
+        Settings.read(["--api-key-file", str(path)], {})
+    assert "contains no key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("host", "limit"), [("127.0.0.1", None), ("localhost", None), ("::1", None), ("0.0.0.0", 10), ("::", 10)]
 )

@@ -121,6 +121,7 @@ def site(folder, inference_url):
     command = [sys.executable, "-W", "error", "app.py", "--port", "0", "--auth-file", folder / "users.txt"]
     command += ["--certfile", folder / "server.crt", "--keyfile", folder / "server.key", "--host", "127.0.0.1"]
     environ = os.environ | {"INFERENCE_URL": inference_url, "DOCUMENTS_DIR": str(folder / "documents")}
+    environ |= {"API_KEY_FILE": str(folder / "keys.txt")}
     log = folder / "log.txt"
     with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, env=environ, stderr=file) as server:
         try:
@@ -154,6 +155,7 @@ def test_signals_in_mid_answer_end_what_they_should_and_lose_nothing(settings, t
     remote = ScriptedChat(say=lambda messages: Paced(free) if messages[-1]["content"] == "Hi" else Scripted("Hello!"))
     users = tmp_path / "users.txt"
     users.write_text(f"anna:{login.hash_password('1')}\n")
+    (keys := tmp_path / "keys.txt").write_text("old\n")
     make_certificate(tmp_path)
     with serving(remote, settings) as inference_url:
         with site(tmp_path, inference_url) as server:
@@ -162,8 +164,12 @@ def test_signals_in_mid_answer_end_what_they_should_and_lose_nothing(settings, t
             with server.in_mid_answer(1) as lines:
                 make_certificate(tmp_path)
                 users.write_text(users.read_text() + f"bert:{login.hash_password('2')}\n")
+                keys.write_text("new\n")
                 server.process.send_signal(signal.SIGHUP)
-                until(lambda: "2 may log in" in server.log.read_text())
+                until(lambda: "keys: 1" in server.log.read_text())
+                assert "2 may log in" in server.log.read_text()
+                with_key = lambda key: server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})  # noqa: E731
+                assert [with_key(key).status_code for key in ("old", "new")] == [401, 200]
                 assert ssl.get_server_certificate(("127.0.0.1", port)) != before
                 free.append(True)
                 assert [*lines][-1]["end"]["reason"] == "stop"
