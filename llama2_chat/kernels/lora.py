@@ -100,6 +100,8 @@ class Lora(nn.Module):
         On a CPU rows go through in blocks of so many that each comes out the same, bit for bit, whoever the others are.
         """
         rows, mask = x.reshape(-1, x.shape[-1]), mask.to(x.device)
+        if len(rows) != len(mask):
+            raise RuntimeError(f"{len(rows)} rows came into a layer, of a step of {len(mask)}")
         if (block := self._block(rows)) is None:
             added = self._added(rows, mask)
         else:

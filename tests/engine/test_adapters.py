@@ -1,5 +1,6 @@
 """Several adapters over one model at once: each request gets what its own says alone, whoever shares the step."""
 
+import copy
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cpu_llama import CpuLlamaLayer
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.engine.prefix_cache import PrefixCache
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import nf4_config
@@ -159,3 +163,24 @@ def test_each_adapter_has_a_tree_of_its_own_in_the_prefix_cache():
     assert [len(cache.match([1, 2, 3], adapter=adapter).table) for adapter in (0, 1, 2)] == [0, 1, 0]
     assert cache.match([1, 4], adapter=2).nearest is None  # nor is a part of a block copied
     assert cache.available == 2
+
+
+class EverySecond(torch.nn.Module):
+    """An expert of a mixture, who sees some tokens only."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        y[:, ::2] = self.mlp(x[:, ::2])
+        return y
+
+
+def test_an_adapter_of_a_layer_that_sees_only_some_tokens_is_refused(tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    model.model.layers[1].mlp = EverySecond(model.model.layers[1].mlp)
+    adapter = LoraWeights("poems", {"model.layers.1.mlp.mlp.up_proj": (torch.randn(2, 32), torch.randn(64, 2))})
+    with pytest.raises(ModelUnavailable, match="as experts of a mixture do"):
+        add_adapters(model, [adapter])
