@@ -312,7 +312,7 @@ def test_an_unknown_model_is_404(http):
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/moderations"),
         ("PROPFIND", "/v1/models"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/completion"),
