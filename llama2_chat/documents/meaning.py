@@ -123,6 +123,8 @@ class Encoding:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._embedder.identity and not self._closing.wait(RETRY_S / 10):
             pass  # nobody knows yet which vectors are still good
+        if self._closing.is_set():
+            return
         self._look_around()
         while (job := self._line.take()) is not None:
             try:

@@ -79,6 +79,7 @@ class LocalEmbedder:
                 command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
             )
             self._send((self._source, self._cache_dir))
+        log.info("Loading %s; what is missing of it is downloaded first", self.name)
         threading.Thread(target=self._listen, args=(self._process,), name="embeddings", daemon=True).start()
 
     def close(self) -> None:
