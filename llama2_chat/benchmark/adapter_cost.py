@@ -42,7 +42,6 @@ def _in_turns(chat: ChatModel) -> dict[str, float]:
         f"{USERS} users of the base, tokens/s": base,
         f"{USERS} users of {ADAPTERS} adapters, tokens/s": adapted,
         "adapters / base": statistics.median(adapted / base for base, adapted in rounds),
-        "fastest of both, adapters / base": max(each for _, each in rounds) / max(each for each, _ in rounds),
     }
 
 

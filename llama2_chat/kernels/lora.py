@@ -163,11 +163,9 @@ class Int8Lora(Lora):
         return None if int8_rows_are_alike(torch.get_num_threads()) else ROWS
 
     def _added(self, rows: Tensor, mask: Tensor) -> list[Any]:
-        hidden = torch._weight_int8pack_mm(rows.bfloat16(), *self._first)
-        if len(self._then) == 1:
-            return [torch._weight_int8pack_mm(hidden.mul_(mask), *self._then[0])]
-        parts = hidden.chunk(len(self._then), 1)
-        return [torch._weight_int8pack_mm(part * mask, *then) for part, then in zip(parts, self._then, strict=True)]
+        hidden = torch._weight_int8pack_mm(rows.bfloat16(), *self._first).view(len(rows), len(self._then), -1)
+        parts = hidden.mul_(mask[:, None]).unbind(1)
+        return [torch._weight_int8pack_mm(part, *then) for part, then in zip(parts, self._then, strict=True)]
 
 
 @cache
