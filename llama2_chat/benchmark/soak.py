@@ -27,13 +27,14 @@ from llama2_chat import ROOT
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.healthy_readers import visit, warm_up
 from llama2_chat.benchmark.hostile_readers import KINDS, Target, harass
+from llama2_chat.page.answering import UNREAD_S
 from llama2_chat.server.login import hash_password
 
 MB = 1_000_000
 MOST_GROWTH_MB = 20
 MOST_SLOWER = 3  # times, of the p95 to the first token, beside hostile readers
 HOSTILE_PART = 2 / 3  # of the time; the rest is the healthy readers' alone
-SETTLES_S = 60.0  # once all have left
+SETTLES_S = UNREAD_S + 30  # once all have left: for so long the page keeps answers going for a reader who comes back
 STATE = re.compile(r"^chat_(?:requests_running|requests_waiting|kv_cache_used_tokens) (\S+)", re.MULTILINE)
 
 
