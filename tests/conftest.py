@@ -45,10 +45,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-seconds[item.path], -tests[item.path]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_home(tmp_path_factory):
+    """Where documents and conversations lie, also those of programs that a test starts: not this user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def settings():
+def settings(data_home):
     """The settings of somebody who set nothing, whatever stands in this shell's environment."""
-    return Settings.read([], {name: os.environ[name] for name in ("CACHE_DIR", "XDG_CACHE_HOME") if name in os.environ})
+    folders = ("CACHE_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+    return Settings.read([], {name: os.environ[name] for name in folders if name in os.environ})
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,15 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 --accent: light-dark(#4338ca, #a5b4fc); --radius: 8px; --mono: monospace; } body { color: var(--text);
 background: var(--surface); }</style><main><div id="answer"></div></main></html>"""
 
-# What a test has at hand: view, an AnswerView of #answer; frame(), the next frame after what it shows.
+# What a test has at hand: view, an AnswerView of #answer; frame(), the next frame after it has shown all.
 HELPERS = """
 const { AnswerView } = await import("./markdown.js");
 window.answer = document.querySelector("#answer");
 window.view = new AnswerView(answer);
-window.frame = () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+window.frame = async () => {
+  do await new Promise(requestAnimationFrame); while (view.frame);
+  await new Promise(requestAnimationFrame);
+};
 """
 
 
