@@ -13,6 +13,7 @@ from llama2_chat.types import GrammarSpec, Message, SamplingParams
 from model import ChatModel
 
 ROUNDS = 3
+ANSWER_TOKENS = 128  # at most
 SHORT = "The roof is green and the door is blue. A cat sits on the wall and looks at the birds."
 TEXT = (
     "The harbour of Lindholm was built in 1862, when the herring came close to the shore. Forty families lived there, "
@@ -29,7 +30,7 @@ SCHEMA = {
     "required": [*FIELDS, *MORE_FIELDS],
     "additionalProperties": False,
 }
-LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=128)
+LIKELIEST = SamplingParams(temperature=0, repetition_penalty=1)
 
 
 def _talk(*texts: str) -> list[Message]:
@@ -63,13 +64,13 @@ def measure(chat: ChatModel) -> Iterator[Figures]:
         yield {f"guesses, {name}: with / without": statistics.median(_gains(chat, messages, params))}
     gains = []
     for seed, question in enumerate(CHATS):
-        gains.append(statistics.median(_gains(chat, _talk(question), SamplingParams(seed=seed, max_new_tokens=128))))
+        gains.append(statistics.median(_gains(chat, _talk(question), SamplingParams(seed=seed))))
     yield {"guesses, chat: with / without": statistics.median(gains), "guesses, chat, least": min(gains)}
 
 
 def _gains(chat: ChatModel, messages: list[Message], params: SamplingParams) -> list[float]:
     """How many times as fast an answer is with guesses, each time beside one without; the first time warms up."""
-    runner, gains = chat.serving.engine.runner, []
+    runner, gains, params = chat.serving.engine.runner, [], replace(params, max_new_tokens=ANSWER_TOKENS)
     most = runner.draft_tokens
     for _ in range(1 + ROUNDS):
         guessing, with_guesses = _seconds(chat, messages, params)

@@ -85,12 +85,14 @@ def test_users_of_a_shape_are_measured_and_drawn(tmp_path):
 def test_the_embedded_model_is_measured_from_its_start_to_its_tenth_turn(chat):  # the model is here when `chat` is
     shorter = {"embedded__CONVERSATIONS": 1, "embedded__TURN_TOKENS": 20, "embedded__DECODE_ROUNDS": 2}
     shorter |= {"embedded__ANSWER_TOKENS": 8, "embedded__PERPLEXITY_TOKENS": 256, "load_test__ROUNDS": 1}
+    shorter |= {"speculation__ROUNDS": 1, "speculation__ANSWER_TOKENS": 16, "speculation__CHATS": ("Hello!",)}
     figures = bench(**shorter)
     assert figures["start to first token, s"] > figures["start to page, s"] > 0
     assert figures["turn 10, prompt tokens"] > 100
     assert figures["decode, ours, tokens/s"] > 0
     assert figures["8 users, together / one after another"] > 0
     assert figures["perplexity, int8"] > 1
+    assert figures["guesses, chat: with / without"] > 0
 
 
 @pytest.mark.slow
