@@ -1,5 +1,6 @@
 """GET /admin/: what the operator sees, from the numbers of /metrics, and who does not."""
 
+import asyncio
 import base64
 import re
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from llama2_chat.server import guesses
 from llama2_chat.server.admin import admin_router
 from llama2_chat.server.metrics import Metrics, Record
 from llama2_chat.settings import Settings
@@ -167,7 +169,8 @@ def test_whoever_guesses_waits(http, monkeypatch):
     async def sleep(seconds):
         waited.append(seconds)
 
-    monkeypatch.setattr("llama2_chat.server.guesses.asyncio.sleep", sleep)
+    # There alone: the servers of other tests sleep in their threads.
+    monkeypatch.setattr(guesses, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
     for _ in range(8):
         http.get("/admin/", headers=basic("wrong"))
     assert waited == [0, 0, 0, 0, 0, 1, 2, 4]

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
@@ -232,7 +233,7 @@ def test_an_answer_ends_where_a_line_is_indented_less_than_asked(indent, pieces,
 
 def test_an_answer_that_takes_too_long_ends_once_it_has_a_line(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr("llama2_chat.server.infill.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("llama2_chat.server.infill.time", SimpleNamespace(monotonic=lambda: next(now)))
     reply = CutReply(Scripted("a", "b", "c", "\n", "d", "e"), 0, 1.5)
     assert "".join(reply) == "abc\n"
     assert reply.finish_reason == "length"
