@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llama2_chat.errors import ChatError
+from llama2_chat.named_files import read_text
 
 log = logging.getLogger("llama2_chat")
 
@@ -39,11 +39,8 @@ class ApiKeys(Collection[str]):
 
 
 def _keys_in(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is not text"
-        raise ChatError(f"API_KEY_FILE {path} cannot be read: {reason}. Give the path of a file of keys.") from error
+    text = read_text("API_KEY_FILE", path, "Give the path of a file of keys.")
+    lines = map(str.strip, text.splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ChatError(f"API_KEY_FILE {path} contains no key. Write one a line.")

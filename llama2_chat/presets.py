@@ -10,8 +10,6 @@ visitors export on the page, and what PRESETS names; in it, only the name of a p
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2_chat.errors import ChatError, quoted
+from llama2_chat.named_files import read_json
 from llama2_chat.text import valid_unicode, written_day
 from llama2_chat.types import Message
 
@@ -105,17 +104,11 @@ NO_PRESETS = Presets()
 
 def read_presets(path: Path) -> Presets:
     """What the file holds. Raises ChatError, with what to do, for a file that makes no sense."""
-    named = f"PRESETS {quoted(path)}"
-    try:
-        read = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise ChatError(f"{named} cannot be read: {os.strerror(error.errno or 0)}. {REMEDY}") from error
-    except (ValueError, RecursionError) as error:
-        raise ChatError(f"{named} is not JSON: {error!s:.100}. {REMEDY}") from error
+    read = read_json("PRESETS", path, REMEDY)
     try:
         return _presets(read)
     except _Wrong as error:
-        raise ChatError(f"{named}: {error} {REMEDY}") from error
+        raise ChatError(f"PRESETS {quoted(path)}: {error} {REMEDY}") from error
 
 
 class _Wrong(Exception):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 # A room may import itself and the rooms of the lines above its own. Rooms of one line do not know each other.
 LAYERS = [
     {"__init__", "errors"},
-    {"types", "api_keys"},
+    {"types", "named_files"},
+    {"api_keys"},
     {"text", "context", "settings", "channel", "process", "database"},
     {"tasks", "presets"},
     {"kernels", "prompt", "tools"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"benchmark"},
     {"scripts"},
 ]
-GROUND_FLOOR = set().union(*LAYERS[:4])
+GROUND_FLOOR = set().union(*LAYERS[:5])
 
 # Rooms that know less than their line lets them.
 ONLY = {

@@ -10,8 +10,6 @@ asking. Nothing is started here.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llama2_chat.errors import ChatError, quoted
+from llama2_chat.named_files import read_json
 
 SERVER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 OURS = {"readOnly", "type", "transport", "disabled"}  # beside those of its kind
@@ -46,12 +45,7 @@ class McpServerSpec:
 def read_mcp_servers(path: Path) -> list[McpServerSpec]:
     """The servers that the file names. Raises ChatError, with one sentence, for a file that makes no sense."""
     named = f"MCP_SERVERS {quoted(path)}"
-    try:
-        read = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ChatError(f"{named} cannot be read: {os.strerror(error.errno or 0)}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ChatError(f"{named} is not JSON: {error!s:.100}.") from error
+    read = read_json("MCP_SERVERS", path, "Correct the file, or start without MCP_SERVERS.")
     servers = read.get("mcpServers") if isinstance(read, dict) else None
     if not isinstance(servers, dict) or not servers:
         raise ChatError(f'{named} must hold {{"mcpServers": {{"name": {{"command": ...}} or {{"url": ...}}}}}}.')

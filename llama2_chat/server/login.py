@@ -14,7 +14,6 @@ import getpass
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import sys
 import threading
@@ -22,6 +21,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llama2_chat.errors import ChatError
+from llama2_chat.named_files import read_text
 
 # What OWASP advises: 32 MiB and some tenths of a second for each guess.
 COST = {"n": 2**15, "r": 8, "p": 3}
@@ -60,15 +60,9 @@ class Users:
 
 def read_users(path: Path) -> Users:
     """The users in a file. Raises ChatError for one that cannot be read or says nothing."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is not text"
-        raise ChatError(
-            f"AUTH_FILE {path} cannot be read: {reason}. Give the path of a file of login lines."
-        ) from error
+    text = read_text("AUTH_FILE", path, "Give the path of a file of login lines.")
     users = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         name, _, hashed = line.rpartition(":")
