@@ -71,7 +71,7 @@ def read_arguments() -> argparse.Namespace:
     add("--quantization", default="auto", help="as app.py takes it")
     add("--gpus", type=int, default=1, help="GPUs to use with --shape")
     add("--gpu-memory-gb", type=float, help="leave each GPU with no more memory than this")
-    add("--starts", action="store_true", help="what starts in --gpu-memory-gb, or in each of several sizes")
+    add("--starts", nargs="*", choices=starts.PRECISIONS, help="what starts in --gpu-memory-gb, or in several sizes")
     add("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
     add("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
     add("--users", type=_counts, help="how many at once, such as 1,8,32")
@@ -114,9 +114,9 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return itertools.chain(page_cost.measure(), browser_cost.measure())
     if args.train:
         return training_cost.measure(args.shape, args.tokenizer, args.checkpoint)
-    if args.starts:
+    if args.starts is not None:
         chosen = [args.shape] if args.shape else ["7b", "13b"]
-        return starts.measure(chosen, args.tokenizer, args.checkpoint, args.gpu_memory_gb)
+        return starts.measure(chosen, args.starts, args.tokenizer, args.checkpoint, args.gpu_memory_gb)
     if args.shape:
         return shapes.measure(
             args.shape,

@@ -45,7 +45,7 @@ def measure(
     with_page: bool,
 ) -> Iterator[Figures]:
     """checkpoint: where the weights are, or are put for the next run; None makes them for this run only."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+    use_gpus(gpus)
     with checkpoint_folder(checkpoint) as folder:
         make_checkpoint(shape, tokenizer, folder)
         if gpu_memory_gb is not None:
@@ -75,6 +75,12 @@ def measure(
     yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
     decode, whole = generate_speeds(chat, 512, params)
     yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
+
+
+def use_gpus(count: int) -> None:
+    """Hide all GPUs but the first of those that are visible, from this process and its children."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:count])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ Every start has a process of its own, which is left with that much memory in all
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,26 +14,39 @@ from pathlib import Path
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.load_test import throughput
 from llama2_chat.benchmark.local_model import load, time_full_answers
-from llama2_chat.benchmark.shapes import checkpoint_folder, limit_memory, make_checkpoint, wait_for_compilation
+from llama2_chat.benchmark.shapes import (
+    checkpoint_folder,
+    limit_memory,
+    make_checkpoint,
+    use_gpus,
+    wait_for_compilation,
+)
 from llama2_chat.process import python_command
 
 PRECISIONS = ("none", "int8", "int4", "nf4", "auto")
-CAPS_GB = (16, 22, 40, 48, 78)
+CAPS_GB = (16, 22, 24, 40, 48, 78)
 PROMPT_TOKENS, ANSWER_TOKENS = 1_000, 32  # of each user
 
 
 def measure(
-    shapes: Sequence[str], tokenizer: str, checkpoint: Path | None, gpu_memory_gb: float | None
+    shapes: Sequence[str],
+    precisions: Sequence[str],
+    tokenizer: str,
+    checkpoint: Path | None,
+    gpu_memory_gb: float | None,
 ) -> Iterator[Figures]:
-    """checkpoint: a folder with one folder per shape, where the weights are, or are put for the next run."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    """precisions: as QUANTIZATION has them, or () for all.
+
+    checkpoint: a folder with one folder per shape, where the weights are, or are put for the next run.
+    """
+    use_gpus(1)
     with checkpoint_folder(checkpoint) as folder:
         for shape in shapes:
             for cap in CAPS_GB if gpu_memory_gb is None else (gpu_memory_gb,):
-                for quantization in PRECISIONS:
+                for quantization in precisions or PRECISIONS:
                     arguments = [shape, tokenizer, str(folder / shape), quantization, str(cap)]
                     command = [*python_command("llama2_chat.benchmark.starts:start"), *arguments]
-                    child = subprocess.run(command, capture_output=True, text=True, env=environment)
+                    child = subprocess.run(command, capture_output=True, text=True)
                     lines = (child.stderr if child.returncode else child.stdout).strip().splitlines()
                     yield {f"{shape}, QUANTIZATION={quantization}, {cap:g} GB": lines[-1]}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.local_model import gpu_gb
-from llama2_chat.benchmark.shapes import checkpoint_folder, make_checkpoint
+from llama2_chat.benchmark.shapes import checkpoint_folder, make_checkpoint, use_gpus
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,7 +35,7 @@ def measure(shape: str | None, tokenizer: str, checkpoint: Path | None) -> Itera
     """shape: None measures 13b and 7b. checkpoint: where the weights of each shape are kept."""
     if not shape and not torch.cuda.is_available():
         sys.exit("--train measures a GPU, and there is none. --shape tiny runs without one.")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # of the processes below; TRL refuses one that sees several
+    use_gpus(1)  # in the processes below: TRL refuses to see several
     yield {"batch": f"{BATCH} x {TOKENS} tokens", "torch": torch.__version__}
     for name in [shape] if shape else ["13b", "7b"]:
         with checkpoint_folder(checkpoint and checkpoint / name) as folder:
