@@ -28,7 +28,7 @@ from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
 from tests.support import packers
 from tests.support.engines import Ids, Stairs, answer
-from tests.support.loading import asking_for
+from tests.support.loading import asking_for, get_float32
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer
 
@@ -75,10 +75,10 @@ def prompts(lengths):
     return [torch.randint(0, 1000, (length,), generator=generator).tolist() for length in lengths]
 
 
-def generated(model, ids):
-    """24 tokens of generate() after ids."""
+def generated(model, ids, tokens=24):
+    """So many tokens of generate() after ids."""
     prompt = torch.tensor([ids], device="cuda")
-    whole = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=None)
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=tokens, eos_token_id=None)
     return whole[0, len(ids) :].tolist()
 
 
@@ -311,45 +311,78 @@ def saved_by_bitsandbytes(folder, plain, **config):
     return model
 
 
-def saved_in_fp8(folder, plain, pack, **quantization):
-    return packers.packed(folder, plain, pack, quantization).to("cuda", torch.bfloat16)
+def saved_by_others(folder, plain, pack, **quantization):
+    return packers.packed(folder, plain, pack, quantization).to("cuda")
+
+
+def compressed(bits, form):
+    groups = {"group_0": {"weights": {"num_bits": bits}}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+def gptq_in_the_order_of_its_doing(weight):
+    return packers.gptq(weight, act_order=True)
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-SAVED = {
-    "bitsandbytes, NF4": (saved_by_bitsandbytes, NF4),
-    "bitsandbytes, NF4 twice": (saved_by_bitsandbytes, NF4 | {"bnb_4bit_use_double_quant": True}),
-    "bitsandbytes, int8": (saved_by_bitsandbytes, {"load_in_8bit": True}),
-    "FP8, blocks": (
-        saved_in_fp8,
-        {"pack": packers.fp8_blocks, "quant_method": "fp8", "weight_block_size": [16, 16]},
-    ),
-    "FP8, channels": (saved_in_fp8, {"pack": packers.fp8_channels, "quant_method": "fbgemm_fp8"}),
+GPTQ = {"quant_method": "gptq", "bits": 4}
+BY_BITSANDBYTES = {
+    "bitsandbytes, NF4": NF4,
+    "bitsandbytes, NF4 twice": NF4 | {"bnb_4bit_use_double_quant": True},
+    "bitsandbytes, int8": {"load_in_8bit": True},
+}
+BY_OTHERS = {
+    "FP8, blocks": {"pack": packers.fp8_blocks, "quant_method": "fp8", "weight_block_size": [16, 16]},
+    "FP8, channels": {"pack": packers.fp8_channels, "quant_method": "fbgemm_fp8"},
+    "GPTQ": {"pack": packers.gptq, **GPTQ},
+    "GPTQ, act-order": {"pack": gptq_in_the_order_of_its_doing, **GPTQ, "desc_act": True},
+    "AWQ": {"pack": packers.awq, "quant_method": "awq", "bits": 4, "version": "gemm"},
+    "compressed-tensors, int4": {"pack": packers.packed_int4, **compressed(4, "pack-quantized")},
+    "compressed-tensors, int8": {"pack": packers.int8_channels, **compressed(8, "int-quantized")},
 }
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("name", SAVED)
-def test_a_folder_that_comes_quantised_answers_as_what_it_stands_for(tmp_path, name, quantization):
-    save, options = SAVED[name]
+@pytest.fixture(scope="module", params=[*BY_BITSANDBYTES, *BY_OTHERS])
+def quantised(request, tmp_path_factory):
+    """What made it, its folder, the model that its makers compute with, and a folder for its plain copy."""
+    name, home = request.param, tmp_path_factory.mktemp("quantised")
     # Smaller weights than the other tests have: theirs make much of what is rounded.
-    plain = save_model(tmp_path / "plain", **SHAPE | {"initializer_range": 0.03})
-    original = save(tmp_path / "model", plain, **options)
-    ids = prompts([200])[0]
-    settings = asking_for(tmp_path / "model", cache_dir=tmp_path / "cache", quantization=quantization)
-    loaded = load(fetch(choose(settings), ignore), ignore)
-    assert loaded.precision == {"none": "bfloat16"}.get(quantization, quantization)
+    plain = save_model(home / "plain", **SHAPE | {"initializer_range": 0.03})
+    options = BY_BITSANDBYTES.get(name)
+    if options:
+        return name, home / "model", saved_by_bitsandbytes(home / "model", plain, **options), home / "cache"
+    return name, home / "model", saved_by_others(home / "model", plain, **BY_OTHERS[name]), home / "cache"
+
+
+def distance(found, expected, ids):
+    """Between the logits of two models after ids, beside the length of those expected."""
     with torch.inference_mode():
-        expected, found = (
-            model(torch.tensor([ids], device="cuda")).logits[0].float() for model in (original, loaded.model)
-        )
-    # int8 rounds the activations too; and NF4 rounds once more what was not NF4 before.
-    rounded_again = quantization == "nf4" and "NF4" not in name
-    assert (found - expected).norm() < (0.5 if rounded_again else 0.05) * expected.norm()
+        a, b = (model(torch.tensor([ids], device=model.device)).logits[0].float() for model in (found, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4", "nf4"])
+def test_a_folder_that_comes_quantised_answers_as_what_it_stands_for(quantised, quantization):
+    name, folder, original, cache = quantised
+    ids = prompts([200])[0]
+    loaded = load(fetch(choose(asking_for(folder, cache_dir=cache, quantization=quantization)), ignore), ignore)
+    assert loaded.precision == {"none": "bfloat16"}.get(quantization, quantization)
+    assert "came quantised by" in loaded.why
+    # int8 rounds the activations too; and four bits round once more what was not in the same four before.
+    rounded_again = quantization == "int4" or (quantization == "nf4" and "NF4" not in name)
+    assert distance(loaded.model, original, ids) < (0.5 if rounded_again else 0.05)
     engine = running(loaded.model, compile=False)
     answered, _ = answer(engine, ids, GREEDY)
     engine.close()
     assert below_the_likeliest(loaded.model, ids, answered) < 0.25
+
+
+def test_in_float32_a_folder_that_comes_quantised_says_what_its_plain_copy_says(quantised):
+    name, folder, original, cache = quantised
+    if name in BY_BITSANDBYTES:
+        pytest.skip("it computes in 16 bits")
+    ids, loaded = prompts([200])[0], get_float32(asking_for(folder, cache_dir=cache))
+    assert generated(loaded.model, ids, 64) == generated(original, ids, 64)
 
 
 LOSE_THE_GPU = """

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.dequantize import READERS
-from llama2_chat.loading.load import load, measure
+from llama2_chat.loading.load import measure
 from tests.support import packers
-from tests.support.loading import asking_for, get, logits, refusal
+from tests.support.loading import asking_for, get, get_float32, logits, refusal
 from tests.support.packers import change_config, packed
 from tests.support.serving import ignore
 from tests.support.small_model import save_model
@@ -65,8 +65,7 @@ def plain(tmp_path_factory):
 
 
 def loaded_float32(folder, tmp_path):
-    checkpoint = fetch(choose(asking_for(folder, cache_dir=tmp_path / "cache")), ignore)
-    return load(checkpoint.__class__(**{**vars(checkpoint), "quantization": "float32"}), ignore)
+    return get_float32(asking_for(folder, cache_dir=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -172,6 +171,27 @@ def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(pla
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "other"))
+
+
+MADE = {  # by AutoGPTQ 0.7.1, AutoAWQ 0.2.9 and compressed-tensors 0.20.0, as tests/support/makers.py says
+    "gptq": FORMATS["GPTQ"][1],
+    "gptq act-order": FORMATS["GPTQ, act-order"][1],
+    "gptq 8 bits": FORMATS["GPTQ, 8 bits"][1],
+    "awq": FORMATS["AWQ"][1],
+    "int4": _compressed(4),
+    "int4 with zeros": _compressed(4),
+    "int8": _compressed(8) | {"format": "int-quantized"},
+    "float8": _compressed(8) | {"format": "float-quantized"},
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_layer_packed_by_its_makers_own_code_is_what_their_code_unpacks(name):
+    made = load_file(Path(__file__).with_name("makers.safetensors"))
+    parts = {key.partition("/")[2]: tensor for key, tensor in made.items() if key.startswith(f"{name}/")}
+    expected = parts.pop("stands for")
+    read = READERS[MADE[name]["quant_method"]](parts, MADE[name])
+    torch.testing.assert_close(read, expected.float(), atol=1e-3 * expected.abs().max().item(), rtol=0)  # of float16
 
 
 @pytest.mark.parametrize("size", [[16, 32], "16x32"], ids=str)

@@ -1,6 +1,7 @@
 """What the tests of loading share: a start without a page, and the sentence of a refusal."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def get(settings, progress=ignore):
     checkpoint = fetch(choose(settings), progress)
     load_tokenizer(checkpoint)
     return load(checkpoint, progress)
+
+
+def get_float32(settings):
+    """The same in float32, which is not offered as a setting: what is compared id for id is compared in it."""
+    return load(replace(fetch(choose(settings), ignore), quantization="float32"), ignore)
 
 
 def refusal(call, *args):
