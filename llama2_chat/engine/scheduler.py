@@ -15,8 +15,9 @@ from llama2_chat.engine.prefix_cache import PrefixCache
 from llama2_chat.engine.request import NO_SLOT, Request
 from llama2_chat.errors import Busy
 
-# While others are being answered or read a chunk takes about so long: it is the gap in their text, or their wait.
-CHUNK_S = 0.1
+# While others are being answered or read a chunk takes about so long, and a step of theirs comes on top: it is the gap
+# in their text, or their wait. On a GPU the shortest chunk costs about as little a token as longer ones do.
+CHUNK_S = 0.03
 ALONE_S = 0.5  # of a client who is alone: Stop, and whoever comes next, wait no longer
 RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
 
@@ -27,7 +28,7 @@ class SchedulerConfig:
     block_size: int  # tokens
     max_batch: int  # requests that run at once
     longest_chunk: int  # tokens of prompts per step
-    shortest_chunk: int  # below, the weights are read for too few tokens
+    shortest_chunk: int  # below, the weights are read for too few tokens; the others are this one doubled
     queue_limit: int  # requests that may wait
     # Tokens, a multiple of block_size: prompts are read one at a time, in pieces that end at its multiples, and other
     # requests find only keys and values that were computed so. None: in chunks of any length, of several at once.
@@ -301,7 +302,8 @@ class Scheduler:
         if alone and not self._prefill_tokens_per_s:
             return self._chunk_limit
         tokens = int(self._prefill_tokens_per_s * (ALONE_S if alone and not self.waiting else CHUNK_S))
-        return min(self._chunk_limit, max(tokens, self.config.shortest_chunk))
+        doubled = max(tokens // self.config.shortest_chunk, 1).bit_length() - 1  # as recorded steps are
+        return min(self._chunk_limit, self.config.shortest_chunk << doubled)
 
     def prefilled(self, chunks: Sequence[Chunk]) -> None:
         """The keys and values of these chunks are in their blocks."""

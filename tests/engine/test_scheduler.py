@@ -154,15 +154,15 @@ def test_while_others_are_answered_a_chunk_takes_a_tenth_of_a_second():
     prefill(s, [answered])
     s.measured(s.prefill_chunks([long]), seconds=0.2)  # 4 tokens, so 20 a second
     assert [c.end - c.start for c in s.prefill_chunks([long])] == [4]  # never fewer than the shortest chunk
-    s.measured(s.prefill_chunks([long]), seconds=0.04)  # 100 a second
-    assert [c.end - c.start for c in s.prefill_chunks([long])] == [10]
+    s.measured(s.prefill_chunks([long]), seconds=0.01)  # 400 a second, so 12 in a chunk's time
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [8]  # the shortest, doubled
 
 
-def test_a_client_alone_is_read_for_half_a_second_and_for_a_tenth_while_more_of_its_questions_wait():
+def test_a_client_alone_is_read_for_half_a_second_and_more_briefly_while_more_of_its_questions_wait():
     s = scheduler(max_batch=2)
     (long,) = admitted(s, [1] * 30)
     s.measured(s.prefill_chunks([long]), seconds=0.8)  # 16 tokens, so 20 a second
-    assert [c.end - c.start for c in s.prefill_chunks([long])] == [10]
+    assert [c.end - c.start for c in s.prefill_chunks([long])] == [8]
     admitted(s, [2], [3])
     assert [c.end - c.start for c in s.prefill_chunks([long])] == [4]
 
@@ -405,7 +405,7 @@ def test_a_chunk_is_shared_by_clients_and_not_by_prompts():
     first = admitted(s, [1] * 40, [2] * 40, [3] * 40, client="first")
     s.add(second := request([4] * 6, client="second"))
     s.admit()
-    s.measured(s.prefill_chunks([first[0]]), seconds=0.025)  # 4 tokens, so 16 in a tenth of a second
+    s.measured(s.prefill_chunks([first[0]]), seconds=0.0075)  # 4 tokens, so 16 in a chunk's time
     assert [(c.request, c.end) for c in prefill(s, s.prefilling)] == [(first[0], 10), (second, 6)]
 
 
@@ -414,7 +414,7 @@ def test_of_a_chunk_the_client_who_needs_least_has_three_quarters():
     first = admitted(s, [1] * 40, [2] * 40, client="first")
     s.add(second := request([4] * 30, client="second"))
     s.admit()
-    s.measured(s.prefill_chunks([first[0]]), seconds=0.025)  # 4 tokens, so 16 in a tenth of a second
+    s.measured(s.prefill_chunks([first[0]]), seconds=0.0075)  # 4 tokens, so 16 in a chunk's time
     assert [(c.request, c.end) for c in prefill(s, s.prefilling)] == [(first[0], 4), (second, 12)]
 
 
