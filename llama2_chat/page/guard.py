@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -22,9 +23,11 @@ from gradio.routes import App
 from gradio.state_holder import SessionState
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.page.calls import FOR_PROGRAMS, checked_call
+from llama2_chat.page.language import language_of
 from llama2_chat.page.sessions import NOT_FOUND, Sessions
 from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import counted
@@ -47,6 +50,7 @@ ASK = r"/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 # Ours runs first and starts it (startGradio in static/main.js), so that nobody waits for Gradio to type a message.
 GRADIOS_CODE, HELD_BACK = b'<script type="module"', b'<script type="text/plain" id="gradio"'
+GRADIOS_LANGUAGE = b'lang="en"'
 ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
 
 
@@ -103,10 +107,13 @@ class Listeners:
 class OnlyOurRoutes:
     """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
 
-    def __init__(self, app: App, sessions: Sessions, listeners: Listeners, head: bytes, on_space: bool) -> None:
-        """head: HTML before Gradio's code in the document of the page, and of the login, where gr.Blocks has none."""
+    def __init__(
+        self, app: App, sessions: Sessions, listeners: Listeners, heads: Mapping[str, bytes], on_space: bool
+    ) -> None:
+        """heads: for each language, HTML before Gradio's code in the document of the page, and of the login, where
+        gr.Blocks has none."""
         self.app, self.sessions, self.listeners = app, sessions, listeners
-        self.head, self.on_space = head, on_space
+        self.heads, self.on_space = heads, on_space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -117,7 +124,8 @@ class OnlyOurRoutes:
             problem = no_such_route(scope.get("method", "WebSocket"), path)
             return await error_response(problem)(scope, receive, send)
         if path == "/":
-            return await self.app(scope, receive, _Document(send, self.head, self.on_space))
+            language = language_of(HTTPConnection(scope))
+            return await self.app(scope, receive, _Document(send, language, self.heads[language], self.on_space))
         try:
             if scope["method"] == "POST":
                 owner = self.sessions.who(scope)
@@ -190,8 +198,8 @@ class _Document:
     """Sends the page's document with what our code needs in its head, and with a policy that names the scripts in it:
     no other inline script may run."""
 
-    def __init__(self, send: Send, head: bytes, on_space: bool) -> None:
-        self._send, self._head, self._on_space = send, head, on_space
+    def __init__(self, send: Send, language: str, head: bytes, on_space: bool) -> None:
+        self._send, self._language, self._head, self._on_space = send, language, head, on_space
         self._start: Message = {}
         self._body = b""
 
@@ -207,11 +215,14 @@ class _Document:
                 await self._send(message)
 
     async def _send_document(self) -> None:
-        body = self._body.replace(GRADIOS_CODE, self._head + HELD_BACK, 1)
+        body = self._body.replace(GRADIOS_LANGUAGE, f'lang="{self._language}"'.encode(), 1)
+        body = body.replace(GRADIOS_CODE, self._head + HELD_BACK, 1)
         scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
         headers = MutableHeaders(scope=self._start)
         headers["Content-Security-Policy"] = content_security_policy(self._on_space, scripts)
         headers["Content-Length"] = str(len(body))
+        headers.add_vary_header("Accept-Language")
+        headers.add_vary_header("Cookie")
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body})
 

@@ -1,4 +1,4 @@
-"""The presets that come with the page. Their names are in static/texts.js, under these keys."""
+"""The presets that come with the page. Their names are in static/texts, under these keys."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Sentences that the server says to visitors of the page, and the system prompts. Labels are in layout.py, and what the
-page's own code says in static/texts.js.
+page's own code says in static/texts.
+
+All of it is English, which the page says in the visitor's language (static/translated.js).
 
 Texts of a ChatError are written where it is raised, and shown as they stand.
 """

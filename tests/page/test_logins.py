@@ -44,15 +44,15 @@ def page(browser, address):
 
 
 def log_in(page, name):
-    page.get_by_label("username").fill(name)
-    page.get_by_label("password").fill("sesame")
-    page.get_by_role("button", name="Login").click()
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill("sesame")
+    page.get_by_role("button", name="Log in").click()
     expect(box(page)).to_be_editable()
 
 
 def log_out(page):
     page.get_by_role("button", name="Log out").click()
-    expect(page.get_by_role("button", name="Login")).to_be_visible()
+    expect(page.get_by_role("button", name="Log in")).to_be_visible()
 
 
 def test_two_who_share_a_browser_see_nothing_of_each_other(page):

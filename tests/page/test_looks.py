@@ -282,15 +282,15 @@ def test_whoever_has_logged_in_finds_the_way_out(browser, settings, tmp_path):
     with serving(ScriptedChat(), settings, users) as address, browser.new_page() as page:
         page.goto(address)
         expect(page.get_by_role("heading", name="Llama 2 Chat")).to_be_visible()
-        expect(page.get_by_label("username")).to_have_attribute("autocomplete", "username")
-        expect(page.get_by_label("password")).to_have_attribute("autocomplete", "current-password")
-        page.get_by_label("username").fill("anna")
-        page.get_by_label("password").fill("sesame")
-        page.get_by_role("button", name="Login").click()
+        expect(page.get_by_label("Name")).to_have_attribute("autocomplete", "username")
+        expect(page.get_by_label("Password")).to_have_attribute("autocomplete", "current-password")
+        page.get_by_label("Name").fill("anna")
+        page.get_by_label("Password").fill("sesame")
+        page.get_by_role("button", name="Log in").click()
         ask(page)
         expect(answers(page)).to_have_text("Hello!")
         page.get_by_role("button", name="Log out").click()
-        expect(page.get_by_role("button", name="Login")).to_be_visible()
+        expect(page.get_by_role("button", name="Log in")).to_be_visible()
         expect(box(page)).to_have_count(0)
 
 

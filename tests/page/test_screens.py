@@ -167,13 +167,13 @@ def test_a_login_that_failed_keeps_the_name_and_says_so_calmly(browser, guarded,
         expect(page.get_by_role("main").get_by_role("heading", name="Llama 2 Chat", level=1)).to_be_visible()
         assert_accessible(page)
         assert page.evaluate(TOO_SMALL) == []
-        page.get_by_label("username").fill("anna")
-        page.get_by_label("password").fill("wrong")
+        page.get_by_label("Name").fill("anna")
+        page.get_by_label("Password").fill("wrong")
         for _ in range(2):
-            page.get_by_role("button", name="Login").click()
+            page.get_by_role("button", name="Log in").click()
             expect(page.get_by_role("alert")).to_have_text(re.compile("do not go together"))
-            expect(page.get_by_label("password")).to_be_focused()
-        expect(page.get_by_label("username")).to_have_value("anna")
+            expect(page.get_by_label("Password")).to_be_focused()
+        expect(page.get_by_label("Name")).to_have_value("anna")
         assert_accessible(page)
         page.keyboard.type("sesame")  # in place of the other, which is selected
         page.keyboard.press("Enter")

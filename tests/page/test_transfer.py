@@ -301,7 +301,7 @@ def test_a_full_disk_ends_an_import_with_a_sentence(tab):
         }""",
         file_of({**CONVERSATION, "messages": []}),
     )
-    assert said == "The browser's storage is full. Delete some chats and import the file again."
+    assert said == "The browser’s storage is full. Delete some chats and import the file again."
 
 
 def markdown(page, title, *texts):

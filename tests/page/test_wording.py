@@ -1,7 +1,5 @@
-"""What the server says of a model and of an answer, and that the page's own texts are all there."""
+"""What the server says of a model and of an answer."""
 
-import re
-from collections import Counter
 from typing import get_args, get_type_hints
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from llama2_chat.documents.store import Document
 from llama2_chat.errors import Busy
 from llama2_chat.page import wording
-from llama2_chat.page.layout import STATIC
 from llama2_chat.types import Status
 
 
@@ -41,10 +38,3 @@ def test_metas_notice_stands_below_llama_models_only():
 def test_only_sentences_written_for_visitors_reach_them():
     assert wording.error_sentence(Busy("The line is full.")) == "The line is full."
     assert "secret" not in wording.error_sentence(RuntimeError("secret"))
-
-
-def test_no_group_of_texts_hides_another_of_the_same_name():
-    """The second of two would be all that is left, and the page would say nothing where it needs the first."""
-    names = re.findall(r"^  (\w+):", (STATIC / "texts.js").read_text("utf-8"), re.MULTILINE)
-    assert len(names) > 15
-    assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -9,6 +9,7 @@ import { AnswerView } from "./markdown.js";
 import { Sources } from "./sources.js";
 import { Steps } from "./steps.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 
 const ICONS = {
   copy: "M9 9h10v10H9z M5 15V5h10",
@@ -73,7 +74,7 @@ export class Article {
 
   /** Below what there is already, such as that the line is down. */
   _sayWaiting(waiting) {
-    this.remark.textContent = this.message.text ? waiting : "";
+    this.remark.textContent = this.message.text ? translated(waiting) : "";
     this.remark.hidden = !this.remark.textContent;
   }
 
@@ -89,7 +90,7 @@ export class Article {
   _text(waiting) {
     const { text, role } = this.message;
     this.element.classList.toggle("waiting", this.running && !text);
-    if (this.running && !text) this.element.dataset.waiting = waiting || T.sending;
+    if (this.running && !text) this.element.dataset.waiting = translated(waiting) || T.sending;
     if (role === "user" || !this.view) {
       if (text !== this.shown) this.body.textContent = text;
     } else {
@@ -114,7 +115,7 @@ export class Article {
   }
 
   _trouble(end, text) {
-    if (end.error) return [end.error];
+    if (end.error) return [translated(end.error)];
     if (end.reason === "interrupted") return [T.end.lost];
     if (end.reason === "cancelled" && !text) return [T.end.stoppedEarly];
     if (end.reason === "stop" && !text.trim()) return [T.end.empty];

@@ -9,6 +9,7 @@ import { withoutBlanks } from "./presets.js";
 import { Reading, talkOf } from "./reading.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 import { leafBelow, pathTo, siblings, titleOf } from "./tree.js";
 
 /** What is asked with in this conversation. day: the visitor's, for what the prompt says of it */
@@ -234,8 +235,8 @@ export class Asking extends Reading {
 
 /** Why the server did not do it; where the login has ended, with the way to a new one. Texts wait meanwhile. */
 export function explain({ message, status }) {
-  const logIn = status === 401 && { action: T.login.again, onAction: () => location.reload() };
-  toast(message, { seconds: 12, ...logIn });
+  const logIn = status === 401 && { action: T.login.logIn, onAction: () => location.reload() };
+  toast(translated(message), { seconds: 12, ...logIn });
 }
 
 /** Where the conversation stood before this message was added: at another version of it, else at its parent. */

@@ -8,6 +8,7 @@ import { keep, kept } from "./kept.js";
 import { ofProfile } from "./profile.js";
 import { newId } from "./store.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 
 const KEPT = "llama2-chat.completion";
 const KEEP_EVERY_MS = 1000;
@@ -100,12 +101,12 @@ export class Completing {
         this.offline = Boolean(event.offline);
         if (event.text !== undefined) this._write(base + event.text);
         if (event.more) this._write(this.area.value + event.more);
-        this.note.textContent = event.offline ? T.connection.offline : event.end ? event.end.error : (event.waiting ?? "");
+        this.note.textContent = event.offline ? T.connection.offline : translated(event.end ? event.end.error : (event.waiting ?? ""));
         if (event.lost) this.note.textContent = T.completion.lost;
         if (!isElsewhere && Date.now() - keptAt > KEEP_EVERY_MS) (keptAt = Date.now()), this._keep();
       }
     } catch (error) {
-      this.note.textContent = error.message;
+      this.note.textContent = translated(error.message);
     }
     if (this.reading.signal.aborted) this.note.textContent = "";
     const { answerId } = this;

@@ -5,6 +5,7 @@ import { explain } from "./asking.js";
 import { confirmDialog, h, icon, toast } from "./dialog.js";
 import { isSame } from "./reading.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 
 const ICONS = {
   clip: "M17 8l-7 7a2 2 0 0 1-3-3l8-8a4 4 0 0 1 6 6l-8.5 8.5a6 6 0 0 1-8.5-8.5L11 3.5",
@@ -67,7 +68,7 @@ export class Documents {
     this.use = h("input", { type: "checkbox", onchange: () => this._useAll(this.use.checked) });
     this.summary = h("summary", {});
     this.rows = h("ul", {});
-    this.details = h("details", {}, this.summary, this.rows, h("p", {}, this.limits.kept));
+    this.details = h("details", {}, this.summary, this.rows, h("p", {}, translated(this.limits.kept)));
     this.section = h("section", { class: "documents", "aria-label": T.documents.label, hidden: true });
     this.cancel = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.uploading[0]?.sending?.abort() }, T.documents.cancel);
     this.section.append(h("label", { title: T.documents.useHelp }, this.use, T.documents.use), this.cancel, this.details);
@@ -155,7 +156,7 @@ export class Documents {
   _tellEnd(before, document) {
     if (!before || !isUnread(before) || isUnread(document)) return;
     const { filename, status, status_details: why } = document;
-    this.handlers.onSaid(T.documents.failed(filename, status === "error" ? why : T.documents.read));
+    this.handlers.onSaid(T.documents.failed(filename, status === "error" ? translated(why) : T.documents.read));
     const words = remarksOn(document).join(" ");
     if (words) toast(T.documents.failed(filename, words), { seconds: 12 });
   }
@@ -215,7 +216,7 @@ export class Documents {
 const isUnread = ({ status }) => status === "uploaded";
 
 /** Why it cannot be read, or what a visitor should know of it. */
-const remarksOn = ({ status, status_details: why, notes }) => [status === "error" && why, ...notes].filter(Boolean);
+const remarksOn = ({ status, status_details: why, notes }) => [status === "error" && why, ...notes].filter(Boolean).map(translated);
 
 function stateOf({ bytes, pages, pages_done: done, seconds_left: left, status }) {
   if (isUnread({ status })) return pages ? T.documents.reading(done, pages, left) : T.documents.waiting;
@@ -245,5 +246,5 @@ async function answered(address, options, ask = fetch) {
     throw new Error(response ? T.documents.refused(response.status) : T.documents.lost);
   }
   if (response.ok) return body;
-  throw Object.assign(new Error(body?.error?.message ?? T.documents.refused(response.status)), { status: response.status });
+  throw Object.assign(new Error(translated(body?.error?.message) ?? T.documents.refused(response.status)), { status: response.status });
 }

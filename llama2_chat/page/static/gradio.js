@@ -14,11 +14,19 @@ const PATIENCE_MS = 10_000; // for a second start to come to something
  */
 export function startGradio(attach) {
   const loading = new Loading();
+  keepLanguage();
   requestAnimationFrame(() => setTimeout(run));
   (function look() {
     if (attach()) loading.isDone = true;
     else setTimeout(look, LOOK_MS);
   })();
+}
+
+/** Of the document, which Gradio would say is in the first language of the browser, whether the page has it or not. */
+function keepLanguage() {
+  const root = document.documentElement;
+  const { lang } = root;
+  new MutationObserver(() => root.lang !== lang && (root.lang = lang)).observe(root, { attributeFilter: ["lang"] });
 }
 
 /** Asks again, once the server is back, for scripts and style sheets that did not come. */

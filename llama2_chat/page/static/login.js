@@ -3,6 +3,7 @@
 
 import { h } from "./dialog.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 
 /** Whether the login is what stands on the page; it is complete then. */
 export function completeLogin() {
@@ -16,10 +17,18 @@ export function completeLogin() {
   panel.closest(".main").role = "main";
   document.body.classList.add("login");
   name.focus();
+  label(name, T.login.name);
+  label(password, T.login.password);
+  panel.querySelector("button").textContent = T.login.logIn;
   const problem = h("p", { class: "problem", role: "alert" });
   panel.querySelector("h2").replaceWith(h("h1", {}, T.title), problem);
   takeOver(panel, () => logIn(name, password, problem));
   return true;
+}
+
+/** In place of what Gradio calls it. */
+function label(field, words) {
+  field.closest("label").querySelector("span").textContent = words;
 }
 
 /** Gradio would empty both fields after a wrong password, and say nothing of any other problem. */
@@ -42,7 +51,7 @@ async function logIn(name, password, problem) {
     const response = await fetch("login", { method: "POST", body });
     if (response.ok) return location.reload();
     const { error } = await response.json();
-    problem.textContent = response.status === 400 ? T.login.wrong : (error?.message ?? T.login.wrong);
+    problem.textContent = response.status === 400 ? T.login.wrong : (translated(error?.message) ?? T.login.wrong);
   } catch {
     problem.textContent = T.login.unreachable;
   }

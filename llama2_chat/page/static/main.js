@@ -21,6 +21,7 @@ import { Start } from "./start.js";
 import { openStore } from "./store.js";
 import { T } from "./texts.js";
 import { Transcript } from "./transcript.js";
+import { translated } from "./translated.js";
 
 const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
 const DRAFT_START = "llama2-chat.draft-start"; // how it starts, if not as the settings say for all
@@ -219,14 +220,14 @@ async function watch(state, parts, onChange) {
   let said = "ready";
   for (;;) {
     const calm = state.state === "ready";
-    if (state.state !== said) parts.live.textContent = state.line; // its figures change too often to be listened to
+    if (state.state !== said) parts.live.textContent = translated(state.line); // its figures change too often to be listened to
     said = state.state;
     parts.status.hidden = calm;
     parts.status.className = `status ${state.state}`;
-    parts.status.textContent = calm ? "" : state.line;
-    parts.model.textContent = calm ? state.line : "";
+    parts.status.textContent = calm ? "" : translated(state.line);
+    parts.model.textContent = calm ? translated(state.line) : "";
     parts.model.title = state.why;
-    parts.notice.textContent = state.notice;
+    parts.notice.textContent = translated(state.notice);
     if (calm && !state.changes) return;
     await new Promise((resolve) => setTimeout(resolve, calm || state.state === "failed" ? 10_000 : 700));
     try {

@@ -3,8 +3,10 @@
 
 import { h } from "./dialog.js";
 import { keep, kept } from "./kept.js";
+import { languageControl } from "./language.js";
 import { ofProfile } from "./profile.js";
 import { T } from "./texts.js";
+import { translate } from "./translated.js";
 
 const KEPT = "llama2-chat.settings";
 const CONTROLS = {
@@ -34,6 +36,7 @@ export class Settings {
   attach(onPanel) {
     if (!Object.values(this.controls).every((selector) => document.querySelector(selector))) return false;
     const panel = document.querySelector("#settings");
+    translate(panel);
     const values = this.read();
     this.waiting = null;
     this.write(values);
@@ -142,6 +145,6 @@ export class Settings {
   _addButtons(panel) {
     this.wrongSeed = h("p", { class: "wrong", role: "status", hidden: true }, T.settings.wrongSeed);
     document.querySelector("#setting-seed")?.after(this.wrongSeed);
-    panel.append(h("button", { type: "button", class: "reset", onclick: () => (this.write(this.defaults), this.onReset()) }, T.settings.reset));
+    panel.append(h("button", { type: "button", class: "reset", onclick: () => (this.write(this.defaults), this.onReset()) }, T.settings.reset), languageControl(this.onUnkept));
   }
 }

@@ -5,6 +5,7 @@
 import { fingerprint, sentOf, sharedConversation, sharedMessage } from "./merging.js";
 import { entryOf, KINDS, Taking } from "./taking.js";
 import { T } from "./texts.js";
+import { translated } from "./translated.js";
 
 const SINCE = "since"; // the entry that says up to which revision all is known
 const LOOK_EVERY_MS = 10_000; // for what is new elsewhere, while the page can be seen
@@ -232,6 +233,6 @@ export class Syncing {
     });
     const body = await response.json().catch(() => null);
     if (response.ok && body) return body;
-    throw Object.assign(new Error(body?.error?.message ?? T.connection.refused(response.status)), { status: response.ok ? 502 : response.status });
+    throw Object.assign(new Error(translated(body?.error?.message) ?? T.connection.refused(response.status)), { status: response.ok ? 502 : response.status });
   }
 }
