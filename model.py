@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a pag
 log = logging.getLogger("llama2_chat")
 
 CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
+MOST_KV_HOST_BYTES = 8_000_000_000  # unless KV_HOST_GB asks for more: 10,000 tokens of the 13B
 LONGEST_UNASKED = 4_096  # tokens of an answer whose length nobody named: some models never end by themselves
 EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -210,6 +211,7 @@ class ChatModel:
             deterministic=self.settings.deterministic,
             adapters=loaded.adapters,
             speculate=self.settings.speculation == "auto",
+            host_bytes=_host_bytes(self.settings.kv_host_gb, loaded.device),
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
@@ -401,6 +403,17 @@ def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
     headroom = int(headroom_gb * GB)
     free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(visible_gpus())}
     return {torch.device("cpu"): CPU_KV_BYTES, **free}
+
+
+def _host_bytes(wanted_gb: float | None, device: str) -> int:
+    """What conversations that leave the GPU may take of this computer's memory."""
+    from llama2_chat.loading.memory import GB, free_host_bytes
+
+    if device == "cpu":
+        return 0  # the KV cache is there already
+    if wanted_gb is not None:
+        return int(wanted_gb * GB)
+    return min(free_host_bytes() // 4, MOST_KV_HOST_BYTES)
 
 
 class _Closed(Exception):

@@ -38,6 +38,7 @@ OPTIONAL = {
     "mcp_servers": Path,
     "presets": Path,
     "max_batch": int,
+    "kv_host_gb": float,
     "body_limit_mb": float,
     "client_limit": int,
 }
@@ -184,6 +185,12 @@ class Settings:
     kv_headroom_gb: float = _knob(
         1.5, "KV_HEADROOM_GB", "GPU memory left alone for prefill; raise it if other programs share the card"
     )
+    kv_host_gb: float | None = _knob(
+        None,
+        "KV_HOST_GB",
+        "memory of this computer for what the KV cache of a GPU has no room for, so that such conversations come back "
+        "by copy; by default a quarter of what is free, at most 8; 0 for none",
+    )
     compile: bool = _knob(
         True, "COMPILE", "compile the model for faster decoding on a GPU, in the background after each start"
     )
@@ -244,6 +251,8 @@ class Settings:
             raise ChatError(f"max_batch must be from 1 to 256; it was {self.max_batch}.")
         if not 0 <= self.kv_headroom_gb < float("inf"):
             raise ChatError(f"kv_headroom_gb must be 0 or more; it was {self.kv_headroom_gb}.")
+        if self.kv_host_gb is not None and not 0 <= self.kv_host_gb < float("inf"):
+            raise ChatError(f"kv_host_gb must be 0 or more; it was {self.kv_host_gb}.")
         for url in self.inference_urls:
             if not _is_http(url):
                 raise ChatError(

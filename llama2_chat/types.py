@@ -388,6 +388,9 @@ class Occupancy:
     preemptions: int = 0  # since the start: requests that went back to the waiting queue because memory was full
     drafted: int = 0  # since the start: tokens of answers that were guessed, so that several are computed at once
     accepted: int = 0  # of those the ones that were chosen
+    host_tokens: int = 0  # of conversations that left the GPU, whose keys and values are in memory of the host
+    host_capacity_tokens: int = 0  # that there is memory of the host for
+    recalled_tokens: int = 0  # since the start: that came back from there
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,49 @@ def prefix_reuse(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int = 1
     }
 
 
+def return_from_host(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int = 100, users: int = 8) -> Figures:
+    """Seconds to the first token of conversations that had left the GPU, beside prompts as long, and the gaps of others
+    meanwhile. Nothing where the host keeps no two of them."""
+    engine, name = chat.serving.engine, f"{new_tokens} after {cached_tokens:,}"
+    rounds = min(ROUNDS, engine.occupancy.host_capacity_tokens // cached_tokens - 1)
+    if rounds < 1:
+        return {}
+
+    def gone() -> list[list[int]]:
+        """Conversations that just left, with what is new in them."""
+        conversations = [fresh_ids(chat, cached_tokens) for _ in range(rounds)]
+        others = engine.occupancy.kv_capacity_tokens // cached_tokens + 1
+        for ids in [*conversations, *(fresh_ids(chat, cached_tokens) for _ in range(others))]:
+            first_token_s(chat, ids)
+        return [[*ids, *fresh_ids(chat, new_tokens)] for ids in conversations]
+
+    before, back = engine.occupancy.recalled_tokens, gone()
+    back_s = statistics.median(first_token_s(chat, ids) for ids in back)
+    anew_s = statistics.median(first_token_s(chat, fresh_ids(chat, len(ids))) for ids in back)
+    back = gone()
+    gaps_s, waits_s = asyncio.run(_join(chat, users, back))
+    new_gaps_s, new_waits_s = asyncio.run(_join(chat, users, [fresh_ids(chat, len(ids)) for ids in back]))
+    among = f"among {users} users"
+    return {
+        f"{name} that had left the GPU, time to first token, s": back_s,
+        f"{name} computed anew, time to first token, s": anew_s,
+        f"{name} that had left the GPU / computed anew": back_s / anew_s,
+        f"{name} that had left the GPU, {among}, time to first token, s": statistics.median(waits_s),
+        **{f"{name} that had left the GPU, {among}, {gap}": ms for gap, ms in gap_figures(gaps_s).items()},
+        f"{name} computed anew, {among}, time to first token, s": statistics.median(new_waits_s),
+        **{f"{name} computed anew, {among}, {gap}": ms for gap, ms in gap_figures(new_gaps_s).items()},
+        "tokens that came back, of those that had left": f"{engine.occupancy.recalled_tokens - before:,} of "
+        f"{2 * rounds * cached_tokens:,}",
+    }
+
+
 # ---- A long prompt comes in ----
 
 
 def inter_token_latency(chat: ChatModel, users: int = 8, prompt_tokens: int = 3500) -> dict[str, float]:
     """The gaps between the tokens of users who are being answered while long prompts, one after another, are read."""
     users = min(users, chat.serving.engine.runner.max_batch - 1)  # leaves room in the batch for the long prompt
-    gaps_s, waits_s = asyncio.run(_join(chat, users, prompt_tokens))
+    gaps_s, waits_s = asyncio.run(_join(chat, users, [fresh_ids(chat, prompt_tokens) for _ in range(ROUNDS)]))
     name = f"{users} users while a prompt of {prompt_tokens:,} joins"
     return {
         **{f"{name}, {gap}": value for gap, value in gap_figures(gaps_s).items()},
@@ -152,15 +188,15 @@ def inter_token_latency(chat: ChatModel, users: int = 8, prompt_tokens: int = 35
     }
 
 
-async def _join(chat: ChatModel, users: int, prompt_tokens: int) -> tuple[list[float], list[float]]:
-    """The users' gaps, and the long prompts' times to first token."""
+async def _join(chat: ChatModel, users: int, prompts: Sequence[list[int]]) -> tuple[list[float], list[float]]:
+    """The users' gaps, and the times to first token of these prompts, which come in one after another."""
     streams = [submit(chat, fresh_ids(chat, 512), 3000) for _ in range(users)]
     readers = [asyncio.create_task(_read(stream)) for stream in streams]
     gaps_s: list[float] = []
     waits_s: list[float] = []
-    for _ in range(ROUNDS):
+    for prompt in prompts:
         await _wait_for_tokens(streams)
-        newcomer = submit(chat, fresh_ids(chat, prompt_tokens), 1)
+        newcomer = submit(chat, prompt, 1)
         await _read(newcomer)
         await _wait_for_tokens(streams)  # or the last gap would have no end
         gaps_s += [gap for stream in streams for gap in stream.gaps_s(newcomer.submitted)]

@@ -114,6 +114,7 @@ def _measure_answers(chat: ChatModel, counts: Sequence[int]) -> Iterator[Figures
     waits = [load_test.first_token_s(chat, fresh_ids(chat, 512)) for _ in range(5)]
     yield {"prompt 512, time to first token, s": statistics.median(waits)}
     yield load_test.prefix_reuse(chat)
+    yield load_test.return_from_host(chat)
     yield load_test.inter_token_latency(chat)
 
 

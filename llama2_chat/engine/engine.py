@@ -22,7 +22,7 @@ from llama2_chat.engine.drafts import Drafts
 from llama2_chat.engine.request import Request, Streamer, TokenConstraint
 from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import draws
-from llama2_chat.engine.scheduler import BlockCopy, Scheduler, SchedulerConfig
+from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
 from llama2_chat.engine.self_check import check_request
 from llama2_chat.engine.speculation import Speculation
 from llama2_chat.errors import GPU_LOST, Busy, ChatError, ModelUnavailable, PromptTooLong, UnknownToken
@@ -64,7 +64,8 @@ class Engine:
                 shortest_chunk=runner.shortest_chunk,
                 queue_limit=queue_limit,
                 piece_size=runner.piece_size,
-            )
+            ),
+            runner,
         )
         self._closed = False
         self._changed = threading.Condition()  # its lock protects the waiting queue and self._closed
@@ -106,6 +107,9 @@ class Engine:
                 scheduler.preemptions,
                 self._speculation.drafted,
                 self._speculation.accepted,
+                scheduler.host_tokens,
+                self.runner.host_blocks * self.runner.block_size,
+                scheduler.recalled_tokens,
             )
 
     def submit(
@@ -223,20 +227,22 @@ class Engine:
             self.runner.maintain()
             for request in [request for request in scheduler.running if request.cancelled]:
                 self.delivery.finish(request, "cancelled")
-            for source, target in self._admit():
-                self.runner.copy_block(source, target)
-            self._attempt(self._prefill, scheduler.prefilling)
+            self._admit()
+            # Nobody waits for what another's blocks come back from.
+            arrived = [r for r in scheduler.prefilling if not self.runner.are_arriving(r.blocks.blocks)]
+            if not arrived and not scheduler.decoding:
+                self.runner.wait_for_block()
+            self._attempt(self._prefill, arrived)
             self._attempt(self._decode, scheduler.decoding)
 
-    def _admit(self) -> list[BlockCopy]:
-        """Let in who waits; whoever has more than a share makes room. Returns the copies to make, in this order."""
-        copies: list[BlockCopy] = []
+    def _admit(self) -> None:
+        """Let in who waits; whoever has more than a share makes room."""
         while True:
             with self._changed:
-                copies += self._scheduler.admit()
+                self._scheduler.admit()
                 in_the_way = self._scheduler.in_the_way
             if in_the_way is None:
-                return copies
+                return
             self._preempt(in_the_way, memory_full=False)
 
     def _has_work(self) -> bool:

@@ -78,6 +78,11 @@ class KVPool:
         return keys.new_zeros(self.num_blocks, BLOCK_SIZE, keys.shape[1], keys.shape[3])
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that keeps a block, [num_blocks, ...]."""
+        return [states for layer in self.layers for states in layer]
+
+    @property
     def tokens(self) -> int:
         return (self.num_blocks - 1) * BLOCK_SIZE
 

@@ -6,6 +6,7 @@ ready, else transformers' own forward (step_ways.py). The engine knows none of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cpu_llama import speed_up_llama
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
+from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
-from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, GB, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.runner import Masks
@@ -29,6 +31,8 @@ from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
 from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
+
+log = logging.getLogger("llama2_chat")
 
 CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
@@ -82,6 +86,7 @@ class ModelRunner:
     piece_size: of prompts, in tokens, if `faster` computes all steps, and each kind with the same number of rows.
     rows: which rows of a step take which adapter, if there are any.
     draft_tokens: as Runner has it; on a CPU only, where a row's logits do not depend on the rows beside it.
+    host: where blocks of the pool go that make room.
     """
 
     block_size = BLOCK_SIZE
@@ -99,8 +104,9 @@ class ModelRunner:
         piece_size: int | None = None,
         rows: AdapterRows | None = None,
         draft_tokens: int = 0,
+        host: HostStore | None = None,
     ) -> None:
-        self._pool, self.sampler, self._faster = pool, sampler, faster
+        self._pool, self.sampler, self._faster, self._host = pool, sampler, faster, host
         self._model, self._device = model, sampler.device
         self._eager = EagerWay(model, pool, sampler, kernel, -(-context_length // BLOCK_SIZE), rows)
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
@@ -110,6 +116,7 @@ class ModelRunner:
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
         self.context_length = min(context_length, pool.tokens)
+        self.host_blocks = host.num_pages if host else 0
         self._check = SelfCheck(model, windows, self.context_length, self.longest_chunk)
 
     @property
@@ -148,6 +155,7 @@ class ModelRunner:
     # ---- A step ----
 
     def prefill(self, chunks: Sequence[Chunk]) -> ModelStep:
+        self._settle(chunks)
         telling = any(chunk.request.params.prompt_logprobs for chunk in chunks)
         logits = self._prefill_and_tell(chunks) if telling else self._prefill(chunks)
         ready = [chunk.request for chunk in chunks if chunk.is_last]
@@ -181,11 +189,21 @@ class ModelRunner:
             request.prompt_logprobs += map(told.likelihood, rows)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
+        if self._host:
+            self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
         return next(step for way in self._ways if (step := way.decode(requests)) is not None)
 
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
+        self._settle(chunks)
         logits = self._eager.prefill(chunks, everywhere=True).split([chunk.end - chunk.start for chunk in chunks])
         return VerifiedDrafts({chunk.request: rows for chunk, rows in zip(chunks, logits, strict=True)})
+
+    def _settle(self, chunks: Sequence[Chunk]) -> None:
+        """What these blocks held before may still be on its way to the host."""
+        if self._host:
+            for chunk in chunks:
+                written = range(chunk.start // BLOCK_SIZE, (chunk.end - 1) // BLOCK_SIZE + 1)
+                self._host.settle(chunk.request.blocks[index] for index in written)
 
     def new_masks(self, count: int) -> Tensor:
         return torch.zeros(count, -(-self.vocab_size // 32), dtype=torch.int32, pin_memory=self.pipelined)
@@ -261,9 +279,28 @@ class ModelRunner:
         torch.cuda.empty_cache()
 
     def copy_block(self, source: int, target: int) -> None:
+        if self._host:
+            self._host.settle((source, target))
         self._pool.copy(source, target)
 
+    def save_block(self, block: int, page: int) -> None:
+        assert self._host is not None  # whoever has no pages is asked for none
+        self._host.save(block, page)
+
+    def restore_block(self, page: int, block: int) -> None:
+        assert self._host is not None
+        self._host.restore(page, block)
+
+    def are_arriving(self, blocks: Sequence[int]) -> bool:
+        return self._host is not None and self._host.are_arriving(blocks)
+
+    def wait_for_block(self) -> None:
+        if self._host:
+            self._host.wait()
+
     def zero_blocks(self, blocks: list[int] | slice) -> None:
+        if self._host:
+            self._host.settle(range(self.num_blocks) if isinstance(blocks, slice) else blocks)
         self._pool.zero(blocks)
 
     def are_finite(self, blocks: list[int]) -> bool:
@@ -298,6 +335,7 @@ def build_runner(
     speculate: bool = True,
     pool_type: type[KVPool] = KVPool,
     adapters: Sequence[LoraWeights] = (),
+    host_bytes: int = 0,
 ) -> ModelRunner:
     """The fastest runner that this model can have where it is.
 
@@ -309,6 +347,7 @@ def build_runner(
     speculate: guess what answers say next, and check several tokens in one step; on a GPU nothing is guessed.
     pool_type: how keys and values are kept.
     adapters: which requests may choose from, by their place here, 1 for the first.
+    host_bytes: memory of the host for what makes room in the pool, at most.
 
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
     no memory is left for keys and values, or if its steps cannot be recorded and must be.
@@ -348,6 +387,7 @@ def build_runner(
             windows=windows,
             draft_tokens=draft_tokens,
             rows=rows,
+            host=_host_store(pool, host_bytes),
         )
     join_projections(model)
     rows = add_adapters(model, adapters)
@@ -356,8 +396,26 @@ def build_runner(
     recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
     return ModelRunner(
-        model, pool, sampler, context_length, kernel, recorded, longest_chunk, piece_size=piece_size, rows=rows
+        model,
+        pool,
+        sampler,
+        context_length,
+        kernel,
+        recorded,
+        longest_chunk,
+        piece_size=piece_size,
+        rows=rows,
+        host=_host_store(pool, host_bytes),
     )
+
+
+def _host_store(pool: KVPool, most_bytes: int) -> HostStore | None:
+    store = HostStore(pool.tensors, most_bytes) if most_bytes else None
+    if store is None or not store.num_pages:
+        return None
+    tokens = store.num_pages * BLOCK_SIZE
+    log.info("%.1f GB of memory keep %s tokens of conversations that leave the GPU", store.bytes / GB, f"{tokens:,}")
+    return store
 
 
 @torch.inference_mode()

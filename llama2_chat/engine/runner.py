@@ -56,6 +56,7 @@ class Runner(Protocol[StepT]):
     longest_chunk: int  # tokens of prompts in a prefill step
     shortest_chunk: int  # below, the weights are read for too few tokens
     piece_size: int | None  # tokens: as SchedulerConfig has it
+    host_blocks: int  # for which there are pages in memory of the host; 0 if blocks that make room are forgotten
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
@@ -117,6 +118,16 @@ class Runner(Protocol[StepT]):
         """After torch.OutOfMemoryError: give back what is kept for later."""
 
     def copy_block(self, source: int, target: int) -> None: ...
+
+    def save_block(self, block: int, page: int) -> None: ...
+
+    def restore_block(self, page: int, block: int) -> None: ...
+
+    def are_arriving(self, blocks: Sequence[int]) -> bool:
+        """Whether any of them is still on its way from the host: no step may read it."""
+
+    def wait_for_block(self) -> None:
+        """Until the next of those that are on their way has arrived, if there is one."""
 
     def zero_blocks(self, blocks: list[int] | slice) -> None: ...
 

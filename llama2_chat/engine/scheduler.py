@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
-from llama2_chat.engine.prefix_cache import PrefixCache
+from llama2_chat.engine.prefix_cache import Host, PrefixCache
 from llama2_chat.engine.request import NO_SLOT, Request
 from llama2_chat.errors import Busy
 
@@ -73,28 +73,27 @@ class DraftChunk(Chunk):
         return self.request.runs and self.draft[place : place + 1] == self.request.ids[-1:]
 
 
-class BlockCopy(NamedTuple):
-    """What the pool must do before the next step: source may be handed to somebody else after that."""
+class Blocks(Host, Protocol):
+    """Whoever copies blocks, in the order in which it is asked to."""
 
-    source: int
-    target: int
+    def copy_block(self, source: int, target: int) -> None: ...  # source may be handed to somebody else after that
 
 
 class Scheduler:
     """Requests run as long as there are slots and blocks for them; of those that wait, the next is the first of the
     client who has the fewest running. Alone, a client may have all; whoever comes takes a share from who has most."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
+    def __init__(self, config: SchedulerConfig, blocks: Blocks) -> None:
+        self.config, self._blocks = config, blocks
         self.waiting: deque[Request] = deque()
-        self.preemptions = 0  # since the start
+        self.preemptions = self.recalled_tokens = 0  # since the start
         self._prefill_tokens_per_s = 0.0  # as last measured
         self.reset()
 
     def reset(self) -> None:
         """Nobody runs, and all slots and blocks are free; whoever waits goes on waiting."""
         config = self.config
-        self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.cache = PrefixCache(config.num_blocks, config.block_size, self._blocks)
         self.running: list[Request] = []  # in order of admission
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._memory_full = False  # then nobody comes in before somebody has left, or the youngest would thrash
@@ -105,6 +104,11 @@ class Scheduler:
     def kv_tokens(self) -> int:
         """Whose keys and values running requests hold, in whole blocks."""
         return (self.config.num_blocks - 1 - self.cache.available) * self.config.block_size
+
+    @property
+    def host_tokens(self) -> int:
+        """Whose keys and values the host has."""
+        return self.cache.host_blocks * self.config.block_size
 
     # ---- The waiting queue ----
 
@@ -146,31 +150,28 @@ class Scheduler:
 
     # ---- Admission and preemption ----
 
-    def admit(self) -> list[BlockCopy]:
-        """Let requests in, in the order of the line, as long as there are slots, and blocks for what is known of them.
-
-        Returns the copies between blocks that must be made before the next step, in this order.
-        """
+    def admit(self) -> None:
+        """Let requests in, in the order of the line, as long as there are slots, and blocks for their ids."""
         if not self.running:
             self._memory_full = False
-        copies: list[BlockCopy] = []
         while self.waiting and not self._memory_full and len(self.running) < self._batch_limit:
             request = self.line[0]
-            if self._is_being_read(request) or not self._find_blocks(request, copies):
+            if self._is_being_read(request) or not self._find_blocks(request):
                 break
             self.waiting.remove(request)
             request.slot = self._free_slots.pop()
             self.running.append(request)
-        return copies
+        self.cache.spare()
 
     def _is_being_read(self, request: Request) -> bool:
         """Whether just this prompt is being computed for somebody else, and will be in the cache within a few steps."""
         what = request.adapter, request.ids
         return request.reads_cache and any((other.adapter, other.ids) == what for other in self.prefilling)
 
-    def _find_blocks(self, request: Request, copies: list[BlockCopy]) -> bool:
+    def _find_blocks(self, request: Request) -> bool:
         """Give the request the blocks that begin as it does, and new ones for the rest of its ids and one more."""
-        table, nearest, common = self.cache.match(request.ids if request.reads_cache else (), request.adapter)
+        match = self.cache.match(request.ids if request.reads_cache else (), request.adapter)
+        table, nearest, common, away = match
         length, growing = len(request.ids), len(self.running)
         if self.config.piece_size:
             # Nobody is preempted: what decode steps computed would be read again in pieces, and rounded otherwise.
@@ -179,12 +180,14 @@ class Scheduler:
         if self.running and needed + RESERVED_BLOCKS * growing > self.cache.available:
             self.cache.release(table, [])
             return False
+        self.cache.recall(match)
+        self.recalled_tokens += len(away) * self.config.block_size
         request.blocks, request.computed = table, len(table) * self.config.block_size
-        for _ in range(needed):
+        for _ in range(needed - len(away)):
             block = self.cache.allocate()
             assert block is not None  # alone, a request always has room: submit() has seen to it
             if nearest is not None:  # if just this block was evicted, what it holds is still there
-                copies.append(BlockCopy(nearest.block, block))
+                self._blocks.copy_block(nearest.block, block)
                 request.computed += common
                 nearest = None
             table.own.append(block)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -33,6 +34,8 @@ BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0
 FOUR_BITS = ("int4", "nf4")
 NO_INT4 = "QUANTIZATION=int4 needs a CUDA GPU. Unset it: int8 is fastest on a CPU."
 
+CGROUP = Path("/sys/fs/cgroup")  # version 2
+
 DeviceMap = str | dict[str, str | int]
 
 
@@ -51,6 +54,19 @@ def visible_gpus() -> list[Gpu]:
         free, _ = torch.cuda.mem_get_info(index)
         gpus.append(Gpu(free, torch.cuda.get_device_capability(index)))
     return gpus
+
+
+def free_host_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory of this computer, or of this container, that programs may still take.
+
+    cgroup: the folder where Linux tells what a container may have.
+    """
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or "max": no limit of its own
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, max(limit - used + int(cached), 0))
+    return free
 
 
 def compute_dtype(gpus: Sequence[Gpu]) -> torch.dtype:

@@ -248,6 +248,12 @@ class _CurrentState(Collector):
         yield GaugeMetricFamily("chat_kv_cache_used_tokens", help, occupancy.kv_tokens)
         help = "Tokens that the KV cache has room for."
         yield GaugeMetricFamily("chat_kv_cache_capacity_tokens", help, occupancy.kv_capacity_tokens)
+        help = "Tokens whose keys and values left the GPU and are kept in memory of this computer."
+        yield GaugeMetricFamily("chat_kv_host_used_tokens", help, occupancy.host_tokens)
+        help = "Tokens that KV_HOST_GB has room for."
+        yield GaugeMetricFamily("chat_kv_host_capacity_tokens", help, occupancy.host_capacity_tokens)
+        help = "Tokens whose keys and values came back to the GPU by copy."
+        yield CounterMetricFamily("chat_kv_host_recalled_tokens", help, occupancy.recalled_tokens)
         help = "Running requests that were put back into the queue because the KV cache was full."
         yield CounterMetricFamily("chat_preemptions", help, occupancy.preemptions)
         help = "Tokens of answers that were guessed, so that several are computed in one step."

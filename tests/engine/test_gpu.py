@@ -104,6 +104,28 @@ def test_recorded_steps_say_what_transformers_says(model, compiled):
     assert min(same) >= len(asked) - 1
 
 
+def test_what_comes_back_from_memory_of_the_host_is_bit_for_bit_what_left(model):
+    (first, *others), more = prompts([1500, 1000, 1000, 1000, 1000]), SamplingParams(seed=3, max_new_tokens=64)
+
+    def texts(tokens, host_bytes):
+        free = {model.device: tokens * 2048}
+        engine = Engine(build_runner(model, lambda: free, 4096, compile=False, host_bytes=host_bytes), set())
+        begun = answer(engine, first, more)[0]
+        with engine.paused():
+            streamers = [Ids() for _ in others]
+            for ids, streamer in zip(others, streamers, strict=True):
+                engine.submit(ids, more, streamer)
+        for streamer in streamers:
+            streamer.rest()
+        found, request = answer(engine, [*first, *begun, 1, 2, 3], more)
+        recalled = engine.occupancy.recalled_tokens
+        engine.close()
+        return begun, found, request.cached_tokens, recalled
+
+    expected = texts(64_000, host_bytes=0)
+    assert texts(2_560, host_bytes=2**26) == (*expected[:3], expected[2])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_the_second_gpu_says_what_the_first_says(compiled, compile):

@@ -15,6 +15,7 @@ sys.path.insert(0, {root!r})
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels import attention
+from llama2_chat.kernels.blocks import BlockPacker
 from llama2_chat.types import SamplingParams
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import RecordedWay, _packed
@@ -81,6 +82,14 @@ with torch.inference_mode():
         for slot, token in zip(everyone.tolist(), state.sample(logits, everyone, 64).tolist()):
             if slot < 4:
                 requests[slot].ids.append(token)
+    tensors = [*pool.tensors, torch.arange(4 * 64 * 6).to(torch.int8).view(4, 64, 6)]
+    before = [tensor.clone() for tensor in tensors]
+    piece = torch.zeros(sum(tensor[0].nbytes for tensor in tensors), dtype=torch.uint8)
+    packer = BlockPacker(tensors)
+    packer.pack(2, piece)
+    packer.unpack(piece, 1)
+    for tensor, old in zip(tensors, before):
+        assert tensor[1].equal(old[2]) and tensor[2:].equal(old[2:]) and tensor[0].equal(old[0])
 print("equal")
 """
 

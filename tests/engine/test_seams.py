@@ -33,7 +33,7 @@ class ScriptedRunner:
     """Computes nothing: the next token is always the one after the last."""
 
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
-    longest_chunk, shortest_chunk, piece_size, context_length, draft_tokens = 16, 4, None, 64, 0
+    longest_chunk, shortest_chunk, piece_size, context_length, draft_tokens, host_blocks = 16, 4, None, 64, 0, 0
     mode, kv_bytes, maintenance_due, check_lengths = "scripted", 0, False, (24,)
 
     def __init__(self, pipelined=False):
@@ -45,6 +45,7 @@ class ScriptedRunner:
         return None
 
     start = wait = close = enter_thread = maintain = synchronize = release_memory = copy_block = zero_blocks = nothing
+    are_arriving = wait_for_block = nothing
 
     def self_check(self, requests):
         return True
@@ -120,6 +121,10 @@ class SplitPool(KVPool):
 
     def allocate(self, keys):
         return torch.zeros(2, self.num_blocks, keys.shape[1], BLOCK_SIZE, keys.shape[3], dtype=torch.bfloat16)
+
+    @property
+    def tensors(self):
+        return [part for layer in self.layers for states in layer for part in states]
 
     def zero(self, blocks):
         for states in self.layers:

@@ -17,6 +17,7 @@ from llama2_chat.loading.memory import (
     check_memory,
     choose_device_map,
     choose_precision,
+    free_host_bytes,
     translate_out_of_memory,
 )
 from tests.support.loading import asking_for, refusal
@@ -127,3 +128,13 @@ def test_memory_that_runs_out_in_four_bits_is_not_told_to_take_four_bits():
         raise torch.OutOfMemoryError("out of memory")
     assert "QUANTIZATION" not in str(refused.value)
     assert "Choose a smaller model" in str(refused.value)
+
+
+def test_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    everything = free_host_bytes(tmp_path)
+    files = {"memory.max": "3000\n", "memory.current": "1000\n", "memory.stat": "anon 600\ninactive_file 400\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert (free_host_bytes(tmp_path), everything > 2400) == (2400, True)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_host_bytes(tmp_path) > 2400
