@@ -23,7 +23,9 @@ from llama2_chat.loading.disk import POLL_S, Files, check_free_space, not_writab
 # Phase, done bytes, total bytes (0 while unknown). May raise, which ends what it reports on.
 Progress = Callable[[Literal["download", "convert", "load"], int, int], None]
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration and tokenizer
+LICENCES = ["LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*"]  # which go along with whatever is made of a model
+# Configuration, tokenizer, and what the model's page says, which names its licence.
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", *LICENCES, "README.md"]
 SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own format there, as large again
 # What the system answers about a folder that cannot take a download. An OSError of the network has other numbers.
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}

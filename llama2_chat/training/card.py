@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama2_chat.loading import EMBEDDED
+from llama2_chat.loading.hub import LICENCES
 
 if TYPE_CHECKING:
     from llama2_chat.training.report import Subject
 
-LICENCES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")  # files that are passed on
 LLAMA_2 = re.compile(r"llama-?2|codellama", re.IGNORECASE)
 LLAMA_2_NOTICE = (
     "Made from Llama 2. Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "

@@ -77,6 +77,16 @@ def test_pickles_and_subfolders_stay_on_the_hub_when_there_are_safetensors(hub, 
     assert not [path for _, path in hub.requests if "pytorch_model" in path or "original" in path]
 
 
+def test_licence_and_use_policy_come_along_in_whatever_kind_of_file(hub, tiny, tmp_path):
+    repo = shutil.copytree(tiny, tmp_path / "repo")
+    for name in ("LICENSE", "USE_POLICY.md", "README.md", "curves.png"):
+        (repo / name).write_text("a")
+    hub.repos["someone/licensed"] = repo
+    folder = fetch_small_files("someone/licensed", ignore).folder
+    assert {"LICENSE", "USE_POLICY.md", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "curves.png").exists()
+
+
 def test_a_download_stops_when_the_program_ends(hub):
     hub.bytes_per_s = 50_000
 
