@@ -5,6 +5,7 @@
         --dataset_name timdettmers/openassistant-guanaco --load_in_4bit --use_peft \\
         --batch_size 4 --gradient_accumulation_steps 2                                          QLoRA on one GPU
     accelerate launch --num_processes 2 scripts/sft_trainer.py ...                              on two
+    accelerate launch --config_file deploy/fsdp.yaml scripts/sft_trainer.py ...              a model divided among two
     python scripts/sft_trainer.py --demo --folds 5 --output_dir trained/folds     five times, each without another fifth
     MODEL_ID=folder python app.py                                                               talk to what came out
 """

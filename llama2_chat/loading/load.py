@@ -165,11 +165,14 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     return loaded
 
 
-def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress) -> PreTrainedModel:
+def load_base(
+    checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress, divisible: bool = False
+) -> PreTrainedModel:
     """The model without its adapter, whole on one device, to be trained or merged rather than served.
 
     precision: one of UNQUANTIZED; "nf4" or "int8" by bitsandbytes, which computes in what suits the device; or "int4",
     on a GPU, to be looked at and not trained.
+    divisible: let FSDP divide it among GPUs.
     """
     files, gpus = checkpoint.base, visible_gpus()
     if precision == "int4" and not gpus:
@@ -178,7 +181,7 @@ def load_base(checkpoint: Checkpoint, precision: str, device: str | int, progres
     if method := size.comes_in:
         raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
     bring_weights(files, progress)
-    configs: dict[str, Any] = {"nf4": nf4_config(dtype), "int8": int8_config(), "int4": PackedConfig("int4")}
+    configs: dict[str, Any] = {"nf4": nf4_config(dtype, divisible), "int8": int8_config(), "int4": PackedConfig("int4")}
     needed_bytes = size.needed_bytes(precision, 0)
     with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
         own = getattr(torch, precision) if precision in UNQUANTIZED else dtype

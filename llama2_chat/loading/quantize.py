@@ -23,12 +23,14 @@ def int8_config() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
-def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(compute_dtype: torch.dtype, divisible: bool = False) -> BitsAndBytesConfig:
+    """divisible: let FSDP divide the weights among GPUs, which takes no others than numbers of the compute dtype."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype if divisible else torch.uint8,
     )
 
 

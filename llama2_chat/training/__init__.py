@@ -16,6 +16,7 @@ examples          conversations as token ids and labels
 base_model        the model to train, before its weights
 train_one         one training, with all that is kept of it
 trainer           TRL's trainers as we use them, and the progress bar
+whole_split       what these trainers share: a whole eval split measured at once, divided models saved
 sft               its SFTTrainer with an eval loss that weighs all tokens alike
 preferences       good and bad answers as token ids, for DPO and KTO
 preference_trainers  their trainers, with figures of a whole eval split
@@ -24,7 +25,7 @@ checkpoints       what a killed run goes on from; what must not be overwritten
 answers           what the model answers before and after
 merging           an adapter becomes part of its base model's weights
 resources         memory and disk: how much, and what to do when they run out
-main_process      of several processes one prints
+processes         of several processes one prints; a model that is divided among them
 run_json          run.json, by which an evaluation finds the splits again
 curves            losses and learning rate against steps, as CSV and PNG
 report            a page of Markdown for a run or for its folds

@@ -89,12 +89,14 @@ def _as_tuple(names: str | list[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(sorted(names or ()))
 
 
-def load_for_training(checkpoint: Checkpoint, precision: str, device: str | int) -> PreTrainedModel:
+def load_for_training(
+    checkpoint: Checkpoint, precision: str, device: str | int, divisible: bool = False
+) -> PreTrainedModel:
     """The model with its weights; they stay differentiable, whatever it is asked before and between.
 
-    An adapter is beside them, and is what is trained.
+    An adapter is beside them, and is what is trained. divisible: as load_base() has it.
     """
-    model = load.load_base(checkpoint, precision, device, no_progress)
+    model = load.load_base(checkpoint, precision, device, no_progress, divisible)
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):

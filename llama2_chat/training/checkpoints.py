@@ -12,9 +12,10 @@ from llama2_chat.errors import ChatError
 from llama2_chat.training.options import Options
 from llama2_chat.training.run_json import Run, read_run
 
-# What a checkpoint cannot take up: how many trainings there are, and what adapter, optimizer and log are made of.
+# What a checkpoint cannot take up: how many trainings there are, whether the model is divided among GPUs, and what
+# adapter, optimizer and log are made of.
 FIXED = {"folds", "use_peft", "lora_r", "use_dora", "target_modules"}
-FIXED |= {"method", "modules_to_save", "adapter", "optim", "weight_decay", "save_steps", "logging_steps"}
+FIXED |= {"method", "modules_to_save", "adapter", "optim", "weight_decay", "save_steps", "logging_steps", "divided"}
 LONGER = {"num_train_epochs", "max_steps"}  # with more of it a run that is done goes on
 
 

@@ -16,8 +16,8 @@ from llama2_chat.loading.load import load_base
 from llama2_chat.text import first_line
 from llama2_chat.training import card
 from llama2_chat.training.base_model import BaseModel, fetch_checkpoint, mend_generation_config, no_progress
-from llama2_chat.training.main_process import print_lines
-from llama2_chat.training.resources import free_memory
+from llama2_chat.training.processes import print_lines
+from llama2_chat.training.resources import free_memory, let_others_read
 
 LOGIT_TOLERANCE = 1e-3  # between adapter and merged model, in float32
 # The same for what was written, as a part of the largest logit: rounding to 16 bits moves logits by 1 % or less.
@@ -69,6 +69,7 @@ def merge(base: BaseModel, adapter: Path, folder: Path, samples: list[list[int]]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         merged.to(dtype).save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
+        let_others_read(Path(aside))
         report = (adapter / "README.md").read_text("utf-8")  # which the Hub shows
         Path(aside, "README.md").write_text(card.of_merged(report), "utf-8")
         shutil.copyfile(adapter / "curves.png", Path(aside) / "curves.png")

@@ -10,18 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from llama2_chat.prompt import TokenizedExample
-from llama2_chat.training.losses import conversation_losses
 from llama2_chat.training.options import Options
 from llama2_chat.training.preferences import Compared
-from llama2_chat.training.sft import as_evaluated
+from llama2_chat.training.whole_split import WholeSplit, as_evaluated, losses_by_all
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -35,8 +30,8 @@ class Measured(NamedTuple):
     mismatched: np.ndarray  # for KTO, [rows]: of another row's answer in place of each row's own
 
 
-class _Prepared:
-    """Datasets that are ready, and an evaluation that measures the whole eval split at once."""
+class _Prepared(WholeSplit):
+    """Datasets that are ready."""
 
     model: Any
     args: Any
@@ -50,25 +45,15 @@ class _Prepared:
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def eval_figures(self) -> dict[str, float]:
         size = self.args.eval_batch_size
         now = measure(self.eval_rows, as_evaluated(self.model), self.method, size, len(self.eval_rows))
         ratios = now.answers - self.references.answers
         if self.method == "dpo":
-            figures = dpo_figures(ratios, self.args.beta)
-        else:
-            is_good = np.array([row.good is not None for row in self.eval_rows])
-            drift = (now.mismatched - self.references.mismatched).mean()
-            figures = kto_figures(ratios, is_good, drift, self.args.beta)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        return EvalLoopOutput(np.empty(0), None, metrics, len(self.eval_rows))
+            return dpo_figures(ratios, self.args.beta)
+        is_good = np.array([row.good is not None for row in self.eval_rows])
+        drift = (now.mismatched - self.references.mismatched).mean()
+        return kto_figures(ratios, is_good, drift, self.args.beta)
 
 
 class PreparedDPOTrainer(_Prepared, DPOTrainer):
@@ -138,13 +123,8 @@ def measure(rows: list[Compared], model: Any, method: str, batch_size: int, amon
 
 
 def log_probabilities(model: Any, examples: list[TokenizedExample], batch_size: int) -> np.ndarray:
-    """[examples]: of all tokens of each answer together. Each process computes a share of them."""
-    state = PartialState()
-    losses = conversation_losses(model, examples[state.process_index :: state.num_processes], batch_size)
-    found = np.zeros(len(examples))
-    for process, share in enumerate(gather_object([losses[:, 0].tolist()])):
-        found[process :: state.num_processes] = share
-    return -found
+    """[examples]: of all tokens of each answer together."""
+    return -losses_by_all(model, examples, batch_size)[:, 0]
 
 
 def mismatched(rows: list[Compared], among: int) -> list[TokenizedExample]:

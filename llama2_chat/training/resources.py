@@ -27,6 +27,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def let_others_read(folder: Path) -> None:
+    """Give a model's weights the mode of what was written beside them: safetensors leaves them to their owner alone."""
+    mode = (folder / "tokenizer_config.json").stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
+
+
 @contextmanager
 def translate_resource_errors(remedies: Iterable[str], folder: Path, kept: str) -> Iterator[None]:
     """Errors of full memory and of a full disk become ChatErrors that say what to do.

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-
-from accelerate import PartialState
+from typing import Any
 
 from llama2_chat.errors import ChatError
 from llama2_chat.training import chat_data, merging, report, splits
 from llama2_chat.training.base_model import BaseModel, base_precision, fetch_base, fetch_weights, go_on_with_adapter
 from llama2_chat.training.checkpoints import check_folders, find_checkpoint, take_up
-from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
+from llama2_chat.training.processes import check_divided, is_divided, is_main_process, print_lines, processes
 from llama2_chat.training.resources import free_memory
 from llama2_chat.training.row_sources import Reading
 from llama2_chat.training.run_json import Run, read_run, write_run
@@ -28,6 +27,7 @@ def train(options: Options) -> None:
     if options.preview:
         preview(options, options.preview)
         return
+    check_divided(options)
     check_folders(options)
     find_checkpoint(options.output_dir, options.goes_on)
     run = new_run(options)
@@ -70,7 +70,6 @@ def _read_splits(run: Run) -> list[Splits]:
 
 def new_run(options: Options) -> Run:
     """What run.json will say, except for the fingerprints of model and data."""
-    processes = PartialState().num_processes
     reading = Reading(
         dict(options.columns),
         options.dataset_config,
@@ -78,7 +77,7 @@ def new_run(options: Options) -> Run:
         list(options.dataset_weights),
         options.plain_text,
         options.method,
-        options.conversations_needed(processes),
+        options.conversations_needed(processes().num_processes),
     )
     merged = options.merge_to or (options.output_dir / "merged" if options.merge_and_push else None)
     return Run(
@@ -95,8 +94,12 @@ def new_run(options: Options) -> Run:
         merged_to=str(merged) if merged else None,
         train_sha256=None,
         reading=reading._asdict(),
-        settings=options.deciding() | {"processes": processes},
+        settings=options.deciding() | _how_many(),
     )
+
+
+def _how_many() -> dict[str, Any]:
+    return {"processes": processes().num_processes} | ({"divided": True} if is_divided() else {})
 
 
 def _from_here(name: str) -> str:

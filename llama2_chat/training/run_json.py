@@ -43,6 +43,7 @@ class Run:
             **{name: (value or "unknown")[:12] for name, value in hashes.items()},
             **drawn,
             **shape,
+            "divided": False,
             **self.settings,
         }
 

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer
 
 from llama2_chat.errors import ChatError
@@ -19,10 +18,10 @@ from llama2_chat.training.base_model import BaseModel, load_for_training, mend_g
 from llama2_chat.training.chat_data import SPLITS, Conversation
 from llama2_chat.training.checkpoints import find_checkpoint
 from llama2_chat.training.examples import mark_answers, tokenize
-from llama2_chat.training.main_process import is_main_process, print_lines
 from llama2_chat.training.options import Options
 from llama2_chat.training.preferences import Compared, mark_compared, tokenize_compared
-from llama2_chat.training.resources import memory_gb
+from llama2_chat.training.processes import is_divided, is_main_process, print_lines, processes
+from llama2_chat.training.resources import let_others_read, memory_gb
 from llama2_chat.training.run_json import Run, read_run, write_run
 from llama2_chat.training.splits import Splits
 from llama2_chat.training.trainer import make_trainer
@@ -43,8 +42,8 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
     if run.fold in (None, 1):
         show_examples(examples, base, SHOWN_EXAMPLES)
 
-    device = PartialState().local_process_index if visible_gpus() else "cpu"
-    model = load_for_training(base.checkpoint, run.precision, device)
+    device = processes().local_process_index if visible_gpus() else "cpu"
+    model = load_for_training(base.checkpoint, run.precision, device, is_divided())
     if not options.use_peft:
         print_lines(*filter(None, [mend_generation_config(model)]))
     if not base.checkpoint.adapter:
@@ -59,12 +58,14 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
             file.write_text(json.dumps(before, ensure_ascii=False, indent=1), "utf-8")
     trainer = make_trainer(options, model, base.tokenizer, examples, resumed=checkpoint is not None)
     figures = _train(trainer, checkpoint)
-    if trainer.is_world_process_zero():
+    trained: Any = trainer.model
+    if is_divided() or is_main_process():  # a divided model answers only while all processes ask it
+        after = _answer(trained, base, questions, options.batch_size)
+    if is_main_process():
+        let_others_read(options.output_dir)
         if options.use_peft:
             _name_base(options.output_dir, base.checkpoint)
         before = json.loads((options.output_dir / ANSWERS).read_text("utf-8"))
-        trained: Any = trainer.model
-        after = _answer(trained, base, questions, options.batch_size)
         rows = curves.from_log(trainer.state.log_history)
         sizes = {split: len(examples[split]) for split in SPLITS}
         answers = zip(questions, before, after, strict=True)

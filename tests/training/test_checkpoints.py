@@ -83,6 +83,7 @@ FIXED = {
             ("logging_steps", 5, 1),
         )
     },
+    "among GPUs": ({"settings": {"divided": True}}, "divided was True and is now False"),
     "--target_modules": ({"settings": {"target_modules": ["q_proj"]}}, r"target_modules was \['q_proj'\] and is now"),
 }
 

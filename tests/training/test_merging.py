@@ -32,6 +32,8 @@ def test_a_merged_model_gives_the_adapters_logits_and_one_that_does_not_is_not_w
     train_here(*arguments(chat_model, dataset, run, "--use_peft", "--merge_to", tmp_path / "merged"))
     train_here(*arguments(chat_model, dataset, run, "--use_peft", "--resume", "--merge_to", again))  # it is done
     assert read_run(run).merged_to == str(again)
+    modes = {file.stat().st_mode for folder in (run, again) for file in folder.iterdir() if file.is_file()}
+    assert len(modes) == 1  # no weights that only their owner may read
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
     said = capsys.readouterr().out
     merged = load.load_base(fetch_checkpoint(str(tmp_path / "merged")), "float32", "cpu", ignore)

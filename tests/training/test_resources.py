@@ -9,7 +9,7 @@ import torch
 from llama2_chat.errors import ChatError
 from llama2_chat.training import resources
 from llama2_chat.training.options import Options
-from llama2_chat.training.resources import translate_resource_errors
+from llama2_chat.training.resources import let_others_read, translate_resource_errors
 
 
 def test_out_of_memory_says_which_flag_to_change():
@@ -19,6 +19,18 @@ def test_out_of_memory_says_which_flag_to_change():
         raise torch.OutOfMemoryError
     for words in ("--batch_size 8", "--load_in_4bit", "--max_length 1024", "Kept."):
         assert words in str(raised.value)
+
+
+def test_weights_have_the_mode_of_what_lies_beside_them(tmp_path):
+    for name, mode in (("tokenizer_config.json", 0o640), ("adapter_model.safetensors", 0o600), ("run.json", 0o644)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    let_others_read(tmp_path)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "tokenizer_config.json": 0o640,
+        "adapter_model.safetensors": 0o640,
+        "run.json": 0o644,
+    }
 
 
 @pytest.mark.parametrize("words", ["[Errno 28] No space left on device", "unexpected pos 512 vs 448"])

@@ -3,7 +3,6 @@
 The demo is trained once, for these tests and for those of the evaluation.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -225,18 +224,6 @@ def test_folds_are_trained_apart_and_a_killed_run_goes_on_as_if_nothing_had_happ
     assert [(one.folds, one.fold) for one in kept] == [(2, None), (2, 1), (2, 2)]
     evals = [row for one in kept[1:] for row in splits.find_again(one)[0].eval]
     assert len(evals) == len({str(row) for row in evals}) == 22  # of 24, two being the test
-
-
-@pytest.mark.slow
-def test_two_processes_train_together_and_one_of_them_reports(chat_model, dataset, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
-    command = [*launch, *arguments(chat_model, dataset, tmp_path, "--use_peft", "--num_train_epochs", "2")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The report is") == 1
-    assert losses_of(tmp_path)[1] < losses_of(tmp_path)[0]
 
 
 @pytest.mark.slow
