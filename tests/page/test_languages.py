@@ -93,21 +93,13 @@ TOO_LONG = [
     for system in (0, 3000)
     for has_examples in (False, True)
 ]
-# The same in English and another language.
-SAME = {
-    "Llama 2 Chat",
-    "SQL",
-    "Code",
-    "Text",
-    "Name",
-    "Top-p",
-    "Top-k",
-    "Seed",
-    "settings",
-    "Esc",
-    "?",
-    "Enter",
-    "python app.py --https",
+# The same in English and in another language.
+NAMES = {"Llama 2 Chat", "SQL", "Top-p", "Top-k", "settings", "python app.py --https"}
+KEYS = {"Enter", "Shift + Enter", "Esc", "Ctrl + K", "Ctrl + Shift + O", "Ctrl + ,"}
+WORDS = {
+    "de": {"Code", "Name", "Seed", "Text"},
+    "es": {"no"},
+    "fr": {"Assistant", "Code", "Conversation", "Conversations", "Documents", "Message", "Question", "Sources"},
 }
 
 
@@ -176,8 +168,9 @@ def others():
     ("header", "language"),
     [
         ("de-AT,de;q=0.9,en;q=0.8", "de"),
-        ("pt-BR,pt;q=0.9,de;q=0.8,en;q=0.7", "de"),  # the next that there is
-        ("en;q=0.5, DE;q=0.9", "de"),
+        ("pt-BR,pt;q=0.9,fr;q=0.8,en;q=0.7", "fr"),  # the next that there is
+        ("en;q=0.5, ES;q=0.9", "es"),
+        ("zh-TW", "zh"),
         ("ja;q=0,ko", "en"),
         ("", "en"),
         ("*;q=0.1, de;q=x, ,;;=,q", "en"),
@@ -246,19 +239,23 @@ def facts(text):
     )
 
 
+def same_in(language):
+    return NAMES | KEYS | WORDS.get(language, set())
+
+
 @others()
 def test_no_text_was_left_in_english(spoken, language):
     english, own = (dict(leaves(spoken[each]["texts"])) for each in ("en", language))
     words = {path: text for path, text in own.items() if re.search("[a-z]{2}", str(text)) and isinstance(text, str)}
-    assert [text for path, text in words.items() if text == english[path] and text not in SAME] == []
+    assert [text for path, text in words.items() if text == english[path] and text not in same_in(language)] == []
     same = [text for text, translation in spoken[language]["sentences"].items() if text == translation]
-    assert set(same) <= {*SAME, "{} …"}
+    assert set(same) <= same_in(language) | {"{} …"}
 
 
 @others()
 def test_every_sentence_of_the_server_is_said_in_every_language(spoken, language):
     said = spoken[language]["said"]
-    assert [text for text, own in said.items() if own == text and text not in SAME] == []
+    assert [text for text, own in said.items() if own == text and text not in same_in(language)] == []
     assert [text for text, own in said.items() if "{}" in own or "undefined" in own] == []
 
 
@@ -302,7 +299,9 @@ def test_every_preset_of_the_page_has_a_name_in_every_language(spoken):
 
 
 WIDER = "document.documentElement.scrollWidth - innerWidth"
-LOCALES = {"en": "en-GB", "de": "de-AT"}
+CUT = """[...document.querySelectorAll(".middle button")].filter((each) => each.checkVisibility())
+  .filter((each) => each.getBoundingClientRect().right > innerWidth).map((each) => each.outerHTML)"""
+LOCALES = {"en": "en-GB", "de": "de-AT", "es": "es-MX", "fr": "fr-CA", "ja": "ja-JP", "zh": "zh-TW"}
 
 
 @pytest.mark.slow
@@ -323,6 +322,7 @@ def test_a_visitor_reads_all_of_the_page_in_their_language_on_a_phone(browser, p
     expect(page.locator("article.assistant .remark strong")).to_have_text(said[str(too_long)])
     expect(page.locator("article.assistant .remark")).to_contain_text(texts["end"]["error"])
     assert page.evaluate(WIDER) == 0
+    assert page.evaluate(CUT) == []  # the last of the buttons below an answer was
     page.get_by_role("button", name=texts["header"]["settings"]).click()
     for label in ("System prompt", "Temperature", "Seed", "Use tools"):
         expect(page.locator("#settings").get_by_text(said[label], exact=True).first).to_be_visible()

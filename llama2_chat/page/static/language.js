@@ -3,7 +3,7 @@
 import { h, toast } from "./dialog.js";
 import { T } from "./texts.js";
 
-const LANGUAGES = { en: "English", de: "Deutsch" };
+const LANGUAGES = { en: "English", de: "Deutsch", es: "Español", fr: "Français", ja: "日本語", zh: "简体中文" };
 const COOKIE = "llama2_chat_language"; // as in ../language.py
 const KEPT_S = 365 * 24 * 3600;
 

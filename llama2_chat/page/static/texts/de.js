@@ -1,4 +1,4 @@
-// Deutsch. Die Schlüssel sind die von en.js, in der Anrede „du“.
+// German, which says „du“. The keys are those of en.js.
 
 import { formats, isolated } from "../formats.js";
 
@@ -351,9 +351,9 @@ export const T = {
   },
 };
 
-/** Sätze des Servers, mit {} für das, was sie nennen. */
+/** What the server says, by its English sentences, with {} for what they name. */
 export const SENTENCES = {
-  // ---- Einstellungen ----
+  // ---- The settings ----
   "System prompt": "System-Prompt",
   "Instructions for all chats without a preset; may be empty.": "Anweisungen für alle Chats ohne Vorlage; darf leer sein.",
   "Max new tokens": "Maximale Antwortlänge",
@@ -389,7 +389,7 @@ export const SENTENCES = {
   "{} must be a number above {} to {}; it was {}.": "{} muss eine Zahl über {} und bis {} sein; angegeben war {}.",
   "far too large": "viel zu groß",
 
-  // ---- Modell ----
+  // ---- The model ----
   "{} · {} on {}": "{} · {} auf {}",
   "{} · {} on {} · completes text, does not chat": "{} · {} auf {} · setzt Texte fort, statt zu chatten",
   "{} · answered by {}": "{} · Antworten von {}",
@@ -410,7 +410,7 @@ export const SENTENCES = {
   "There is no adapter {} here. Choose another model.": "Den Adapter {} gibt es hier nicht. Wähle ein anderes Modell.",
   "There is no server {} here.": "Den Server {} gibt es hier nicht.",
 
-  // ---- Unterwegs zur Antwort ----
+  // ---- On the way to an answer ----
   "Reading …": "Liest …",
   "Reading {} …": "{} wird gelesen …",
   "Reading {}, page {} of {} …": "{} wird gelesen, Seite {} von {} …",
@@ -438,7 +438,7 @@ export const SENTENCES = {
   "The server is being stopped, and this answer with it.": "Der Server wird gerade beendet, und diese Antwort mit ihm.",
   "There is no such answer here, or no longer.": "Diese Antwort gibt es hier nicht oder nicht mehr.",
 
-  // ---- Zu viel auf einmal ----
+  // ---- Too much at once ----
   "The line is full ({} waiting). Please try again in a minute.": "Die Warteschlange ist voll ({} warten). Bitte versuche es in einer Minute noch einmal.",
   "Too many questions of yours were waiting. Please try again in a minute.":
     "Zu viele deiner Fragen haben gewartet. Bitte versuche es in einer Minute noch einmal.",
@@ -453,7 +453,7 @@ export const SENTENCES = {
   "Too many attempts at once. Please wait a minute and try again.": "Zu viele Versuche auf einmal. Bitte warte eine Minute und versuche es dann noch einmal.",
   "This request is larger than the server accepts.": "Diese Anfrage ist größer, als der Server erlaubt.",
 
-  // ---- Zu lang ----
+  // ---- Too long ----
   "conversation": "Diese Unterhaltung",
   "message": "Diese Nachricht",
   "prompt": "Dieser Text",
@@ -483,7 +483,7 @@ export const SENTENCES = {
   "Shorten the system prompt or its examples, or ask for an answer of at most {} tokens.":
     "Kürze den System-Prompt oder seine Beispiele, oder begrenze die Antwort auf {} Tokens.",
 
-  // ---- Wächter ----
+  // ---- The guard ----
   "The guard of this server judged this message unsafe, so the model has not been asked.":
     "Der Schutzfilter dieses Servers hält diese Nachricht für unsicher, daher ging sie nicht ans Modell.",
   "The guard of this server judged the answer unsafe, so it is not shown.":
@@ -493,7 +493,7 @@ export const SENTENCES = {
   "The guard of this server could not judge the answer, so it is not shown. Please try again later.":
     "Der Schutzfilter dieses Servers konnte die Antwort nicht prüfen, daher wird sie nicht gezeigt. Bitte versuche es später noch einmal.",
 
-  // ---- Server des Modells ----
+  // ---- The model's server ----
   "Still connecting to the model's server. Please try again.": "Die Verbindung zum Server des Modells wird noch aufgebaut. Bitte versuche es noch einmal.",
   "No server can answer now. Please try again.": "Gerade kann kein Server antworten. Bitte versuche es noch einmal.",
   "{} cannot answer now. Please try again.": "{} kann gerade nicht antworten. Bitte versuche es noch einmal.",
@@ -527,7 +527,7 @@ export const SENTENCES = {
   "Only the server that has the model knows its tokens. Ask for a chat completion, or ask that server itself.":
     "Nur der Server, der das Modell hat, kennt dessen Tokens. Frag im Chat oder direkt bei diesem Server.",
 
-  // ---- Anmeldung, Unterhaltungen auf dem Server ----
+  // ---- Logins, conversations on the server ----
   "Please log in first.": "Bitte melde dich zuerst an.",
   "Please log out with the button on the page.": "Bitte melde dich mit dem Knopf auf der Seite ab.",
   "Somebody else has logged in in this browser. Reload the page.": "In diesem Browser hat sich jemand anderes angemeldet. Lade die Seite neu.",
@@ -535,7 +535,7 @@ export const SENTENCES = {
   "Your conversations have filled the {} MB that this server keeps for you. New ones stay in this browser until you delete some.":
     "Deine Unterhaltungen füllen die {} MB, die dieser Server für dich aufbewahrt. Neue bleiben in diesem Browser, bis du einige löschst.",
 
-  // ---- Dokumente ----
+  // ---- Documents ----
   "Documents stay on this server, for you alone, until you delete them.":
     "Dokumente bleiben auf diesem Server, nur für dich, bis du sie löschst.",
   "Documents stay on this server, for you alone, until you delete them, or for {} days after your last upload.":
