@@ -151,6 +151,7 @@ class ChatModel:
         from llama2_chat.engine.architecture import check_architecture, translate_architecture_errors
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.config import read_config
+        from llama2_chat.loading.draft import check_draft
         from llama2_chat.loading.load import load, measure
         from llama2_chat.loading.lora import check_adapters
         from llama2_chat.loading.memory import translate_out_of_memory
@@ -169,6 +170,7 @@ class ChatModel:
                 measure(checkpoint.base)
                 check_architecture(read_config(checkpoint.base))
             check_adapters(checkpoint)
+            check_draft(checkpoint)
             loaded = load(checkpoint, self._progress)
             with (
                 translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
@@ -212,6 +214,7 @@ class ChatModel:
             adapters=loaded.adapters,
             speculate=self.settings.speculation == "auto",
             host_bytes=_host_bytes(self.settings.kv_host_gb, loaded.device),
+            draft=loaded.draft,
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length

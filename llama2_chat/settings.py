@@ -205,6 +205,12 @@ class Settings:
         "auto or off: on a CPU, guess what an answer repeats or a grammar forces, and check several tokens at once; "
         "no text changes by it",
     )
+    draft_model: str | None = _knob(
+        None,
+        "DRAFT_MODEL",
+        "Hub id or folder of what guesses, on a CPU, what comes next: an EAGLE head for the model, or a small model "
+        "with its vocabulary",
+    )
     check: bool = _knob(False, "", "start nothing; say what would go wrong and how to fix it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")
     hash_password: bool = _knob(
@@ -216,7 +222,7 @@ class Settings:
         # A line end from a file of variables is no part of them.
         for name in ("guard_url", "embeddings", "notice"):
             object.__setattr__(self, name, getattr(self, name).strip())
-        for name in ("model_id", "model_name", "base_model", "guard_model", "embeddings_model"):
+        for name in ("model_id", "model_name", "base_model", "guard_model", "embeddings_model", "draft_model"):
             object.__setattr__(self, name, (getattr(self, name) or "").strip() or None)
         if self.settings not in SHOWN_SETTINGS:
             raise ChatError(f"settings must be one of {', '.join(SHOWN_SETTINGS)}; it was {self.settings!r:.40}.")
@@ -243,6 +249,12 @@ class Settings:
             raise ChatError("HISTORY=server needs AUTH_FILE: without a login nobody's conversations can be told apart.")
         if self.speculation not in SPECULATIONS:
             raise ChatError(f"speculation must be {' or '.join(SPECULATIONS)}; it was {self.speculation!r}.")
+        if self.draft_model and self.speculation == "off":
+            raise ChatError(
+                "draft_model makes guesses, and with SPECULATION=off there are none. Leave one of them out."
+            )
+        if self.draft_model and self.inference_url:
+            raise ChatError("draft_model is for a model that is loaded here; set it where INFERENCE_URL points to.")
         if not 0 <= self.port <= 65535:
             raise ChatError(f"port must be from 0 to 65535; it was {self.port}.")
         if self.queue_limit < 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -18,13 +18,15 @@ from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 
 def speed_up_llama(model: PreTrainedModel) -> None:
     """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls."""
-    if (
-        type(model) is LlamaForCausalLM
-        and isinstance(model.lm_head, Int8Linear)
-        and all(map(_suits, model.model.layers))
-    ):
-        model.model.rotary_emb.__class__ = CpuRotaryEmbedding
-        for layer in model.model.layers:
+    if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
+        speed_up_layers(model.model)
+
+
+def speed_up_layers(body: Any) -> None:
+    """The same for `layers` and the `rotary_emb` that they share, if all of these layers suit."""
+    if all(map(_suits, body.layers)):
+        body.rotary_emb.__class__ = CpuRotaryEmbedding
+        for layer in body.layers:
             layer.__class__ = CpuLlamaLayer
 
 
@@ -82,7 +84,9 @@ class CpuLlamaLayer(LlamaDecoderLayer):
         return output
 
 
-def _normed(hidden: Tensor, norm: LlamaRMSNorm) -> Tensor:
+def _normed(hidden: Tensor, norm: LlamaRMSNorm | nn.Identity) -> Tensor:
+    if isinstance(norm, nn.Identity):
+        return hidden
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.float(), norm.variance_epsilon)
 
 

@@ -1,4 +1,5 @@
-"""Guesses at what an answer says next, made without a model: text that comes again, as in quotes, code and lists.
+"""Guesses at what an answer says next: text that comes again, as in quotes, code and lists; and how long those of a
+model should be, which draft_model.py makes where nothing comes again.
 
 A guess is only ever a guess: the engine chooses each token as it would without, and keeps a guess where it equals the
 choice. A request has `Drafts` of its own, which know its prompt and its answer and nobody else's.
@@ -13,6 +14,9 @@ ALIKE, LEAST_ALIKE, MOST_ALIKE = 3, 2, 8
 LENGTH, LEAST_LENGTH, MOST_LENGTH = 4, 1, 16  # ids of a guess: the same
 PLACES = 8  # that are compared, the latest ones
 COMPARED = 16  # ids before each
+# Of a model's guesses: what is believed of them at first, how much of the past is kept at each step, how many times as
+# fast an answer must become, and after how many steps without guesses one is made nevertheless.
+FIRST_TRUE, FIRST_MADE, FORGETTING, LEAST_GAIN, PAUSE = 1.2, 2.0, 0.95, 1.03, 24
 
 
 class Drafts:
@@ -22,6 +26,7 @@ class Drafts:
         self._places: dict[tuple[int, int], list[int]] = {}  # of two ids in a row: where the next one stands
         self._indexed = 1  # the first place that has not been looked at as that of the second of two
         self._alike, self._length = ALIKE, LENGTH
+        self.of_model = Confidence()
 
     def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
         """At most so many ids that may come next; often none.
@@ -50,6 +55,33 @@ class Drafts:
         elif kept < guessed / 2:
             self._length = max(self._length // 2, LEAST_LENGTH)
             self._alike = min(self._alike + 1, MOST_ALIKE)
+
+
+class Confidence:
+    """How often a model's guesses come true, and so how many of them pay."""
+
+    def __init__(self) -> None:
+        self._true, self._made = FIRST_TRUE, FIRST_MADE  # guesses lately, those after a wrong one left out
+        self._steps_without = 0
+
+    def length(self, most: int, cost: float) -> int:
+        """How many guesses make the answer come fastest, or 0.
+
+        cost: of making a guess and checking it, for a token of each answer costs 1 without.
+        """
+        chance, tokens, best, longest = self._true / self._made, 1.0, LEAST_GAIN, 0
+        for length in range(1, most + 1):
+            tokens += chance**length
+            if (gain := tokens / (1 + cost * length)) > best:
+                best, longest = gain, length
+        self._steps_without = 0 if longest else self._steps_without + 1
+        return min(1, most) if self._steps_without > PAUSE else longest
+
+    def judge(self, guessed: int, kept: int) -> None:
+        """Of so many guesses in a row the first ones came true, so many."""
+        self._true = self._true * FORGETTING + kept
+        self._made = self._made * FORGETTING + min(kept + 1, guessed)
+        self._steps_without = 0
 
 
 def _alike(ids: Sequence[int], place: int) -> int:

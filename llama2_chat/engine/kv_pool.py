@@ -6,8 +6,9 @@ for nothing else, apart from the kernels, which take the tensors of this one as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from typing import cast
 
 import torch
@@ -36,34 +37,38 @@ class KVPool:
         free_bytes: Callable[[], Mapping[torch.device, int]],
         context_length: int,
         max_batch: int,
+        beside: Sequence[Tensor] = (),
     ) -> None:
         """Take what max_batch requests with a full context need, or what is free; on a CPU at least what one needs.
 
         free_bytes: what may be taken of each device; asked once the model has run and has all that it keeps.
+        beside: keys as layers beside the model's make them, those of a model that guesses, which have the same blocks.
         Raises ModelUnavailable if the model keeps something else than keys and values, or nothing is left for them.
         """
         probe = probe_keys(model)
         free = free_bytes()
         block_bytes: dict[torch.device, int] = {}
-        for keys in probe:
+        for keys in (*probe, *beside):
             block_bytes[keys.device] = block_bytes.get(keys.device, 0) + 2 * BLOCK_SIZE * self.token_bytes(keys)
         fitting = min(free[device] // size for device, size in block_bytes.items())
         whole = -(-context_length // BLOCK_SIZE)
         if all(device.type == "cpu" for device in block_bytes):
             fitting = max(fitting, whole)
-        if not self._allocate_layers(probe, min(fitting, max_batch * whole)):
+        if not self._allocate_layers(probe, beside, min(fitting, max_batch * whole)):
             least, most = LEAST_BLOCKS * sum(block_bytes.values()), sum(free[device] for device in block_bytes)
             raise ModelUnavailable(
                 f"The model leaves {most / GB:.1f} GB of GPU memory for conversations, and the shortest takes "
                 f"{least / GB:.1f} GB. Set QUANTIZATION=nf4 if it is not, lower KV_HEADROOM_GB, or use a larger GPU."
             )
 
-    def _allocate_layers(self, probe: list[Tensor], fitting: int) -> bool:
+    def _allocate_layers(self, probe: Sequence[Tensor], beside: Sequence[Tensor], fitting: int) -> bool:
         """Take so many blocks, or fewer if what is free lies in pieces. False if that leaves too few."""
         while fitting >= LEAST_BLOCKS:
             self.num_blocks = 1 + fitting
             with suppress(torch.OutOfMemoryError):
-                self.layers = [(self.allocate(keys), self.allocate(keys)) for keys in probe]
+                self.layers, self.beside = (
+                    [(self.allocate(keys), self.allocate(keys)) for keys in each] for each in (probe, beside)
+                )
                 return True
             torch.cuda.empty_cache()
             fitting = fitting * 15 // 16
@@ -88,7 +93,7 @@ class KVPool:
 
     @property
     def bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers + self.beside)
 
     @property
     def devices(self) -> set[torch.device]:
@@ -96,7 +101,7 @@ class KVPool:
 
     def zero(self, blocks: list[int] | slice) -> None:
         """What is masked is still multiplied, and 0 * NaN is NaN."""
-        for keys, values in self.layers:
+        for keys, values in self.layers + self.beside:
             keys[blocks] = 0
             values[blocks] = 0
 
@@ -105,8 +110,14 @@ class KVPool:
         return bool(self.layers[-1][1][blocks].isfinite().all())
 
     def copy(self, source: int, target: int) -> None:
-        for keys, values in self.layers:
+        for keys, values in self.layers + self.beside:
             keys[target], values[target] = keys[source], values[source]
+
+    def of_beside(self) -> KVPool:
+        """The same blocks, for the layers beside the model's."""
+        pool = copy(self)
+        pool.layers, pool.beside = self.beside, []
+        return pool
 
     def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
         """Put new keys and values, [1, kv_heads, T, head_dim], at their kv_index, int64 [T]."""

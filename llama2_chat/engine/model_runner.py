@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cpu_llama import speed_up_llama
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
+from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
 from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, GB, KVPool, input_embeddings
@@ -28,6 +29,7 @@ from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.self_check import SelfCheck
 from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
 from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
@@ -38,6 +40,7 @@ CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
+ROW_COST = 0.04  # of a row more in a step of few rows, where one row costs 1
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "
@@ -105,13 +108,15 @@ class ModelRunner:
         rows: AdapterRows | None = None,
         draft_tokens: int = 0,
         host: HostStore | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self._pool, self.sampler, self._faster, self._host = pool, sampler, faster, host
+        self._pool, self.sampler, self._faster, self._host, self._drafter = pool, sampler, faster, host, drafter
         self._model, self._device = model, sampler.device
         self._eager = EagerWay(model, pool, sampler, kernel, -(-context_length // BLOCK_SIZE), rows)
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
         on_gpu = self._device.type == "cuda"
         self.pipelined, self.piece_size, self.draft_tokens = on_gpu, piece_size, draft_tokens
+        self.draft_cost = drafter.cost + ROW_COST if drafter else None
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
@@ -139,6 +144,8 @@ class ModelRunner:
     def close(self) -> None:
         if self._faster:
             self._faster.close()
+        if self._drafter:
+            self._drafter.close()
 
     def enter_thread(self) -> None:
         if self._device.type == "cuda":
@@ -158,6 +165,8 @@ class ModelRunner:
         self._settle(chunks)
         telling = any(chunk.request.params.prompt_logprobs for chunk in chunks)
         logits = self._prefill_and_tell(chunks) if telling else self._prefill(chunks)
+        if self._drafter:
+            self._drafter.read(chunks, prompts=True)
         ready = [chunk.request for chunk in chunks if chunk.is_last]
         for request in ready:
             self.sampler.join(request.slot, request.ids, request.answer_tokens, request.params, request.draws)
@@ -191,11 +200,19 @@ class ModelRunner:
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         if self._host:
             self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
-        return next(step for way in self._ways if (step := way.decode(requests)) is not None)
+        step = next(step for way in self._ways if (step := way.decode(requests)) is not None)
+        if self._drafter:
+            self._drafter.read([Chunk(request, request.computed, request.computed + 1) for request in requests])
+        return step
+
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+        return self._drafter.draft(requests, lengths) if self._drafter else [[] for _ in requests]
 
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
         self._settle(chunks)
         logits = self._eager.prefill(chunks, everywhere=True).split([chunk.end - chunk.start for chunk in chunks])
+        if self._drafter:
+            self._drafter.read(chunks)
         return VerifiedDrafts({chunk.request: rows for chunk, rows in zip(chunks, logits, strict=True)})
 
     def _settle(self, chunks: Sequence[Chunk]) -> None:
@@ -336,6 +353,7 @@ def build_runner(
     pool_type: type[KVPool] = KVPool,
     adapters: Sequence[LoraWeights] = (),
     host_bytes: int = 0,
+    draft: EagleHead | PreTrainedModel | None = None,
 ) -> ModelRunner:
     """The fastest runner that this model can have where it is.
 
@@ -348,6 +366,7 @@ def build_runner(
     pool_type: how keys and values are kept.
     adapters: which requests may choose from, by their place here, 1 for the first.
     host_bytes: memory of the host for what makes room in the pool, at most.
+    draft: what guesses, where text does not come again.
 
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
     no memory is left for keys and values, or if its steps cannot be recorded and must be.
@@ -375,7 +394,8 @@ def build_runner(
         if in_pieces:
             raise ModelUnavailable(NOT_DETERMINISTIC)
         rows = add_adapters(model, adapters)
-        pool = pool_type(model, free_beside_steps, context_length, max_batch)
+        net = _draft_net(draft, model) if speculate else None
+        pool = pool_type(model, free_beside_steps, context_length, max_batch, net.probe() if net else ())
         draft_tokens = CPU_DRAFT_TOKENS if speculate and weight.device.type == "cpu" else 0
         return ModelRunner(
             model,
@@ -388,6 +408,7 @@ def build_runner(
             draft_tokens=draft_tokens,
             rows=rows,
             host=_host_store(pool, host_bytes),
+            drafter=_drafter(net, model, pool, sampler, context_length) if net else None,
         )
     join_projections(model)
     rows = add_adapters(model, adapters)
@@ -416,6 +437,19 @@ def _host_store(pool: KVPool, most_bytes: int) -> HostStore | None:
     tokens = store.num_pages * BLOCK_SIZE
     log.info("%.1f GB of memory keep %s tokens of conversations that leave the GPU", store.bytes / GB, f"{tokens:,}")
     return store
+
+
+def _draft_net(draft: EagleHead | PreTrainedModel | None, model: PreTrainedModel) -> DraftNet | None:
+    if draft is None or input_embeddings(model).weight.device.type != "cpu":
+        return None
+    return HeadNet(draft, model) if isinstance(draft, EagleHead) else ModelNet(draft)
+
+
+def _drafter(
+    net: DraftNet, model: PreTrainedModel, pool: KVPool, sampler: SamplerState, context_length: int
+) -> Drafter:
+    way = EagerWay(model, pool.of_beside(), sampler, None, -(-context_length // BLOCK_SIZE))
+    return Drafter(net, model, way, sampler)
 
 
 @torch.inference_mode()

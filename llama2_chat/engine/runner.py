@@ -60,6 +60,9 @@ class Runner(Protocol[StepT]):
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
+    draft_cost: (
+        float | None
+    )  # of one guess of draft() and its check, where a step with one token costs 1; None: no model
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
 
     @property
@@ -102,6 +105,9 @@ class Runner(Protocol[StepT]):
 
     def verify(self, chunks: Sequence[DraftChunk]) -> Verification[StepT]:
         """Compute what decode() would if the guesses of these chunks were what has been chosen, bit for bit."""
+
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+        """What a model guesses that these requests, whose blocks reach so far, say next: at most so many ids each."""
 
     def new_masks(self, count: int) -> Tensor:
         """Zeros, int32 [count, words], on the CPU: nothing is allowed."""

@@ -59,10 +59,11 @@ class DraftChunk(Chunk):
 
     draft: list[int]
     forced: int  # how many of the draft, from its first on, a grammar leaves little choice about
+    by_model: bool  # whether a model made it
 
     @classmethod
-    def of(cls, request: Request, draft: list[int], forced: int) -> DraftChunk:
-        return cls(request, request.computed, request.computed + 1 + len(draft), draft, forced)
+    def of(cls, request: Request, draft: list[int], forced: int, by_model: bool) -> DraftChunk:
+        return cls(request, request.computed, request.computed + 1 + len(draft), draft, forced, by_model)
 
     @property
     def ids(self) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama2_chat.engine.delivery import Delivery
 from llama2_chat.engine.request import Request
@@ -17,6 +17,14 @@ from llama2_chat.engine.runner import Runner, Verification
 from llama2_chat.engine.scheduler import DraftChunk, Scheduler
 
 log = logging.getLogger("llama2_chat")
+
+
+class _Draft(NamedTuple):
+    """Guesses at what comes next."""
+
+    ids: list[int]
+    forced: int = 0  # how many of them, the first ones, a grammar forces
+    by_model: bool = False
 
 
 class Speculation:
@@ -33,22 +41,48 @@ class Speculation:
         if room < 1:
             return []
         drafts = [self._guess(request, room) for request in requests]
-        while sum(len(draft) for draft, _ in drafts) > room:
-            max((draft for draft, _ in drafts), key=len).pop()
-        for request, (draft, _) in zip(requests, drafts, strict=True):
-            if draft and not self._scheduler.grow(request, len(draft)):
-                draft.clear()
-        if not any(draft for draft, _ in drafts):
+        while sum(len(draft.ids) for draft in drafts) > room:
+            max((draft.ids for draft in drafts), key=len).pop()
+        for request, draft in zip(requests, drafts, strict=True):
+            if draft.ids and not self._scheduler.grow(request, len(draft.ids)):
+                draft.ids.clear()
+        self._ask_model(requests, drafts, room - sum(len(draft.ids) for draft in drafts))
+        if not any(draft.ids for draft in drafts):
             return []
         return [DraftChunk.of(request, *draft) for request, draft in zip(requests, drafts, strict=True)]
 
-    def _guess(self, request: Request, room: int) -> tuple[list[int], int]:
-        """A draft, and how many of its ids, the first ones, a grammar forces."""
-        most = min(room, request.limit - request.answer_tokens - 1)  # after the last guess one more token is chosen
+    def _guess(self, request: Request, room: int) -> _Draft:
+        most = min(room, _most(request))
         if request.drafts is None or most < 1:
-            return [], 0
+            return _Draft([])
         forced = request.constraint.forced()[:most] if request.constraint else []
-        return [*forced, *request.drafts.look_up(request.ids, most - len(forced), forced)], len(forced)
+        return _Draft([*forced, *request.drafts.look_up(request.ids, most - len(forced), forced)], len(forced))
+
+    def _ask_model(self, requests: Sequence[Request], drafts: list[_Draft], room: int) -> None:
+        """Let a model guess where nothing else did."""
+        cost = self._runner.draft_cost
+        asked = [n for n, draft in enumerate(drafts) if not draft.ids and requests[n].drafts is not None]
+        if cost is None or not asked or room < len(asked):
+            return
+        lengths = []
+        for n in asked:
+            request, most = requests[n], min(room // len(asked), _most(requests[n]))
+            assert request.drafts is not None
+            length = request.drafts.of_model.length(most, cost * len(requests))
+            lengths.append(length if self._scheduler.grow(request, length) else 0)
+        if not any(lengths):
+            return
+        try:
+            guesses = self._runner.draft([requests[n] for n in asked], lengths)
+        except Exception:
+            if not self._runner.is_alive():
+                raise
+            log.exception("A model's guesses failed; these answers go on without any")
+            for n in asked:
+                requests[n].drafts = None
+            return
+        for n, ids in zip(asked, guesses, strict=True):
+            drafts[n] = _Draft(ids, by_model=True)
 
     def verify(self, chunks: Sequence[DraftChunk]) -> None:
         """Compute a step of these, and choose and emit token after token of each, as long as its guesses come true."""
@@ -69,7 +103,11 @@ class Speculation:
         self.drafted += sum(len(chunk.draft) for chunk in drafted)
         self.accepted += accepted.total()
         for chunk in drafted:
-            if chunk.request.drafts is not None and accepted[chunk.request] >= chunk.forced:
+            if chunk.request.drafts is None:
+                continue
+            if chunk.by_model and chunk.draft:
+                chunk.request.drafts.of_model.judge(len(chunk.draft), accepted[chunk.request])
+            elif accepted[chunk.request] >= chunk.forced:
                 chunk.request.drafts.judge(len(chunk.draft) - chunk.forced, accepted[chunk.request] - chunk.forced)
 
     def _compute(self, chunks: Sequence[DraftChunk]) -> Verification[Any] | None:
@@ -93,3 +131,8 @@ class Speculation:
         """Whether numbers were computed for it: else it would spoil the steps after it, too, even where it is wrong."""
         size = self._scheduler.config.block_size
         return self._runner.are_finite(chunk.request.blocks.blocks[chunk.start // size : (chunk.end - 1) // size + 1])
+
+
+def _most(request: Request) -> int:
+    """How many guesses can come true: after the last one more token is chosen."""
+    return request.limit - request.answer_tokens - 1

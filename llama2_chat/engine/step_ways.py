@@ -80,9 +80,13 @@ class EagerWay:
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
         last = torch.arange(len(ids)) if everywhere else ends[[chunk.is_last for chunk in chunks]] - 1
-        step = CpuStep.of(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+        step = self.step(chunks)
         adapters = [chunk.request.adapter for chunk in chunks for _ in range(chunk.start, chunk.end)]
         return self._forward(ids, step, last.to(self._device), adapters)
+
+    def step(self, chunks: Sequence[Chunk]) -> AttentionStep:
+        """Where the keys and values of these chunks are."""
+        return CpuStep.of(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)

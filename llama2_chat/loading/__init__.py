@@ -10,6 +10,7 @@ memory       what a model takes, and on which devices in which precision it fits
 load         weights and tokenizer into memory
 quantize     8 and 4 bits
 dequantize   what the tensors of checkpoints that come quantised stand for
+draft        what guesses for the model: an EAGLE head or a small model
 unpack       plain copies of these in the cache
 """
 

@@ -53,6 +53,7 @@ class Plan:
     chat_format: str | None = None  # overrides what the model's files or its name say: "llama-2", or "none" to complete
     headroom_gb: float = Settings.kv_headroom_gb  # of each GPU, left alone
     adapters: tuple[tuple[str, str], ...] = ()  # names and sources of those that requests choose from
+    draft_model: str | None = None  # a Hub id or folder of what guesses for the model
 
     @property
     def is_embedded(self) -> bool:
@@ -83,6 +84,7 @@ class Checkpoint:
     cache_dir: Path  # where weights that come quantised are unpacked
     adapter: Files | None = None  # for all requests
     adapters: tuple[NamedAdapter, ...] = ()  # of which each request may choose one
+    draft: Files | None = None  # what guesses for it
     chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
     headroom_gb: float = Settings.kv_headroom_gb  # as the plan's
 
@@ -106,6 +108,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         None if settings.chat_format == "auto" else settings.chat_format,
         settings.kv_headroom_gb,
         settings.named_adapters,
+        settings.draft_model,
     )
     if settings.zero_gpu:
         log.warning("%s", ZERO_GPU)
@@ -155,7 +158,8 @@ def fetch(plan: Plan, progress: Progress) -> Checkpoint:
             f"{quoted(plan.model_id)} is an adapter, and those of ADAPTERS are chosen beside their base. Set MODEL_ID "
             f"to the base, and add {quoted(plan.model_id)} to ADAPTERS under a name."
         )
-    return replace(checkpoint, adapters=tuple(_fetch_adapter(*named, plan, progress) for named in plan.adapters))
+    adapters = tuple(_fetch_adapter(*named, plan, progress) for named in plan.adapters)
+    return replace(checkpoint, adapters=adapters, draft=_fetch_draft(plan, progress))
 
 
 def _fetch_adapter(name: str, source: str, plan: Plan, progress: Progress) -> NamedAdapter:
@@ -170,6 +174,15 @@ def _fetch_adapter(name: str, source: str, plan: Plan, progress: Progress) -> Na
             f"The adapter {name}: {files} holds no adapter_config.json, so it is no adapter of PEFT. Check ADAPTERS."
         )
     return NamedAdapter(name, replace(files, stem="adapter_model"))
+
+
+def _fetch_draft(plan: Plan, progress: Progress) -> Files | None:
+    if plan.draft_model is None:
+        return None
+    try:
+        return _check_is_model(fetch_small_files(plan.draft_model, progress, plan.hub_cache_dir))
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"DRAFT_MODEL: {error.detail}") from error
 
 
 def _fetch_model(plan: Plan, progress: Progress) -> Checkpoint:

@@ -19,12 +19,14 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.loading.adapters import load_adapter, merge_adapter
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import read_config, read_generation_config
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
+from llama2_chat.loading.draft import read_draft
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.lora import read_adapters
 from llama2_chat.loading.memory import (
@@ -62,6 +64,7 @@ class Loaded:
     why: str
     needed_bytes: int = 0  # of GPU memory, or of this computer's without one, with one conversation
     adapters: tuple[LoraWeights, ...] = ()  # to be put beside it
+    draft: EagleHead | PreTrainedModel | None = None  # what guesses for it
 
     @cached_property
     def precision(self) -> str:
@@ -101,10 +104,12 @@ def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb) -> Size:
 
 
 def measure_checkpoint(checkpoint: Checkpoint) -> Size:
-    """measure() of its model, with the adapters that requests choose from: all are filled up to the largest."""
+    """measure() of its model, with the adapters that requests choose from, all filled up to the largest, and with what
+    guesses for it."""
     largest = max((sum(adapter.files.weights().values()) for adapter in checkpoint.adapters), default=0)
     size = measure(checkpoint.base, checkpoint.headroom_gb)
-    return replace(size, adapter_bytes=largest * len(checkpoint.adapters))
+    draft = sum(checkpoint.draft.weights().values()) if checkpoint.draft else 0
+    return replace(size, adapter_bytes=largest * len(checkpoint.adapters) + draft)
 
 
 def check_headers(files: Files) -> None:
@@ -159,7 +164,10 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         if precision == "nf4" and gpus:
             speed_up_nf4(model)
     model.eval().requires_grad_(False)
-    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes, adapters)
+    draft = read_draft(checkpoint, model, progress)
+    if checkpoint.draft and draft is None:
+        why = f"{why} DRAFT_MODEL is left out: guesses are made on a CPU only."
+    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes, adapters, draft)
     if loaded.precision != precision:
         return replace(loaded, why=f"{loaded.why} Not all of its layers can be in {precision}.")
     return loaded

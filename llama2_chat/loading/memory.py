@@ -84,7 +84,7 @@ class Size:
     kv_bytes_per_token: int
     step_bytes: int = 0  # of activations, in the engine's longest step
     headroom_bytes: int = int(Settings.kv_headroom_gb * GB)  # per GPU, which the engine leaves alone
-    adapter_bytes: int = 0  # of those that requests choose from
+    adapter_bytes: int = 0  # of those that requests choose from, and of what guesses
     comes_in: str | None = None  # "gptq", "awq", ...: what its weights are unpacked from before they are loaded
 
     @classmethod

@@ -72,7 +72,7 @@ class PlannedStart:
         if checkpoint is None:
             return []
         adapters = [adapter.files for adapter in checkpoint.adapters]
-        return [files for files in (checkpoint.base, checkpoint.adapter, *adapters) if files]
+        return [files for files in (checkpoint.base, checkpoint.adapter, checkpoint.draft, *adapters) if files]
 
 
 def probe_python(start: PlannedStart) -> str:
@@ -111,6 +111,7 @@ def probe_model(start: PlannedStart) -> str:
     from llama2_chat.engine.architecture import check_architecture
     from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
     from llama2_chat.loading.config import read_config
+    from llama2_chat.loading.draft import check_draft
     from llama2_chat.loading.hub import check_reachable
     from llama2_chat.loading.load import check_headers, measure
     from llama2_chat.loading.lora import check_adapters
@@ -125,11 +126,13 @@ def probe_model(start: PlannedStart) -> str:
             check_index(plan.cache_dir)
             return f"{plan.model_id}. {plan.why}"
         check_adapters(checkpoint)
+        check_draft(checkpoint)
         return f"{plan.model_id}{_adapters(checkpoint)}. {plan.why}"
     measure(start.files[0])
     check_architecture(read_config(start.files[0]))
     assert checkpoint is not None  # only the embedded model's may be
     check_adapters(checkpoint)
+    check_draft(checkpoint)
     for files in start.files:
         check_headers(files)
     for files in start.files:

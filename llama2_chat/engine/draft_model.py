@@ -1,0 +1,234 @@
+"""Guesses at what an answer says next, made by a model: a head that goes on from what the served model has computed, or
+a small model with the same vocabulary.
+
+Its keys and values lie in the same blocks as the served model's, so conversations that begin alike share them, too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llama2_chat.engine.cpu_llama import speed_up_layers, speed_up_llama
+from llama2_chat.engine.kv_pool import input_embeddings, probe_keys
+from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, attention_windows
+from llama2_chat.engine.request import Request
+from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.step_ways import EagerWay
+from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.kernels.int8 import Int8Linear
+
+log = logging.getLogger("llama2_chat")
+
+MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
+
+
+class DraftNet(Protocol):
+    """What guesses. Features of a token are what it goes on from; H is 0 where it needs none."""
+
+    weights: int  # that it reads for a guess
+
+    @property
+    def ids(self) -> Tensor | None: ...  # int64 [v]: the tokens that it knows; None for all
+
+    def probe(self) -> list[Tensor]:
+        """Keys of one token as each of its layers makes them, [1, kv_heads, 1, head_dim]."""
+
+    def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
+        """Of tokens, int64 [T], behind tokens of these features [T, H]: what logits() takes, and their own features."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, v] of [n, H]."""
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What it goes on from, of what the served model hands to its output head."""
+
+
+class HeadNet:
+    """An EagleHead behind a model, whose embeddings and output head it takes."""
+
+    def __init__(self, head: EagleHead, model: PreTrainedModel) -> None:
+        head.config._attn_implementation = ATTENTION
+        self._head, self._embeddings, self.ids = head, input_embeddings(model), head.ids
+        output = model.get_output_embeddings()
+        self._output = _some_rows(output, head.ids)
+        self.weights = _weights(head) + _weights(self._output)
+        if self._embeddings.weight.device.type == "cpu":
+            speed_up_layers(head)
+
+    def probe(self) -> list[Tensor]:
+        config: Any = self._head.config
+        like = self._embeddings.weight
+        keys = like.new_zeros(1, config.num_key_value_heads, 1, config.head_dim)
+        return [keys] * config.num_hidden_layers
+
+    def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
+        hidden = self._head(self._embeddings(ids)[None], features[None], step.positions[None], step=step)[0]
+        return hidden, hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._output(hidden)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class ModelNet:
+    """A small model with the vocabulary of the served one."""
+
+    ids = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self.weights = model, _weights(model)
+        attention_windows(model)
+        device = input_embeddings(model).weight.device
+        if device.type == "cpu":
+            speed_up_llama(model)
+        self._mask = torch.empty(1, 1, 1, 1, device=device)
+
+    def probe(self) -> list[Tensor]:
+        return probe_keys(self._model)
+
+    def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
+        body: Any = self._model.base_model
+        output = body(
+            input_ids=ids[None],
+            position_ids=step.positions[None],
+            attention_mask=self._mask,
+            use_cache=False,
+            step=step,
+        )
+        return output.last_hidden_state[0], features
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._model.get_output_embeddings()(hidden)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        return hidden[:, :0]
+
+
+@dataclass
+class _Row:
+    """How far the guessing model has read a request."""
+
+    next: int  # the first of its ids that has not been read
+    features: Tensor  # [n, H] of the served model, of the token before that and those that follow it
+
+
+class Drafter:
+    """Guesses for running requests. Used by the engine's thread alone.
+
+    model: the served one. way: how steps of `net` find their keys and values.
+    """
+
+    def __init__(self, net: DraftNet, model: PreTrainedModel, way: EagerWay, sampler: SamplerState) -> None:
+        self._net, self._way, self._sampler = net, way, sampler
+        self.cost = net.weights / _weights(model)  # of a guess, where a token of the served model costs 1
+        self._rows: WeakKeyDictionary[Request, _Row] = WeakKeyDictionary()
+        self._heard: Tensor | None = None
+        self._hook = model.base_model.register_forward_hook(self._hear)
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._heard = output.last_hidden_state
+
+    def read(self, chunks: Sequence[Chunk], *, prompts: bool = False) -> None:
+        """After the served model has computed these chunks. prompts: all of their ids are certain, and read at once."""
+        try:
+            self._read(chunks, prompts)
+        except Exception:
+            log.exception("A model that guesses could not read; these answers go on without guesses")
+            for chunk in chunks:
+                chunk.request.drafts = None
+
+    def _read(self, chunks: Sequence[Chunk], prompts: bool) -> None:
+        assert self._heard is not None
+        features = self._net.features(self._heard[0]).split([chunk.end - chunk.start for chunk in chunks])
+        self._heard = None
+        for chunk, own in zip(chunks, features, strict=True):
+            if chunk.request.drafts is not None:
+                self._append(chunk, own)
+        if prompts and (read := [chunk for chunk in chunks if chunk.request.drafts is not None]):
+            self._forward([Chunk(chunk.request, self._rows[chunk.request].next, chunk.end) for chunk in read])
+
+    def _append(self, chunk: Chunk, features: Tensor) -> None:
+        row = self._rows.get(chunk.request)
+        known = chunk.start - row.next + 1 if row else -1  # whose tokens have been chosen since
+        if row is None or not 0 <= known <= len(row.features):
+            # What came before was not seen, such as blocks found in the KV cache: the first token stands in for it.
+            row = self._rows[chunk.request] = _Row(chunk.start, features[:1])
+            known = 1
+        row.features = row.features[:known]
+        if known > MOST_FEATURES:
+            self._forward([Chunk(chunk.request, row.next, chunk.start + 1)])
+        row.features = torch.cat((row.features, features))
+
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+        """So many guesses at most at what each request says next. There are blocks for their keys and values."""
+        guesses: list[list[int]] = [[] for _ in requests]
+        going = [n for n, request in enumerate(requests) if self._is_ready(request) and lengths[n]]
+        if not going:
+            return guesses
+        chunks = [Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going]
+        hidden, features = self._forward(chunks)
+        while True:
+            tokens = self._choose(hidden)
+            for n, token in zip(going, tokens, strict=True):
+                guesses[n].append(token)
+            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n]]
+            if not kept:
+                return guesses
+            going, features = [going[place] for place in kept], features[kept]
+            ids = torch.tensor([tokens[place] for place in kept], device=features.device)
+            ends = [len(requests[n].ids) + len(guesses[n]) for n in going]
+            step = self._way.step([Chunk(requests[n], end - 1, end) for n, end in zip(going, ends, strict=True)])
+            hidden, features = self._net.forward(ids, features, step)
+
+    def _is_ready(self, request: Request) -> bool:
+        row = self._rows.get(request)
+        return row is not None and 0 < len(request.ids) - row.next <= len(row.features)
+
+    def _forward(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """Read these ids, which come next. Returns what logits() takes after the last of each chunk, and features."""
+        rows = [self._rows[chunk.request] for chunk in chunks]
+        counts = [chunk.end - chunk.start for chunk in chunks]
+        behind = torch.cat([row.features[:count] for row, count in zip(rows, counts, strict=True)])
+        ids = torch.tensor([id for chunk in chunks for id in chunk.ids], device=behind.device)
+        hidden, features = self._net.forward(ids, behind, self._way.step(chunks))
+        for row, chunk, count in zip(rows, chunks, counts, strict=True):
+            row.next, row.features = chunk.end, row.features[count:]
+        last = torch.tensor(counts).cumsum(0) - 1
+        return hidden[last], features[last]
+
+    def _choose(self, hidden: Tensor) -> list[int]:
+        best = self._net.logits(hidden).argmax(-1)
+        return (best if self._net.ids is None else self._net.ids[best]).tolist()
+
+
+def _weights(module: nn.Module) -> int:
+    """Numbers in its linear layers."""
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "out_features")]
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def _some_rows(output: nn.Module, ids: Tensor | None) -> nn.Module:
+    """An output head for these ids alone."""
+    if ids is None:
+        return output
+    weight: Any = output.weight
+    rows = weight[ids.to(weight.device)]
+    if isinstance(output, Int8Linear):
+        rows = rows.float() * (output.scale[ids] * (127 * 128))[:, None]
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(rows, requires_grad=False)
+    return Int8Linear(linear) if isinstance(output, Int8Linear) else linear

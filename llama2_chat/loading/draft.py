@@ -1,0 +1,104 @@
+"""DRAFT_MODEL: what guesses for a model, an EAGLE head or a small model with its vocabulary, checked and read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.config import TOKENIZER_FILES, read_config
+from llama2_chat.loading.disk import Files, translate_parse_errors
+from llama2_chat.loading.hub import Progress, fetch_weights
+from llama2_chat.loading.memory import translate_out_of_memory
+from llama2_chat.loading.quantize import precision_of, quantize_int8
+from llama2_chat.loading.read import load_tokenizer, read_model, translate_errors
+
+FITS = "DRAFT_MODEL must be a head that was trained for this model, or a small model with the same vocabulary"
+
+
+def check_draft(checkpoint: Checkpoint) -> None:
+    """Raise ModelUnavailable for a DRAFT_MODEL that cannot guess for this model, as far as it can be told without its
+    weights: by its configuration, and by its tokenizer if it has one."""
+    if (files := checkpoint.draft) is None:
+        return
+    with translate_parse_errors(files):
+        config = json.loads((files.folder / "config.json").read_text("utf-8"))
+        size, hidden = config["vocab_size"], config["hidden_size"]
+    served: Any = read_config(checkpoint.base)
+    text = served.get_text_config()
+    if size != text.vocab_size:
+        raise _does_not_fit(files, f"it knows {size:,} tokens, and the model {text.vocab_size:,}")
+    if has_tokenizer(files):
+        other = load_tokenizer(Checkpoint(str(files), "", "none", files, checkpoint.cache_dir))
+        if other.get_vocab() != load_tokenizer(checkpoint).get_vocab():
+            raise _does_not_fit(files, "its tokenizer has other tokens than the model's")
+    elif hidden != text.hidden_size:
+        raise _does_not_fit(
+            files, f"it goes on from {hidden:,} numbers a token, and the model has {text.hidden_size:,}"
+        )
+
+
+def has_tokenizer(files: Files) -> bool:
+    """Whether it is a model of its own; heads have none."""
+    return any((files.folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer.model"))
+
+
+def read_draft(
+    checkpoint: Checkpoint, model: PreTrainedModel, progress: Progress
+) -> EagleHead | PreTrainedModel | None:
+    """What guesses for this model, in its precision; None if nothing was asked for, or the model is on a GPU."""
+    files = checkpoint.draft
+    if files is None or model.device.type != "cpu":
+        return None
+    fetch_weights(files, progress)
+    precision = precision_of(model)
+    needed = sum(files.weights().values())
+    with translate_out_of_memory(str(files), precision, needed), translate_errors(files):
+        if has_tokenizer(files):
+            draft: EagleHead | PreTrainedModel = read_model(files, model.dtype, None, {"": "cpu"})
+        else:
+            draft = _read_head(files)
+        if precision == "int8":
+            quantize_int8(draft)
+        else:
+            nn.Module.to(draft, model.dtype)
+    return draft.eval().requires_grad_(False)
+
+
+def _read_head(files: Files) -> EagleHead:
+    tensors: dict[str, Tensor] = {}
+    for name in files.weights():
+        file = files.folder / name
+        tensors |= load_file(file) if name.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
+    tensors.pop("embed_tokens.weight", None)  # a copy of the model's
+    if "fc.weight" not in tensors:
+        raise _does_not_fit(files, "it has no tokenizer, and is no head of EAGLE's first kind")
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        whole = name.removesuffix("_scale")
+        tensors[whole] = tensors[whole].float() * tensors.pop(name)[:, None]
+    ids = tensors.pop("ids", None)
+    with translate_parse_errors(files):
+        config = LlamaConfig.from_dict(json.loads((files.folder / "config.json").read_text("utf-8")))
+    vocabulary = None if ids is None else ids.long()
+    head = EagleHead(
+        config,
+        bias="fc.bias" in tensors,
+        input_norm="layers.0.input_layernorm.weight" in tensors,
+        vocabulary=vocabulary,
+    )
+    wanted = head.state_dict().keys() - {"ids"}
+    if odd := sorted(wanted ^ tensors.keys()):
+        raise _does_not_fit(files, f"it is a head of another kind than EAGLE's first ({odd[0]})")
+    head.load_state_dict(tensors, strict=False)
+    return head
+
+
+def _does_not_fit(files: Files, why: str) -> ModelUnavailable:
+    return ModelUnavailable(f"{files} cannot guess for this model: {why}. {FITS}.")

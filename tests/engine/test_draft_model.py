@@ -1,0 +1,117 @@
+"""Guesses that a model makes change no answer either, and are those that it would make alone."""
+
+import copy
+
+import pytest
+import torch
+
+from llama2_chat.engine.drafts import PAUSE, Confidence, Drafts
+from llama2_chat.types import SamplingParams
+from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
+from tests.support.drafts import random_head, random_model
+from tests.support.engines import answer, running, start
+
+DRAFTS = {
+    "head": random_head,
+    "head of few tokens": lambda model: random_head(model, vocabulary=torch.arange(0, VOCABULARY, 2)),
+    "head that others wrote": lambda model: random_head(model, bias=False, input_norm=True),
+    "small model": lambda model: random_model(VOCABULARY),
+    "the model itself": copy.deepcopy,
+}
+
+
+@pytest.fixture
+def obstinate(monkeypatch):
+    """Three guesses at a time, however wrong they are: models of random weights are."""
+    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
+
+
+def compare(model, kind, prompts):
+    """Asserts equal answers of an engine whose model guesses and one without guesses."""
+    limit = len(prompts)
+    draft = DRAFTS[kind](model)
+    with (
+        running(model, queue_limit=limit, speculate=False) as plain,
+        running(model, queue_limit=limit, max_batch=3, draft=draft) as guessing,
+    ):
+        for settings in KINDS:
+            drafted = guessing.occupancy.drafted
+            assert answers(guessing, prompts, settings) == answers(plain, prompts, settings), settings
+            assert guessing.occupancy.drafted > drafted, settings
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_each_kind_of_answer_is_the_same_with_a_models_guesses_and_without(tiny_llama, obstinate, kind):
+    compare(tiny_llama, kind, [prompt(number) for number in range(4)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_200_prompts_have_the_same_answers_with_a_models_guesses_and_without(tiny_llama, obstinate, kind):
+    compare(tiny_llama, kind, [prompt(number) for number in range(200)])
+
+
+def test_a_model_that_is_the_served_one_guesses_all_of_it(tiny_llama, obstinate, monkeypatch):
+    # In a batch, over several blocks, behind a prompt that is found in the KV cache, and when memory is short.
+    monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
+    prompts = [[n, *range(70)] for n in (1, 1, 2)]
+    long = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
+    with running(tiny_llama, tokens=512, max_batch=2, draft=copy.deepcopy(tiny_llama)) as engine:
+        chunks = []
+        verify = engine.runner.verify
+        monkeypatch.setattr(engine.runner, "verify", lambda step: chunks.extend(step) or verify(step))
+        for ids in prompts:
+            with engine.paused():
+                started = [start(engine, ids, long), start(engine, ids[:5], long)]
+            for _, streamer in started:
+                streamer.rest()
+        assert len(chunks) > 40
+        assert all(chunk.draft == chunk.request.ids[chunk.start + 1 : chunk.end] for chunk in chunks)
+
+
+def test_a_model_that_cannot_guess_costs_nobody_an_answer(tiny_llama, obstinate, caplog):
+    with running(tiny_llama, speculate=False) as engine:
+        expected, _ = answer(engine, [1, 2, 3])
+    broken, lost = random_head(tiny_llama), random_head(tiny_llama)
+    lost.fc.weight.fill_(torch.nan)
+    broken.layers[0].mlp.forward = explode
+    for head in (lost, broken):
+        with running(tiny_llama, draft=head) as engine:
+            assert answer(engine, [1, 2, 3])[0] == expected
+
+
+def test_a_model_that_guesses_for_an_engine_hears_no_other(tiny_llama):
+    with running(tiny_llama, draft=random_head(tiny_llama)):
+        assert tiny_llama.model._forward_hooks
+    assert not tiny_llama.model._forward_hooks
+
+
+def test_memory_for_conversations_counts_what_the_guessing_model_keeps(tiny_llama):
+    with (
+        running(tiny_llama, tokens=1280, context_length=128, max_batch=16) as plain,
+        running(tiny_llama, tokens=1280, context_length=128, max_batch=16, draft=random_head(tiny_llama)) as engine,
+    ):
+        assert engine.runner.kv_bytes <= plain.runner.kv_bytes
+        assert engine.runner.num_blocks < plain.runner.num_blocks
+
+
+# ---- How many guesses a model makes ----
+
+
+def test_guesses_that_come_true_get_longer_and_wrong_ones_stop():
+    good, bad = Confidence(), Confidence()
+    for _ in range(30):
+        good.judge(3, 3)
+        bad.judge(3, 0)
+    assert good.length(7, cost=0.1) == 7
+    assert good.length(7, cost=1) == 0
+    assert bad.length(7, cost=0.1) == 0
+
+
+def test_whoever_stopped_guessing_tries_again_now_and_then():
+    wrong = Confidence()
+    for _ in range(30):
+        wrong.judge(3, 0)
+    assert [wrong.length(7, cost=0.1) for _ in range(PAUSE + 1)] == [0] * PAUSE + [1]
+    wrong.judge(1, 1)
+    assert wrong.length(7, cost=0.1) == 0

@@ -1,0 +1,107 @@
+"""DRAFT_MODEL: heads as their authors publish them and as training writes them, small models, and what is refused."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.loading.choose import choose, fetch
+from llama2_chat.loading.draft import check_draft
+from llama2_chat.loading.load import load, measure_checkpoint
+from llama2_chat.types import SamplingParams
+from tests.support.drafts import random_head
+from tests.support.engines import answer, running
+from tests.support.loading import asking_for, get, get_float32, refusal
+from tests.support.serving import ignore
+from tests.support.small_model import save_model
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return get_float32(asking_for(tiny)).model
+
+
+def published(head, folder, **config):
+    """As EAGLE's authors write a head: a pickle in half precision, with a copy of the embeddings, and no tokenizer."""
+    folder.mkdir()
+    shape = {name: getattr(head.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    shape |= {"num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 4, "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(shape | config))
+    tensors = head.state_dict() | {"embed_tokens.weight": torch.zeros(64, 64)}
+    torch.save({name: tensor.half() for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+    return folder
+
+
+def start(base, draft):
+    """What a start does with DRAFT_MODEL, before the weights are fetched and after."""
+    checkpoint = fetch(choose(asking_for(base, draft_model=str(draft))), ignore)
+    check_draft(checkpoint)
+    return load(checkpoint, ignore).draft
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"input_norm": True}], ids=["plain", "no bias", "norm"])
+def test_a_published_head_is_read(tiny, model, tmp_path, options):
+    head = random_head(model, **options)
+    read = start(tiny, published(head, tmp_path / "head"))
+    assert isinstance(read, EagleHead)
+    assert isinstance(read.fc, Int8Linear)  # as the model's own layers are on a CPU
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(read.fc(x), head.fc(x), atol=0.02)
+    with running(model, draft=read) as engine:
+        answer(engine, [1, 2, 3], SamplingParams(max_new_tokens=8))
+
+
+def test_a_small_model_of_the_same_vocabulary_is_read(tiny, tmp_path):
+    smaller = save_model(tmp_path / "smaller", hidden_size=32, num_hidden_layers=1)
+    draft = start(tiny, smaller)
+    assert draft.config.hidden_size == 32
+    assert measure_checkpoint(fetch(choose(asking_for(tiny, draft_model=str(smaller))), ignore)).adapter_bytes > 0
+
+
+def test_nothing_is_read_where_nothing_is_asked_for(tiny):
+    assert get(asking_for(tiny)).draft is None
+
+
+# ---- What does not fit ----
+
+
+def test_other_sizes_are_refused_before_any_weights_are_fetched(tiny, model, tmp_path):
+    head = random_head(model)
+    other = published(head, tmp_path / "other", vocab_size=65)
+    assert "it knows 65 tokens, and the model 64" in refusal(start, tiny, other)
+    wide = published(head, tmp_path / "wide", hidden_size=128)
+    assert "it goes on from 128 numbers a token, and the model has 64" in refusal(start, tiny, wide)
+
+
+def test_a_small_model_with_other_tokens_is_refused(tiny, tmp_path):
+    other = save_model(tmp_path / "other", words=("x", "y", "z"))
+    assert "its tokenizer has other tokens than the model's" in refusal(start, tiny, other)
+
+
+@pytest.mark.parametrize("name", ["midlayer.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias"])
+def test_a_head_of_another_kind_is_refused(tiny, model, tmp_path, name):
+    folder = published(random_head(model), tmp_path / "head")
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save(tensors | {name: torch.zeros(2)}, folder / "pytorch_model.bin")
+    assert f"a head of another kind than EAGLE's first ({name})" in refusal(start, tiny, folder)
+    torch.save({name: torch.zeros(2)}, folder / "pytorch_model.bin")
+    assert "is no head of EAGLE's first kind" in refusal(start, tiny, folder)
+
+
+class Greeting:
+    def __reduce__(self):
+        return print, ("hello",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tiny, model, tmp_path, capsys):
+    folder = published(random_head(model), tmp_path / "head")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": Greeting()}, protocol=2))
+    refusal(start, tiny, folder)
+    assert "hello" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_named_by_its_setting(tiny, tmp_path):
+    assert refusal(start, tiny, tmp_path / "nowhere").startswith("DRAFT_MODEL: There is no folder")

@@ -1,0 +1,19 @@
+"""Models that guess for the small models of other tests."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama2_chat.kernels.eagle import EagleHead
+
+
+def random_head(model, seed=0, **kinds):
+    """A head of random weights for a model. kinds: as EagleHead takes them."""
+    torch.manual_seed(seed)
+    config = LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": 1})
+    return EagleHead(config, **kinds).to(model.dtype).eval().requires_grad_(False)
+
+
+def random_model(vocab_size, seed=1, **shape):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | shape
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes)).eval().requires_grad_(False)
