@@ -46,8 +46,9 @@ def answer(
     input_ids = [[pad_id] * (T - len(ids)) + ids for ids in prompts]
     mask = [[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts]
     generate: Any = model.generate  # GenerationMixin's, which the type PreTrainedModel does not have
-    was_training = model.training
+    was_training, own_config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # Llama 2's own says more, such as how long, and would be mixed in
     with torch.no_grad():
         output = generate(
             input_ids=torch.tensor(input_ids, device=model.device),
@@ -56,5 +57,6 @@ def answer(
                 max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad_id
             ),
         )
+    model.generation_config = own_config
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(output[:, T:], skip_special_tokens=True)]

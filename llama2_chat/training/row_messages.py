@@ -113,7 +113,7 @@ def _check(messages: list[Any], tools: set[str]) -> None:
     _, turns = prompt.check_messages([*messages, {"role": "user", "content": "Go on."}])
     # A chat takes both of these. To train on them would be to teach another order than the row has.
     if any(message["role"] == "system" for message in messages[1:]):
-        raise ChatError("Only the first message can be a system message.")
+        raise ChatError("Only the first message can be a system message, and a system column counts as one.")
     if turns[0].role != "user":
         raise ChatError("A conversation to train on starts with a message from the user.")
     if all(message["role"] != "assistant" for message in messages):

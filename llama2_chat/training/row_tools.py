@@ -71,12 +71,9 @@ def _calls(written: Any) -> Iterator[ToolCall]:
         function = call.get("function", call) if isinstance(call, dict) else {}
         if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
             raise ChatError("a call of a tool is not JSON with a name and arguments.")
-        arguments = function.get("arguments", {})
-        yield {
-            "id": str(call.get("id") or ""),
-            "name": function["name"],
-            "arguments": arguments if isinstance(arguments, str) else _json(arguments),
-        }
+        # Written anew, as the grammar of a chat has it: data often leaves out the spaces.
+        arguments = _json(_parsed(function.get("arguments") or {}))
+        yield {"id": str(call.get("id") or ""), "name": function["name"], "arguments": arguments}
 
 
 def _tool(written: dict[str, Any]) -> Tool:

@@ -18,7 +18,11 @@ PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"t
 ADD = {"name": "add", "description": "Adds.", "parameters": PARAMETERS}
 ARGUMENTS = {"a": 1, "b": 2}
 CALL = {"name": "add", "arguments": ARGUMENTS}
-OPENAI_CALL = {"id": "x7", "type": "function", "function": {"name": "add", "arguments": json.dumps(ARGUMENTS)}}
+OPENAI_CALL = {
+    "id": "x7",
+    "type": "function",
+    "function": {"name": "add", "arguments": json.dumps(ARGUMENTS, separators=(",", ":"))},
+}
 ASKED, ANSWERED = {"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "It is 3."}
 ROWS = {
     "ShareGPT": {
