@@ -310,7 +310,7 @@ def test_a_visitor_reads_all_of_the_page_in_their_language_on_a_phone(browser, p
     texts, said = spoken[language]["texts"], spoken[language]["said"]
     too_long = PromptTooLong(5000, 4096, 500)
     address = perform(ScriptedChat(say=lambda messages: Scripted("Hm.", error=too_long)))
-    page = browser.new_page(locale=LOCALES[language], viewport={"width": 360, "height": 740})
+    page = browser.new_page(locale=LOCALES[language], viewport={"width": 360, "height": 740}, has_touch=True)
     page.goto(address)
     expect(page.get_by_placeholder(texts["box"]["hint"])).to_be_editable()
     expect(page.locator("html")).to_have_attribute("lang", language)

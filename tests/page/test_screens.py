@@ -180,6 +180,17 @@ def test_a_login_that_failed_keeps_the_name_and_says_so_calmly(browser, guarded,
         expect(box(page)).to_be_editable()
 
 
+def test_the_login_is_in_the_visitors_language(browser, guarded):
+    with browser.new_page(viewport=PHONE, **TOUCH, locale="fr-FR") as page:
+        page.goto(guarded)
+        page.get_by_label("Nom").fill("anna")
+        page.get_by_label("Mot de passe").fill("wrong")
+        page.get_by_role("button", name="Se connecter").click()
+        expect(page.get_by_role("alert")).to_have_text(re.compile("ne correspondent pas"))
+        expect(page.locator("html")).to_have_attribute("lang", "fr")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_what_an_answer_waits_for_is_said_once(visit, perform):
     chat = ScriptedChat(Status("loading", phase="download", done_bytes=1, total_bytes=93_000_000))
     page = visit(perform(chat), viewport=PHONE)

@@ -100,7 +100,7 @@ export const T = {
       useTools: "Werkzeuge",
       seed: "Seed",
     },
-    none: "keine",
+    none: "leer",
     yes: "ja",
     no: "nein",
   },
@@ -194,7 +194,7 @@ export const T = {
     delete: "Löschen",
     export: "Exportieren",
     import: "Importieren …",
-    saveTitle: "Diesen Anfang als Vorlage speichern",
+    saveTitle: "Diese Vorgaben als Vorlage speichern",
     saveYes: "Speichern",
     name: "Name",
     saved: (name) => `Als ${isolated(name)} gespeichert.`,
@@ -229,12 +229,12 @@ export const T = {
     label: "Dokumente",
     add: "Dokumente hinzufügen",
     addHelp: "Dokumente hinzufügen, um Fragen dazu zu stellen: PDF, DOCX, TXT, Markdown, CSV, HTML",
-    use: "Aus Dokumenten antworten",
+    use: "Anhand der Dokumente antworten",
     useHelp: "In dieser Unterhaltung wird zu jeder Frage in den angekreuzten Dokumenten gesucht",
     name: isolated,
     count: (used, all) => (used ? `${number(used)} von ${form(all, "einem Dokument", `${number(all)} Dokumenten`)}` : plural(all, "Dokument", "Dokumente")),
     remarks: (count) => plural(count, "Hinweis", "Hinweise"),
-    read: "ist gelesen.",
+    read: "wurde gelesen.",
     tooLarge: (bytes) => `Eine Datei darf höchstens ${number(bytes / 1e6)} MB groß sein.`,
     lost: "Der Server ist nicht erreichbar. Bitte versuche es gleich noch einmal.",
     refused: (status) => `Der Server hat mit ${status} geantwortet.`,
@@ -330,7 +330,7 @@ export const T = {
     outdated: "Die Seite wurde in einem anderen Tab aktualisiert. Lade diesen neu, um weiterzumachen.",
   },
   syncing: {
-    offline: "Der Server ist nicht erreichbar: Bis dahin bleiben neue Chats nur in diesem Browser.",
+    offline: "Der Server ist nicht erreichbar: Neue Chats bleiben so lange nur in diesem Browser.",
     failed: "Neue Chats sind nur in diesem Browser. Lade die Seite neu, um es noch einmal zu versuchen.",
   },
   transfer: {
@@ -373,7 +373,7 @@ export const SENTENCES = {
   "The model may use a clock and a calculator before it answers. A small model cannot choose tools well.":
     "Das Modell darf vor der Antwort eine Uhr und einen Taschenrechner benutzen. Ein kleines Modell wählt Werkzeuge nicht gut aus.",
   "Memory with tools": "Gedächtnis mit Werkzeugen",
-  "How many of the latest questions and answers the model is told of.": "Wie viele der letzten Fragen und Antworten das Modell erfährt.",
+  "How many of the latest questions and answers the model is told of.": "Wie viele der letzten Fragen und Antworten das Modell kennt.",
   "number input for {}": "{}, als Zahl",
   "range slider for {}": "{}, als Regler",
   "Reset to default value": "Auf Standard zurücksetzen",
@@ -386,7 +386,7 @@ export const SENTENCES = {
   "tools_memory": "„Gedächtnis mit Werkzeugen“",
   "{} must be a whole number from {} to {}; it was {}.": "{} muss eine ganze Zahl von {} bis {} sein; angegeben war {}.",
   "{} must be a number from {} to {}; it was {}.": "{} muss eine Zahl von {} bis {} sein; angegeben war {}.",
-  "{} must be a number above {} to {}; it was {}.": "{} muss eine Zahl über {} und bis {} sein; angegeben war {}.",
+  "{} must be a number above {} to {}; it was {}.": "{} muss größer als {} und höchstens {} sein; angegeben war {}.",
   "far too large": "viel zu groß",
 
   // ---- The model ----
@@ -447,9 +447,9 @@ export const SENTENCES = {
   "This server is answering as many questions as it can. Please try again in a minute.":
     "Dieser Server beantwortet schon so viele Fragen, wie er kann. Bitte versuche es in einer Minute noch einmal.",
   "You have {} answers on their way, and no more are allowed. Wait for one to end.":
-    "Du hast {} Antworten in Arbeit, mehr sind nicht erlaubt. Warte, bis eine fertig ist.",
+    "Für dich sind gerade {} Antworten in Arbeit, mehr sind nicht erlaubt. Warte, bis eine fertig ist.",
   "You have {} answers on their way, and only {} more are allowed. Wait for one to end.":
-    "Du hast {} Antworten in Arbeit, nur {} mehr sind erlaubt. Warte, bis eine fertig ist.",
+    "Für dich sind gerade {} Antworten in Arbeit, nur noch {} weitere sind erlaubt. Warte, bis eine fertig ist.",
   "Too many attempts at once. Please wait a minute and try again.": "Zu viele Versuche auf einmal. Bitte warte eine Minute und versuche es dann noch einmal.",
   "This request is larger than the server accepts.": "Diese Anfrage ist größer, als der Server erlaubt.",
 
@@ -516,7 +516,7 @@ export const SENTENCES = {
     "Der Server des Modells ist noch nicht bereit. Bitte versuche es in einer Minute noch einmal.",
   "What answers at the address of the model's server does not speak OpenAI's API. Check INFERENCE_URL.":
     "Was an der Adresse des Modellservers antwortet, spricht nicht die API von OpenAI. Prüfe INFERENCE_URL.",
-  "The model's server failed. Please try again.": "Der Server des Modells hat versagt. Bitte versuche es noch einmal.",
+  "The model's server failed. Please try again.": "Beim Server des Modells ist etwas schiefgegangen. Bitte versuche es noch einmal.",
   "The model's server has too many requests at once. Please try again in a minute.":
     "Der Server des Modells hat zu viele Anfragen auf einmal. Bitte versuche es in einer Minute noch einmal.",
   "The model's server aborted this answer.": "Der Server des Modells hat diese Antwort abgebrochen.",
@@ -539,14 +539,14 @@ export const SENTENCES = {
   "Documents stay on this server, for you alone, until you delete them.":
     "Dokumente bleiben auf diesem Server, nur für dich, bis du sie löschst.",
   "Documents stay on this server, for you alone, until you delete them, or for {} days after your last upload.":
-    "Dokumente bleiben auf diesem Server, nur für dich, bis du sie löschst, längstens {} Tage nach deinem letzten Hochladen.",
+    "Dokumente bleiben auf diesem Server, nur für dich, bis du sie löschst, längstens aber {} Tage nach deinem letzten Upload.",
   "A document of this conversation has been deleted. Send the message again to ask without it.":
     "Ein Dokument dieser Unterhaltung wurde gelöscht. Sende die Nachricht noch einmal, um ohne es zu fragen.",
   "There are no documents of yours here.": "Hier gibt es keine Dokumente von dir.",
   "There is no document {} here.": "Das Dokument {} gibt es hier nicht.",
   "There is no such page here.": "Diese Seite gibt es hier nicht.",
   "Your browser keeps no cookie for this page, so your documents cannot be kept apart. Open it in its own tab.":
-    "Dein Browser speichert für diese Seite kein Cookie, daher lassen sich deine Dokumente nicht von anderen trennen. Öffne sie in einem eigenen Tab.",
+    "Dein Browser speichert für diese Seite kein Cookie, daher lassen sich deine Dokumente nicht von anderen trennen. Öffne die Seite in einem eigenen Tab.",
   "{} cannot be read: {}": "{} kann nicht gelesen werden: {}",
   "{} has not been read yet. Please try again in a moment.": "{} ist noch nicht gelesen. Bitte versuche es gleich noch einmal.",
   "You may keep {} documents and {} GB. Delete some of your documents first.":

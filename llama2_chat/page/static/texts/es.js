@@ -100,7 +100,7 @@ export const T = {
       useTools: "Herramientas",
       seed: "Semilla",
     },
-    none: "ninguno",
+    none: "vacío",
     yes: "sí",
     no: "no",
   },
@@ -136,7 +136,7 @@ export const T = {
     refused: (status) =>
       status === 413
         ? "Esto es más de lo que el servidor acepta de una vez. Acórtalo o empieza un nuevo chat."
-        : `El servidor, o algo que está delante de él, lo ha rechazado con ${status}. Inténtalo de nuevo en un momento.`,
+        : `El servidor, o algo que está delante de él, lo ha rechazado (${status}). Inténtalo de nuevo en un momento.`,
   },
   sending: "Enviando…",
   steps: {
@@ -181,7 +181,7 @@ export const T = {
       short: "Breve y neutral",
       none: "Sin prompt del sistema",
       meta: "Prompt de Meta de julio de 2023",
-      guide: "Guía turístico (un papel)",
+      guide: "Guía turístico, en su papel",
       steps: "Paso a paso",
       json: "Solo JSON",
       unsure: "Avisa cuando no está seguro",
@@ -194,7 +194,7 @@ export const T = {
     delete: "Eliminar",
     export: "Exportar",
     import: "Importar…",
-    saveTitle: "Guardar este comienzo como plantilla",
+    saveTitle: "Guardar este punto de partida como plantilla",
     saveYes: "Guardar",
     name: "Nombre",
     saved: (name) => `Guardada como ${isolated(name)}.`,

@@ -100,7 +100,7 @@ export const T = {
       useTools: "Outils",
       seed: "Graine",
     },
-    none: "aucun",
+    none: "vide",
     yes: "oui",
     no: "non",
   },
@@ -113,7 +113,7 @@ export const T = {
     cancelled: "arrêtée",
     unread: "abandonnée, car personne ne la lisait",
     interrupted: "interrompue",
-    error: "échouée",
+    error: "en échec",
     empty: "Le modèle a donné une réponse vide. Réessayez ou reformulez votre message.",
     stoppedEarly: "Arrêtée avant le début de la réponse.",
     lost: "Le serveur a redémarré ou la connexion a été perdue, et avec elle le reste de cette réponse.",
@@ -136,7 +136,7 @@ export const T = {
     refused: (status) =>
       status === 413
         ? "C’est plus que ce que le serveur accepte en une fois. Raccourcissez le texte ou commencez une nouvelle discussion."
-        : `Le serveur, ou ce qui se trouve devant lui, a refusé avec ${status}. Veuillez réessayer dans un instant.`,
+        : `Le serveur, ou ce qui se trouve devant lui, a refusé la demande (${status}). Veuillez réessayer dans un instant.`,
   },
   sending: "Envoi…",
   steps: {
@@ -181,11 +181,11 @@ export const T = {
       short: "Court et neutre",
       none: "Sans prompt système",
       meta: "Prompt de Meta de juillet 2023",
-      guide: "Guide touristique (un rôle)",
+      guide: "Dans un rôle : guide touristique",
       steps: "Étape par étape",
       json: "JSON uniquement",
-      unsure: "Dit quand il n’est pas sûr",
-      reviewer: "Relecteur de code",
+      unsure: "Signale ses incertitudes",
+      reviewer: "Revue de code",
       sql: "SQL",
     },
     own: "Les vôtres",
@@ -194,7 +194,7 @@ export const T = {
     delete: "Supprimer",
     export: "Exporter",
     import: "Importer…",
-    saveTitle: "Enregistrer ce début comme préréglage",
+    saveTitle: "Enregistrer cette configuration comme préréglage",
     saveYes: "Enregistrer",
     name: "Nom",
     saved: (name) => `Enregistré sous ${isolated(name)}.`,
@@ -424,7 +424,7 @@ export const SENTENCES = {
     "Chaque exemple a besoin d’une question et d’une réponse. Remplissez les deux ou retirez-le.",
   "This conversation has a step in it whose input is not JSON.": "Cette conversation contient une étape dont l’entrée n’est pas du JSON.",
   "This model's chat template refuses this conversation ({}). Begin with a message from the user, and leave out what the template does not take.":
-    "Le modèle de mise en forme de ce modèle refuse cette conversation ({}). Commencez par un message de votre part et omettez ce qu’il n’accepte pas.",
+    "Le gabarit de discussion de ce modèle refuse cette conversation ({}). Commencez par un message de votre part et omettez ce que le gabarit n’accepte pas.",
   "Something went wrong on the server; its log has the details. Please try again.":
     "Un problème est survenu sur le serveur ; son journal contient les détails. Veuillez réessayer.",
   "Something went wrong on the server. Its log has the details.": "Un problème est survenu sur le serveur. Son journal contient les détails.",
@@ -536,9 +536,9 @@ export const SENTENCES = {
 
   // ---- Documents ----
   "Documents stay on this server, for you alone, until you delete them.":
-    "Les documents restent sur ce serveur, pour vous seul, jusqu’à ce que vous les supprimiez.",
+    "Les documents restent sur ce serveur, visibles par vous uniquement, jusqu’à ce que vous les supprimiez.",
   "Documents stay on this server, for you alone, until you delete them, or for {} days after your last upload.":
-    "Les documents restent sur ce serveur, pour vous seul, jusqu’à ce que vous les supprimiez ou pendant {} jours après votre dernier téléversement.",
+    "Les documents restent sur ce serveur, visibles par vous uniquement, jusqu’à ce que vous les supprimiez ou pendant {} jours après votre dernier téléversement.",
   "A document of this conversation has been deleted. Send the message again to ask without it.":
     "Un document de cette conversation a été supprimé. Renvoyez le message pour poser la question sans lui.",
   "There are no documents of yours here.": "Il n’y a pas de documents de vous ici.",

@@ -136,11 +136,11 @@ export const T = {
     refused: (status) =>
       status === 413
         ? "サーバーが一度に受け付けられる量を超えています。短くするか、新しいチャットを始めてください。"
-        : `サーバー、またはその手前の何かに拒否されました（${status}）。しばらくしてからもう一度お試しください。`,
+        : `サーバー（またはその手前のプロキシなど）に拒否されました（${status}）。しばらくしてからもう一度お試しください。`,
   },
   sending: "送信しています…",
   steps: {
-    step: (name, input, result, failed) => (failed ? `${name} に失敗しました：${result}` : `${name}：${input} → ${result}`),
+    step: (name, input, result, failed) => (failed ? `${name} が失敗しました：${result}` : `${name}：${input} → ${result}`),
     several: (count, names) => `${number(count)} ステップ（${list(names)}）`,
     someFailed: (count) => `${number(count)} 件失敗`,
     failed: "失敗",
@@ -181,10 +181,10 @@ export const T = {
       short: "簡潔・中立",
       none: "システムプロンプトなし",
       meta: "Metaの2023年7月のプロンプト",
-      guide: "役になりきる観光ガイド",
+      guide: "観光ガイド（ロールプレイ）",
       steps: "ステップごとに",
       json: "JSONのみ",
-      unsure: "わからないときはそう言う",
+      unsure: "不確かなときはそう伝える",
       reviewer: "コードレビュー",
       sql: "SQL",
     },
@@ -194,7 +194,7 @@ export const T = {
     delete: "削除",
     export: "エクスポート",
     import: "インポート…",
-    saveTitle: "この始め方をプリセットとして保存",
+    saveTitle: "この内容をプリセットとして保存",
     saveYes: "保存",
     name: "名前",
     saved: (name) => `${isolated(name)} として保存しました。`,

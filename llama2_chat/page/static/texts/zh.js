@@ -102,7 +102,7 @@ export const T = {
   end: {
     tokens: (count) => `${number(count)} 个 token`,
     speed: (perSecond) => `每秒 ${brief(perSecond)} 个 token`,
-    first: (after) => `首个用时 ${brief(after)} 秒`,
+    first: (after) => `首个 token 用时 ${brief(after)} 秒`,
     stop: "已完成",
     length: "达到“最大回答长度”，已截断",
     cancelled: "已停止",
@@ -128,7 +128,7 @@ export const T = {
   connection: {
     offline: "连接已断开，正在重试…",
     unreachable: "无法连接服务器，正在重试…",
-    refused: (status) => (status === 413 ? "内容超过服务器一次能接收的大小。请缩短内容，或开始新对话。" : `服务器或其前端拒绝了请求（${status}）。请稍后重试。`),
+    refused: (status) => (status === 413 ? "内容超过服务器一次能接收的大小。请缩短内容，或开始新对话。" : `服务器（或其前方的代理）拒绝了请求（${status}）。请稍后重试。`),
   },
   sending: "正在发送…",
   steps: {
@@ -186,7 +186,7 @@ export const T = {
     delete: "删除",
     export: "导出",
     import: "导入…",
-    saveTitle: "将这个开场存为预设",
+    saveTitle: "将当前内容存为预设",
     saveYes: "保存",
     name: "名称",
     saved: (name) => `已存为 ${isolated(name)}。`,
