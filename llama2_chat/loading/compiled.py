@@ -1,0 +1,59 @@
+"""Where PyTorch, Triton and humming-kernels keep what they compile for a GPU: a full disk there stops no start.
+
+Each compiles into a folder of its own, and fails where it cannot write. What is compiled elsewhere is compiled anew at
+the next start, a minute or two of work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from llama2_chat.loading.disk import in_gb
+
+log = logging.getLogger("llama2_chat")
+
+NEEDED_BYTES = 500_000_000  # that a 13B in int4 compiles, and some
+MEMORY = Path("/dev/shm")  # a disk in memory, on Linux
+
+
+def make_room_for_compiling() -> None:
+    """Name another folder, for this process, in place of each that has no room; one line in the log says so."""
+    defaults = {
+        "TORCHINDUCTOR_CACHE_DIR": Path(default_cache_dir()),
+        "TRITON_CACHE_DIR": Path("~/.triton/cache").expanduser(),
+        "HUMMING_CACHE_DIR": Path("~/.humming/cache").expanduser(),
+    }
+    folders = {name: Path(os.environ.get(name) or folder) for name, folder in defaults.items()}
+    full = {name: folder for name, folder in folders.items() if not _has_room(folder)}
+    if not full:
+        return
+    kept_in, others = ", ".join(sorted({str(folder) for folder in full.values()})), (MEMORY, tempfile.gettempdir())
+    other = next((Path(each) for each in others if _has_room(Path(each))), None)
+    if other is None:
+        log.warning("What is compiled for the GPU cannot be written to %s, nor elsewhere: free some space.", kept_in)
+        return
+    folder = tempfile.mkdtemp(prefix="llama2-chat-compiled-", dir=other)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {name: str(Path(folder, name.partition("_")[0].lower())) for name in full}
+    log.warning(
+        "What is compiled for the GPU goes to %s for this once, since %s cannot be written or has less than %s free. "
+        "The next start compiles again.",
+        *(folder, kept_in, in_gb(NEEDED_BYTES)),
+    )
+
+
+def _has_room(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"written")
+        return shutil.disk_usage(folder).free >= NEEDED_BYTES
+    except OSError:
+        return False

@@ -1,0 +1,65 @@
+"""A disk that is full where compiled kernels are kept stops no start on a GPU, and costs one line in the log."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llama2_chat.loading import compiled
+
+NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HUMMING_CACHE_DIR")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """One for each library, and one that is a disk in memory."""
+    for name in NAMES:
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (memory := tmp_path / "memory").mkdir()
+    monkeypatch.setattr(compiled, "MEMORY", memory)
+    return {name: tmp_path / name for name in NAMES}
+
+
+def fill(monkeypatch, *full):
+    real = shutil.disk_usage
+
+    def usage(folder):
+        return real(folder)._replace(free=1000 if Path(folder) in full else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def now():
+    return {name: Path(os.environ[name]) for name in NAMES}
+
+
+def test_folders_with_room_stay_where_they_are(folders, monkeypatch, caplog):
+    fill(monkeypatch)
+    compiled.make_room_for_compiling()
+    assert now() == folders
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("trouble", ["full", "a file is in the way"])
+def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(folders, monkeypatch, caplog, trouble):
+    # Kernels failed to compile, and with them the start or every answer.
+    blocked = folders["TRITON_CACHE_DIR"]
+    if trouble == "full":
+        fill(monkeypatch, blocked)
+    else:
+        blocked.write_text("")
+    compiled.make_room_for_compiling()
+    found = now()
+    assert found.pop("TRITON_CACHE_DIR").is_relative_to(compiled.MEMORY)
+    assert found == {name: folder for name, folder in folders.items() if name != "TRITON_CACHE_DIR"}
+    (line,) = caplog.messages
+    assert str(blocked) in line
+    assert "compiles again" in line
+
+
+def test_a_start_goes_on_where_no_disk_has_room(folders, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))
+    compiled.make_room_for_compiling()
+    assert now() == folders
+    assert "free some space" in caplog.text
