@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from llama2_chat.server.errors import ApiError
 from llama2_chat.text import valid_unicode
 
-LONG_NUMBER = re.compile(rb"(?<!\d)\d{309}")  # no float is as large, and at 4,300 digits Python reads none
+LONG_NUMBER = 309  # digits: no float is as large, and at 4,300 of them Python reads none
 MAX_DEPTH = 128  # of objects and lists within each other; real JSON schemas have up to 21
 
 
@@ -48,7 +48,7 @@ def parse(body: bytes) -> Any:
             object_pairs_hook=_object,
             parse_constant=_not_a_number,
             parse_float=_number,
-            parse_int=_whole_number if LONG_NUMBER.search(body) else None,
+            parse_int=_whole_number if _has_long_number(body) else None,
         )
     except UnicodeDecodeError as error:
         _refuse(f"The body is not UTF-8: {error.reason} at byte {error.start:,}.")
@@ -59,6 +59,12 @@ def parse(body: bytes) -> Any:
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         _check_depth(value)
     return _with_whole_characters(value) if b"\\u" in body else value
+
+
+def _has_long_number(body: bytes) -> bool:
+    """Whether so many digits stand in a row. One of them would be at a multiple of LONG_NUMBER: most bodies need not be
+    searched, which takes 10 ms a megabyte that everybody's answers wait for."""
+    return bool(re.search(rb"\d", body[::LONG_NUMBER]) and re.search(rb"\d{%d}" % LONG_NUMBER, body))
 
 
 def _check_headers(request: Request) -> None:
@@ -100,7 +106,7 @@ def _number(digits: str) -> float | int:
 
 
 def _whole_number(digits: str) -> int:
-    if LONG_NUMBER.search(digits.encode()):
+    if len(digits.lstrip("-")) >= LONG_NUMBER:
         _refuse_number()
     return int(digits)
 

@@ -22,7 +22,7 @@ from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
 
 LARGE_BODY = 2**20  # bytes
-TRIM_AFTER_S = 1
+TRIM_AFTER_S = 5
 
 # A Space is shown in a frame on huggingface.co. Elsewhere anybody's Space could frame this page to steer clicks on it.
 HUGGING_FACE = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
@@ -129,7 +129,8 @@ def path_of(scope: Scope) -> str:
 
 
 class _MemoryBack:
-    """After a large body the process gives its memory back, a second later: what comes of it may be read until then."""
+    """After a large body the process gives its memory back, soon and not at once: that takes some hundredths of a
+    second, and whoever sends one often sends more."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

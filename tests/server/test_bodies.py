@@ -20,6 +20,10 @@ REFUSED = {
     "infinity": (b"[-Infinity]", "The body is not JSON: it holds -Infinity, and JSON has no such number."),
     "large": (b"[1e999]", "The body holds a number that is too large for any field."),
     "long": (b'{"a": -1' + b"0" * 309 + b"}", "The body holds a number that is too large for any field."),
+    "long and late": (
+        b'{"a": "' + b"word " * 99 + b'", "b": ' + b"9" * 309 + b"}",
+        "The body holds a number that is too large for any field.",
+    ),
     "very long": (b"1" * 5000, "The body holds a number that is too large for any field."),
     "twice": (b'[{"a": {"b": 1, "c": 2, "b": 1}}]', "The body has 'b' twice in one object. Send it once."),
     "deep": (b"[" * 100_000, f"The body is nested too deeply; {MAX_DEPTH} levels are read."),
