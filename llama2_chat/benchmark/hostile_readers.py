@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import random
 import secrets
 import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +21,6 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import httpx
 
-    from llama2_chat.benchmark.soak import SoakState
 
 LONG = "Print the first 5,000 prime numbers."
 SETTINGS = {"maxNewTokens": 1_000, "temperature": 1, "topP": 1, "topK": 0, "repetitionPenalty": 1}
@@ -47,22 +50,42 @@ def client(target: Target, source: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=target.url, transport=transport, timeout=600)
 
 
-async def harass(kind: Kind, target: Target, number: int, state: SoakState) -> None:
-    """Again and again as long as the soak is hostile; what the server fails at is an error of the soak."""
+def main() -> None:
+    """Reads a target, how many readers there are and until when, as time.time() has it; prints what they have tried, by
+    kind, and at what the server has failed. Computes when others do not."""
+    if os.name == "posix":
+        os.nice(10)
+    target, readers, over_at = json.load(sys.stdin)
+    print(json.dumps(asyncio.run(_harass_together(Target(**target), readers, over_at))))
+
+
+async def _harass_together(target: Target, readers: int, over_at: float) -> tuple[Counter[str], list[str]]:
+    attempts: Counter[str] = Counter()
+    failures: list[str] = []
+    kinds = itertools.islice(itertools.cycle(KINDS), readers)
+    harassing = (_harass(kind, target, number, over_at, attempts, failures) for number, kind in enumerate(kinds))
+    await asyncio.gather(*harassing)
+    return attempts, failures
+
+
+async def _harass(
+    kind: Kind, target: Target, number: int, over_at: float, attempts: Counter[str], failures: list[str]
+) -> None:
+    """Again and again as long as it lasts."""
     import httpx
 
     rng, source = random.Random(number), f"127.2.0.{number + 1}"
     async with client(target, source) as http:
         login = {"username": "hostile", "password": target.password}
         await http.post("/login", data=login)
-        while state.is_hostile:
+        while time.time() < over_at:
             status = 0
             with contextlib.suppress(OSError, httpx.HTTPError):  # a timeout is an OSError, too
                 async with asyncio.timeout(60):
                     status = await kind(Attack(target, http, rng, source))
             if status >= 500:
-                state.errors.append(f"{kind.__name__}: {status}")
-            state.attempts[kind.__name__.replace("_", " ")] += 1
+                failures.append(f"{kind.__name__}: {status}")
+            attempts[kind.__name__.replace("_", " ")] += 1
             await asyncio.sleep(BETWEEN_S)
 
 

@@ -1,13 +1,16 @@
 """A server with readers of its page and its API for minutes, hostile ones among them at first: whether the healthy get
 errors or wait long, and whether anything is left behind.
 
-The server is a process of its own, looked at from outside. Each reader has an address, and a login or a key.
+The server is a process of its own, looked at from outside. Each reader has an address, and a login or a key. The
+hostile ones are in a process of low priority, which takes what server and healthy readers leave of the cores: an
+attacker brings a computer along.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -16,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,8 +28,9 @@ import psutil
 from llama2_chat import ROOT
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.healthy_readers import visit, warm_up
-from llama2_chat.benchmark.hostile_readers import KINDS, Target, harass
+from llama2_chat.benchmark.hostile_readers import Target
 from llama2_chat.page.answering import UNREAD_S
+from llama2_chat.process import python_command
 from llama2_chat.server.login import hash_password
 
 MB = 1_000_000
@@ -51,7 +54,7 @@ class SoakState:
     # Seconds to the first word, of healthy readers, beside hostile ones and alone.
     beside: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
-    attempts: Counter[str] = field(default_factory=Counter)  # of hostile readers, by kind
+    attempts: dict[str, int] = field(default_factory=dict)  # of hostile readers, by kind
     samples: list[tuple[float, int, int, int]] = field(default_factory=list)  # minute, bytes, threads, descriptors
 
     @property
@@ -116,13 +119,20 @@ def measure(minutes: float, readers: int = 32, hostile: int = 16) -> Iterator[Fi
 
 
 async def _run(state: SoakState, target: Target, process: psutil.Process, readers: int, hostile: int) -> None:
-    kinds = [KINDS[number % len(KINDS)] for number in range(hostile)]
     async with asyncio.TaskGroup() as group:
         group.create_task(_watch(state, process))
         for number in range(readers):
             group.create_task(visit(target, number, state))
-        for number, kind in enumerate(kinds):
-            group.create_task(harass(kind, target, number, state))
+        group.create_task(_harass(target, hostile, state))
+
+
+async def _harass(target: Target, hostile: int, state: SoakState) -> None:
+    command = python_command("llama2_chat.benchmark.hostile_readers:main")
+    others = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    over_at = time.time() + 60 * (state.minutes * HOSTILE_PART - state.minute)
+    printed, _ = await others.communicate(json.dumps([asdict(target), hostile, over_at]).encode())
+    state.attempts, failures = json.loads(printed)
+    state.errors += failures
 
 
 async def _watch(state: SoakState, process: psutil.Process) -> None:
