@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2_chat import prompt
@@ -194,6 +195,7 @@ class ChatModel:
         """
         from llama2_chat.engine.engine import Engine
         from llama2_chat.engine.grammar import Grammars
+        from llama2_chat.engine.kv_pool import make_pool
         from llama2_chat.engine.model_runner import build_runner
         from llama2_chat.loading.load import find_stop_ids
 
@@ -215,6 +217,7 @@ class ChatModel:
             speculate=self.settings.speculation == "auto",
             host_bytes=_host_bytes(self.settings.kv_host_gb, loaded.device),
             draft=loaded.draft,
+            make_pool=partial(make_pool, self.settings.kv_cache),
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
@@ -227,7 +230,12 @@ class ChatModel:
             engine.close()
             raise _Closed
         self.status = replace(self.status, state="ready", precision=loaded.precision, device=loaded.device, why=why)
-        log.info("%s is ready in %s on %s. %s", self.status.model, loaded.precision, loaded.device, why)
+        self.status = replace(self.status, kv_cache=runner.kv_format)
+        room = f"{engine.occupancy.kv_capacity_tokens:,} tokens of keys and values (KV_CACHE={runner.kv_format})"
+        log.info(
+            "%s is ready in %s on %s, with room for %s. %s",
+            *(self.status.model, loaded.precision, loaded.device, room, why),
+        )
         return self
 
     @property

@@ -26,6 +26,8 @@ SHOWN_SETTINGS = ("all", "basic", "hidden")
 LONGEST_NOTICE = 500  # characters
 HISTORIES = ("browser", "server")
 SPECULATIONS = ("auto", "off")
+KV_CACHES = ("auto", "fp8", "int8", "none")
+CPU_BATCH, GPU_BATCH = 8, 32  # answers computed at once, where MAX_BATCH says nothing
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
@@ -180,7 +182,15 @@ class Settings:
     embeddings_key: str = field(default="", repr=False)  # from the environment only
     queue_limit: int = _knob(64, "QUEUE_LIMIT", "questions that may wait at once; any more are refused")
     max_batch: int | None = _knob(
-        None, "MAX_BATCH", "answers computed at once, the others wait in line; by default 32 on a GPU and 8 on a CPU"
+        None,
+        "MAX_BATCH",
+        f"answers computed at once, the others wait in line; by default {GPU_BATCH} on a GPU and {CPU_BATCH} on a CPU",
+    )
+    kv_cache: str = _knob(
+        "auto",
+        "KV_CACHE",
+        f"{', '.join(KV_CACHES)}: keep keys and values in 8 bits, so that about twice the tokens fit, or in as many as "
+        "the model computes in; auto takes 8 on a GPU whose memory holds few conversations otherwise",
     )
     kv_headroom_gb: float = _knob(
         1.5, "KV_HEADROOM_GB", "GPU memory left alone for prefill; raise it if other programs share the card"
@@ -243,6 +253,8 @@ class Settings:
         self._check_adapters()
         if self.quantization not in QUANTIZATIONS:
             raise ChatError(f"quantization must be one of {', '.join(QUANTIZATIONS)}; it was {self.quantization!r}.")
+        if self.kv_cache not in KV_CACHES:
+            raise ChatError(f"kv_cache must be one of {', '.join(KV_CACHES)}; it was {self.kv_cache!r:.40}.")
         if self.history not in HISTORIES:
             raise ChatError(f"history must be one of {', '.join(HISTORIES)}; it was {self.history!r}.")
         if self.history == "server" and not self.auth_file:

@@ -372,6 +372,7 @@ class Status:
     model: str = ""  # what the model is called: its Hub id, the name of its folder, or MODEL_NAME
     adapters: tuple[str, ...] = ()  # what its adapters are called, of which a request may choose one
     precision: str = ""  # "bfloat16", "int8", "nf4", ...
+    kv_cache: str = ""  # keys and values: "int8", "fp8", or "none" as the model computes them
     device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
     why: str = ""  # why this model in this precision, one or two sentences
     error: str = ""  # when failed: what happened and what to do, one or two sentences

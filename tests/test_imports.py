@@ -19,7 +19,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"types", "named_files"},
     {"api_keys"},
-    {"text", "context", "settings", "channel", "process", "database"},
+    {"text", "context", "kv_cache", "settings", "channel", "process", "database"},
     {"tasks", "presets"},
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},

@@ -58,10 +58,12 @@ def measure(
         "torch": torch.__version__,
         "memory cap, GB": gpu_memory_gb,
         "precision": chat.status.precision,
+        "KV_CACHE": chat.status.kv_cache,
         "device": chat.status.device,
         "load, s": time.perf_counter() - started,
         "memory after load, KV cache included, GB": gpu_gb(torch.cuda.memory_allocated),
         "KV cache, GB": kv_cache_bytes(chat) / GB,
+        "KV cache, tokens": chat.occupancy.kv_capacity_tokens if chat.occupancy else 0,
     }
     yield {"compile, s": wait_for_compilation(chat), "mode": chat.mode}
     yield from _measure_answers(chat, users)

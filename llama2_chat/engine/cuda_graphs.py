@@ -332,9 +332,9 @@ class RecordedWay:
         state = self._sampler
         hidden, cos_sin = self._embed(state.tokens[slots], state.positions[slots])
         mask = self._mask(self._adapters[slots])
-        for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+        for layer, kept in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
             where = slots, state.positions, self._table
-            hidden = self._decode_layer(layer, hidden, *cos_sin, mask, keys, values, *where)
+            hidden = self._decode_layer(layer, hidden, *cos_sin, mask, kept, *where)
         return self._model.lm_head(self._model.model.norm(hidden))[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
@@ -347,9 +347,9 @@ class RecordedWay:
         kv_index = torch.where(offset < counts[:, None], block * BLOCK_SIZE + positions % BLOCK_SIZE, offset).flatten()
         hidden, cos_sin = self._embed(ids, positions.flatten())
         mask = self._mask(self._adapters[slots].repeat_interleave(TILE_SIZE))
-        for layer, (keys, values) in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+        for layer, kept in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
             where = kv_index, slots, starts, counts, self._table
-            hidden = self._prefill_layer(layer, hidden, *cos_sin, mask, keys, values, *where)
+            hidden = self._prefill_layer(layer, hidden, *cos_sin, mask, kept, *where)
         return self._model.lm_head(self._model.model.norm(hidden[:, last]))[0]
 
     def _mask(self, adapters: Tensor) -> Tensor | None:
@@ -376,14 +376,13 @@ def _decode_layer(
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    kept: tuple[Tensor, ...],
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
 ) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return torch.ops.llama2_chat.decode_attention(query, key, value, keys, values, slots, positions, table, scale)
+        return torch.ops.llama2_chat.decode_attention(query, key, value, slots, positions, table, scale, *kept)
 
     return _layer(layer, hidden, cos, sin, mask, attend)
 
@@ -394,8 +393,7 @@ def _prefill_layer(
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    kept: tuple[Tensor, ...],
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
@@ -404,7 +402,7 @@ def _prefill_layer(
 ) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return torch.ops.llama2_chat.prefill_attention(
-            query, key, value, keys, values, kv_index, slots, starts, counts, table, scale
+            query, key, value, kv_index, slots, starts, counts, table, scale, *kept
         )
 
     return _layer(layer, hidden, cos, sin, mask, attend)

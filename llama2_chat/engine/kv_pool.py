@@ -1,7 +1,8 @@
 """The memory for keys and values of all conversations, in blocks. Which block holds what is prefix_cache's to know.
 
-A second format (fewer bits, another layout) is a subclass with its own `write` and `read`; whoever computes a step asks
-for nothing else, apart from the kernels, which take the tensors of this one as they lie.
+They are kept as the model computes them, or in 8 bits (EightBitPool). Another format is a subclass with its own
+`allocate`, `write` and `read`; whoever computes a step asks for nothing else, apart from the kernels, which take the
+tensors of these two as they lie.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.kv_codes import CODES, SCALES, decode, encode
+from llama2_chat.kv_cache import choose_format, enough_tokens, head_bytes
 
 BLOCK_SIZE = 64  # tokens
 GB = 1_000_000_000
@@ -29,7 +32,9 @@ class KVPool:
     `kv_index`, int64 [T], says where tokens lie: block * BLOCK_SIZE + offset in it. Padding is written to block 0.
     """
 
-    suits_kernels = True  # kernels.attention reads and writes `layers` as they lie
+    layers: list[tuple[Tensor, ...]]  # what allocate() makes for each, and attention takes
+    beside: list[tuple[Tensor, ...]]
+    is_exact = True  # a token finds what was computed of those before it, to the last bit
 
     def __init__(
         self,
@@ -47,10 +52,9 @@ class KVPool:
         """
         probe = probe_keys(model)
         free = free_bytes()
-        block_bytes: dict[torch.device, int] = {}
-        for keys in (*probe, *beside):
-            block_bytes[keys.device] = block_bytes.get(keys.device, 0) + 2 * BLOCK_SIZE * self.token_bytes(keys)
-        fitting = min(free[device] // size for device, size in block_bytes.items())
+        self.dtype = probe[0].dtype  # in which the model computes
+        block_bytes = _block_bytes([*probe, *beside], self.token_bytes)
+        fitting = _fitting(free, block_bytes)
         whole = -(-context_length // BLOCK_SIZE)
         if all(device.type == "cpu" for device in block_bytes):
             fitting = max(fitting, whole)
@@ -66,26 +70,31 @@ class KVPool:
         while fitting >= LEAST_BLOCKS:
             self.num_blocks = 1 + fitting
             with suppress(torch.OutOfMemoryError):
-                self.layers, self.beside = (
-                    [(self.allocate(keys), self.allocate(keys)) for keys in each] for each in (probe, beside)
-                )
+                self.layers, self.beside = ([self.allocate(keys) for keys in each] for each in (probe, beside))
                 return True
             torch.cuda.empty_cache()
             fitting = fitting * 15 // 16
         return False
 
-    def token_bytes(self, keys: Tensor) -> int:
+    @staticmethod
+    def token_bytes(keys: Tensor) -> int:
         """Of one token's keys in one layer; the values take as many. keys: [1, kv_heads, 1, head_dim]."""
         return keys.nbytes
 
-    def allocate(self, keys: Tensor) -> Tensor:
-        """Zeros for all keys of one layer, or all values. keys: [1, kv_heads, 1, head_dim], as the model makes them."""
-        return keys.new_zeros(self.num_blocks, BLOCK_SIZE, keys.shape[1], keys.shape[3])
+    def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """Zeros for what one layer keeps, each [num_blocks, ...]. keys: [1, kv_heads, 1, head_dim], its own."""
+        shape = self.num_blocks, BLOCK_SIZE, keys.shape[1], keys.shape[3]
+        return keys.new_zeros(shape), keys.new_zeros(shape)
+
+    @property
+    def format(self) -> str:
+        """A KV_CACHE, read from what is kept."""
+        return next((name for name, codes in CODES.items() if codes == self.layers[0][0].dtype), "none")
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that keeps a block, [num_blocks, ...]."""
-        return [states for layer in self.layers for states in layer]
+        """All that keeps a block, [num_blocks, ...], as numbers that can be copied and set to 0 everywhere."""
+        return [_plain(kept) for layer in self.layers + self.beside for kept in layer]
 
     @property
     def tokens(self) -> int:
@@ -93,25 +102,28 @@ class KVPool:
 
     @property
     def bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers + self.beside)
+        return sum(kept.nbytes for kept in self.tensors)
 
     @property
     def devices(self) -> set[torch.device]:
-        return {keys.device for keys, _ in self.layers}
+        return {kept.device for kept in self.tensors}
 
     def zero(self, blocks: list[int] | slice) -> None:
         """What is masked is still multiplied, and 0 * NaN is NaN."""
-        for keys, values in self.layers + self.beside:
-            keys[blocks] = 0
-            values[blocks] = 0
+        for kept in self.tensors:
+            kept[blocks] = 0
 
     def are_finite(self, blocks: list[int]) -> bool:
         """Whether numbers were computed here: NaN in one layer is NaN in those after it."""
-        return bool(self.layers[-1][1][blocks].isfinite().all())
+        return bool(self.layers[-1][-1][blocks].isfinite().all())
 
     def copy(self, source: int, target: int) -> None:
-        for keys, values in self.layers + self.beside:
-            keys[target], values[target] = keys[source], values[source]
+        for kept in self.tensors:
+            kept[target] = kept[source]
+
+    def as_kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [1, kv_heads, T, head_dim], as they come back once they were written."""
+        return key, value
 
     def of_beside(self) -> KVPool:
         """The same blocks, for the layers beside the model's."""
@@ -134,10 +146,105 @@ class KVPool:
 
     def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of several requests, [N, kv_heads, B * BLOCK_SIZE, head_dim]. tables: int64 [N, B]."""
-        N, blocks = tables.shape
-        shape, which = (N, blocks * BLOCK_SIZE, *self.layers[layer][0].shape[2:]), tables.flatten()
-        keys, values = (states.index_select(0, which).view(shape).transpose(1, 2) for states in self.layers[layer])
+        keys, values = (_gather_batch(states, tables) for states in self.layers[layer])
         return keys, values
+
+
+class EightBitPool(KVPool):
+    """For each layer the codes of its keys and values, [num_blocks, BLOCK_SIZE, kv_heads, head_dim], and the scales of
+    both, [num_blocks, kv_heads, BLOCK_SIZE]."""
+
+    is_exact = False
+
+    def __init__(
+        self,
+        codes: torch.dtype,
+        model: PreTrainedModel,
+        free_bytes: Callable[[], Mapping[torch.device, int]],
+        context_length: int,
+        max_batch: int,
+        beside: Sequence[Tensor] = (),
+    ) -> None:
+        """codes: one of kv_codes.CODES; the rest as KVPool takes it."""
+        self._codes = codes
+        super().__init__(model, free_bytes, context_length, max_batch, beside)
+
+    @staticmethod
+    def token_bytes(keys: Tensor) -> int:
+        return keys.shape[1] * head_bytes(keys.shape[3], bits=8)
+
+    def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
+        kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        codes = self.num_blocks, BLOCK_SIZE, kv_heads, head_dim
+        scales = self.num_blocks, kv_heads, BLOCK_SIZE
+        return (
+            *(torch.zeros(codes, dtype=self._codes, device=keys.device) for _ in range(2)),
+            *(torch.zeros(scales, dtype=SCALES, device=keys.device) for _ in range(2)),
+        )
+
+    def as_kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = (decode(*encode(states, self._codes), states.dtype) for states in (key, value))
+        return key, value
+
+    def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
+        kept = self.layers[layer]
+        index = kv_index.to(key.device)
+        for codes, scales, new in zip(kept[:2], kept[2:], (key, value), strict=True):
+            found, its_scales = encode(new[0].transpose(0, 1), self._codes)
+            _plain(codes).view(-1, *codes.shape[2:]).index_copy_(0, index, _plain(found))
+            scales[index // BLOCK_SIZE, :, index % BLOCK_SIZE] = its_scales
+
+    def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.read_batch(layer, blocks[None])
+        return keys[:, :, :length], values[:, :, :length]
+
+    def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.layers[layer]
+        tables = tables.to(kept[0].device)
+        keys, values = (
+            decode(
+                _gather_batch(_plain(codes), tables).view(self._codes),
+                _gather_batch(scales.transpose(1, 2), tables),
+                self.dtype,
+            )
+            for codes, scales in zip(kept[:2], kept[2:], strict=True)
+        )
+        return keys, values
+
+
+def make_pool(
+    kv_cache: str,
+    model: PreTrainedModel,
+    free_bytes: Callable[[], Mapping[torch.device, int]],
+    context_length: int,
+    max_batch: int,
+    beside: Sequence[Tensor] = (),
+) -> KVPool:
+    """The pool that a KV_CACHE asks for. The rest as KVPool takes it.
+
+    Raises ModelUnavailable as KVPool does, and for a format that one of the GPUs cannot compute with.
+    """
+    room, probe = 0, probe_keys(model)
+    devices = {keys.device for keys in probe}
+    gpus = [torch.cuda.get_device_capability(device) for device in devices if device.type == "cuda"]
+    if gpus and kv_cache == "auto":
+        room = _fitting(free_bytes(), _block_bytes([*probe, *beside], KVPool.token_bytes)) * BLOCK_SIZE
+    name = choose_format(kv_cache, gpus, room, enough_tokens(max_batch, context_length))
+    if name is None:
+        return KVPool(model, free_bytes, context_length, max_batch, beside)
+    return EightBitPool(CODES[name], model, free_bytes, context_length, max_batch, beside)
+
+
+def _block_bytes(probe: Sequence[Tensor], token_bytes: Callable[[Tensor], int]) -> dict[torch.device, int]:
+    """Of a block of all layers, for each device. probe: as probe_keys() makes it; token_bytes: a pool's."""
+    found: dict[torch.device, int] = {}
+    for keys in probe:
+        found[keys.device] = found.get(keys.device, 0) + 2 * BLOCK_SIZE * token_bytes(keys)
+    return found
+
+
+def _fitting(free: Mapping[torch.device, int], block_bytes: Mapping[torch.device, int]) -> int:
+    return min(free[device] // size for device, size in block_bytes.items())
 
 
 def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:
@@ -146,6 +253,16 @@ def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:
     else:
         found = states[blocks.to(states.device)]
     return found.flatten(0, 1)[:length].transpose(0, 1)[None]
+
+
+def _gather_batch(states: Tensor, tables: Tensor) -> Tensor:
+    """[N, kv_heads, B * BLOCK_SIZE, ...] of states [num_blocks, BLOCK_SIZE, kv_heads, ...]."""
+    return states.index_select(0, tables.flatten()).unflatten(0, tables.shape).flatten(1, 2).transpose(1, 2)
+
+
+def _plain(states: Tensor) -> Tensor:
+    """The same memory as bytes, where few operations know the numbers in it."""
+    return states.view(torch.uint8) if states.dtype == torch.float8_e4m3fn else states
 
 
 @torch.inference_mode()

@@ -33,10 +33,10 @@ from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
 from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
+from llama2_chat.settings import CPU_BATCH, GPU_BATCH
 
 log = logging.getLogger("llama2_chat")
 
-CPU_BATCH, GPU_BATCH = 8, 32  # requests that run at once
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
@@ -122,12 +122,16 @@ class ModelRunner:
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
         self.context_length = min(context_length, pool.tokens)
         self.host_blocks = host.num_pages if host else 0
-        self._check = SelfCheck(model, windows, self.context_length, self.longest_chunk)
+        self._check = SelfCheck(model, windows, self.context_length, self.longest_chunk, pool)
 
     @property
     def mode(self) -> str:
         """ "eager", or what has been recorded so far."""
         return self._faster.mode if self._faster else "eager"
+
+    @property
+    def kv_format(self) -> str:
+        return self._pool.format
 
     @property
     def kv_bytes(self) -> int:
@@ -350,7 +354,7 @@ def build_runner(
     compile: bool = True,
     deterministic: bool = False,
     speculate: bool = True,
-    pool_type: type[KVPool] = KVPool,
+    make_pool: Callable[..., KVPool] = KVPool,
     adapters: Sequence[LoraWeights] = (),
     host_bytes: int = 0,
     draft: EagleHead | PreTrainedModel | None = None,
@@ -363,7 +367,7 @@ def build_runner(
     compile: make a Llama on a single GPU faster, in the background.
     deterministic: let an answer depend on its prompt, its settings and its seed alone; on a CPU it always does.
     speculate: guess what answers say next, and check several tokens in one step; on a GPU nothing is guessed.
-    pool_type: how keys and values are kept.
+    make_pool: how keys and values are kept; takes what KVPool takes.
     adapters: which requests may choose from, by their place here, 1 for the first.
     host_bytes: memory of the host for what makes room in the pool, at most.
     draft: what guesses, where text does not come again.
@@ -385,7 +389,7 @@ def build_runner(
     if weight.device.type == "cpu":
         fix_rows(model)
         speed_up_llama(model)
-    kernel = decode_kernel(model) if pool_type.suits_kernels else None
+    kernel = decode_kernel(model)
     if in_pieces:
         longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)
@@ -395,7 +399,7 @@ def build_runner(
             raise ModelUnavailable(NOT_DETERMINISTIC)
         rows = add_adapters(model, adapters)
         net = _draft_net(draft, model) if speculate else None
-        pool = pool_type(model, free_beside_steps, context_length, max_batch, net.probe() if net else ())
+        pool = make_pool(model, free_beside_steps, context_length, max_batch, net.probe() if net else ())
         draft_tokens = CPU_DRAFT_TOKENS if speculate and weight.device.type == "cpu" else 0
         return ModelRunner(
             model,
@@ -413,7 +417,7 @@ def build_runner(
     join_projections(model)
     rows = add_adapters(model, adapters)
     step_bytes *= 2  # recorded steps have memory of their own
-    pool = pool_type(model, free_beside_steps, context_length, max_batch)
+    pool = make_pool(model, free_beside_steps, context_length, max_batch)
     recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
     return ModelRunner(

@@ -89,7 +89,7 @@ class PrefillStep:
         for (start, end, position), table in zip(self.spans, self.tables, strict=True):
             q, k, v = (states[:, :, start:end] for states in (query, key, value))
             length, unseen = position + end - start, 0
-            if position > 0:
+            if position > 0 or not self.pool.is_exact:  # in 8 bits a token sees the same of those in its own chunk
                 # Blocks that lie before the window of the first token are not read.
                 unseen = max(position - window + 1, 0) // BLOCK_SIZE if window else 0
                 blocks = table[unseen : -(-length // BLOCK_SIZE)]
@@ -123,7 +123,7 @@ class DecodeStep:
         if self.kernel is not None and scoring.is_plain:
             tables, positions = self.tables.to(key.device), self.positions.to(key.device)
             slots = torch.arange(N, device=key.device)
-            return self.kernel(query, key, value, *self.pool.layers[layer], slots, positions, tables, scoring.scale)
+            return self.kernel(query, key, value, slots, positions, tables, scoring.scale, *self.pool.layers[layer])
         self.pool.write(layer, key, value, self.kv_index)
         # The queries that share a head of keys stand where the tokens of one query would: no key is repeated.
         q = query[0].transpose(0, 1).reshape(N, kv_heads, -1, head_dim)

@@ -69,6 +69,9 @@ class Runner(Protocol[StepT]):
     def mode(self) -> str: ...  # how a step runs, in words
 
     @property
+    def kv_format(self) -> str: ...  # how keys and values are kept, as KV_CACHE names it
+
+    @property
     def kv_bytes(self) -> int: ...
 
     def start(self, wake: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from llama2_chat.context import ropes
-from llama2_chat.engine.kv_pool import input_embeddings
+from llama2_chat.engine.kv_pool import KVPool, input_embeddings
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Chunk
@@ -32,12 +32,18 @@ class SelfCheck:
 
     windows: of each layer how many tokens it attends to, None for all.
     context_length, longest_chunk: tokens.
+    pool: whose way of keeping keys and values the model alone has, too.
     """
 
     def __init__(
-        self, model: PreTrainedModel, windows: Sequence[int | None], context_length: int, longest_chunk: int
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[int | None],
+        context_length: int,
+        longest_chunk: int,
+        pool: KVPool,
     ) -> None:
-        self._model, self._longest_chunk = model, longest_chunk
+        self._model, self._longest_chunk, self._pool = model, longest_chunk, pool
         self._depth = 1 + max(windows.index(window) for window in windows)
         on_cpu = input_embeddings(model).weight.device.type == "cpu"
         longest = min(context_length - 2, LONGEST_ON_CPU if on_cpu else LONGEST_ON_GPU)
@@ -71,7 +77,8 @@ class SelfCheck:
                 for logits, alone in zip(found, zip(*expected, strict=True), strict=True)
             )
 
-        in_float32 = self._model.dtype == torch.float32
+        # In 8 bits the least difference may give a number another code.
+        in_float32 = self._model.dtype == torch.float32 and self._pool.is_exact
         with _cut(self._model, self._depth):
             together = compare(requests, TOLERANCE_IN_FLOAT32 if in_float32 else TOLERANCE_OF_FIRST_LAYERS)
         one = requests[-1]
@@ -89,7 +96,7 @@ class SelfCheck:
 
     def _alone(self, request: Request, steps: Sequence[Sequence[Chunk]], token: int) -> tuple[Tensor, Tensor]:
         """Logits [V] after the last id of a request, and after one more token, without the pool or the others."""
-        cache = DynamicCache(config=self._model.config)
+        cache = _CacheAsKept(self._model, self._pool)
         read = [chunk.ids for chunks in steps for chunk in chunks if chunk.request is request]
         logits = [self._forward(ids, cache) for ids in (*read, [token])]
         return logits[-2], logits[-1]
@@ -100,6 +107,19 @@ class SelfCheck:
             torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         return output.logits[0, -1].to(device)
+
+
+class _CacheAsKept(DynamicCache):
+    """Keys and values of a model alone, rounded as a pool rounds them."""
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool) -> None:
+        super().__init__(config=model.config)
+        self._pool = pool
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return super().update(*self._pool.as_kept(key_states, value_states), layer_idx, *args, **kwargs)
 
 
 def check_request(length: int, vocab_size: int) -> Request:

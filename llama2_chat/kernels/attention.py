@@ -2,7 +2,8 @@
 
 Both are custom operators, so that torch.compile takes them as they are. They need compute capability 8.0 and bfloat16;
 elsewhere PyTorch's attention does the same work (engine/paged_attention.py). Sizes of blocks and tiles are read from
-the tensors' shapes.
+the tensors' shapes. Keys and values come as they are, or in 8 bits with a scale for each token and head, as kv_codes.py
+makes them: then scores are multiplied by the keys' scales, and the weights of values by theirs.
 """
 
 from __future__ import annotations
@@ -12,15 +13,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama2_chat.kernels.kv_codes import LARGEST, SMALLEST
+
+_SMALLEST = tl.constexpr(SMALLEST)
+_LARGEST_INT8, _LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[torch.float8_e4m3fn])
+# Added to a small float32 and taken away again, it leaves the nearest whole number, of two the even one.
+_ROUNDING = tl.constexpr(1.5 * 2**23)
+
+KEPT = ("keys", "values", "key_scales", "value_scales")  # what the operators write
+
+# ---- Keys and values in 8 bits ----
+
+
+@triton.jit
+def _encode(states, CODES: tl.constexpr):
+    """Codes of some heads, [N, head_dim], and their scales, [N]: kv_codes.encode()."""
+    LARGEST: tl.constexpr = _LARGEST_INT8 if tl.int8 == CODES else _LARGEST_FP8
+    states = states.to(tl.float32)
+    scales = tl.maximum(tl.max(tl.abs(states), 1), _SMALLEST) / LARGEST
+    # A GPU's maximum passes over NaN. It is to be seen in the scale, and so is infinity.
+    scales = (scales + 0.0 * tl.sum(states, 1)).to(tl.bfloat16)
+    codes = tl.minimum(tl.maximum(states / scales.to(tl.float32)[:, None], -LARGEST), LARGEST)
+    if tl.int8 == CODES:
+        codes = (codes + _ROUNDING) - _ROUNDING
+    return codes.to(CODES), scales
+
+
 # ---- Online softmax: one block of scores after another ----
 
 
 @triton.jit
-def _accumulate(highest, total, mixed, scores, v):
+def _accumulate(highest, total, mixed, scores, v, v_scales):
     """The highest score, the total weight and the weighted sum of values, with these scores and values added."""
     higher = tl.maximum(highest, tl.max(scores, 1))
     fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
-    return higher, total * fade + tl.sum(p, 1), mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
+    total = total * fade + tl.sum(p, 1)
+    if v_scales is not None:
+        p *= v_scales[None, :]
+    return higher, total, mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
 
 
 @triton.jit
@@ -47,6 +77,8 @@ def _attend_kernel(
     value,
     keys,
     values,
+    key_scales,
+    value_scales,
     slots,
     positions,
     table,
@@ -69,6 +101,7 @@ def _attend_kernel(
     slot = tl.load(slots + request)
     position = tl.load(positions + slot).to(tl.int32)
     heads: tl.constexpr = HEADS // KV_HEADS
+    SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
     group, dims, tokens = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     mine = group < heads
     lane = request * HEADS + head * heads + group
@@ -79,24 +112,45 @@ def _attend_kernel(
     inside = (tokens[:, None] * KV_HEADS + head) * HEAD_DIM + dims[None, :]
     full = position // BLOCK  # blocks before the one that the new token goes to
     for index in tl.range(split, full, SPLITS, num_stages=3):
-        block = tl.load(table + slot * table_width + index).to(tl.int64) * (BLOCK * KV_HEADS * HEAD_DIM)
-        k = tl.load(keys + block + inside)
-        v = tl.load(values + block + inside)
+        block = tl.load(table + slot * table_width + index).to(tl.int64)
+        k = tl.load(keys + block * SIZE + inside).to(q.dtype)
+        v = tl.load(values + block * SIZE + inside).to(q.dtype)
         scores = tl.dot(q, tl.trans(k)) * scale
-        highest, total, mixed = _accumulate(highest, total, mixed, scores, v)
+        if key_scales is not None:
+            scaled = (block * KV_HEADS + head) * BLOCK + tokens
+            scores *= tl.load(key_scales + scaled).to(tl.float32)[None, :]
+            v_scales = tl.load(value_scales + scaled).to(tl.float32)
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales)
+        else:
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
     if split == full % SPLITS:
-        block = tl.load(table + slot * table_width + full).to(tl.int64) * (BLOCK * KV_HEADS * HEAD_DIM)
+        block = tl.load(table + slot * table_width + full).to(tl.int64)
         before, new = tokens < position % BLOCK, tokens == position % BLOCK
-        k = tl.load(keys + block + inside, mask=before[:, None], other=0.0)
-        v = tl.load(values + block + inside, mask=before[:, None], other=0.0)
-        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)
-        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)
-        k = tl.where(new[:, None], new_k[None, :], k)
-        v = tl.where(new[:, None], new_v[None, :], v)
-        tl.store(keys + block + inside, k, mask=new[:, None])
-        tl.store(values + block + inside, v, mask=new[:, None])
-        scores = tl.where((before | new)[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        highest, total, mixed = _accumulate(highest, total, mixed, scores, v)
+        k = tl.load(keys + block * SIZE + inside, mask=before[:, None], other=0.0).to(q.dtype)
+        v = tl.load(values + block * SIZE + inside, mask=before[:, None], other=0.0).to(q.dtype)
+        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)[None, :]
+        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)[None, :]
+        if key_scales is not None:
+            scaled = (block * KV_HEADS + head) * BLOCK + tokens
+            new_k, new_k_scale = _encode(new_k, keys.dtype.element_ty)
+            new_v, new_v_scale = _encode(new_v, values.dtype.element_ty)
+            k_scales = tl.where(new, new_k_scale, tl.load(key_scales + scaled, mask=before, other=0.0))
+            v_scales = tl.where(new, new_v_scale, tl.load(value_scales + scaled, mask=before, other=0.0))
+            tl.store(key_scales + scaled, k_scales, mask=new)
+            tl.store(value_scales + scaled, v_scales, mask=new)
+        cell = ((block * BLOCK + position % BLOCK) * KV_HEADS + head) * HEAD_DIM + dims[None, :]
+        tl.store(keys + cell, new_k)
+        tl.store(values + cell, new_v)
+        k = tl.where(new[:, None], new_k.to(q.dtype), k)
+        v = tl.where(new[:, None], new_v.to(q.dtype), v)
+        scores = tl.dot(q, tl.trans(k)) * scale
+        if key_scales is not None:
+            scores *= k_scales.to(tl.float32)[None, :]
+        scores = tl.where((before | new)[None, :], scores, float("-inf"))
+        if key_scales is not None:
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales.to(tl.float32))
+        else:
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
     _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS)
 
 
@@ -111,22 +165,25 @@ def _combine_kernel(partial, weights, output, HEAD_DIM: tl.constexpr, SPLITS: tl
     tl.store(output + lane * HEAD_DIM + dims, result.to(output.dtype.element_ty))
 
 
-@torch.library.custom_op("llama2_chat::decode_attention", mutates_args=("keys", "values"))
+@torch.library.custom_op("llama2_chat::decode_attention", mutates_args=KEPT)
 def decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
     scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Appends one token to each request's blocks and attends to all of them.
 
     query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; slots: int64 [N]; positions: int64 [R] of
-    the new token; table: int32 [R, P], the blocks of each slot. Returns [1, N, heads, head_dim].
+    the new token; table: int32 [R, P], the blocks of each slot; keys, values and, in 8 bits, their scales: of a layer,
+    as a KV pool keeps them. Returns [1, N, heads, head_dim].
     """
     query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     N, heads, head_dim = query.shape
@@ -140,6 +197,8 @@ def decode_attention(
             value,
             keys,
             values,
+            key_scales,
+            value_scales,
             slots,
             positions,
             table,
@@ -182,7 +241,7 @@ def _results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @decode_attention.register_fake
-def _(query, key, value, keys, values, slots, positions, table, scale):
+def _(query, key, value, slots, positions, table, scale, keys, values, key_scales=None, value_scales=None):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
 
 
@@ -191,13 +250,33 @@ def _(query, key, value, keys, values, slots, positions, table, scale):
 
 @triton.jit
 def _write_kernel(
-    key, value, keys, values, kv_index, key_stride, value_stride, SIZE: tl.constexpr, WIDTH: tl.constexpr
+    key,
+    value,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    kv_index,
+    key_stride,
+    value_stride,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # the next power of two
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One token's key and value, of SIZE numbers each, to its cell."""
-    token, at = tl.program_id(0), tl.arange(0, WIDTH)
-    cell = tl.load(kv_index + token).to(tl.int64) * SIZE
-    tl.store(keys + cell + at, tl.load(key + token * key_stride + at, mask=at < SIZE), mask=at < SIZE)
-    tl.store(values + cell + at, tl.load(value + token * value_stride + at, mask=at < SIZE), mask=at < SIZE)
+    """One token's keys and values to its cell."""
+    token, heads, dims = tl.program_id(0), tl.arange(0, HEADS), tl.arange(0, HEAD_DIM)
+    cell, at, mine = tl.load(kv_index + token).to(tl.int64), heads[:, None] * HEAD_DIM + dims[None, :], heads < KV_HEADS
+    k = tl.load(key + token * key_stride + at, mask=mine[:, None], other=0.0)
+    v = tl.load(value + token * value_stride + at, mask=mine[:, None], other=0.0)
+    if key_scales is not None:
+        k, k_scales = _encode(k, keys.dtype.element_ty)
+        v, v_scales = _encode(v, values.dtype.element_ty)
+        scaled = (cell // BLOCK * KV_HEADS + heads) * BLOCK + cell % BLOCK
+        tl.store(key_scales + scaled, k_scales, mask=mine)
+        tl.store(value_scales + scaled, v_scales, mask=mine)
+    tl.store(keys + cell * (KV_HEADS * HEAD_DIM) + at, k, mask=mine[:, None])
+    tl.store(values + cell * (KV_HEADS * HEAD_DIM) + at, v, mask=mine[:, None])
 
 
 @triton.jit
@@ -205,6 +284,8 @@ def _prefill_kernel(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     slots,
     starts,
     counts,
@@ -232,52 +313,80 @@ def _prefill_kernel(
     highest = tl.full((TILE,), -1e30, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     mixed = tl.zeros((TILE, HEAD_DIM), tl.float32)
-    inside = (tokens[:, None] * KV_HEADS + head // (HEADS // KV_HEADS)) * HEAD_DIM + dims[None, :]
+    kv_head = head // (HEADS // KV_HEADS)
+    SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
+    inside = (tokens[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
     for index in tl.range(split, (start + TILE - 1) // BLOCK + 1, SPLITS, num_stages=2):
-        block = tl.load(table + slot * table_width + index).to(tl.int64) * (BLOCK * KV_HEADS * HEAD_DIM)
-        k = tl.load(keys + block + inside)
+        block = tl.load(table + slot * table_width + index).to(tl.int64)
         # 0 * NaN is NaN: values behind the end are masked too, whatever an earlier request left there.
-        v = tl.load(values + block + inside, mask=(index * BLOCK + tokens < end)[:, None], other=0.0)
+        inhabited = index * BLOCK + tokens < end
+        k = tl.load(keys + block * SIZE + inside).to(q.dtype)
+        v = tl.load(values + block * SIZE + inside, mask=inhabited[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * scale
+        if key_scales is not None:
+            scaled = (block * KV_HEADS + kv_head) * BLOCK + tokens
+            scores *= tl.load(key_scales + scaled).to(tl.float32)[None, :]
         seen = (index * BLOCK + tokens)[None, :] <= (start + queries)[:, None]
-        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        highest, total, mixed = _accumulate(highest, total, mixed, scores, v)
+        scores = tl.where(seen, scores, float("-inf"))
+        if key_scales is not None:
+            v_scales = tl.load(value_scales + scaled, mask=inhabited, other=0.0).to(tl.float32)
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v.to(q.dtype), v_scales)
+        else:
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
     _store(highest, total, mixed, lane, queries < TILE, split, output, partial, weights, dims, SPLITS)
 
 
-@torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
+@torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=KEPT)
 def prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
     counts: Tensor,
     table: Tensor,
     scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Writes the keys and values of T tokens and attends to their requests so far, with nothing asked of the host.
 
     query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim]; kv_index: int64 [T], block * block
     size + offset of each token; slots, starts and counts, int64 [T / tile size]: whose the tile is, at which position
     it begins and how many of its tokens count; table: int32 [R, P], the blocks of each slot, one more than the longest
-    request has. Returns [1, T, heads, head_dim].
+    request has; keys, values and scales: as decode_attention() takes them. Returns [1, T, heads, head_dim].
     """
     query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     T, heads, head_dim = query.shape
-    size = key.shape[1] * head_dim
+    kv_heads = key.shape[1]
     tile = T // len(slots)
     splits = _splits(T // tile * heads)
     output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):
-        places = keys, values, kv_index, key.stride(0), value.stride(0)
-        _write_kernel[(T,)](key, value, *places, SIZE=size, WIDTH=triton.next_power_of_2(size))
+        _write_kernel[(T,)](
+            key,
+            value,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            kv_index,
+            key.stride(0),
+            value.stride(0),
+            KV_HEADS=kv_heads,
+            HEADS=triton.next_power_of_2(kv_heads),
+            HEAD_DIM=head_dim,
+            BLOCK=keys.shape[1],
+        )
         _prefill_kernel[T // tile, heads, splits](
             query,
             keys,
             values,
+            key_scales,
+            value_scales,
             slots,
             starts,
             counts,
@@ -288,7 +397,7 @@ def prefill_attention(
             scale,
             table.shape[1],
             HEADS=heads,
-            KV_HEADS=key.shape[1],
+            KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
             BLOCK=keys.shape[1],
             TILE=tile,
@@ -301,5 +410,7 @@ def prefill_attention(
 
 
 @prefill_attention.register_fake
-def _(query, key, value, keys, values, kv_index, slots, starts, counts, table, scale):
+def _(
+    query, key, value, kv_index, slots, starts, counts, table, scale, keys, values, key_scales=None, value_scales=None
+):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])

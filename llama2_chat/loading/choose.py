@@ -52,6 +52,7 @@ class Plan:
     base_model: str | None = None  # overrides what an adapter names
     chat_format: str | None = None  # overrides what the model's files or its name say: "llama-2", or "none" to complete
     headroom_gb: float = Settings.kv_headroom_gb  # of each GPU, left alone
+    kv_cache: str = Settings.kv_cache
     adapters: tuple[tuple[str, str], ...] = ()  # names and sources of those that requests choose from
     draft_model: str | None = None  # a Hub id or folder of what guesses for the model
 
@@ -87,6 +88,7 @@ class Checkpoint:
     draft: Files | None = None  # what guesses for it
     chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
     headroom_gb: float = Settings.kv_headroom_gb  # as the plan's
+    kv_cache: str = Settings.kv_cache
 
     @property
     def is_embedded(self) -> bool:
@@ -107,6 +109,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         settings.base_model,
         None if settings.chat_format == "auto" else settings.chat_format,
         settings.kv_headroom_gb,
+        settings.kv_cache,
         settings.named_adapters,
         settings.draft_model,
     )
@@ -224,6 +227,7 @@ def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkp
         adapter,
         chat_format=chat_format,
         headroom_gb=plan.headroom_gb,
+        kv_cache=plan.kv_cache,
     )
 
 

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.lora import LoraWeights
+from llama2_chat.kv_cache import check_format
 from llama2_chat.loading.adapters import load_adapter, merge_adapter
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import make_room_for_compiling
@@ -89,15 +90,15 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConf
     return named | find_ending(tokenizer).ids
 
 
-def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb) -> Size:
+def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb, kv_cache: str = Settings.kv_cache) -> Size:
     """What the model will weigh. Needs its configuration and the names of its weights, not the weights.
 
-    headroom_gb: of each GPU, which is to be left alone.
+    headroom_gb: of each GPU, which is to be left alone; kv_cache: a KV_CACHE.
     """
     with translate_errors(files):
         config = read_config(files)
         read_generation_config(files)  # refused before the weights are fetched, if it is
-        size = replace(Size.of(config), headroom_bytes=int(headroom_gb * GB))
+        size = replace(Size.of(config), headroom_bytes=int(headroom_gb * GB), kv_cache=kv_cache)
     if quantization := quantization_of(config):
         check_readable(files, quantization)
         return replace(size, comes_in=method_of(quantization))
@@ -108,7 +109,7 @@ def measure_checkpoint(checkpoint: Checkpoint) -> Size:
     """measure() of its model, with the adapters that requests choose from, all filled up to the largest, and with what
     guesses for it."""
     largest = max((sum(adapter.files.weights().values()) for adapter in checkpoint.adapters), default=0)
-    size = measure(checkpoint.base, checkpoint.headroom_gb)
+    size = measure(checkpoint.base, checkpoint.headroom_gb, checkpoint.kv_cache)
     draft = sum(checkpoint.draft.weights().values()) if checkpoint.draft else 0
     return replace(size, adapter_bytes=largest * len(checkpoint.adapters) + draft)
 
@@ -133,6 +134,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     size = measure_checkpoint(checkpoint)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
+    check_format(checkpoint.kv_cache, [gpu.capability for gpu in gpus])
     if size.comes_in:
         check_room(files, read_config(files), checkpoint.cache_dir)
     for other in checkpoint.adapters:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kv_cache import head_bytes
 from llama2_chat.settings import Settings
 from llama2_chat.text import is_out_of_host_memory, is_out_of_memory
 
@@ -81,7 +82,9 @@ class Size:
     linear: int  # parameters in linear layers: the part that int8 and NF4 shrink
     other: int  # embeddings, output head, norms
     context: int  # tokens
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # in 16 bits
+    kv_bytes_in_8_bits: int
+    kv_cache: str = "none"  # a KV_CACHE
     step_bytes: int = 0  # of activations, in the engine's longest step
     headroom_bytes: int = int(Settings.kv_headroom_gb * GB)  # per GPU, which the engine leaves alone
     adapter_bytes: int = 0  # of those that requests choose from, and of what guesses
@@ -108,21 +111,25 @@ class Size:
             linear=linear,
             other=sum(parameter.numel() for parameter in model.parameters()) - linear,
             context=context_window(config)[0],
-            kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_dim * 2,  # K and V, 2 bytes each
+            kv_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_bytes(head_dim, bits=16),  # K and V
+            kv_bytes_in_8_bits=2 * text.num_hidden_layers * kv_heads * head_bytes(head_dim, bits=8),
             step_bytes=2 * STEP_TOKENS * (6 * text.hidden_size + 3 * _widest(model)),
         )
 
     def needed_bytes(self, precision: str, context: int, gpus: int = 1) -> int:
         """Of GPU memory: the weights, the KV cache of one conversation of `context` tokens, and room to work in."""
-        return self._bytes(precision, context) + max(gpus, 1) * self.working_bytes(precision)
+        in_8_bits = self.kv_cache != "none"  # KV_CACHE=auto takes them where memory is short
+        return self._bytes(precision, context, in_8_bits) + max(gpus, 1) * self.working_bytes(precision)
 
     def host_bytes(self, precision: str, context: int) -> int:
         """The same without a GPU, of this computer's memory: what is quantised there is in bfloat16 first."""
-        return self._bytes("float32" if precision == "float32" else "bfloat16", context)
+        in_8_bits = self.kv_cache not in ("auto", "none")
+        return self._bytes("float32" if precision == "float32" else "bfloat16", context, in_8_bits)
 
-    def _bytes(self, precision: str, context: int) -> int:
+    def _bytes(self, precision: str, context: int, in_8_bits: bool) -> int:
         weights = self.linear * BYTES_PER_WEIGHT[precision] + self.other * (4 if precision == "float32" else 2)
-        return int(weights + self.adapter_bytes + self.kv_bytes_per_token * min(context, self.context))
+        token = self.kv_bytes_in_8_bits if in_8_bits else self.kv_bytes_per_token
+        return int(weights + self.adapter_bytes + token * min(context, self.context))
 
     def working_bytes(self, precision: str) -> int:
         """Of each GPU beside weights and KV cache. Recorded steps have activations of their own."""

@@ -54,6 +54,8 @@ def status_line(status: Status, chats: bool = True) -> str:
     if status.state == "loading":
         return progress(status)
     how = f"{status.precision} on {status.device}" if status.precision else f"answered by {status.device}"
+    if status.kv_cache not in ("", "none"):
+        how += f" · keys and values in {status.kv_cache}"
     return f"{status.model} · {how}" + ("" if chats else " · completes text, does not chat")
 
 

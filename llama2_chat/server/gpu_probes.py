@@ -7,7 +7,9 @@ import subprocess
 from typing import NamedTuple
 
 from llama2_chat.errors import ChatError, quoted
+from llama2_chat.kv_cache import choose_format, enough_tokens
 from llama2_chat.server.probes import REQUIREMENTS, NotApplicable, PlannedStart
+from llama2_chat.settings import GPU_BATCH
 from llama2_chat.text import first_line
 
 NVIDIA_SMI_LIMIT_S = 30  # below the probe's own limit, which would leave the tool running
@@ -94,11 +96,14 @@ def probe_gpu_memory(start: PlannedStart) -> str:
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
     alone, tokens = size.needed_bytes(precision, 0, len(gpus)), min(size.context, MIN_CONTEXT_TOKENS)
-    conversations = max(free - alone, 0) // (tokens * size.kv_bytes_per_token)
+    rest, wanted = max(free - alone, 0), enough_tokens(start.settings.max_batch or GPU_BATCH, size.context)
+    kv_cache = choose_format(size.kv_cache, [gpu.capability for gpu in gpus], rest // size.kv_bytes_per_token, wanted)
+    conversations = rest // (tokens * (size.kv_bytes_in_8_bits if kv_cache else size.kv_bytes_per_token))
+    kept = f", with keys and values in {kv_cache}" if kv_cache else ""
     adapters = f", {size.adapter_bytes / GB:.1f} GB of it for adapters" if size.adapter_bytes else ""
     return (
         f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in{adapters}, "
-        f"the rest for {conversations:,} conversations of {tokens:,} tokens"
+        f"the rest for {conversations:,} conversations of {tokens:,} tokens{kept}"
     )
 
 

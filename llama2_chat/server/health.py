@@ -16,8 +16,8 @@ def health_router(chat: ChatBackend) -> APIRouter:
     async def healthz() -> JSONResponse:
         status = chat.status
         if status.state == "ready":
-            ready = {"model": status.model, "precision": status.precision, "device": status.device, "mode": chat.mode}
-            return JSONResponse({"status": "ready", **ready})
+            how = {"precision": status.precision, "kv_cache": status.kv_cache, "device": status.device}
+            return JSONResponse({"status": "ready", "model": status.model, **how, "mode": chat.mode})
         if status.state == "failed":
             return JSONResponse({"status": "failed", "error": status.error}, 503)
         progress = {"phase": status.phase, "done_bytes": status.done_bytes, "total_bytes": status.total_bytes}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 from llama2_chat import ROOT
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
+from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.kv_codes import CODES
 from llama2_chat.kernels.packed import BITS
 from llama2_chat.loading.choose import Checkpoint, choose, fetch
 from llama2_chat.loading.disk import Files
@@ -49,9 +52,9 @@ def small_llama(device="cuda"):
     return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, torch.bfloat16).eval().requires_grad_(False)
 
 
-def running(model, compile, deterministic=False, **options):
-    free = {model.device: 2**30}
-    runner = build_runner(model, lambda: free, context_length=4096, compile=compile, deterministic=deterministic)
+def running(model, compile, deterministic=False, kv_cache="none", **options):
+    free, pool = {model.device: 2**30}, partial(make_pool, kv_cache)
+    runner = build_runner(model, lambda: free, 4096, compile=compile, deterministic=deterministic, make_pool=pool)
     engine = Engine(runner, set(), **options)
     while compile and "compiles" in engine.mode:
         time.sleep(0.2)
@@ -211,11 +214,31 @@ def test_an_adapter_beside_packed_layers_changes_what_they_say_as_beside_plain_o
     assert (found - exact).norm() < 0.05 * exact.norm() < 0.5 * (without - exact).norm()
 
 
-@pytest.fixture(scope="module", params=["bfloat16", *BITS])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kv_cache", CODES)
+def test_steps_over_keys_and_values_in_8_bits_say_nearly_what_the_model_says(model, kv_cache, compile):
+    engine = running(small_llama(), compile, kv_cache=kv_cache)
+    assert engine.runner.kv_format == kv_cache
+    asked = prompts(LENGTHS)
+    found = [answer(engine, ids, GREEDY)[0] for ids in asked]
+    again = [answer(engine, ids, GREEDY)[0] for ids in asked]  # from the cache
+    streamers = [Ids() for _ in asked]
+    for ids, streamer in zip(asked, streamers, strict=True):
+        engine.submit(ids, GREEDY, streamer)
+    together = [streamer.rest() for streamer in streamers]
+    engine.close()
+    below = [
+        below_the_likeliest(model, *each) for said in (found, again, together) for each in zip(asked, said, strict=True)
+    ]
+    assert max(below) < 0.5
+
+
+@pytest.fixture(scope="module", params=["bfloat16", *BITS, *(f"KV_CACHE={name}" for name in CODES)])
 def deterministic(request, tmp_path_factory):
-    own = request.param == "bfloat16"
-    model = small_llama() if own else packed_llama(tmp_path_factory.mktemp("packed"), request.param)
-    engine = running(model, compile=True, deterministic=True)
+    packed = request.param in BITS
+    model = packed_llama(tmp_path_factory.mktemp("packed"), request.param) if packed else small_llama()
+    kv_cache = request.param.partition("=")[2] or "none"
+    engine = running(model, compile=True, deterministic=True, kv_cache=kv_cache)
     yield model, engine
     engine.close()
 

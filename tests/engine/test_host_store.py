@@ -30,7 +30,7 @@ def test_blocks_of_any_format_come_back_as_they_were():
     assert all(tensor[1].equal(old[4]) and tensor[5].equal(old[5]) for tensor, old in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("pool", [{}, {"pool_type": SplitPool}], ids=["plain", "split"])
+@pytest.mark.parametrize("pool", [{}, {"make_pool": SplitPool}], ids=["plain", "split"])
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_a_conversation_that_left_comes_back_by_copy_and_goes_on_as_before(tiny_llama, params, pool):
     with running(tiny_llama, **pool) as engine:

@@ -25,8 +25,8 @@ class NoRoom(Pieces):
     most = LEAST_BLOCKS
 
 
-def build(model, pool_type):
-    return build_runner(model, lambda: {CPU: 2**30}, context_length=4096, pool_type=pool_type)
+def build(model, make_pool):
+    return build_runner(model, lambda: {CPU: 2**30}, context_length=4096, make_pool=make_pool)
 
 
 def test_a_pool_that_does_not_fit_in_one_piece_is_made_smaller_until_it_does(tiny_llama):

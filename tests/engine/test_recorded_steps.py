@@ -20,12 +20,13 @@ from llama2_chat.types import SamplingParams
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import RecordedWay, _packed
 from llama2_chat.engine.join_projections import join_projections
-from llama2_chat.engine.kv_pool import KVPool
+from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.paged_attention import ATTENTION
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import SamplerState, draws
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.lora import LoraWeights
 
 torch.manual_seed(0)
@@ -33,7 +34,10 @@ config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hi
                      num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval().requires_grad_(False)
 model.set_attn_implementation(ATTENTION)
-pool = KVPool(model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
+def new_pool(kv_cache):
+    return make_pool(kv_cache, model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
+
+pool = new_pool("none")
 state = SamplerState(4, 97, 64, torch.device("cpu"))
 params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)
 
@@ -90,6 +94,21 @@ with torch.inference_mode():
     packer.unpack(piece, 1)
     for tensor, old in zip(tensors, before):
         assert tensor[1].equal(old[2]) and tensor[2:].equal(old[2:]) and tensor[0].equal(old[0])
+    # With keys and values in 8 bits: what plain PyTorch computes over such a pool.
+    pool, other = new_pool("int8"), new_pool("int8")
+    recorded, eager = RecordedWay(model, pool, state, most_blocks=8), EagerWay(model, other, state, None, 8)
+    request = Request(prompts[3][:201], params, None, 64, draws(params, 64), slot=0)
+    request.blocks = BlockTable(own=[3, 1, 4, 2])
+    recorded._bind([request])
+    for start, end in ((0, 70), (70, 200)):
+        found = recorded._prefill(_packed([Chunk(request, start, end)], 256, 4), 256)[0]
+    def agree(logits, end):
+        exact = eager.prefill([Chunk(request, 0, end)], everywhere=True)[-1]
+        error = (logits - exact).norm() / exact.norm()
+        assert 0 < error < 0.1, error  # the interpreter rounds scales down
+    agree(found, 200)
+    state.tokens[0], state.positions[0] = request.ids[200], 200
+    agree(recorded._decode(torch.tensor([0, 4]))[0], 201)
 print("equal")
 """
 

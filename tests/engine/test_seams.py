@@ -35,7 +35,7 @@ class ScriptedRunner:
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
     longest_chunk, shortest_chunk, piece_size, context_length, draft_tokens, host_blocks = 16, 4, None, 64, 0, 0
     draft_cost = None
-    mode, kv_bytes, maintenance_due, check_lengths = "scripted", 0, False, (24,)
+    mode, kv_format, kv_bytes, maintenance_due, check_lengths = "scripted", "none", 0, False, (24,)
 
     def __init__(self, pipelined=False):
         self.pipelined = pipelined
@@ -116,36 +116,17 @@ def test_a_runner_that_dies_ends_everyone_with_a_sentence():
 
 
 class SplitPool(KVPool):
-    """A second format: head by head, each number as a bfloat16 and another one for what the first loses."""
-
-    suits_kernels = False
+    """Another format: head by head, each number as a bfloat16 and another one for what the first loses."""
 
     def allocate(self, keys):
-        return torch.zeros(2, self.num_blocks, keys.shape[1], BLOCK_SIZE, keys.shape[3], dtype=torch.bfloat16)
-
-    @property
-    def tensors(self):
-        return [part for layer in self.layers for states in layer for part in states]
-
-    def zero(self, blocks):
-        for states in self.layers:
-            for each in states:
-                each[:, blocks] = 0
-
-    def are_finite(self, blocks):
-        return bool(self.layers[-1][1][:, blocks].isfinite().all())
-
-    def copy(self, source, target):
-        for states in self.layers:
-            for each in states:
-                each[:, target] = each[:, source]
+        shape = self.num_blocks, 2, keys.shape[1], BLOCK_SIZE, keys.shape[3]
+        return torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
 
     def write(self, layer, key, value, kv_index):
         for states, new in zip(self.layers[layer], (key, value), strict=True):
-            at = kv_index // BLOCK_SIZE, slice(None), kv_index % BLOCK_SIZE
             high = new[0].transpose(0, 1)
-            for part in states:
-                part[at] = high.to(torch.bfloat16)
+            for part in range(2):
+                states[kv_index // BLOCK_SIZE, part, :, kv_index % BLOCK_SIZE] = high.to(torch.bfloat16)
                 high = high - high.to(torch.bfloat16).to(high.dtype)
 
     def read(self, layer, blocks, length):
@@ -153,17 +134,14 @@ class SplitPool(KVPool):
         return keys[:, :, :length], values[:, :, :length]
 
     def read_batch(self, layer, tables):
-        return tuple(
-            (states[0].float() + states[1].float())[tables].transpose(1, 2).flatten(2, 3)
-            for states in self.layers[layer]
-        )
+        return tuple(states.float().sum(1)[tables].transpose(1, 2).flatten(2, 3) for states in self.layers[layer])
 
 
-def test_a_second_kv_format_plugs_in(tiny_llama):
+def test_another_kv_format_plugs_in(tiny_llama):
     prompts = [[n, n + 1, n + 2] * 50 for n in range(4)]
     with running(tiny_llama) as engine:
         expected = [answer(engine, prompt)[0] for prompt in prompts]
-    with running(tiny_llama, pool_type=SplitPool) as engine:
+    with running(tiny_llama, make_pool=SplitPool) as engine:
         with engine.paused():
             started = [start(engine, prompt) for prompt in prompts]
         assert [streamer.rest() for _, streamer in started] == expected

@@ -30,10 +30,11 @@ def test_health_says_how_far_loading_is(client, loading):
 
 
 def test_health_names_the_model_once_it_is_ready(client, loading):
-    loading.status = Status(state="ready", model="m", precision="int8", device="cpu")
+    loading.status = Status(state="ready", model="m", precision="int8", kv_cache="fp8", device="cpu")
     answer = client.get("/healthz")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ready", "model": "m", "precision": "int8", "device": "cpu", "mode": ""}
+    how = {"precision": "int8", "kv_cache": "fp8", "device": "cpu", "mode": ""}
+    assert answer.json() == {"status": "ready", "model": "m", **how}
 
 
 def test_health_says_why_loading_failed_in_a_sentence(client, loading):

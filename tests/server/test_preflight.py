@@ -343,8 +343,8 @@ def test_gpu_memory_is_weighed_against_the_model_and_its_users(shape_of_13b, mon
     assert result.ok
     assert "22.0 GB free" in result.detail
     assert "in nf4" in result.detail
-    # 22 GB, less 10.3 for the weights and to work in, at 3.36 for each full conversation
-    assert "for 3 conversations of 4,096 tokens" in result.detail
+    # 22 GB, less 10.3 for the weights and to work in, at 1.70 for each full conversation
+    assert "for 6 conversations of 4,096 tokens, with keys and values in int8" in result.detail
 
 
 def test_a_gpu_that_is_too_small_is_told_as_loading_tells_it(shape_of_13b, monkeypatch):

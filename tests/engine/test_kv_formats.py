@@ -1,0 +1,102 @@
+"""Keys and values in 8 bits on a CPU: twice as many, and still the same text every time."""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, EightBitPool, KVPool, make_pool
+from llama2_chat.kernels.kv_codes import CODES, decode, encode
+from tests.support.engines import CPU, GREEDY, answer, running, start
+
+FORMATS = pytest.mark.parametrize("kv_cache", CODES)
+PROMPTS = [[n, n + 1, n + 2] * 50 for n in range(4)]
+
+
+def pool_of(model, kv_cache, tokens=10 * BLOCK_SIZE):
+    return make_pool(kv_cache, model, lambda: {CPU: 0}, context_length=tokens, max_batch=1)
+
+
+def test_a_cpu_keeps_keys_and_values_as_they_are_computed_unless_it_is_told_otherwise(tiny_llama):
+    assert [pool_of(tiny_llama, kv_cache).format for kv_cache in ("auto", "none", "int8", "fp8")] == [
+        *("none", "none", "int8", "fp8")
+    ]
+
+
+@FORMATS
+def test_four_times_the_tokens_of_float32_fit_less_their_scales(tiny_llama, kv_cache):
+    def tokens(kv_cache):
+        return make_pool(kv_cache, tiny_llama, lambda: {CPU: 2**21}, context_length=64, max_batch=10**6).tokens
+
+    head_dim = tiny_llama.config.head_dim
+    assert tokens(kv_cache) / tokens("none") == pytest.approx(4 * head_dim / (head_dim + 2), rel=0.03)
+
+
+@FORMATS
+def test_a_pool_gives_back_what_was_written_copies_it_and_forgets_it(tiny_llama, kv_cache):
+    pool = pool_of(tiny_llama, kv_cache)
+    kv_heads, head_dim = pool.layers[1][0].shape[2:]
+    key, value = torch.randn(2, 1, kv_heads, 100, head_dim)
+    blocks = torch.tensor([7, 3])
+    kv_index = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:100]
+    pool.write(1, key, value, kv_index)
+
+    def written(blocks):
+        found = *pool.read(1, blocks, 100), *(states[:, :, :100] for states in pool.read_batch(1, blocks[None]))
+        return [torch.equal(each, right) for each, right in zip(found, 2 * expected, strict=True)]
+
+    expected = [decode(*encode(states, CODES[kv_cache]), torch.float32) for states in (key, value)]
+    assert all(written(blocks))
+    pool.copy(3, 5)
+    pool.zero([3])
+    assert all(written(torch.tensor([7, 5])))
+    assert not any(written(blocks))
+    assert pool.read(1, torch.tensor([3]), 64)[0].eq(0).all()
+
+
+@FORMATS
+def test_numbers_that_are_none_are_noticed_in_their_block(tiny_llama, kv_cache):
+    pool = pool_of(tiny_llama, kv_cache)
+    kv_heads, head_dim = pool.layers[1][0].shape[2:]
+    broken = torch.full((1, kv_heads, 1, head_dim), torch.nan)
+    pool.write(1, broken, broken, torch.tensor([2 * BLOCK_SIZE]))
+    assert (pool.are_finite([1, 3]), pool.are_finite([1, 2])) == (True, False)
+    pool.zero([2])
+    assert pool.are_finite([1, 2])
+
+
+@FORMATS
+def test_one_text_for_each_prompt_cold_cached_in_company_and_in_other_chunks(tiny_llama, kv_cache):
+    found = [set() for _ in PROMPTS]
+    for longest_chunk in (64, 256):
+        options = {"make_pool": partial(make_pool, kv_cache), "longest_chunk": longest_chunk}
+        with running(tiny_llama, **options) as engine:
+            assert engine.runner.kv_format == kv_cache
+            for texts, prompt in zip(found, PROMPTS, strict=True):
+                texts.add(tuple(answer(engine, prompt)[0]))
+            again, request = answer(engine, PROMPTS[0])
+            found[0].add(tuple(again))
+            assert request.cached_tokens == len(PROMPTS[0]) // BLOCK_SIZE * BLOCK_SIZE
+            with engine.paused():
+                started = [start(engine, prompt) for prompt in PROMPTS]
+            for texts, (_, streamer) in zip(found, started, strict=True):
+                texts.add(tuple(streamer.rest()))
+    assert [len(texts) for texts in found] == [1] * len(PROMPTS)
+
+
+@FORMATS
+def test_a_model_with_windows_and_soft_caps_answers_as_with_exact_keys(kv_cache):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24, "max_position_embeddings": 1024}
+    model = Gemma2ForCausalLM(Gemma2Config(**shape, **heads)).eval().requires_grad_(False)
+    # It starts: the engine compares what it computes over the pool with the model alone.
+    with running(model, make_pool=partial(make_pool, kv_cache)) as engine:
+        assert len(answer(engine, PROMPTS[0])[0]) == GREEDY.max_new_tokens
+
+
+def test_the_two_kinds_of_pool_are_told_apart(tiny_llama):
+    kinds = [pool_of(tiny_llama, kv_cache) for kv_cache in ("none", "int8")]
+    assert [type(pool) for pool in kinds] == [KVPool, EightBitPool]
+    assert [pool.is_exact for pool in kinds] == [True, False]
