@@ -346,3 +346,7 @@ def test_a_visitor_chooses_a_language_and_the_browser_keeps_it(visit, perform, s
     with page.expect_navigation():  # the settings are open still
         page.get_by_label(german["language"]["label"]).select_option("")
     expect(box(page)).to_be_editable()
+    page.get_by_role("button", name="Private chat").click()
+    page.get_by_label("Language").select_option("Deutsch")  # a reload would end it
+    expect(page.get_by_role("alert")).to_contain_text("ends this private chat")
+    expect(page.locator("html")).to_have_attribute("lang", "en")
