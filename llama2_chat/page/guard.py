@@ -27,7 +27,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.page.calls import FOR_PROGRAMS, checked_call
-from llama2_chat.page.language import language_of
+from llama2_chat.page.language import NO_SCRIPT, language_of
 from llama2_chat.page.sessions import NOT_FOUND, Sessions
 from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import counted
@@ -217,6 +217,8 @@ class _Document:
     async def _send_document(self) -> None:
         body = self._body.replace(GRADIOS_LANGUAGE, f'lang="{self._language}"'.encode(), 1)
         body = body.replace(GRADIOS_CODE, self._head + HELD_BACK, 1)
+        no_script = f"<noscript><p>{NO_SCRIPT[self._language]}</p></noscript></body>"
+        body = no_script.encode().join(body.rsplit(b"</body>", 1))
         scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
         headers = MutableHeaders(scope=self._start)
         headers["Content-Security-Policy"] = content_security_policy(self._on_space, scripts)

@@ -5,11 +5,17 @@ What the page says is in static/texts, a file for each language.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-LANGUAGES = frozenset(path.stem for path in (Path(__file__).parent / "static" / "texts").glob("*.js"))
+# What whoever lets no script run reads in place of the page.
+NO_SCRIPT = {
+    path.stem: re.findall('^  noScript: "(.+)",', path.read_text("utf-8"), re.MULTILINE)[0]
+    for path in (Path(__file__).parent / "static" / "texts").glob("*.js")
+}
+LANGUAGES = frozenset(NO_SCRIPT)
 COOKIE = "llama2_chat_language"  # set by static/language.js
 OTHERS = "en"  # for whom it has no language of theirs
 MOST_READ = 50  # languages of a browser

@@ -8,6 +8,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
+  noScript: "Diese Seite braucht JavaScript. Erlaube es im Browser und lade sie neu.",
   skip: "Zum Eingabefeld springen",
   you: "Du",
   assistant: "Assistent",

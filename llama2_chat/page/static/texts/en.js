@@ -9,6 +9,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ", // two sentences
+  noScript: "This page needs JavaScript. Allow it in the browser and reload the page.", // the server writes it into the document
   skip: "Skip to the message box",
   you: "You",
   assistant: "Assistant",

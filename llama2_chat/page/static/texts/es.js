@@ -8,6 +8,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
+  noScript: "Esta página necesita JavaScript. Actívalo en el navegador y recarga la página.",
   skip: "Ir al cuadro de mensaje",
   you: "Tú",
   assistant: "Asistente",

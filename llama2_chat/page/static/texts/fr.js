@@ -8,6 +8,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
+  noScript: "Cette page a besoin de JavaScript. Autorisez-le dans le navigateur, puis rechargez la page.",
   skip: "Aller au champ de message",
   you: "Vous",
   assistant: "Assistant",

@@ -8,6 +8,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: "",
+  noScript: "このページにはJavaScriptが必要です。ブラウザーで有効にして、再読み込みしてください。",
   skip: "入力欄へ移動",
   you: "あなた",
   assistant: "アシスタント",
@@ -73,7 +74,7 @@ export const T = {
     previous: "前のバージョン",
     next: "次のバージョン",
     version: (index, count) => `バージョン ${index}／${count}`,
-    busy: "ここでは回答を作成中です。停止するか、終わるまでお待ちください。",
+    busy: "回答を作成中です。停止するか、終わるまでお待ちください。",
     retryHelp: "別の回答をもらう",
     compare: "比較",
     compareHelp: "設定やモデルを変えた別の回答を横に並べます",
@@ -170,7 +171,7 @@ export const T = {
   },
   adapter: {
     label: "このチャットのモデル",
-    help: "これから回答するのは、モデル本体か、そのアダプターのいずれかです。",
+    help: "これから回答するもの（モデル本体、またはそのアダプターのひとつ）を選びます。",
     gone: (name) => `${isolated(name)}（現在はありません）`,
   },
   presets: {

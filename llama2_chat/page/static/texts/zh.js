@@ -8,6 +8,7 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: "",
+  noScript: "此页面需要 JavaScript。请在浏览器中启用它，然后重新加载页面。",
   skip: "跳到输入框",
   you: "你",
   assistant: "助手",
