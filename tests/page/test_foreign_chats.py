@@ -102,8 +102,12 @@ def test_chat_gpts_export_keeps_what_was_said_with_all_branches_and_comes_twice_
     assert len(chats) == 2
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["", "with numbers in 64 bits"])
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED], ids=["packed", "stored"])
-def test_the_zip_that_chat_gpt_sends_is_taken_as_it_comes(tab, method):
+def test_the_zip_that_chat_gpt_sends_is_taken_as_it_comes(tab, method, large, monkeypatch):
+    if large:
+        for limit in ("ZIP64_LIMIT", "ZIP_FILECOUNT_LIMIT", "ZIP_MAX_COMMENT"):
+            monkeypatch.setattr(zipfile, limit, 0)
     one, other = json.dumps([chat_gpt(), None]), json.dumps([chat_gpt(conversation_id="b", title="Other")])
     files = {"export__conversations-000_json": one, "export__conversations-001_json": other, "user_json": "{}"}
     counts, chats = imported(tab, zipped(method, **files))
