@@ -34,6 +34,7 @@ COOKIES_SHARE = 1 / 2  # of the disk's room, for all whom only a cookie tells ap
 TURN_S = 10.0  # that one owner's document is read while others wait
 RETRY_S = 10.0  # after a lock or a full disk, which pass
 VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept after its last upload
+SURE_S = 24 * 3600.0  # after a start that found them older for the first time: its clock may have been wrong
 
 
 class Library:
@@ -62,7 +63,7 @@ class Library:
     def _look_around(self) -> None:
         for path in sorted(self.folder.glob("*.sqlite")):
             try:
-                if path.name.startswith("cookie-") and time.time() - _used(path) > VISITOR_S:
+                if path.name.startswith("cookie-") and _is_forgotten(path):
                     _remove(path)
                     continue
                 for document in Shelf(path).all():
@@ -185,6 +186,20 @@ def _without_text(document: Document) -> str:
     if document.pages_done > document.without_text:
         return ""
     return "There is no text in this file. Scanned pages must go through text recognition (OCR) first."
+
+
+def _is_forgotten(path: Path) -> bool:
+    """Whether its visitor's cookie has expired, and had when a start a day ago looked: a clock that is wrong for once
+    would empty the folder."""
+    mark, now = path.with_name(f"{path.name}-expired"), time.time()
+    if now - _used(path) <= VISITOR_S:
+        mark.unlink(missing_ok=True)
+    elif not mark.exists():
+        mark.touch()
+        os.utime(mark, (now, now))
+    else:
+        return now - mark.stat().st_mtime > SURE_S
+    return False
 
 
 def _used(path: Path) -> float:

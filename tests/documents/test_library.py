@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,27 @@ def test_whoever_downloads_a_document_keeps_none_of_its_words_once_it_is_deleted
     assert b"quetzalcoatlus" not in b"".join(path.read_bytes() for path in library.folder.iterdir()).lower()
     with pytest.raises(NotHere):
         next(download)
+
+
+def test_a_visitor_with_a_cookie_is_forgotten_after_a_month_and_not_by_a_clock_that_is_wrong_for_once(
+    library, monkeypatch
+):
+    # A clock a month ahead at one start removed the documents of all who had not logged in.
+    day, real = 24 * 3600, time.time
+    for owner in ("cookie 1", "login anna"):
+        kept(library.shelf(owner), "A page")
+
+    def start_after(days):
+        monkeypatch.setattr(time, "time", lambda: real() + days * day)
+        library._look_around()
+        return sorted(path.name.partition("-")[0] for path in library.folder.glob("*.sqlite"))
+
+    assert start_after(40) == ["cookie", "login"]
+    assert start_after(40.5) == ["cookie", "login"]
+    assert start_after(0) == ["cookie", "login"]  # the clock is right again
+    assert start_after(42) == ["cookie", "login"]
+    assert start_after(43.5) == ["login"]
+    assert not [path for path in library.folder.iterdir() if path.name.startswith("cookie")]
 
 
 def test_visitors_with_cookies_alone_take_half_of_the_disk_together(library, monkeypatch):
