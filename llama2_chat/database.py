@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,18 @@ def path_of(folder: Path, owner: str) -> Path:
     """The file of an owner: a kind and a name, such as "login anna", of which only the kind can be read in it."""
     digest = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()
     return folder / f"{owner.partition(' ')[0]}-{digest[:40]}.sqlite"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError or sqlite3.Error if a database could not be made there, as on a disk that has no locks. Makes
+    nothing that stays."""
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    with (
+        tempfile.TemporaryDirectory(dir=existing) as place,
+        contextlib.closing(sqlite3.connect(Path(place, "tried.sqlite"))) as db,
+    ):
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("CREATE TABLE tried (it)")
 
 
 def room_in(folder: Path, size: int) -> int:

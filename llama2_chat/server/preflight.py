@@ -59,6 +59,7 @@ PROBES = {
     "port": Probe(probes.probe_port, 15),
     "certificate": Probe(probes.probe_certificate, 30),
     "access": Probe(probes.probe_access, 15),
+    "folders": Probe(probes.probe_folders, 15, if_late="Check whether the disk answers."),
     "tools": Probe(probes.probe_tools, 15),
     "presets": Probe(probes.probe_presets, 15),
     "guard": Probe(probes.probe_guard, 60, if_late=NETWORK),

@@ -11,15 +11,18 @@ import asyncio
 import importlib.metadata
 import platform
 import shutil
+import sqlite3
 from collections.abc import Container
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llama2_chat import ROOT
+from llama2_chat.database import check_folder
 from llama2_chat.errors import ChatError
 from llama2_chat.presets import read_presets
 from llama2_chat.server.listen import open_listener
 from llama2_chat.settings import Settings
+from llama2_chat.text import first_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -225,6 +228,25 @@ def probe_certificate(start: PlannedStart) -> str:
     found = tls.get_certificate(settings.certfile, settings.keyfile, settings.key_password)
     tls.Certificates(lambda: found)
     return f"{found.certfile} for {', '.join(found.hosts)}, until {found.not_after:%Y-%m-%d}"
+
+
+def probe_folders(start: PlannedStart) -> str:
+    """Those of what visitors leave here; none of them is made yet."""
+    settings = start.settings
+    folders = {"DOCUMENTS_DIR": settings.documents_dir} if settings.documents else {}
+    folders |= {"HISTORY_DIR": settings.history_dir} if settings.history == "server" else {}
+    if not folders:
+        raise NotApplicable("nothing of visitors is kept here")
+    for name, folder in folders.items():
+        try:
+            check_folder(folder)
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise ChatError(
+                f"{name}={folder} cannot keep anything: {reason}. Make it writable for this program's user, or name "
+                "another folder, on a local disk."
+            ) from error
+    return f"can be written: {', '.join(map(str, folders.values()))}"
 
 
 def probe_tools(start: PlannedStart) -> str:

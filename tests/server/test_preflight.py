@@ -105,7 +105,7 @@ def test_where_the_small_model_runs_all_is_well(settings):
     assert all(set(finding) == {"name", "ok", "detail", "next_step", "seconds"} for finding in findings)
     assert (done.returncode, done.stderr) == (0, "")
     well = {finding["name"] for finding in findings if finding["ok"]}
-    assert well == {"Python", "packages", "model", "tokenizer", "bitsandbytes", "disk", "port"}
+    assert well == {"Python", "packages", "model", "tokenizer", "bitsandbytes", "disk", "port", "folders"}
 
 
 @pytest.mark.parametrize(
@@ -699,3 +699,15 @@ def test_an_encoder_that_a_start_can_use_gives_vectors(tmp_path):
     folder = save_encoder(tmp_path / "mine")
     finding = run_probe("embeddings", PlannedStart(Settings(embeddings=str(folder))))
     assert (finding.ok, finding.detail) == (True, "mine gives vectors of 32 numbers")
+
+
+def test_folders_of_visitors_are_tried_and_none_is_made(tmp_path):
+    # A history that could be written nowhere was noticed by the first visitor.
+    (users := tmp_path / "users.txt").write_text("")
+    kept = {"history": "server", "auth_file": users, "documents_dir": tmp_path / "a" / "documents"}
+    found = run_probe("folders", PlannedStart(Settings(**kept, history_dir=tmp_path / "b")))
+    assert found.ok
+    assert str(tmp_path / "b") in found.detail
+    assert [*tmp_path.iterdir()] == [users]
+    assert "HISTORY_DIR" in bad("folders", **kept, history_dir=users / "history").detail
+    assert run_probe("folders", PlannedStart(Settings(documents=False))).ok is None
