@@ -36,7 +36,7 @@ class HostStore:
         pages = most_bytes // page_bytes
         self._parts: list[_Part] = []
         try:
-            for each in of_devices:
+            for each in of_devices if pages else ():
                 part = _GpuPart(each, pages) if each[0].is_cuda else _Part(each, pages)
                 self._parts.append(part)
                 pages = min(pages, part.num_pages)
