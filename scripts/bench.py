@@ -2,6 +2,8 @@
 
     python scripts/bench.py                                   the embedded model on the CPU, beside bfloat16 generate()
     python scripts/bench.py --shape 13b --quantization nf4 --gpu-memory-gb 22           a Llama 2 shape on a GPU
+    python scripts/bench.py --accept                  which precision app.py's model should have on this GPU, on a page
+    python scripts/bench.py --formats                   what int8, int4 and NF4 cost a small model that is trained first
     python scripts/bench.py --starts                            which shapes and precisions start in how much GPU memory
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
@@ -32,10 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.benchmark import (
     Figures,
+    acceptance,
     adapter_cost,
     browser_cost,
     document_cost,
     embedded,
+    format_quality,
     page_cost,
     server_load,
     serving_cost,
@@ -72,6 +76,12 @@ def read_arguments() -> argparse.Namespace:
     add("--gpus", type=int, default=1, help="GPUs to use with --shape")
     add("--gpu-memory-gb", type=float, help="leave each GPU with no more memory than this")
     add("--starts", nargs="*", choices=starts.PRECISIONS, help="what starts in --gpu-memory-gb, or in several sizes")
+    add("--accept", type=Path, nargs="?", const=acceptance.PAGE, help="which precision is right; where the page goes")
+    add(
+        "--formats",
+        action="store_true",
+        help="train a small model for minutes on a GPU, and measure it in each precision",
+    )
     add("--tokenizer", default=os.environ.get("LLAMA2_TOKENIZER", "meta-llama/Llama-2-13b-chat-hf"))
     add("--checkpoint", type=Path, help="where the shape's weights are, or are put for the next run")
     add("--users", type=_counts, help="how many at once, such as 1,8,32")
@@ -104,6 +114,10 @@ def _default_users(args: argparse.Namespace) -> tuple[int, ...]:
 def measure(args: argparse.Namespace) -> Iterator[Figures]:
     if args.soak:
         return soak.measure(args.soak, args.readers, args.hostile)
+    if args.accept:
+        return acceptance.measure(args.accept)
+    if args.formats:
+        return format_quality.measure()
     if args.http:
         return serving_cost.measure_api()
     if args.adapters:

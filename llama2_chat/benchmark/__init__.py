@@ -12,6 +12,8 @@ serving_cost   what the page and the API take from many users
 browser_cost   what the page takes from a browser
 soak           a server for minutes: healthy_readers who come and go, hostile_readers, and what is left behind
 training_cost  QLoRA by sft_trainer.py, beside TRL called directly
+acceptance     which precision a model should have on the GPU at hand
+format_quality what int8, int4 and NF4 cost a small model that is trained in full precision first
 plot           tokens/s and waiting against how many users
 
 scripts/bench.py runs where only requirements.txt is installed: whatever else a measurement needs, it imports itself.

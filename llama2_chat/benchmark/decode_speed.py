@@ -21,7 +21,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=128)
 
 def decode_speed(chat: ChatModel, prompt_tokens: int = 20, params: SamplingParams = GREEDY) -> float:
     """Tokens per second after the first."""
-    with chat.stream_completion(text_ids(chat, prompt_tokens), params) as reply:
+    with chat.stream_completion(text_ids(chat.serving.tokenizer, prompt_tokens), params) as reply:
         list(reply)
     tokens_per_second = reply.timing.tokens_per_second
     assert tokens_per_second is not None  # there were several tokens
@@ -41,7 +41,7 @@ def unquantized_generate_speed() -> float:
 def generate_speeds(chat: ChatModel, prompt_tokens: int = 20, params: SamplingParams = GREEDY) -> tuple[float, float]:
     """Tokens per second of generate(): after the first token, and of the whole answer."""
     model: Any = chat.serving.model
-    ids = torch.tensor([text_ids(chat, prompt_tokens)], device=model.device)
+    ids = torch.tensor([text_ids(chat.serving.tokenizer, prompt_tokens)], device=model.device)
     sampling: dict[str, Any] = {}
     if params.temperature:
         sampling = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")}

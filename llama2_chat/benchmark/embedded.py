@@ -21,7 +21,14 @@ from llama2_chat import ROOT
 from llama2_chat.benchmark import Figures, serving_cost, speculation
 from llama2_chat.benchmark.decode_speed import decode_speed, unquantized_generate_speed, unquantized_model
 from llama2_chat.benchmark.load_test import batching_gain, throughput_by_users
-from llama2_chat.benchmark.local_model import GB, load, text_ids, time_full_answers
+from llama2_chat.benchmark.local_model import (
+    GB,
+    PERPLEXITY_TEXT,
+    load,
+    perplexity,
+    text_ids,
+    time_full_answers,
+)
 from llama2_chat.types import Message, SamplingParams
 from model import ChatModel
 
@@ -29,7 +36,6 @@ CONVERSATIONS, TURNS = 3, 10
 TURN_TOKENS = 100  # of an answer, at most
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128  # of users who arrive together
 DECODE_ROUNDS = 4  # the first warms up
-PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
 PERPLEXITY_TOKENS = 8192
 QUESTIONS = [
     "Tell me about llamas.",
@@ -52,7 +58,8 @@ def measure(users: Sequence[int], with_page: bool) -> Iterator[Figures]:
     yield from throughput_by_users(chat, users, PROMPT_TOKENS, ANSWER_TOKENS)
     if with_page:
         yield from serving_cost.measure_page(chat)
-    ours, plain = perplexity(chat), perplexity(unquantized_model())
+    ids = text_ids(chat.serving.tokenizer, PERPLEXITY_TOKENS)
+    ours, plain = (perplexity(each.serving.model, ids) for each in (chat, unquantized_model()))
     yield {
         "perplexity text": f"{PERPLEXITY_TOKENS:,} tokens of {PERPLEXITY_TEXT}",
         f"perplexity, {chat.status.precision}": ours,
@@ -131,12 +138,3 @@ def decode_beside_generate(chat: ChatModel) -> dict[str, float]:
         "decode, bfloat16 generate(), tokens/s": theirs,
         "decode, ours / generate()": ours / theirs,
     }
-
-
-@torch.inference_mode()
-def perplexity(chat: ChatModel, window: int = 1024) -> float:
-    """exp of the mean negative log-likelihood per token, in windows that are independent of each other."""
-    model: Any = chat.serving.model
-    ids = torch.tensor(text_ids(chat, PERPLEXITY_TOKENS), device=model.device).split(window)
-    losses = [model(input_ids=part[None], labels=part[None]).loss.float() for part in ids]
-    return torch.stack(losses).mean().exp().item()

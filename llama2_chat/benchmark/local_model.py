@@ -88,10 +88,21 @@ def fresh_ids(chat: ChatModel, tokens: int) -> list[int]:
     return [next(FIRST_IDS) % vocab_size, *(RANDOM.randrange(lowest, vocab_size) for _ in range(tokens - 1))]
 
 
-def text_ids(chat: ChatModel, tokens: int) -> list[int]:
+PERPLEXITY_TEXT = "Python's own language reference (pydoc_data.topics)"
+
+
+def text_ids(tokenizer: Any, tokens: int) -> list[int]:
     """The beginning of Python's own language reference."""
     text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    return chat.serving.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    return tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+
+
+@torch.inference_mode()
+def perplexity(model: Any, input_ids: Sequence[int], window: int = 1024) -> float:
+    """exp of the mean negative log-likelihood per token, in windows that are independent of each other."""
+    ids = torch.tensor(input_ids, device=model.device).split(window)
+    losses = [model(input_ids=part[None], labels=part[None]).loss.float() for part in ids]
+    return torch.stack(losses).mean().exp().item()
 
 
 # ---- Memory ----

@@ -162,7 +162,7 @@ def choose_precision(requested: str, size: Size, gpus: Sequence[Gpu]) -> tuple[s
     )
     if needed <= free:
         return unquantized, why
-    return "nf4", f"{why} QUANTIZATION=int4 answers faster; evaluate_model.py tells whether it answers as well."
+    return "nf4", f"{why} QUANTIZATION=int4 answers faster; bench.py --accept tells whether it answers as well."
 
 
 def check_memory(name: str, precision: str, size: Size, gpus: Sequence[Gpu]) -> None:

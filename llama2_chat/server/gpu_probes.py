@@ -134,6 +134,6 @@ def probe_packed(start: PlannedStart) -> str:
         asked = start.settings.quantization in ("int4", "int8")
         raise (ChatError if asked else NotApplicable)(f"{reason}; QUANTIZATION=nf4 and none do without.")
     return (
-        "humming-kernels compiles for this GPU. Which of them loses least on your model is told by: "
-        "python scripts/evaluate_model.py MODEL --dataset_name FILE --precisions bfloat16 nf4 int4 int8"
+        "humming-kernels compiles for this GPU. Which of them suits your model is told by: "
+        "python scripts/bench.py --accept"
     )

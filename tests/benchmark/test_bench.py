@@ -5,6 +5,7 @@ Where a measurement is long, the tests run it with fewer rounds; nothing else is
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -12,6 +13,7 @@ from contextlib import closing
 import pytest
 
 from llama2_chat import ROOT
+from llama2_chat.benchmark.acceptance import verdict
 from llama2_chat.types import Status
 from model import ChatModel
 from tests.support.serving import serving
@@ -93,6 +95,32 @@ def test_the_embedded_model_is_measured_from_its_start_to_its_tenth_turn(chat): 
     assert figures["8 users, together / one after another"] > 0
     assert figures["perplexity, int8"] > 1
     assert figures["guesses, chat: with / without"] > 0
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "said"),
+    [
+        ({"16 bits": 10.0, "int4": 10.1, "NF4": 10.2}, "should become int4: .* \\+1.0% .* NF4's \\+2.0%"),
+        ({"16 bits": 10.0, "int4": 10.21, "NF4": 10.3}, "should stay NF4: .* \\+2.1%"),
+        ({"16 bits": 10.0, "int4": 10.1, "NF4": 10.05}, "should stay NF4"),
+        ({"16 bits": None, "int4": 10.1, "NF4": 10.05}, "cannot be said: 16 bits could not be measured"),
+    ],
+    ids=["int4", "too much", "above NF4", "not measured"],
+)
+def test_what_auto_should_become_is_said(perplexities, said):
+    assert re.search(said, verdict(perplexities))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_whoever_accepts_a_card_gets_a_page_that_says_what_could_not_be_measured(chat, tmp_path):
+    page = tmp_path / "page.md"
+    figures = bench("--accept", page, acceptance__PRECISIONS={"none": "16 bits", "int4": "int4"})
+    assert figures["16 bits, perplexity"] > 1
+    assert figures["16 bits, 8 users, tokens/s"] > 0
+    assert "needs a CUDA GPU" in figures["int4, does not run"]
+    assert "cannot tell: its own weights come in four bits" in figures["QUANTIZATION=auto"]
+    assert figures["QUANTIZATION=auto"] in page.read_text("utf-8")
 
 
 @pytest.mark.slow
