@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
         adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
-    warn_of_another_base(adapter, str(adapted.active_peft_config.base_model_name_or_path), checkpoint.base)
+    warn_of_another_base(adapter, checkpoint.base)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
@@ -45,20 +46,62 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
     return adapted
 
 
-def warn_of_another_base(adapter: Files, made_for: str, base: Files) -> None:
-    """Log it if an adapter that was made for the base of this name is used on another one."""
-    if not _is_made_for(adapter, made_for, base):
+def warn_of_another_base(adapter: Files, base: Files) -> None:
+    """Log it if an adapter that was made for another base is used on this one."""
+    if (made_for := other_base(adapter, base)) is not None:
         used_on = base.repo or str(base.folder)
         log.warning("The adapter %s was made for %s and is used on %s: check BASE_MODEL.", adapter, made_for, used_on)
 
 
-def _is_made_for(adapter: Files, name: str, base: Files) -> bool:
-    """By the fingerprint that a training here leaves in run.json, or else by the name of the base."""
+def said_of_base(adapters: Iterable[Files], base: Files) -> str:
+    """A sentence, for visitors too, on the first adapter that was made for another base; "" if all fit."""
+    for adapter in adapters:
+        if (made_for := other_base(adapter, base)) is not None:
+            names = (
+                _short(str(adapter.repo or adapter.folder)),
+                _short(made_for),
+                _short(base.repo or str(base.folder)),
+            )
+            return "The adapter {} was made for {} and is used on {}: it may answer wrongly.".format(*names)
+    return ""
+
+
+def other_base(adapter: Files, base: Files) -> str | None:
+    """The base that an adapter was made for, if it is another than this one; None also where nothing says so.
+
+    By the fingerprint that a training here leaves in run.json, or else by the name: of two on the Hub the whole of it,
+    of a folder its last part.
+    """
+    made_for = _read_json(adapter.folder / "adapter_config.json").get("base_model_name_or_path")
+    if not made_for:
+        return None
+    trained_on = _read_json(adapter.folder / "run.json").get("model_sha256")
+    if trained_on and not base.missing():
+        return None if trained_on == base.fingerprint() else str(made_for)
+    ours, theirs = _hub_name(base.repo or str(base.folder)), _hub_name(str(made_for))
+    if not ("/" in ours and "/" in theirs):
+        ours, theirs = ours.rpartition("/")[2], theirs.rpartition("/")[2]
+    return None if ours.casefold() == theirs.casefold() else str(made_for)
+
+
+def _hub_name(name: str) -> str:
+    """A repository's, of a copy in the Hub's cache too; of another folder the last part."""
+    if cached := re.search(r"models--([^/\\]+)--([^/\\]+)", name):
+        return f"{cached[1]}/{cached[2]}"
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else _short(name)
+
+
+def _short(name: str) -> str:
+    """As visitors may read it: no folders of this computer."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        trained_on = json.loads((adapter.folder / "run.json").read_text("utf-8"))["model_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        trained_on = None
-    return trained_on == base.fingerprint() if trained_on else Path(name).name == Path(base.repo or base.folder).name
+        read = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:

@@ -94,6 +94,11 @@ class Checkpoint:
     def is_embedded(self) -> bool:
         return self.model_id == EMBEDDED
 
+    @property
+    def all_adapters(self) -> list[Files]:
+        """For all requests and for some."""
+        return [files for files in (self.adapter, *(adapter.files for adapter in self.adapters)) if files]
+
 
 def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
     """The model that the settings ask for, or else the best one this machine can reach. May ask the Hub.

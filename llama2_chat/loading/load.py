@@ -22,7 +22,7 @@ from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.kv_cache import check_format
-from llama2_chat.loading.adapters import load_adapter, merge_adapter
+from llama2_chat.loading.adapters import load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import make_room_for_compiling
 from llama2_chat.loading.config import read_config, read_generation_config
@@ -172,6 +172,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     draft = read_draft(checkpoint, model, progress)
     if checkpoint.draft and draft is None:
         why = f"{why} DRAFT_MODEL is left out: guesses are made on a CPU only."
+    why = f"{why} {said_of_base(checkpoint.all_adapters, checkpoint.base)}".rstrip()
     loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes, adapters, draft)
     if loaded.precision != precision:
         return replace(loaded, why=f"{loaded.why} Not all of its layers can be in {precision}.")

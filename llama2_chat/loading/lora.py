@@ -159,5 +159,5 @@ def _read(checkpoint: Checkpoint, adapter: NamedAdapter, shapes: Shapes) -> Lora
             a, b = (tensors[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
             layers[layer] = a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a)))
-    warn_of_another_base(adapter.files, str(config.base_model_name_or_path), checkpoint.base)
+    warn_of_another_base(adapter.files, checkpoint.base)
     return LoraWeights(adapter.name, layers)

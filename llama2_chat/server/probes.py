@@ -74,8 +74,7 @@ class PlannedStart:
         checkpoint = self.checkpoint
         if checkpoint is None:
             return []
-        adapters = [adapter.files for adapter in checkpoint.adapters]
-        return [files for files in (checkpoint.base, checkpoint.adapter, checkpoint.draft, *adapters) if files]
+        return [files for files in (checkpoint.base, checkpoint.draft, *checkpoint.all_adapters) if files]
 
 
 def probe_python(start: PlannedStart) -> str:
@@ -146,8 +145,12 @@ def probe_model(start: PlannedStart) -> str:
 
 
 def _adapters(checkpoint: Checkpoint) -> str:
+    """Behind the model's name, up to a full stop that follows."""
+    from llama2_chat.loading.adapters import said_of_base
+
     names = ", ".join(adapter.name for adapter in checkpoint.adapters)
-    return f" with the adapters {names}" if names else ""
+    said = said_of_base(checkpoint.all_adapters, checkpoint.base).removesuffix(".")
+    return (f" with the adapters {names}" if names else "") + (f". {said}" if said else "")
 
 
 def probe_tokenizer(start: PlannedStart) -> str:

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama2_chat.loading import EMBEDDED
+from llama2_chat.loading.adapters import other_base
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import nf4_config
 from llama2_chat.loading.read import load_tokenizer
+from llama2_chat.server.probes import PlannedStart, probe_model
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
 from tests.support.small_model import save_model, save_tokenizer
@@ -91,9 +93,31 @@ def test_an_adapter_whose_vocabulary_was_padded_is_loaded(tiny, tmp_path):
 
 def test_an_adapter_made_for_another_base_of_equal_shape_is_used_with_a_warning(adapter, tiny, tmp_path, caplog):
     other = shutil.copytree(tiny, tmp_path / "other")
-    get(asking_for(adapter, base_model=str(other)))
+    settings = asking_for(adapter, base_model=str(other))
+    loaded = get(settings)
     assert "was made for" in caplog.text
     assert str(other) in caplog.text
+    said = f"The adapter {adapter.name} was made for {tiny.name} and is used on other: it may answer wrongly."
+    assert loaded.why.endswith(said)  # in the status line, where it was only in the log
+    assert said in probe_model(PlannedStart(settings))
+
+
+@pytest.mark.parametrize(
+    ("made_for", "used_on", "fits"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", True),
+        ("someone/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", False),  # by its last part it was the same
+        ("/hub/models--meta-llama--Llama-2-7b-hf/snapshots/12ab", "meta-llama/Llama-2-7b-hf", True),
+        ("/home/a/models/Llama-2-7b-hf/", "meta-llama/Llama-2-7b-hf", True),  # a folder's last part is all it has
+        ("C:\\models\\Llama-2-13b-hf", "meta-llama/Llama-2-7b-hf", False),
+        ("", "meta-llama/Llama-2-7b-hf", True),
+        (None, "meta-llama/Llama-2-7b-hf", True),
+    ],
+)
+def test_two_bases_on_the_hub_are_told_apart_by_their_whole_names(tmp_path, made_for, used_on, fits):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": made_for}))
+    base = Files(tmp_path / "models--x" / "snapshots" / "1", repo=used_on)
+    assert other_base(Files(tmp_path), base) == (None if fits else made_for)
 
 
 def test_an_adapter_that_was_trained_here_knows_its_base_by_its_weights_and_not_by_its_name(
