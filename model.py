@@ -204,8 +204,6 @@ class ChatModel:
         prompt.show_calls(tokenizer)
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
         chat_format, ending = prompt.checked_format(tokenizer, chat_format), prompt.find_ending(tokenizer)
-        # What is compiled for this GPU is found again at the next start.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.cache_dir / "compiled"))
         runner = build_runner(
             loaded.model,
             lambda: _free_bytes(self.settings.kv_headroom_gb),

@@ -13,8 +13,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
 from llama2_chat.loading.disk import in_gb
 
 log = logging.getLogger("llama2_chat")
@@ -23,14 +21,18 @@ NEEDED_BYTES = 500_000_000  # that a 13B in int4 compiles, and some
 MEMORY = Path("/dev/shm")  # a disk in memory, on Linux
 
 
-def make_room_for_compiling() -> None:
-    """Name another folder, for this process, in place of each that has no room; one line in the log says so."""
+def keep_compiled(cache_dir: Path) -> None:
+    """Have what is compiled found again at the next start: PyTorch's in cache_dir, the others' where they keep theirs.
+
+    In place of each folder that has no room another is named, for this process; one line in the log says so.
+    """
     defaults = {
-        "TORCHINDUCTOR_CACHE_DIR": Path(default_cache_dir()),
+        "TORCHINDUCTOR_CACHE_DIR": cache_dir / "compiled",
         "TRITON_CACHE_DIR": Path("~/.triton/cache").expanduser(),
         "HUMMING_CACHE_DIR": Path("~/.humming/cache").expanduser(),
     }
     folders = {name: Path(os.environ.get(name) or folder) for name, folder in defaults.items()}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folders["TORCHINDUCTOR_CACHE_DIR"])
     full = {name: folder for name, folder in folders.items() if not _has_room(folder)}
     if not full:
         return

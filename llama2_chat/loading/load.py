@@ -24,7 +24,7 @@ from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.kv_cache import check_format
 from llama2_chat.loading.adapters import load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
-from llama2_chat.loading.compiled import make_room_for_compiling
+from llama2_chat.loading.compiled import keep_compiled
 from llama2_chat.loading.config import read_config, read_generation_config
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
@@ -130,7 +130,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     """Download the weights if they are not here, after checking that they will fit, and load them."""
     files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
     if gpus:
-        make_room_for_compiling()
+        keep_compiled(checkpoint.cache_dir)
     size = measure_checkpoint(checkpoint)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)

@@ -34,22 +34,24 @@ def now():
     return {name: Path(os.environ[name]) for name in NAMES}
 
 
-def test_folders_with_room_stay_where_they_are(folders, monkeypatch, caplog):
+def test_folders_with_room_stay_where_they_are(folders, tmp_path, monkeypatch, caplog):
     fill(monkeypatch)
-    compiled.make_room_for_compiling()
+    compiled.keep_compiled(tmp_path)
     assert now() == folders
     assert not caplog.records
 
 
 @pytest.mark.parametrize("trouble", ["full", "a file is in the way"])
-def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(folders, monkeypatch, caplog, trouble):
+def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(
+    folders, tmp_path, monkeypatch, caplog, trouble
+):
     # Kernels failed to compile, and with them the start or every answer.
     blocked = folders["TRITON_CACHE_DIR"]
     if trouble == "full":
         fill(monkeypatch, blocked)
     else:
         blocked.write_text("")
-    compiled.make_room_for_compiling()
+    compiled.keep_compiled(tmp_path)
     found = now()
     assert found.pop("TRITON_CACHE_DIR").is_relative_to(compiled.MEMORY)
     assert found == {name: folder for name, folder in folders.items() if name != "TRITON_CACHE_DIR"}
@@ -58,8 +60,15 @@ def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(
     assert "compiles again" in line
 
 
-def test_a_start_goes_on_where_no_disk_has_room(folders, monkeypatch, caplog):
+def test_a_start_goes_on_where_no_disk_has_room(folders, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))
-    compiled.make_room_for_compiling()
+    compiled.keep_compiled(tmp_path)
     assert now() == folders
     assert "free some space" in caplog.text
+
+
+def test_what_pytorch_compiles_is_kept_in_cache_dir(folders, tmp_path, monkeypatch):
+    fill(monkeypatch)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiled.keep_compiled(tmp_path)
+    assert now()["TORCHINDUCTOR_CACHE_DIR"] == tmp_path / "compiled"
