@@ -25,7 +25,7 @@ const chosen = () => document.cookie.match(`(?:^|; )${COOKIE}=(\\w+)`)?.[1] ?? "
 
 /** In the frame of another site, a browser keeps only cookies that say so. */
 function choose(code) {
-  const { pathname } = new URL(".", document.baseURI);
+  const path = new URL(".", document.baseURI).pathname.replace(/(?<=.)\/$/, ""); // the page has two, with and without a slash
   const where = window.top === window ? "SameSite=Lax" : "SameSite=None; Secure; Partitioned";
-  document.cookie = `${COOKIE}=${code}; Path=${pathname}; Max-Age=${code ? KEPT_S : 0}; ${where}`;
+  document.cookie = `${COOKIE}=${code}; Path=${path}; Max-Age=${code ? KEPT_S : 0}; ${where}`;
 }
