@@ -88,6 +88,7 @@ def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
     [
         (["--quantization", "int3"], {}, "quantization must be one of auto, none, int8, int4, nf4"),
         ([], {"QUANTIZATION": "int3"}, "quantization must be one of"),
+        ([], {"KV_CACHE": "fp4"}, "kv_cache must be one of auto, fp8, int8, none; it was 'fp4'"),
         ([], {"SPECULATION": "1"}, "speculation must be auto or off; it was '1'"),
         ([], {"PORT": "http"}, "--port: invalid int value: 'http'"),
         (["--port", "70000"], {}, "port must be from 0 to 65535"),

@@ -53,9 +53,8 @@ def status_line(status: Status, chats: bool = True) -> str:
         return status.error
     if status.state == "loading":
         return progress(status)
-    how = f"{status.precision} on {status.device}" if status.precision else f"answered by {status.device}"
-    if status.kv_cache not in ("", "none"):
-        how += f" · keys and values in {status.kv_cache}"
+    precision = status.precision + (f", KV {status.kv_cache}" if status.kv_cache not in ("", "none") else "")
+    how = f"{precision} on {status.device}" if precision else f"answered by {status.device}"
     return f"{status.model} · {how}" + ("" if chats else " · completes text, does not chat")
 
 

@@ -124,6 +124,15 @@ def test_whoever_accepts_a_card_gets_a_page_that_says_what_could_not_be_measured
 
 
 @pytest.mark.slow
+def test_what_keys_and_values_in_8_bits_lose_is_measured(chat):  # the model is here when `chat` is
+    shorter = {"kv_formats__PERPLEXITY_TOKENS": 200, "kv_formats__QUESTIONS": ("Hello!",)}
+    figures = bench("--kv-formats", kv_formats__FORMATS=("none", "int8"), **shorter)
+    assert 0.9 < figures["KV_CACHE=int8, perplexity / exact"] < 1.1
+    assert 0.9 < figures["KV_CACHE=int8, likeliest tokens as exact"] <= 1
+    assert figures["KV_CACHE=int8, room, tokens"] > 1.9 * figures["KV_CACHE=none, room, tokens"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_readers_beside_hostile_ones_get_no_error_and_leave_nothing_behind(chat):
     # Memory and waiting are promised for longer runs; in half a minute neither has settled.

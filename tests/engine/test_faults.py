@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from llama2_chat.engine.kv_pool import BLOCK_SIZE
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, make_pool
 from llama2_chat.engine.model_runner import CPU_CHUNK
 from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.kernels.kv_codes import CODES
 from llama2_chat.types import SamplingParams
 from tests.support.engines import GREEDY, LONG, Ids, answer, letters, running, start
 
@@ -217,9 +219,10 @@ def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny_llama,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_cache", ["none", *CODES])
 @examples(max_examples=10)
 @given(
-    st.lists(
+    visitors=st.lists(
         st.tuples(
             st.sampled_from(["leaves", "stays", "stays", "fails", "breaks"]),
             st.integers(1, 200),  # tokens of the prompt
@@ -230,13 +233,16 @@ def test_a_step_that_fails_half_way_is_done_again_and_nobody_notices(tiny_llama,
         max_size=50,
     )
 )
-def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny_llama, visitors):
+def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny_llama, kv_cache, visitors):
     class Breaking(Ids):
         def put(self, value):
             raise ValueError("no more room")
 
     threads = threading.active_count()
-    with running(tiny_llama, tokens=20 * BLOCK_SIZE, queue_limit=50) as engine, poisoned(tiny_llama, explode):
+    # The least that a CPU takes: room for one whole conversation, in any format.
+    room = {"tokens": BLOCK_SIZE, "context_length": 20 * BLOCK_SIZE, "make_pool": partial(make_pool, kv_cache)}
+    with running(tiny_llama, **room, queue_limit=50) as engine, poisoned(tiny_llama, explode):
+        assert (engine.runner.kv_format, engine.runner.num_blocks) == (kv_cache, 21)
         started = []
         for kind, prompt_tokens, answer_tokens, beginning in visitors:
             if kind != "fails":  # they do at position 55

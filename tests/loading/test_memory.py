@@ -82,6 +82,16 @@ def test_what_a_model_needs_is_what_starts_took(precision, limit_gb, tokens):
     assert needed / 1e9 == pytest.approx(limit_gb, abs=0.5)
 
 
+@pytest.mark.parametrize(
+    ("kv_cache", "on_a_gpu", "on_a_cpu"), [("none", 2, 2), ("auto", 1, 2), ("fp8", 1, 1), ("int8", 1, 1)]
+)
+def test_keys_and_values_count_in_as_many_bytes_as_they_would_take(kv_cache, on_a_gpu, on_a_cpu):
+    size = replace(Size.of(LLAMA_13B), kv_cache=kv_cache)
+    for measure, number_bytes in ((size.needed_bytes, on_a_gpu), (size.host_bytes, on_a_cpu)):
+        tokens = measure("bfloat16", 4096) - measure("bfloat16", 0)
+        assert tokens / 4096 == pytest.approx(2 * 40 * 5120 * number_bytes, rel=0.02)
+
+
 def test_memory_that_is_left_alone_is_counted_on_each_gpu():
     size = Size.of(LLAMA_13B)
     more = replace(size, headroom_bytes=size.headroom_bytes + 10**9)

@@ -1,5 +1,6 @@
 """What the server says of a model and of an answer."""
 
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,6 +14,12 @@ from llama2_chat.types import Status
 @pytest.mark.parametrize("phase", get_args(get_type_hints(Status)["phase"]))
 def test_every_phase_of_loading_has_words(phase):
     assert wording.progress(Status(phase=phase)).endswith(" …")
+
+
+def test_the_status_line_says_in_what_weights_and_keys_and_values_are():
+    status = Status("ready", model="small", precision="int4", kv_cache="none", device="cuda:0")
+    assert wording.status_line(status) == "small · int4 on cuda:0"
+    assert wording.status_line(replace(status, kv_cache="fp8")) == "small · int4, KV fp8 on cuda:0"
 
 
 def test_a_download_shows_how_far_it_is():
