@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llama2_chat.benchmark import Figures
-from llama2_chat.benchmark.embedded import PERPLEXITY_TEXT, PERPLEXITY_TOKENS
-from llama2_chat.benchmark.local_model import load, text_ids
+from llama2_chat.benchmark.embedded import PERPLEXITY_TOKENS
+from llama2_chat.benchmark.local_model import PERPLEXITY_TEXT, load, text_ids
 from llama2_chat.types import SamplingParams
 from model import ChatModel
 
@@ -53,7 +53,7 @@ def measure() -> Iterator[Figures]:
 
 
 def _ask(chat: ChatModel) -> _Said:
-    ids = text_ids(chat, PERPLEXITY_TOKENS)
+    ids = text_ids(chat.serving.tokenizer, PERPLEXITY_TOKENS)
     losses, likeliest = [], []
     for start in range(0, len(ids), WINDOW):
         with chat.stream_completion(ids[start : start + WINDOW], TELLING) as reply:
