@@ -19,6 +19,7 @@ from llama2_chat.engine.kv_pool import KVPool, input_embeddings
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import draws
 from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.types import SamplingParams
 
 SHORT, LONGER = 25, 39  # tokens; odd, so that the last block has room for one more
@@ -59,6 +60,7 @@ class SelfCheck:
         decode: Callable[[Sequence[Request], int], Tensor],
     ) -> bool:
         """Whether logits agree: of all requests together in the model's first layers, and of a short one in all of it.
+        Raises ModelUnavailable where the model alone has none.
 
         prefill(chunks): logits [n, V] after those that are the last of their requests.
         decode(requests, token): logits [n, V] after one more token of each.
@@ -72,6 +74,11 @@ class SelfCheck:
                 request.computed = len(request.ids)
             found = [prefilled, decode(requests, requests[0].ids[0])]
             expected = [self._alone(request, steps, requests[0].ids[0]) for request in requests]
+            if not all(logits.isfinite().all() and logits.any() for alone in expected for logits in alone):
+                raise ModelUnavailable(
+                    "This model's scores are no numbers, or all the same: its weights are damaged, or too large for "
+                    "16 bits. Copy or download them again, or choose another model."
+                )
             return all(
                 _agree(logits, torch.stack(alone), tolerance)
                 for logits, alone in zip(found, zip(*expected, strict=True), strict=True)

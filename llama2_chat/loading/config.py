@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.disk import Files
+from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
 
+FOR_OTHERS = ("Unrecognized", "does not recognize", "trust_remote_code")  # in what transformers says
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # From each of these transformers makes the tokenizer that the model was trained with.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -27,16 +32,43 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 def read_config(files: Files) -> PreTrainedConfig:
     """The model's configuration, without what transformers would stumble over and no answer depends on."""
-    written = json.loads((files.folder / "config.json").read_text("utf-8"))
+    path = files.folder / "config.json"
+    try:
+        written = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        written = None
+    if not isinstance(written, dict):
+        raise ModelUnavailable(f"The config.json of {files} is not a JSON object. Copy {quoted(path)} there again.")
     usable = _usable(written)
-    if usable == written:
-        return AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-    log.info("Of the config.json of %s, the fields dtype and pad_token_id are left out where they make no sense", files)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(usable), "utf-8")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not usable.get("quantization_config", True):
+        del usable["quantization_config"]
+    with translate_config_errors(files):
+        if usable == written:
+            return AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        log.info("Of the config.json of %s, fields that make no sense and change no answer are left out", files)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(usable), "utf-8")
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.name_or_path = str(files.folder)
     return config
+
+
+@contextmanager
+def translate_config_errors(files: Files) -> Iterator[None]:
+    """What transformers raises at a configuration of which it makes no model, as a sentence.
+
+    That it does not know the architecture, or would run code of its own for it, is for others to say.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error)
+        if is_out_of_memory(error) or isinstance(error, OSError) or any(each in str(error) for each in FOR_OTHERS):
+            raise
+        log.warning("The config.json of %s", files, exc_info=True)
+        raise ModelUnavailable(
+            f"transformers makes no model of the config.json of {files} ({reason}). Correct it, or copy it there again."
+        ) from error
 
 
 def _usable(config: Any) -> Any:

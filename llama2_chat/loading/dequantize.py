@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.disk import Files
+from llama2_chat.text import first_line
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight lies among the nibbles of its int32, lowest first
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,7 +58,13 @@ def check_readable(files: Files, quantization: Config) -> None:
             f"{files} comes quantised by {method}, which this program cannot read. It reads {', '.join(READERS)}. "
             "Choose one of these, or the original weights."
         )
-    layout, bits = _layout(method, quantization), _bits(method, quantization)
+    try:
+        layout, bits = _layout(method, quantization), _bits(method, quantization)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelUnavailable(
+            f"The quantization_config in the config.json of {files} makes no sense ({first_line(error)}). Choose "
+            "another copy, or the original weights."
+        ) from error
     known = layout in LAYOUTS.get(method, ("plain",)) and len(bits) == 1 and bits <= READABLE_BITS
     if not known or not _rules_are_known(quantization) or quantization.get("transform_config"):
         raise ModelUnavailable(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from llama2_chat.kv_cache import check_format
 from llama2_chat.loading.adapters import load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import keep_compiled
-from llama2_chat.loading.config import read_config, read_generation_config
+from llama2_chat.loading.config import read_config, read_generation_config, translate_config_errors
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_draft
@@ -98,7 +98,9 @@ def measure(files: Files, headroom_gb: float = Settings.kv_headroom_gb, kv_cache
     with translate_errors(files):
         config = read_config(files)
         read_generation_config(files)  # refused before the weights are fetched, if it is
-        size = replace(Size.of(config), headroom_bytes=int(headroom_gb * GB), kv_cache=kv_cache)
+        with translate_config_errors(files):
+            measured = Size.of(config)
+        size = replace(measured, headroom_bytes=int(headroom_gb * GB), kv_cache=kv_cache)
     if quantization := quantization_of(config):
         check_readable(files, quantization)
         return replace(size, comes_in=method_of(quantization))
@@ -115,12 +117,24 @@ def measure_checkpoint(checkpoint: Checkpoint) -> Size:
 
 
 def check_headers(files: Files) -> None:
-    """Raise ModelUnavailable if a file of weights is here but cut off or a Git LFS pointer. Reads only its header."""
+    """Raise ModelUnavailable if a file of weights is here but cut off, a Git LFS pointer, or holds whole numbers of
+    which nothing says what they stand for. Reads only its header."""
     with translate_errors(files):
+        is_plain = files.stem == "model" and not quantization_of(read_config(files))
         for name in files.weights():
             if name.endswith(".safetensors") and (files.folder / name).is_file():
-                with safe_open(files.folder / name, "pt"):
-                    pass
+                with safe_open(files.folder / name, "pt") as opened:
+                    if is_plain and (whole := next(filter(None, map(partial(_whole, opened), opened.keys())), None)):
+                        raise ModelUnavailable(
+                            f"{files} holds {whole} as whole numbers, and its config.json has no quantization_config "
+                            "that says what they stand for. Choose another copy."
+                        )
+
+
+def _whole(opened: Any, name: str) -> str | None:
+    """The name of a weight, if it is in whole numbers."""
+    is_whole = name.endswith(".weight") and opened.get_slice(name).get_dtype().startswith(("I", "U"))
+    return name if is_whole else None
 
 
 # ---- Loading ----
@@ -141,6 +155,7 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         fetch_weights(other.files, progress)
     adapters = read_adapters(checkpoint)
     bring_weights(files, progress)
+    check_headers(files)
     if adapter:
         fetch_weights(adapter, progress)
     progress("load", 0, 0)

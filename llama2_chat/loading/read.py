@@ -36,7 +36,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     check_tokenizer_files(files)
     with translate_errors(files):
         config = read_config(files) if files is checkpoint.base else None
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, config=config, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, config=config, trust_remote_code=False)
+        except AttributeError as error:  # JSON, but not of what it should be
+            raise ValueError("tokenizer_config.json") from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ModelUnavailable(f"The chat template of {files} is no text. Correct it, or remove it.")
     for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         if getattr(tokenizer, name) == "":  # there is none; as a token it would be looked up, without an end
             setattr(tokenizer, name, None)
@@ -105,6 +110,11 @@ def _loading_sentence(files: Files, error: str) -> str:
         return f"The weights of {files} are damaged or incomplete: {error}. Copy or download them again.{head}"
     if "belong to no layer" in error:
         return f"{files} holds more than its config.json says: {error}. It would answer wrongly. Choose another copy."
+    if "ignore_mismatched_sizes" in error:
+        return (
+            f"The weights of {files} have other shapes than its config.json says; the log names them. Copy or download "
+            "both again."
+        )
     if "size mismatch" in error:
         return f"The weights of {files} do not fit their model. An adapter needs its own base: check BASE_MODEL."
     if "CUDA" in error:

@@ -98,6 +98,54 @@ def test_a_missing_output_head_is_named_with_what_may_be_wrong(folder):
     assert get(asking_for(folder)).device == "cpu"
 
 
+SENSELESS = {  # each was "an unexpected error" or "a file is damaged"
+    "not JSON": ("config.json", None, "config.json of model is not a JSON object"),
+    "a size in words": ("config.json", {"vocab_size": "64"}, "expected int, got str"),
+    "heads that do not divide it": ("config.json", {"num_attention_heads": 5}, "not a multiple"),
+    "an activation of nowhere": ("config.json", {"hidden_act": "swoosh"}, "config.json of model ('swoosh')"),
+    "rope of nowhere": ("config.json", {"rope_parameters": {"rope_type": "spiral"}}, "config.json of model"),
+    "rope in a word": ("config.json", {"rope_parameters": "linear"}, "config.json of model"),
+    "another shape": ("config.json", {"intermediate_size": 96}, "other shapes than its config.json says"),
+    "quantised by a list": ("config.json", {"quantization_config": ["gptq"]}, "config.json of model"),
+    "bits in words": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": "four"}}, "'four'"),
+    "a template that is a number": ("tokenizer_config.json", {"chat_template": 7}, "chat template of model is no text"),
+}
+
+
+@pytest.mark.parametrize("case", SENSELESS)
+def test_a_checkpoint_of_which_no_model_can_be_made_is_refused_with_the_reason(folder, case):
+    name, change, reason = SENSELESS[case]
+    if change is None:
+        (folder / name).write_text("")
+    else:
+        write(folder, name, **change)
+    assert reason in refusal(get, asking_for(folder)).replace(str(folder), "model")
+
+
+def test_an_empty_quantization_config_is_none(folder):
+    write(folder, "config.json", quantization_config={})
+    assert "came quantised" not in get(asking_for(folder)).why
+
+
+def test_whole_numbers_that_nothing_explains_are_refused_and_not_taken_for_weights(folder):
+    # The model was ready, and answered garbage.
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: (100 * weights[name]).to(torch.int8)}, folder / "model.safetensors", {"format": "pt"})
+    assert f"{name} as whole numbers" in refusal(get, asking_for(folder))
+
+
+def test_weights_that_are_no_numbers_are_said_to_be_damaged(chat_model, tmp_path):
+    # It "did not attend to its past".
+    shutil.copytree(chat_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    broken = {name: weight * float("nan") if "q_proj" in name else weight for name, weight in weights.items()}
+    save_file(broken, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    chat = ChatModel(asking_for(tmp_path / "model")).load()
+    chat.close()
+    assert "no numbers" in chat.status.error
+
+
 def test_a_model_that_keeps_no_keys_and_values_is_refused_with_the_reason_and_the_next_step(chat_model, tmp_path):
     """Its status said "unexpected error"."""
     config = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8)

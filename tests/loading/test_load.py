@@ -52,7 +52,7 @@ def changed(name, change):
         (lambda folder: os.truncate(folder / "model.safetensors", 1000), ["damaged", "again"]),
         (changed("config.json", {"num_hidden_layers": 3}), ["damaged", "again"]),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), ["damaged", "again"]),
-        (lambda folder: (folder / "config.json").write_text("{"), ["damaged", "again"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "not a JSON object", "again"]),
         (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
         (changed("config.json", {"model_type": "martian"}), ["not a causal language model", "another model"]),
