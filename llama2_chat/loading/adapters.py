@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.read import load_tokenizer, translate_errors
+from llama2_chat.text import first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama2_chat")
 
 EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
+INSIDE = re.compile(r"\.(base_layer|modules_to_save|original_module)\b")  # of what PEFT puts around a layer
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: bool = False) -> PeftModel:
@@ -37,13 +40,50 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
         vocabulary = max(len(load_tokenizer(checkpoint)), _embedding_rows(adapter))
         if vocabulary > embeddings.num_embeddings:
             model.resize_token_embeddings(vocabulary)
-        adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+                adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelUnavailable(
+                f"The adapter {adapter} cannot be put on {checkpoint.base}: {first_line(error)}. Check BASE_MODEL and "
+                "its adapter_config.json."
+            ) from error
+        _check_tensors(adapted, adapter)
     warn_of_another_base(adapter, checkpoint.base)
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelUnavailable(
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def _check_tensors(adapted: PeftModel, adapter: Files) -> None:
+    """Raise ModelUnavailable if tensors of the adapter are missing, or belong nowhere: PEFT leaves them out, and the
+    base answers as if it had none. load_adapter() has seen to embeddings that are saved whole."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = adapted.active_peft_config
+    if config.is_prompt_learning:
+        return
+    if getattr(config, "layer_replication", None):
+        raise ModelUnavailable(
+            f"The adapter {adapter} repeats layers of its base, which this program cannot. Merge it."
+        )
+    here, expected = (
+        {name for name in tensors if not EMBEDDING.search(INSIDE.sub("", name))}
+        for tensors in (
+            load_peft_weights(str(adapter.folder), device="cpu"),
+            get_peft_model_state_dict(adapted, save_embedding_layers=False),
+        )
+    )
+    if wrong := sorted(expected - here) or sorted(here - expected):
+        what = "lacks" if expected - here else "holds tensors for no layer of its base, such as"
+        raise ModelUnavailable(
+            f"The adapter {adapter} {what} {wrong[0]}, so it would change other answers than it was made to, or none. "
+            "Check BASE_MODEL, or copy or save the adapter again."
+        )
 
 
 def warn_of_another_base(adapter: Files, base: Files) -> None:
@@ -104,6 +144,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
+def check_stays_beside(adapted: PeftModel, adapter: Files, precision: str) -> None:
+    """Raise ModelUnavailable for a kind of adapter that PEFT computes beside plain weights only."""
+    kind = str(getattr(adapted.active_peft_config.peft_type, "value", adapted.active_peft_config.peft_type))
+    if kind in ("IA3", "LOHA", "LOKR"):
+        raise ModelUnavailable(
+            f"The adapter {adapter} is {kind}, which cannot stay beside weights in {precision}. Set QUANTIZATION=none, "
+            "and it is merged into its base."
+        )
+
+
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
     """The base model with the adapter in its weights.
 
@@ -118,7 +168,12 @@ def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
             head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     merged: Any = adapted
-    return merged.merge_and_unload()
+    try:
+        return merged.merge_and_unload()
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ModelUnavailable(
+            f"The adapter cannot be merged into its base: {first_line(error)}. Merge it where it was trained."
+        ) from error
 
 
 def _embedding_rows(adapter: Files) -> int:

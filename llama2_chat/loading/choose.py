@@ -240,7 +240,7 @@ def _base_of(adapter: Files, plan: Plan) -> str:
     with translate_parse_errors(adapter):
         config = json.loads((adapter.folder / "adapter_config.json").read_text("utf-8"))
         base = plan.base_model or config["base_model_name_or_path"]
-    if not base:
+    if not base or not isinstance(base, str):
         raise ModelUnavailable(
             f"The adapter {quoted(plan.model_id)} does not name its base model. Set BASE_MODEL to it."
         )

@@ -22,7 +22,7 @@ from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.kv_cache import check_format
-from llama2_chat.loading.adapters import load_adapter, merge_adapter, said_of_base
+from llama2_chat.loading.adapters import check_stays_beside, load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import keep_compiled
 from llama2_chat.loading.config import read_config, read_generation_config, translate_config_errors
@@ -176,6 +176,8 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
             merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
             with translate_errors(adapter):
                 adapted: Any = load_adapter(model, checkpoint)
+                if not merge:
+                    check_stays_beside(adapted, adapter, precision)
                 model = merge_adapter(adapted) if merge else adapted.get_base_model()
         if packs:
             finish_packed(model)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama2_chat.loading import EMBEDDED
@@ -89,6 +90,49 @@ def test_an_adapter_whose_vocabulary_was_padded_is_loaded(tiny, tmp_path):
     checkpoint = fetch(choose(asking_for(tmp_path / "padded", base_model=str(tiny))), ignore)
     loaded = load(replace(checkpoint, quantization="float32"), ignore).model
     torch.testing.assert_close(logits(loaded), logits(padded), rtol=1e-4, atol=1e-4)
+
+
+LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+CHANGED = {
+    "one is missing": (lambda tensors: tensors.pop(LORA_A), "lacks"),
+    "all have other names": (lambda tensors: tensors.update(x=tensors.pop(LORA_A)), "lacks"),
+    "one has no layer": (lambda tensors: tensors.update({LORA_A.replace("q", "x"): torch.ones(8, 64)}), "no layer"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_an_adapter_of_which_peft_would_leave_something_out_is_refused(adapter, tmp_path, case):
+    # The base was ready, and answered as if it had no adapter.
+    change, reason = CHANGED[case]
+    copy = shutil.copytree(adapter, tmp_path / "changed")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "adapter_model.safetensors", {"format": "pt"})
+    assert reason in refusal(get, asking_for(copy))
+
+
+def test_an_adapter_that_cannot_be_put_on_its_base_is_refused_with_the_reason(adapter, tmp_path):
+    for number, (field, value, reason) in enumerate(
+        [
+            ("target_modules", ["c_attn"], "c_attn"),
+            ("peft_type", "MAGIC", "MAGIC"),
+            ("layer_replication", [[0, 2], [1, 2]], "repeats layers"),
+            ("base_model_name_or_path", 7, "does not name its base"),
+        ]
+    ):
+        copy = shutil.copytree(adapter, tmp_path / f"{number}")
+        config = json.loads((copy / "adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+        assert reason in refusal(get, asking_for(copy))
+
+
+def test_a_kind_of_adapter_that_cannot_stay_beside_quantised_weights_is_refused_there(tiny, tmp_path):
+    # Every question to it was an unexpected error.
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    peft.get_peft_model(LlamaForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path)
+    settings = asking_for(tmp_path, base_model=str(tiny))
+    assert "IA3, which cannot stay beside weights in nf4" in refusal(get, replace(settings, quantization="nf4"))
+    assert get(replace(settings, quantization="none")).precision == "bfloat16"
 
 
 def test_an_adapter_made_for_another_base_of_equal_shape_is_used_with_a_warning(adapter, tiny, tmp_path, caplog):
