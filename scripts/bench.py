@@ -13,6 +13,7 @@
     python scripts/bench.py --documents                      what reading 200 pages takes, and from an answer meanwhile
     python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --adapters                 eight users of the embedded model and of four adapters over it
+    python scripts/bench.py --adapters --shape 13b --quantization int4                              the same on a GPU
     python scripts/bench.py --kv-formats             what keys and values in 8 bits lose, of the model that app.py loads
     python scripts/bench.py --soak                   ten minutes of readers who come and go, hostile ones among them
     python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
@@ -95,7 +96,11 @@ def read_arguments() -> argparse.Namespace:
     add("--soak", type=float, nargs="?", const=10, help="minutes of readers of a server with the embedded model")
     add("--readers", type=int, default=32, help="healthy ones of a soak")
     add("--hostile", type=int, default=16, help="hostile readers of a soak, for its first two thirds")
-    add("--adapters", action="store_true", help="what four adapters over the embedded model cost eight users")
+    add(
+        "--adapters",
+        action="store_true",
+        help="what four adapters cost eight users of the embedded model, or of --shape",
+    )
     add("--kv-formats", action="store_true", help="perplexity and greedy answers with each KV_CACHE")
     add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
@@ -123,6 +128,8 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return format_quality.measure()
     if args.http:
         return serving_cost.measure_api()
+    if args.adapters and args.shape:
+        return adapter_cost.measure_shape(args.shape, args.tokenizer, args.checkpoint, args.quantization)
     if args.adapters:
         return adapter_cost.measure()
     if args.kv_formats:

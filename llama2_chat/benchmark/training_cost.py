@@ -40,12 +40,13 @@ def measure(shape: str | None, tokenizer: str, checkpoint: Path | None) -> Itera
     for name in [shape] if shape else ["13b", "7b"]:
         with checkpoint_folder(checkpoint and checkpoint / name) as folder:
             # In processes of their own, which leave no memory behind.
-            _run_in_process(make_checkpoint, name, tokenizer, folder)
-            figures = _run_in_process(train_speeds, folder)
+            run_in_process(make_checkpoint, name, tokenizer, folder)
+            figures = run_in_process(train_speeds, folder)
         yield {f"{name}, {row}": value for row, value in figures.items()}
 
 
-def _run_in_process(function: Callable[..., Any], *args: object) -> Any:
+def run_in_process(function: Callable[..., Any], *args: object) -> Any:
+    """What the function returns. Its memory, of a GPU too, is free again."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         return other.submit(function, *args).result()
 
