@@ -35,7 +35,7 @@ def print_lines(*lines: str) -> None:
 
 def is_divided() -> bool:
     """Whether the model is divided among the processes, by PyTorch's FSDP."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") and processes().num_processes > 1
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def check_divided(options: Options) -> None:

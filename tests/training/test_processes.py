@@ -27,7 +27,6 @@ def divided(monkeypatch):
     """As in one of two processes that FSDP divides a model among."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setattr(processes, "processes", lambda: SimpleNamespace(num_processes=2))
     return monkeypatch
 
 
