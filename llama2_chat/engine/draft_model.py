@@ -28,6 +28,7 @@ from llama2_chat.kernels.int8 import Int8Linear
 
 log = logging.getLogger("llama2_chat")
 
+LEAST_CHANCE = 0.2  # that all guesses so far come true: else none is made behind them
 MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
 
 
@@ -180,12 +181,18 @@ class Drafter:
         if not going:
             return guesses
         chunks = [Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going]
+        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids)
+        chances = [1.0] * len(requests)  # that all guesses so far come true
         hidden, features = self._forward(chunks)
         while True:
-            tokens = self._choose(hidden)
-            for n, token in zip(going, tokens, strict=True):
+            best, chance = likely.choose(self._net.logits(hidden), torch.tensor(going))
+            tokens = (best if self._net.ids is None else self._net.ids[best]).tolist()
+            for n, token, each in zip(going, tokens, chance.tolist(), strict=True):
                 guesses[n].append(token)
-            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n]]
+                chances[n] *= each
+            kept = [
+                place for place, n in enumerate(going) if len(guesses[n]) < lengths[n] and chances[n] > LEAST_CHANCE
+            ]
             if not kept:
                 return guesses
             going, features = [going[place] for place in kept], features[kept]
@@ -209,10 +216,6 @@ class Drafter:
             row.next, row.features = chunk.end, row.features[count:]
         last = torch.tensor(counts).cumsum(0) - 1
         return hidden[last], features[last]
-
-    def _choose(self, hidden: Tensor) -> list[int]:
-        best = self._net.logits(hidden).argmax(-1)
-        return (best if self._net.ids is None else self._net.ids[best]).tolist()
 
 
 def _weights(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ own: a seed gives the same answer on any device and in any company.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,24 @@ def biased(logits: Tensor, biases: Mapping[int, Sequence[tuple[int, float]]]) ->
     return logits.to(torch.float32, copy=True).index_put_((rows, ids), values.float(), accumulate=True)
 
 
+@dataclass
+class LikelyTokens:
+    """The likeliest token of some rows, and how likely it is, as repetition penalties and temperatures make it."""
+
+    seen: Tensor  # bool [N, v]: which tokens are in prompt or answer, those that were chosen here included
+    repetition: Tensor  # [N, 1]
+    temperature: Tensor  # [N, 1], above 0
+
+    def choose(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Their places in the vocabulary, int64 [n], and chances, [n]. logits: [n, v]. rows: int64 [n], of the N."""
+        scores, repetition = logits.float(), self.repetition[rows]
+        pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(self.seen[rows], pushed, scores)
+        highest, best = scores.max(-1, keepdim=True)
+        self.seen[rows, best[:, 0]] = True
+        return best[:, 0], 1 / ((scores - highest) / self.temperature[rows]).exp().sum(-1)
+
+
 class SamplerState:
     """The state of up to `slots` requests. One slot more takes what padding computes, and is never read."""
 
@@ -146,6 +165,15 @@ class SamplerState:
         self._counts[slots, tokens] += 1
         self._seen.index_put_((slots, tokens), self._true)
         return torch.where(highest[:, 0].isfinite(), tokens, -1)
+
+    def likely(self, slots: Tensor, ids: Tensor | None) -> LikelyTokens:
+        """What a model that guesses would have these slots, int64 [N], say. ids: as LikelyTokens takes them."""
+        params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))
+        temperature = params["temperature"]
+        seen = self._seen[slots] if ids is None else self._seen[slots][:, ids]
+        return LikelyTokens(
+            seen, params["repetition_penalty"], torch.where(temperature == 0, 1, temperature.clamp(min=0.1))
+        )
 
     def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         repetition = params["repetition_penalty"]

@@ -64,7 +64,7 @@ def read_draft(
         if has_tokenizer(files):
             draft: EagleHead | PreTrainedModel = read_model(files, model.dtype, None, {"": "cpu"})
         else:
-            draft = _read_head(files)
+            draft = read_head(files)
         if precision == "int8":
             quantize_int8(draft)
         else:
@@ -72,7 +72,7 @@ def read_draft(
     return draft.eval().requires_grad_(False)
 
 
-def _read_head(files: Files) -> EagleHead:
+def read_head(files: Files) -> EagleHead:
     tensors: dict[str, Tensor] = {}
     for name in files.weights():
         file = files.folder / name

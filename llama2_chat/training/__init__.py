@@ -20,6 +20,7 @@ whole_split       what these trainers share: a whole eval split measured at once
 sft               its SFTTrainer with an eval loss that weighs all tokens alike
 preferences       good and bad answers as token ids, for DPO and KTO
 preference_trainers  their trainers, with figures of a whole eval split
+draft_run         a head that guesses for a model, from the flags to its folder; the other draft_... are its parts
 losses            what a model loses on each conversation
 checkpoints       what a killed run goes on from; what must not be overwritten
 answers           what the model answers before and after

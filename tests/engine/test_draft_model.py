@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama2_chat.engine.drafts import PAUSE, Confidence, Drafts
+from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
 from tests.support.drafts import random_head, random_model
@@ -46,7 +47,7 @@ def test_each_kind_of_answer_is_the_same_with_a_models_guesses_and_without(tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("kind", ["head of few tokens", "small model"])
 def test_200_prompts_have_the_same_answers_with_a_models_guesses_and_without(tiny_llama, obstinate, kind):
     compare(tiny_llama, kind, [prompt(number) for number in range(200)])
 
@@ -95,7 +96,34 @@ def test_memory_for_conversations_counts_what_the_guessing_model_keeps(tiny_llam
         assert engine.runner.num_blocks < plain.runner.num_blocks
 
 
-# ---- How many guesses a model makes ----
+# ---- Which guesses a model makes, and how many ----
+
+
+def test_guesses_reckon_with_the_penalty_of_what_was_said_and_of_each_other():
+    likely = LikelyTokens(torch.tensor([[True, False, False]] * 2), torch.tensor([[2.0], [1.0]]), torch.ones(2, 1))
+    logits, both = torch.tensor([[3.0, 2.0, 1.8]] * 2), torch.tensor([0, 1])
+    assert likely.choose(logits, both)[0].tolist() == [1, 0]
+    best, chances = likely.choose(logits, both)
+    assert best.tolist() == [2, 0]
+    penalised = torch.tensor([[1.5, 1.0, 1.8], [3.0, 2.0, 1.8]])
+    assert torch.allclose(chances, penalised.softmax(-1).amax(-1))
+
+
+def test_no_guess_is_made_behind_some_that_hardly_come_true(tiny_llama, obstinate, monkeypatch):
+    for least, most in ((0.0, 3), (1.0, 1)):
+        monkeypatch.setattr("llama2_chat.engine.draft_model.LEAST_CHANCE", least)
+        with running(tiny_llama, draft=random_head(tiny_llama)) as engine:
+            lengths = []
+            draft = engine.runner.draft
+
+            def listening(requests, wanted, draft=draft, lengths=lengths):
+                made = draft(requests, wanted)
+                lengths.append(len(made[0]))
+                return made
+
+            monkeypatch.setattr(engine.runner, "draft", listening)
+            answer(engine, [1, 2, 3])
+            assert max(lengths) == most
 
 
 def test_guesses_that_come_true_get_longer_and_wrong_ones_stop():

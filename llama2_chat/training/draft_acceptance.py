@@ -1,0 +1,49 @@
+"""How many guesses of a head come true, on answers that it has not learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.training.draft_data import Answer
+from llama2_chat.training.draft_training import embeddings, make_batch, output_rows, unrolled
+
+
+@torch.no_grad()
+def acceptance(
+    model: PreTrainedModel, head: EagleHead, answers: Sequence[Answer], guesses: int, max_length: int
+) -> list[float]:
+    """How many of 1, 2, ... guesses in a row come true on average, when they begin after any token of these answers.
+
+    A guess is the likeliest token after the answer's repetition penalty, as in the engine.
+    """
+    output, starts, true = output_rows(model, head), 0, torch.zeros(guesses)
+    ids = torch.arange(model.config.vocab_size) if head.ids is None else head.ids
+    ids = ids.to(model.device)
+    for answer in answers:
+        batch = make_batch(model, [answer], max_length)
+        text = batch.ids[0]
+        places = torch.arange(len(text) - guesses, device=text.device)[answer.prompt_tokens - 1 :]
+        seen = _seen(text, model.config.vocab_size)[:, ids]
+        alive = torch.ones(len(places), dtype=torch.bool, device=text.device)
+        steps = unrolled(head, embeddings(model, batch.ids), batch.features.float(), guesses)
+        for step, features in enumerate(steps):
+            at = places + step
+            logits = features[0, at] @ output.T
+            penalty = answer.params.repetition_penalty
+            pushed = torch.where(logits > 0, logits / penalty, logits * penalty)
+            alive &= ids[torch.where(seen[at], pushed, logits).argmax(-1)] == text[at + 1]
+            true[step] += alive.sum().cpu()
+        starts += len(places)
+    return [round(mean, 3) for mean in (true.cumsum(0) / max(starts, 1)).tolist()]
+
+
+def _seen(text: Tensor, vocab_size: int) -> Tensor:
+    """bool [T, V]: which tokens stand before or at each place."""
+    seen = torch.zeros(len(text), vocab_size, device=text.device)
+    seen[torch.arange(len(text), device=text.device), text] = 1
+    return seen.cumsum(0) > 0

@@ -1,0 +1,31 @@
+"""A trained head on disk: EAGLE's names, and 8 bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama2_chat.kernels.eagle import EagleHead
+
+
+def save_head(head: EagleHead, folder: Path) -> None:
+    """config.json and model.safetensors: matrices as int8 [out, in], each with a scale for each row beside it."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in head.state_dict().items():
+        states = tensor.detach().cpu()
+        if name == "ids":
+            tensors[name] = states.int()
+        elif states.dim() == 2:
+            scale = (states.float().abs().amax(1) / 127).clamp(min=1e-12)
+            tensors[name] = (states / scale[:, None]).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+        else:
+            tensors[name] = states.float()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = head.config.to_dict() | {"bias": head.fc.bias is not None, "architectures": ["EagleHead"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))

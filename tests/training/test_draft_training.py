@@ -1,0 +1,142 @@
+"""A head for guesses: its data, its training, its file, and that the engine makes of it what training did."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama2_chat.engine.drafts import Confidence, Drafts
+from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.draft import read_head
+from llama2_chat.settings import Settings
+from llama2_chat.training import draft_data
+from llama2_chat.training.draft_acceptance import acceptance
+from llama2_chat.training.draft_data import Answer, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_files import save_head
+from llama2_chat.training.draft_options import HELP, DraftOptions
+from llama2_chat.training.draft_training import make_batches, new_head, train_head, unrolled
+from llama2_chat.types import SamplingParams
+from model import ChatModel
+from scripts.train_draft import read_arguments
+from tests.support.drafts import random_head, random_model
+from tests.support.engines import GREEDY, answer, running
+from tests.support.small_model import untrained
+from tests.support.small_tokenizer import chatml
+
+PARAMS = SamplingParams(repetition_penalty=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(50, seed=0, num_hidden_layers=2, initializer_range=0.3)
+
+
+def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(monkeypatch):
+    monkeypatch.setattr(draft_data, "QUESTION", replace(draft_data.QUESTION, max_new_tokens=9))
+    tokenizer = chatml()
+    chat = ChatModel(Settings(max_batch=8)).serve(tokenizer, untrained(tokenizer, 2048))
+    try:
+        params = SamplingParams(max_new_tokens=6)
+        answers = make_answers(chat, 8, params)
+        assert answers == make_answers(chat, 8, params)
+    finally:
+        chat.close()
+    assert 6 <= len(answers) <= 8  # some questions are nothing but spaces
+    prompts = [tokenizer.decode(answer.ids[: answer.prompt_tokens]) for answer in answers]
+    turns = [prompt.count("<|im_start|>user") for prompt in prompts]
+    assert set(turns) == {1, 2}
+    assert turns == sorted(turns)
+    assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+    assert {answer.params.temperature for answer in answers} == {0, params.temperature}
+
+
+def test_training_teaches_a_head_what_the_model_says(model):
+    with running(model, speculate=False) as engine:
+        answers = []
+        for n in range(6):
+            said, _ = answer(engine, [n, 9], SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20))
+            answers.append(Answer([n, 9, *said], 2, PARAMS))
+    options = DraftOptions(epochs=30, learning_rate=1e-2, batch_tokens=200, max_length=40, guesses=3)
+    head, said = new_head(model, answers, 0)
+    assert said == 1
+    before = acceptance(model, head, answers, 3, 40)
+    losses = [loss for _, loss in train_head(model, head, make_batches(model, answers, options), options)]
+    after = acceptance(model, head, answers, 3, 40)
+    assert losses[-1] < losses[0]
+    assert after[0] > before[0] + 0.2
+    assert after[0] <= after[1] <= after[2]
+
+
+def test_a_head_says_the_tokens_that_are_most_frequent_in_the_answers(model):
+    answers = [Answer([1, 2, 3, 7, 7, 7, 9, 9, 4], 3, PARAMS)]
+    head, said = new_head(model, answers, 2)
+    assert head.ids.tolist() == [7, 9]
+    assert said == pytest.approx(5 / 6)
+
+
+def test_answers_are_saved_and_read(tmp_path):
+    answers = [
+        Answer([70_000, 2, 3], 1, SamplingParams(seed=3)),
+        Answer([4, 5], 1, SamplingParams(seed=4, temperature=0)),
+    ]
+    save_answers(answers, tmp_path / "answers.npz")
+    assert read_answers(tmp_path / "answers.npz", SamplingParams()) == answers
+
+
+def test_a_saved_head_is_read_as_it_is_in_8_bits(model, tmp_path):
+    head = random_head(model, vocabulary=torch.tensor([1, 5, 9]))
+    save_head(head, tmp_path)
+    read = read_head(Files(tmp_path))
+    assert read.ids.tolist() == [1, 5, 9]
+    for name in ("fc", "layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"):
+        saved, linear = Int8Linear(read.get_submodule(name)), Int8Linear(head.get_submodule(name))
+        assert torch.equal(saved.weight, linear.weight)
+    weights = sum(states.numel() for states in head.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.5 * weights + 2000
+
+
+def test_the_engine_guesses_what_training_foresees(model, monkeypatch):
+    monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
+    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
+    head = random_head(model, vocabulary=torch.arange(1, 50, 3))
+    guesses = []
+    with running(model, draft=copy.deepcopy(head)) as engine:
+        draft = engine.runner.draft
+
+        def listening(requests, lengths):
+            made = draft(requests, lengths)
+            guesses.append(([*requests[0].ids], made[0]))
+            return made
+
+        monkeypatch.setattr(engine.runner, "draft", listening)
+        answer(engine, [5, *range(49), *range(30)], GREEDY)
+    assert len(guesses) > 3
+    for ids, guessed in guesses:
+        text = torch.tensor([[*ids, *guessed]])
+        with torch.no_grad():
+            features = model.model(text).last_hidden_state
+            passes = unrolled(head, model.model.embed_tokens(text), features, len(guessed))
+            logits = [model.lm_head(hidden[0, len(ids) - 1 + n])[head.ids] for n, hidden in enumerate(passes)]
+        assert [head.ids[each.argmax()].item() for each in logits] == guessed
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--answers", "60"], "--answers must be more than the 60 held out"),
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--minutes", "-1"], "--minutes must be 0 or more"),
+        (["--max_length", "9000"], "--max_length must be from 2 to --batch_tokens"),
+        (["--answers_files", "nowhere.npz"], "There is no file nowhere.npz"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_by_name(flags, sentence, capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(flags)
+    assert sentence in capsys.readouterr().err
+
+
+def test_each_flag_is_explained():
+    assert list(HELP) == [f"--{name}" for name in DraftOptions.__dataclass_fields__]
