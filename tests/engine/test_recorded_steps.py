@@ -1,13 +1,25 @@
-"""What the GPU kernels and the recorded steps promise, shown without a GPU in Triton's interpreter."""
+"""What the GPU kernels and the recorded steps promise, shown without a GPU: kernels in Triton's interpreter, and steps
+that compute anew where they would be replayed."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, or by itself")
+from llama2_chat.engine import cuda_graphs
+from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _Recording
+from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
+from llama2_chat.engine.model_runner import ModelRunner
+from llama2_chat.engine.paged_attention import attention_windows
+from llama2_chat.engine.sampler import NARROW, SamplerState
+from llama2_chat.types import SamplingParams
+from tests.support.engines import CPU, Stairs, running, start
 
 SCRIPT = r"""
 import sys, torch
@@ -114,8 +126,142 @@ print("equal")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="comes with PyTorch for CUDA, or by itself")
 def test_recorded_steps_compute_what_the_model_computes():
     script = SCRIPT.format(root=str(Path(__file__).parents[2]))
     env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=env)
     assert run.stdout == "equal\n", run.stderr
+
+
+# ---- Steps as the engine asks for them, with attention in plain PyTorch ----
+
+
+class Replay:
+    """In place of a CUDA graph."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+class Anew(RecordedWay):
+    """Computes a step anew instead of replaying it."""
+
+    def __init__(self, *args, sizes):
+        super().__init__(*args)
+        self.taken = set()
+        for kind, size in sizes:
+            self._record(kind, size)
+
+    def start(self, wake):
+        pass
+
+    def wait(self):
+        pass
+
+    def _record(self, kind, size):
+        inputs = self._new_inputs(kind, size)
+        logits = self._logits(kind, size, inputs)
+
+        def step():
+            self.taken.add((kind, size))
+            logits.copy_(self._logits(kind, size, inputs))
+
+        def sample():
+            recording.tokens = self._sampler.sample(logits, inputs, NARROW)
+
+        if kind == "prefill":
+            self._prefills[size] = _Recording(size, inputs, Replay(step), logits)
+        else:
+            recording = _DecodeRecording(size, inputs, Replay(step), logits, Replay(sample), inputs)
+            self._decodes[size] = recording
+
+
+class Pipelined:
+    """A runner whose next step may be launched while the tokens of the last are in flight, as on a GPU."""
+
+    pipelined = True
+
+    def __init__(self, runner):
+        self._runner = runner
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+
+def attend(query, key, value, cells, slots, positions, table, scale, keys, values):
+    """Writes key and value to their cells, and lets each token attend to its request up to its position."""
+    for states, new in ((keys, key), (values, value)):
+        states.view(-1, *states.shape[2:])[cells] = new[0].transpose(0, 1)
+    output = []
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        blocks = table[slot, : position // BLOCK_SIZE + 1].long()
+        seen = [states[blocks].flatten(0, 1)[None, : position + 1].transpose(1, 2) for states in (keys, values)]
+        output.append(F.scaled_dot_product_attention(query[:, :, row : row + 1], *seen, scale=scale, enable_gqa=True))
+    return torch.cat(output, 2).transpose(1, 2)
+
+
+def decode(query, key, value, slots, positions, table, scale, keys, values):
+    at = positions[slots]
+    cells = table[slots, at // BLOCK_SIZE].long() * BLOCK_SIZE + at % BLOCK_SIZE
+    return attend(query, key, value, cells, slots, at, table, scale, keys, values)
+
+
+def prefill(query, key, value, kv_index, slots, starts, counts, table, scale, keys, values):
+    tile = torch.arange(query.shape[2] // len(slots))
+    at = (starts[:, None] + tile).flatten()
+    return attend(query, key, value, kv_index, slots.repeat_interleave(len(tile)), at, table, scale, keys, values)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.ops.llama2_chat, "decode_attention", decode, raising=False)
+    monkeypatch.setattr(torch.ops.llama2_chat, "prefill_attention", prefill, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(cuda_graphs, "PIECE_SIZE", 128)
+
+
+SIZES = {("decode", 1), ("decode", 4), ("prefill", 64), ("prefill", 128)}
+SETTINGS = ({"temperature": 0}, {"temperature": 1, "top_k": 5}, {"temperature": 1, "top_k": 0}, {"logprobs": 2})
+
+
+def answers(engine):
+    """Of questions in company, some of which share a beginning, and of one that comes later."""
+    with engine.paused():
+        started = [
+            start(
+                engine,
+                [1, 2, 3, 4] * 17 + [number] * (1 + 40 * number),
+                SamplingParams(seed=number, max_new_tokens=12, repetition_penalty=1, **params),
+                Stairs(number, steps=9) if number == 2 else None,
+            )
+            for number, params in enumerate(SETTINGS)
+        ]
+    said = [(streamer.rest(), request.finish_reason) for request, streamer in started]
+    _, later = start(engine, [1, 2, 3, 4] * 17 + said[0][0])
+    return [*said, later.rest()]
+
+
+@torch.inference_mode()
+def recording_runner(model, sizes, deterministic):
+    windows, context = attention_windows(model), 256
+    pool = KVPool(model, lambda: {CPU: 2**24}, context, max_batch=6)
+    sampler = SamplerState(6, model.config.vocab_size, context, CPU)
+    way = Anew(model, pool, sampler, context // BLOCK_SIZE, deterministic, sizes=sizes)
+    piece = cuda_graphs.PIECE_SIZE if deterministic else None
+    return ModelRunner(model, pool, sampler, context, None, way, 128, windows, piece_size=piece), way
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_recorded_steps_that_the_engine_packs_and_pads_say_what_it_says_without(
+    tiny_llama, without_kernels, deterministic
+):
+    with running(tiny_llama, speculate=False) as plain:
+        expected = answers(plain)
+    sizes = {("decode", 6), ("prefill", 128)} if deterministic else SIZES
+    runner, way = recording_runner(tiny_llama, sizes, deterministic)
+    engine = Engine(Pipelined(runner), set())
+    assert answers(engine) == expected
+    engine.close()
+    assert way.taken == sizes
