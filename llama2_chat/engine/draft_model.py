@@ -148,18 +148,18 @@ class Drafter:
         try:
             self._read(chunks, prompts)
         except Exception:
-            log.exception("A model that guesses could not read; these answers go on without guesses")
+            log.exception("A model that guesses could not read; these answers go on without its guesses")
             for chunk in chunks:
-                chunk.request.drafts = None
+                chunk.request.stop_model()
 
     def _read(self, chunks: Sequence[Chunk], prompts: bool) -> None:
         assert self._heard is not None
         features = self._net.features(self._heard[0]).split([chunk.end - chunk.start for chunk in chunks])
         self._heard = None
         for chunk, own in zip(chunks, features, strict=True):
-            if chunk.request.drafts is not None:
+            if chunk.request.confidence is not None:
                 self._append(chunk, own)
-        if prompts and (read := [chunk for chunk in chunks if chunk.request.drafts is not None]):
+        if prompts and (read := [chunk for chunk in chunks if chunk.request.confidence is not None]):
             self._forward([Chunk(chunk.request, self._rows[chunk.request].next, chunk.end) for chunk in read])
 
     def _append(self, chunk: Chunk, features: Tensor) -> None:

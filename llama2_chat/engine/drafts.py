@@ -26,7 +26,7 @@ class Drafts:
         self._places: dict[tuple[int, int], list[int]] = {}  # of two ids in a row: where the next one stands
         self._indexed = 1  # the first place that has not been looked at as that of the second of two
         self._alike, self._length = ALIKE, LENGTH
-        self.of_model = Confidence()
+        self.of_model: Confidence | None = Confidence()  # None once a model has failed to guess here
 
     def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
         """At most so many ids that may come next; often none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llama2_chat.engine.drafts import Drafts
+from llama2_chat.engine.drafts import Confidence, Drafts
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.errors import ChatError
 from llama2_chat.types import FinishReason, SamplingParams
@@ -76,6 +76,16 @@ class Request:
     @property
     def runs(self) -> bool:
         return self.slot != NO_SLOT
+
+    @property
+    def confidence(self) -> Confidence | None:
+        """How far a model may guess for it; None if it may not."""
+        return self.drafts.of_model if self.drafts is not None else None
+
+    def stop_model(self) -> None:
+        """From here on no model guesses for it."""
+        if self.drafts is not None:
+            self.drafts.of_model = None
 
     @property
     def client(self) -> str:

@@ -61,14 +61,14 @@ class Speculation:
     def _ask_model(self, requests: Sequence[Request], drafts: list[_Draft], room: int) -> None:
         """Let a model guess where nothing else did."""
         cost = self._runner.draft_cost
-        asked = [n for n, draft in enumerate(drafts) if not draft.ids and requests[n].drafts is not None]
+        asked = [n for n, draft in enumerate(drafts) if not draft.ids and requests[n].confidence is not None]
         if cost is None or not asked or room < len(asked):
             return
         lengths = []
         for n in asked:
             request, most = requests[n], min(room // len(asked), _most(requests[n]))
-            assert request.drafts is not None
-            length = request.drafts.of_model.length(most, cost * len(requests))
+            assert request.confidence is not None
+            length = request.confidence.length(most, cost * len(requests))
             lengths.append(length if self._scheduler.grow(request, length) else 0)
         if not any(lengths):
             return
@@ -77,9 +77,9 @@ class Speculation:
         except Exception:
             if not self._runner.is_alive():
                 raise
-            log.exception("A model's guesses failed; these answers go on without any")
+            log.exception("A model's guesses failed; these answers go on without them")
             for n in asked:
-                requests[n].drafts = None
+                requests[n].stop_model()
             return
         for n, ids in zip(asked, guesses, strict=True):
             drafts[n] = _Draft(ids, by_model=True)
@@ -105,8 +105,8 @@ class Speculation:
         for chunk in drafted:
             if chunk.request.drafts is None:
                 continue
-            if chunk.by_model and chunk.draft:
-                chunk.request.drafts.of_model.judge(len(chunk.draft), accepted[chunk.request])
+            if chunk.by_model and chunk.draft and chunk.request.confidence is not None:
+                chunk.request.confidence.judge(len(chunk.draft), accepted[chunk.request])
             elif accepted[chunk.request] >= chunk.forced:
                 chunk.request.drafts.judge(len(chunk.draft) - chunk.forced, accepted[chunk.request] - chunk.forced)
 

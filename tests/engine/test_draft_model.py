@@ -78,7 +78,10 @@ def test_a_model_that_cannot_guess_costs_nobody_an_answer(tiny_llama, obstinate,
     broken.layers[0].mlp.forward = explode
     for head in (lost, broken):
         with running(tiny_llama, draft=head) as engine:
-            assert answer(engine, [1, 2, 3])[0] == expected
+            said, request = answer(engine, [1, 2, 3])
+            assert said == expected
+            assert request.drafts is not None  # text that comes again is guessed as before
+    assert request.confidence is None
 
 
 def test_a_model_that_guesses_for_an_engine_hears_no_other(tiny_llama):

@@ -48,6 +48,8 @@ def answers(engine, prompts, kind):
 class Planted:
     """In place of Drafts: what an answer will say, with one guess of five changed."""
 
+    of_model = None
+
     def __init__(self, prompt_tokens, answer):
         self._prompt_tokens, self._answer, self._random = prompt_tokens, answer, random.Random(0)
 
