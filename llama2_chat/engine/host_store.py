@@ -55,7 +55,7 @@ class HostStore:
             part.restore(page, block)
 
     def settle(self, blocks: Iterable[int]) -> None:
-        """Let what is computed from now on wait until these may be written."""
+        """Let what is computed from now on wait until these may be read and written."""
         for part in self._parts:
             part.settle(blocks)
 

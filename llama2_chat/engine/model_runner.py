@@ -220,11 +220,10 @@ class ModelRunner:
         return VerifiedDrafts({chunk.request: rows for chunk, rows in zip(chunks, logits, strict=True)})
 
     def _settle(self, chunks: Sequence[Chunk]) -> None:
-        """What these blocks held before may still be on its way to the host."""
+        """Let a step wait for what is copied from blocks that it writes to, and to those that it reads."""
         if self._host:
             for chunk in chunks:
-                written = range(chunk.start // BLOCK_SIZE, (chunk.end - 1) // BLOCK_SIZE + 1)
-                self._host.settle(chunk.request.blocks[index] for index in written)
+                self._host.settle(chunk.request.blocks.blocks[: (chunk.end - 1) // BLOCK_SIZE + 1])
 
     def new_masks(self, count: int) -> Tensor:
         return torch.zeros(count, -(-self.vocab_size // 32), dtype=torch.int32, pin_memory=self.pipelined)
