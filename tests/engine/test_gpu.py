@@ -108,7 +108,8 @@ def test_recorded_steps_say_what_transformers_says(model, compiled):
 
 
 def test_what_comes_back_from_memory_of_the_host_is_bit_for_bit_what_left(model):
-    (first, *others), more = prompts([1500, 1000, 1000, 1000, 1000]), SamplingParams(seed=3, max_new_tokens=64)
+    # It leaves in whole blocks: what is computed again in a prompt is rounded otherwise than in an answer.
+    (first, *others), more = prompts([1473, 1000, 1000, 1000, 1000]), SamplingParams(seed=3, max_new_tokens=64)
 
     def texts(tokens, host_bytes):
         free = {model.device: tokens * 2048}
