@@ -103,10 +103,24 @@ def load_for_training(
             # bitsandbytes' Linear4bit, on a CPU that has bfloat16: the first step in eval mode would pack its weights
             # for a kernel that has no backward pass, and training would go on with gradients that end there.
             module.support_avx512bf16_for_cpu = False
+    if divisible and precision == "nf4":
+        _let_bytes_be_copied(model)
     if checkpoint.adapter:
         adapted: Any = load_adapter(model, checkpoint, is_trainable=True)
         return adapted.eval()  # which has all that a model of transformers has
     return model
+
+
+def _let_bytes_be_copied(model: Any) -> None:
+    """Have FSDP bring the parts of 4-bit weights together as bytes: each layer that is divided gets one of bytes.
+
+    Parameters of one dtype it copies as numbers, and PyTorch's kernel for it takes bfloat16 through float32 on a GPU:
+    codes that read as NaN become another NaN. Parameters of several dtypes it copies as bytes.
+    """
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            byte = torch.zeros(1, dtype=torch.uint8, device=model.device)
+            module.register_parameter("byte", torch.nn.Parameter(byte, requires_grad=False))
 
 
 def fetch_weights(checkpoint: Checkpoint) -> None:

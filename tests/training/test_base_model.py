@@ -54,6 +54,17 @@ def test_in_nf4_the_answers_before_training_do_not_cut_the_gradients_off(chat_mo
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+def test_weights_in_4_bits_are_divided_as_bytes_and_compute_as_before(chat_model):
+    """As numbers of one dtype they came together through float32 on GPUs, and codes that read as NaN were lost."""
+    checkpoint = fetch_base(str(chat_model)).checkpoint
+    whole, divisible = (load_for_training(checkpoint, "nf4", "cpu", divisible) for divisible in (False, True))
+    for layer in divisible.model.layers:
+        assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16, torch.uint8}
+        assert not any(parameter.requires_grad for parameter in layer.parameters() if parameter.dtype == torch.uint8)
+    ids = torch.arange(40)[None]
+    assert torch.equal(divisible(ids).logits, whole(ids).logits)
+
+
 def test_a_model_is_told_from_another_of_its_shape_by_configuration_and_weights(chat_model, tmp_path):
     files = [Files(copy) for copy in (chat_model, tmp_path / "same", tmp_path / "config", tmp_path / "weights")]
     for other in files[1:]:
