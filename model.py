@@ -45,17 +45,17 @@ from llama2_chat.types import (
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: load() does it, behind a page that is already up
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llama2_chat.engine.engine import Engine
     from llama2_chat.engine.grammar import Grammars
     from llama2_chat.engine.reply import StreamedReply
+    from llama2_chat.loading.choose import Checkpoint
     from llama2_chat.loading.load import Loaded
+    from llama2_chat.parallel import Workers
 
 log = logging.getLogger("llama2_chat")
 
-CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
 MOST_KV_HOST_BYTES = 8_000_000_000  # unless KV_HOST_GB asks for more: 10,000 tokens of the 13B
 LONGEST_UNASKED = 4_096  # tokens of an answer whose length nobody named: some models never end by themselves
 EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -93,6 +93,7 @@ class ChatModel:
         self.context_length = 0  # tokens, prompt and answer together; 4,096 for Llama 2
         self.reply_type: type[StreamedReply] | None = None  # another one, for scripts that measure
         self._serving: Serving | None = None
+        self._workers: Workers | None = None  # of a model over several GPUs
         self._closing = threading.Event()
 
     @property
@@ -153,7 +154,7 @@ class ChatModel:
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.config import read_config
         from llama2_chat.loading.draft import check_draft
-        from llama2_chat.loading.load import load, measure
+        from llama2_chat.loading.load import divided, load, measure
         from llama2_chat.loading.lora import check_adapters
         from llama2_chat.loading.memory import translate_out_of_memory
         from llama2_chat.loading.read import load_tokenizer
@@ -172,6 +173,9 @@ class ChatModel:
                 check_architecture(read_config(checkpoint.base))
             check_adapters(checkpoint)
             check_draft(checkpoint)
+            checkpoint = divided(checkpoint)
+            if checkpoint.part:
+                self._workers = self._start_workers(checkpoint)
             loaded = load(checkpoint, self._progress)
             with (
                 translate_out_of_memory(quoted(plan.model_id), loaded.precision, loaded.needed_bytes),
@@ -187,6 +191,22 @@ class ChatModel:
             log.exception("Loading the model failed")
             sentence = "The model could not be loaded because of an unexpected error. The server's log has the details."
             self.status = replace(self.status, state="failed", error=sentence)
+        finally:
+            if self._workers and self.status.state != "ready":
+                self._workers.close()
+
+    def _start_workers(self, checkpoint: Checkpoint) -> Workers:
+        """The processes of the other parts; they read files that are here."""
+        from llama2_chat.loading.load import bring_plain
+        from llama2_chat.loading.memory import visible_gpus
+        from llama2_chat.parallel import RunnerOptions, Workers
+
+        bring_plain(checkpoint, self._progress)
+        settings, part = self.settings, checkpoint.part
+        assert part is not None
+        host_bytes = _host_bytes(settings.kv_host_gb, "cuda" if visible_gpus() else "cpu") // part.of
+        options = RunnerOptions(settings.max_batch, settings.compile, settings.deterministic, host_bytes)
+        return Workers(checkpoint, options, self._rank_lost)
 
     def serve(self, tokenizer: PreTrainedTokenizerBase, loaded: Loaded, chat_format: str | None = None) -> ChatModel:
         """Be ready with a model that is already in memory; loading ends here, scripts may start here.
@@ -198,24 +218,29 @@ class ChatModel:
         from llama2_chat.engine.kv_pool import make_pool
         from llama2_chat.engine.model_runner import build_runner
         from llama2_chat.loading.load import find_stop_ids
+        from llama2_chat.loading.memory import free_bytes
 
         context, why_shorter = context_window(loaded.model.config)
         why = f"{loaded.why} {why_shorter}".rstrip()
         prompt.show_calls(tokenizer)
         stop_ids = find_stop_ids(tokenizer, loaded.model.generation_config)
         chat_format, ending = prompt.checked_format(tokenizer, chat_format), prompt.find_ending(tokenizer)
-        runner = build_runner(
-            loaded.model,
-            lambda: _free_bytes(self.settings.kv_headroom_gb),
-            context_length=context,
-            max_batch=self.settings.max_batch,
-            compile=self.settings.compile,
-            deterministic=self.settings.deterministic,
-            adapters=loaded.adapters,
-            speculate=self.settings.speculation == "auto",
-            host_bytes=_host_bytes(self.settings.kv_host_gb, loaded.device),
-            draft=loaded.draft,
-            make_pool=partial(make_pool, self.settings.kv_cache),
+        runner = (
+            self._workers.join(loaded)
+            if self._workers
+            else build_runner(
+                loaded.model,
+                lambda: free_bytes(self.settings.kv_headroom_gb),
+                context_length=context,
+                max_batch=self.settings.max_batch,
+                compile=self.settings.compile,
+                deterministic=self.settings.deterministic,
+                adapters=loaded.adapters,
+                speculate=self.settings.speculation == "auto",
+                host_bytes=_host_bytes(self.settings.kv_host_gb, loaded.device),
+                draft=loaded.draft,
+                make_pool=partial(make_pool, self.settings.kv_cache),
+            )
         )
         engine = Engine(runner, stop_ids | ending.next_turn, queue_limit=self.settings.queue_limit, on_lost=self._lost)
         self.context_length = engine.context_length
@@ -323,6 +348,8 @@ class ChatModel:
         self._closing.set()
         if self._serving is not None:
             self._serving.engine.close(timeout_s)
+        if self._workers:
+            self._workers.close(timeout_s)
 
     def _trimmed(
         self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None
@@ -387,8 +414,16 @@ class ChatModel:
             raise NoAdapter(name)
         return names.index(name)
 
+    def _rank_lost(self) -> None:
+        """A process that computes a part of the model has ended; the engine's thread may wait for it for ever."""
+        if self._serving:
+            self._serving.engine.lose()
+        self._lost()
+
     def _lost(self) -> None:
         """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""
+        if self.status.error == GPU_LOST:
+            return
         self.status = replace(self.status, state="failed", error=GPU_LOST)
         log.critical("The GPU stopped working; this process ends with exit code %d", EXIT_GPU_LOST)
         threading.Timer(2, os._exit, (EXIT_GPU_LOST,)).start()
@@ -402,23 +437,11 @@ class ChatModel:
 _: type[ChatBackend] = ChatModel  # the promise, held by the type checker
 
 
-def _free_bytes(headroom_gb: float) -> dict[torch.device, int]:
-    """What the KV pool may take of each device."""
-    import torch
-
-    from llama2_chat.loading.memory import GB, visible_gpus
-
-    torch.cuda.empty_cache()  # what loading needed for a moment
-    headroom = int(headroom_gb * GB)
-    free = {torch.device("cuda", i): max(gpu.free_bytes - headroom, 0) for i, gpu in enumerate(visible_gpus())}
-    return {torch.device("cpu"): CPU_KV_BYTES, **free}
-
-
 def _host_bytes(wanted_gb: float | None, device: str) -> int:
     """What conversations that leave the GPU may take of this computer's memory."""
     from llama2_chat.loading.memory import GB, free_host_bytes
 
-    if device == "cpu":
+    if device.endswith("cpu"):
         return 0  # the KV cache is there already
     if wanted_gb is not None:
         return int(wanted_gb * GB)

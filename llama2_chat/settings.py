@@ -29,6 +29,7 @@ SPECULATIONS = ("auto", "off")
 KV_CACHES = ("auto", "fp8", "int8", "none")
 CPU_BATCH, GPU_BATCH = 8, 32  # answers computed at once, where MAX_BATCH says nothing
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "nf4")
+MOST_GPUS = 16  # that compute one model together
 CLIENT_LIMIT = 32  # more than a household or an office asks at once, and half of the line
 BODY_LIMIT_MB = 10  # the page sends its whole conversation with each question
 PERSISTENT = Path("/data")  # where a Space's storage bucket is mounted, if it has one
@@ -201,6 +202,12 @@ class Settings:
         "memory of this computer for what the KV cache of a GPU has no room for, so that such conversations come back "
         "by copy; by default a quarter of what is free, at most 8; 0 for none",
     )
+    tensor_parallel: str = _knob(
+        "1",
+        "TENSOR_PARALLEL",
+        "how many GPUs, which are alike, compute each layer of a Llama together; auto takes several where one does not "
+        "hold the model",
+    )
     compile: bool = _knob(
         True, "COMPILE", "compile the model for faster decoding on a GPU, in the background after each start"
     )
@@ -259,6 +266,10 @@ class Settings:
             raise ChatError(f"history must be one of {', '.join(HISTORIES)}; it was {self.history!r}.")
         if self.history == "server" and not self.auth_file:
             raise ChatError("HISTORY=server needs AUTH_FILE: without a login nobody's conversations can be told apart.")
+        if not (self.tensor_parallel == "auto" or self.tensor_parallel in map(str, range(1, MOST_GPUS + 1))):
+            raise ChatError(
+                f"tensor_parallel must be auto or a number from 1 to {MOST_GPUS}; it was {self.tensor_parallel!r:.40}."
+            )
         if self.speculation not in SPECULATIONS:
             raise ChatError(f"speculation must be {' or '.join(SPECULATIONS)}; it was {self.speculation!r}.")
         if self.draft_model and self.speculation == "off":

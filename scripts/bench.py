@@ -6,6 +6,7 @@
     python scripts/bench.py --formats                   what int8, int4 and NF4 cost a small model that is trained first
     python scripts/bench.py --starts                            which shapes and precisions start in how much GPU memory
     python scripts/bench.py --shape 13b --quantization none --gpus 2                    the same, split over two
+    python scripts/bench.py --shape 13b --quantization none --gpus 2 --tensor-parallel 2      both compute each layer
     python scripts/bench.py --shape 13b --plot users.png                 tokens/s and waiting against how many users
     python scripts/bench.py --shape 13b --page                           what 31 readers of the page and a Chromium cost
     python scripts/bench.py --browser           what the page takes from a Chromium, and 32 streams of it from an engine
@@ -77,6 +78,7 @@ def read_arguments() -> argparse.Namespace:
     add("--shape", choices=shapes.SHAPES, help="measure this shape of Llama 2, with random weights")
     add("--quantization", default="auto", help="as app.py takes it")
     add("--gpus", type=int, default=1, help="GPUs to use with --shape")
+    add("--tensor-parallel", default="1", help="as app.py takes it, with --shape")
     add("--gpu-memory-gb", type=float, help="leave each GPU with no more memory than this")
     add("--starts", nargs="*", choices=starts.PRECISIONS, help="what starts in --gpu-memory-gb, or in several sizes")
     add("--accept", type=Path, nargs="?", const=acceptance.PAGE, help="which precision is right; where the page goes")
@@ -153,6 +155,7 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
             args.gpu_memory_gb,
             args.users,
             args.page,
+            args.tensor_parallel,
         )
     if args.url:
         return server_load.measure(args.url, args.users)

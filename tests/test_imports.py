@@ -23,6 +23,7 @@ LAYERS = [
     {"tasks", "presets"},
     {"kernels", "prompt", "tools"},
     {"engine", "loading", "remote"},
+    {"parallel"},
     {"model"},
     {"agent", "documents", "embeddings", "training", "guard"},
     {"server"},

@@ -90,6 +90,7 @@ def test_a_space_on_zero_gpu_is_known_by_its_variable(value):
         ([], {"QUANTIZATION": "int3"}, "quantization must be one of"),
         ([], {"KV_CACHE": "fp4"}, "kv_cache must be one of auto, fp8, int8, none; it was 'fp4'"),
         ([], {"SPECULATION": "1"}, "speculation must be auto or off; it was '1'"),
+        ([], {"TENSOR_PARALLEL": "two"}, "tensor_parallel must be auto or a number from 1 to 16; it was 'two'"),
         ([], {"PORT": "http"}, "--port: invalid int value: 'http'"),
         (["--port", "70000"], {}, "port must be from 0 to 65535"),
         (["--temperature", "9"], {}, "temperature must be a number from 0 to 5"),

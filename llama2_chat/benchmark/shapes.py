@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from llama2_chat.benchmark import Figures, load_test, serving_cost
 from llama2_chat.benchmark.decode_speed import decode_speed, generate_speeds
@@ -32,6 +36,7 @@ SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
     "70b": (8192, 28672, 80, 64, 8),
 }
 COMPILING_S = 600  # at most
+WRITERS = 8  # files of weights that are written at once
 
 
 def measure(
@@ -43,6 +48,7 @@ def measure(
     gpu_memory_gb: float | None,
     users: Sequence[int],
     with_page: bool,
+    tensor_parallel: str,
 ) -> Iterator[Figures]:
     """checkpoint: where the weights are, or are put for the next run; None makes them for this run only."""
     use_gpus(gpus)
@@ -51,7 +57,8 @@ def measure(
         if gpu_memory_gb is not None:
             limit_memory(gpus, gpu_memory_gb)
         started = time.perf_counter()
-        chat = load(["--model-id", folder, "--quantization", quantization])
+        flags = ["--quantization", quantization, "--tensor-parallel", tensor_parallel]
+        chat = load(["--model-id", folder, *flags])
     yield {
         "shape": shape,
         "gpu": f"{gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else None,
@@ -75,6 +82,8 @@ def measure(
     }
     params = replace(SAMPLING, max_new_tokens=256)
     yield {"decode, ours, tokens/s": decode_speed(chat, 512, params)}
+    if "x" in chat.status.device:  # generate() knows one part alone
+        return
     decode, whole = generate_speeds(chat, 512, params)
     yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
 
@@ -141,15 +150,45 @@ def make_checkpoint(shape: str, tokenizer: str, folder: Path) -> None:
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
     )
     if (folder / "tokenizer_config.json").is_file():  # written last
         if LlamaConfig.from_pretrained(folder).hidden_size != hidden:
             sys.exit(f"{folder} holds a shape other than {shape}. Name another folder.")
         return
-    on_gpu = torch.cuda.is_available()
-    with torch.device("cuda" if on_gpu else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    if on_gpu:
+    _write_weights(config, folder)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def _write_weights(config: LlamaConfig, folder: Path) -> None:
+    """In a file for each layer: a large shape fits in no GPU as a whole, and several files are written at once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    files: defaultdict[str, dict[str, torch.Size]] = defaultdict(dict)
+    for name, parameter in model.named_parameters():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        files[f"model-{layer}.safetensors"][name] = parameter.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(WRITERS) as writers:
+        list(writers.map(lambda file: save_file(_random(files[file], config), folder / file), files))
+    where = {name: file for file, names in files.items() for name in names}
+    total = sum(2 * shape.numel() for names in files.values() for shape in names.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def _random(shapes: Mapping[str, torch.Size], config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """As transformers initialises a Llama: norms are ones."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        if len(shape) > 1:
+            tensor.normal_(0, config.initializer_range)
+        tensors[name] = tensor.cpu()
+    return tensors

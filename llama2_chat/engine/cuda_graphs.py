@@ -221,6 +221,10 @@ class RecordedWay:
     # In the engine's thread.
 
     @property
+    def recorded(self) -> list[tuple[str, int]]:
+        return [*(("decode", size) for size in self._decodes), *(("prefill", size) for size in self._prefills)]
+
+    @property
     def maintenance_due(self) -> bool:
         return not self._compiled.empty()
 

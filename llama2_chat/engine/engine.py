@@ -194,6 +194,17 @@ class Engine:
         self.runner.close()
         self._thread.join(timeout_s)
 
+    def lose(self) -> None:
+        """The GPU has failed: every request ends with an error, even if the thread waits for the GPU and will do so
+        for ever. Safe from any thread."""
+        with self._changed:
+            self._closed = True
+            requests = [*self._scheduler.running, *self._scheduler.waiting]
+            self._scheduler.waiting.clear()
+        for request in requests:
+            request.error = ChatError(GPU_LOST)
+            self.delivery.end(request, "error")
+
     # Everything below runs in the engine's thread.
 
     def _run(self) -> None:
@@ -339,12 +350,7 @@ class Engine:
 
     def _give_up(self) -> None:
         """No restart of the loop can cure a GPU that has failed; the program can only be started anew."""
-        with self._changed:
-            self._closed = True
-            waiting = list(self._scheduler.waiting)
-            self._scheduler.waiting.clear()
-        for request in waiting:
-            self.delivery.fail(request, ChatError(GPU_LOST))
+        self.lose()
         self._on_lost()
 
     # ---- At the start ----

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from llama2_chat.kernels.lora import AdaptedLinear
 from llama2_chat.kernels.packed import JoinedPackedLinear
+from llama2_chat.kernels.rank_sum import SummedLinear
 
 
 @torch.no_grad()  # else what is joined would hold on to what it was joined from
@@ -25,7 +26,9 @@ def join_projections(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         groups = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-        _join_layer([*groups, [attention.o_proj], [mlp.down_proj]])
+        outputs: list[Any] = [attention.o_proj, mlp.down_proj]
+        alone = [[each.part if isinstance(each, SummedLinear) else each] for each in outputs]
+        _join_layer([*groups, *alone])
     torch.cuda.empty_cache()  # else PyTorch would keep the memory of the copies
 
 

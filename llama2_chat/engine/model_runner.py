@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -136,6 +137,11 @@ class ModelRunner:
     @property
     def kv_bytes(self) -> int:
         return self._pool.bytes
+
+    @property
+    def recorded(self) -> list[tuple[str, int]]:
+        """Which steps are recorded: their kinds and sizes."""
+        return self._faster.recorded if self._faster else []
 
     def start(self, wake: Callable[[], None]) -> None:
         if self._faster:
@@ -343,6 +349,9 @@ class ModelRunner:
         return self._eager.decode(requests).logits
 
 
+RunnerT = TypeVar("RunnerT", bound=ModelRunner)
+
+
 def build_runner(
     model: PreTrainedModel,
     free_bytes: Callable[[], Mapping[torch.device, int]],
@@ -357,7 +366,8 @@ def build_runner(
     adapters: Sequence[LoraWeights] = (),
     host_bytes: int = 0,
     draft: EagleHead | PreTrainedModel | None = None,
-) -> ModelRunner:
+    runner_type: type[RunnerT] = ModelRunner,  # type: ignore[assignment]
+) -> RunnerT:
     """The fastest runner that this model can have where it is.
 
     free_bytes: for each device of the model what the KV pool may take there, as soon as the rest has its memory.
@@ -370,6 +380,7 @@ def build_runner(
     adapters: which requests may choose from, by their place here, 1 for the first.
     host_bytes: memory of the host for what makes room in the pool, at most.
     draft: what guesses, where text does not come again.
+    runner_type: ModelRunner, or what lets several processes compute one model (ranks.py).
 
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
     no memory is left for keys and values, or if its steps cannot be recorded and must be.
@@ -400,7 +411,7 @@ def build_runner(
         net = _draft_net(draft, model) if speculate else None
         pool = make_pool(model, free_beside_steps, context_length, max_batch, net.probe() if net else ())
         draft_tokens = CPU_DRAFT_TOKENS if speculate and weight.device.type == "cpu" else 0
-        return ModelRunner(
+        return runner_type(
             model,
             pool,
             sampler,
@@ -419,7 +430,7 @@ def build_runner(
     pool = make_pool(model, free_beside_steps, context_length, max_batch)
     recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
-    return ModelRunner(
+    return runner_type(
         model,
         pool,
         sampler,

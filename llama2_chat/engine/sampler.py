@@ -113,8 +113,9 @@ class SamplerState:
         self.padding = slots
         self.vocab_size = V
         self.device = device
-        self.tokens = torch.zeros(S, dtype=torch.long, device=device)  # the newest id, whose keys are not yet computed
-        self.positions = torch.zeros(S, dtype=torch.long, device=device)  # where it stands
+        # Of each slot: its newest id, whose keys are not yet computed, and where that stands.
+        self.newest = torch.zeros(2, S, dtype=torch.long, device=device)
+        self.tokens, self.positions = self.newest
         self._answer_tokens = torch.zeros(S, dtype=torch.long, device=device)
         self._draws = torch.zeros(S, max_new_tokens, device=device)
         self._counts = torch.zeros(S, V, dtype=torch.int32, device=device)  # how often each token is in the answer

@@ -49,6 +49,9 @@ class BackgroundWay(StepWay, Protocol):
     def mode(self) -> str: ...
 
     @property
+    def recorded(self) -> list[tuple[str, int]]: ...  # kinds and sizes of the steps that are ready
+
+    @property
     def maintenance_due(self) -> bool: ...
 
     def start(self, wake: Callable[[], None]) -> None: ...

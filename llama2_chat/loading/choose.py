@@ -22,6 +22,7 @@ from llama2_chat.loading.disk import Files, translate_parse_errors
 from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files, find_folder, split_revision
 from llama2_chat.loading.meta import prepare
 from llama2_chat.loading.meta_folder import is_chat, is_metas
+from llama2_chat.loading.parts import Part
 from llama2_chat.loading.small_model import fetch_embedded
 from llama2_chat.prompt import NO_FORMAT
 from llama2_chat.settings import Settings
@@ -55,6 +56,7 @@ class Plan:
     kv_cache: str = Settings.kv_cache
     adapters: tuple[tuple[str, str], ...] = ()  # names and sources of those that requests choose from
     draft_model: str | None = None  # a Hub id or folder of what guesses for the model
+    tensor_parallel: str = Settings.tensor_parallel  # GPUs that compute each layer together
 
     @property
     def is_embedded(self) -> bool:
@@ -89,6 +91,8 @@ class Checkpoint:
     chat_format: str | None = None  # "llama-2", "none" for a model that completes texts; None as its tokenizer says
     headroom_gb: float = Settings.kv_headroom_gb  # as the plan's
     kv_cache: str = Settings.kv_cache
+    tensor_parallel: str = Settings.tensor_parallel  # as the plan's
+    part: Part | None = None  # what of the model to load; None for all of it
 
     @property
     def is_embedded(self) -> bool:
@@ -117,6 +121,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         settings.kv_cache,
         settings.named_adapters,
         settings.draft_model,
+        settings.tensor_parallel,
     )
     if settings.zero_gpu:
         log.warning("%s", ZERO_GPU)
@@ -233,6 +238,7 @@ def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkp
         chat_format=chat_format,
         headroom_gb=plan.headroom_gb,
         kv_cache=plan.kv_cache,
+        tensor_parallel=plan.tensor_parallel,
     )
 
 

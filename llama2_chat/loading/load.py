@@ -41,11 +41,13 @@ from llama2_chat.loading.memory import (
     choose_device_map,
     choose_precision,
     compute_dtype,
+    own_gpu,
     translate_out_of_memory,
     visible_gpus,
 )
 from llama2_chat.loading.meta import convert_weights
 from llama2_chat.loading.packing import PackedConfig, finish_packed, read_packed, why_not_packed
+from llama2_chat.loading.parts import Part, choose_parts, share, why_not_divided
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.read import read_model, translate_errors
 from llama2_chat.loading.unpack import check_room, unpacked
@@ -65,6 +67,7 @@ class Loaded:
     model: PreTrainedModel
     why: str
     needed_bytes: int = 0  # of GPU memory, or of this computer's without one, with one conversation
+    part: Part | None = None  # what of the model it is; None for all of it
     adapters: tuple[LoraWeights, ...] = ()  # to be put beside it
     draft: EagleHead | PreTrainedModel | None = None  # what guesses for it
 
@@ -77,7 +80,8 @@ class Loaded:
     def device(self) -> str:
         """ "cpu", "cuda:0", "2 x cuda"."""
         devices = {parameter.device for parameter in self.model.parameters()}
-        return str(devices.pop()) if len(devices) == 1 else f"{len(devices)} x cuda"
+        count = self.part.of if self.part else len(devices)
+        return str(devices.pop()) if count == 1 else f"{count} x {devices.pop().type}"
 
 
 # ---- Before there are weights ----
@@ -137,15 +141,37 @@ def _whole(opened: Any, name: str) -> str | None:
     return name if is_whole else None
 
 
+def divided(checkpoint: Checkpoint) -> Checkpoint:
+    """The first part of it, and in which precision all parts are, if several GPUs shall compute it together."""
+    gpus, size = visible_gpus(), measure_checkpoint(checkpoint)
+    adapted = checkpoint.adapter or checkpoint.adapters
+    why_whole = "adapters need a model that is whole; merge_adapter.py merges one for good" if adapted else None
+    with translate_errors(checkpoint.base):
+        config = read_config(checkpoint.base)
+    requested, quantization = checkpoint.tensor_parallel, checkpoint.quantization
+    parts = choose_parts(requested, quantization, config, size, gpus, why_whole)
+    if parts == 1:
+        return checkpoint
+    fewest = sorted(gpus[:parts], key=lambda gpu: gpu.free_bytes)[:1]
+    precision, why = choose_precision(quantization, share(size, parts), fewest)
+    check_memory(quoted(checkpoint.model_id), precision, share(size, parts), fewest)
+    if reason := why_not_divided(config, parts, precision, gpus):
+        raise ModelUnavailable(f"TENSOR_PARALLEL={parts} does not work here: {reason}.")
+    together = f"{parts} {'GPUs' if gpus else 'processes'} compute each layer together."
+    return replace(checkpoint, part=Part(0, parts), quantization=precision, why=f"{checkpoint.why} {why} {together}")
+
+
 # ---- Loading ----
 
 
 def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     """Download the weights if they are not here, after checking that they will fit, and load them."""
-    files, adapter, gpus = checkpoint.base, checkpoint.adapter, visible_gpus()
+    files, adapter, part = checkpoint.base, checkpoint.adapter, checkpoint.part
+    gpus, size = visible_gpus() if part is None else own_gpu(part.rank), measure_checkpoint(checkpoint)
+    if part is not None:
+        size = share(size, part.of)
     if gpus:
         keep_compiled(checkpoint.cache_dir)
-    size = measure_checkpoint(checkpoint)
     precision, why = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     check_format(checkpoint.kv_cache, [gpu.capability for gpu in gpus])
@@ -170,7 +196,8 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         why = f"{why} Its products are those of bitsandbytes, since {reason}."
     with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes):
         with translate_errors(files):
-            model = _load_for_serving(files, precision, size, gpus, checkpoint.cache_dir if packs else None)
+            packs_in = checkpoint.cache_dir if packs else None
+            model = _load_for_serving(files, precision, size, gpus, packs_in, part)
         if adapter:
             # In 4 or 8 bits merging would round the change away: there it stays apart.
             merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)
@@ -186,11 +213,13 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         if precision == "nf4" and gpus:
             speed_up_nf4(model)
     model.eval().requires_grad_(False)
-    draft = read_draft(checkpoint, model, progress)
+    if part:
+        why = ""  # divided() has said it
+    draft = None if part else read_draft(checkpoint, model, progress)
     if checkpoint.draft and draft is None:
         why = f"{why} DRAFT_MODEL is left out: guesses are made on a CPU only."
     why = f"{why} {said_of_base(checkpoint.all_adapters, checkpoint.base)}".rstrip()
-    loaded = Loaded(model, f"{checkpoint.why} {why}", needed_bytes, adapters, draft)
+    loaded = Loaded(model, f"{checkpoint.why} {why}".rstrip(), needed_bytes, part, adapters, draft)
     if loaded.precision != precision:
         return replace(loaded, why=f"{loaded.why} Not all of its layers can be in {precision}.")
     return loaded
@@ -230,11 +259,24 @@ def bring_weights(files: Files, progress: Progress) -> None:
         fetch_weights(files, progress)
 
 
+def bring_plain(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Have its weights on this disk as they are read, unpacked if they come quantised."""
+    config = read_config(checkpoint.base)
+    if quantization_of(config):
+        check_room(checkpoint.base, config, checkpoint.cache_dir)
+    bring_weights(checkpoint.base, progress)
+    if quantization_of(config):
+        with translate_errors(checkpoint.base):
+            unpacked(checkpoint.base, config, checkpoint.cache_dir)
+
+
 def _load_for_serving(
-    files: Files, precision: str, size: Size, gpus: Sequence[Gpu], packs_in: Path | None
+    files: Files, precision: str, size: Size, gpus: Sequence[Gpu], packs_in: Path | None, part: Part | None
 ) -> PreTrainedModel:
-    """packs_in: the cache for packed weights; None if these are not to be packed."""
+    """packs_in: the cache for packed weights; None if these are not to be packed. part: None for all of the model."""
     device_map, max_memory = choose_device_map(precision, size, gpus)
+    if part is not None and gpus:
+        device_map = {"": part.rank}
     dtype, config = compute_dtype(gpus), None
     if precision == "float32":
         dtype = torch.float32
@@ -243,9 +285,9 @@ def _load_for_serving(
     elif precision == "int8" and gpus and not packs_in:
         config, dtype = int8_config(), torch.float16  # it computes in float16 and would cast
     if packs_in:
-        model = read_packed(files, precision, packs_in, dtype, device_map, max_memory)
+        model = read_packed(files, precision, packs_in, dtype, device_map, max_memory, part)
     else:
-        model = read_model(files, dtype, config, device_map, max_memory)
+        model = read_model(files, dtype, config, device_map, max_memory, part)
     if isinstance(device_map, dict):
         remove_hook_from_module(model, recurse=True)  # they move inputs between devices, and there is only one
     if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and gpus:

@@ -25,6 +25,7 @@ GB = 1_000_000_000
 # Per GPU, measured on an H100 with limits of 16 to 40 GB: the CUDA context and kernels' workspace, and what products of
 # packed weights keep besides.
 WORKSPACE_BYTES, PACKED_WORKSPACE_BYTES = 1 * GB, 800_000_000
+CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
 STEP_TOKENS = 2_048  # of the engine's longest step, GPU_CHUNK
 MIN_CONTEXT_TOKENS = 4_096  # of a conversation as it is counted; models with longer windows may run with part of theirs
 LEAST_CONTEXT_TOKENS = 1_024  # of KV cache that must fit
@@ -46,15 +47,37 @@ class Gpu:
 
     free_bytes: int
     capability: tuple[int, int] = (8, 0)
+    name: str = ""
 
 
 def visible_gpus() -> list[Gpu]:
     """The visible CUDA GPUs, with what this process may still take of each."""
-    gpus = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, _ = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(free, torch.cuda.get_device_capability(index)))
-    return gpus
+    return [gpu for index in range(_gpu_count()) for gpu in own_gpu(index)]
+
+
+def own_gpu(index: int) -> list[Gpu]:
+    """The one GPU of a process that leaves the others alone: asking takes memory there. None on a machine without."""
+    if not _gpu_count():
+        return []
+    free, _ = torch.cuda.mem_get_info(index)
+    return [Gpu(free, torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index))]
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def free_bytes(headroom_gb: float, only: int | None = None) -> dict[torch.device, int]:
+    """What the KV pool may take of each device. only: of this GPU alone; None for all."""
+    torch.cuda.empty_cache()  # what loading needed for a moment
+    headroom = int(headroom_gb * GB)
+    free = {
+        torch.device("cuda", index): max(gpu.free_bytes - headroom, 0)
+        for index in range(_gpu_count())
+        if only in (None, index)
+        for gpu in own_gpu(index)
+    }
+    return {torch.device("cpu"): CPU_KV_BYTES, **free}
 
 
 def free_host_bytes(cgroup: Path = CGROUP) -> int:

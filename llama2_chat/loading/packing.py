@@ -34,6 +34,7 @@ from llama2_chat.loading.disk import (
     state_digest,
 )
 from llama2_chat.loading.memory import DeviceMap, Gpu, compute_dtype
+from llama2_chat.loading.parts import Part
 from llama2_chat.loading.quantize import TOGETHER
 from llama2_chat.loading.read import UNREADABLE, read_model
 from llama2_chat.text import first_line, is_out_of_memory
@@ -187,10 +188,15 @@ def read_packed(
     dtype: torch.dtype,
     device_map: DeviceMap,
     max_memory: dict[int, int] | None,
+    part: Part | None = None,
 ) -> PreTrainedModel:
     """From the copy in cache_dir, which is made if there is none: what quantising leaves behind in the memory of a GPU
-    is gone by then. Without room for a copy it has to do without."""
-    if copy := packed_copy(files, precision, cache_dir):
+    is gone by then. Without room for a copy it has to do without.
+
+    part: what of the model, of which there is a copy by itself; None for all of it.
+    """
+    kept = precision if part is None else f"{precision}, {part}"
+    if copy := packed_copy(files, kept, cache_dir):
         try:
             return read_model(copy, dtype, None, device_map, max_memory)
         except UNREADABLE as error:
@@ -198,8 +204,8 @@ def read_packed(
                 raise
             log.warning("%s is damaged and made anew", copy, exc_info=True)
             shutil.rmtree(copy.folder)
-    model = read_model(files, dtype, PackedConfig(precision), device_map, max_memory)
-    copy = save_packed(model, files, precision, cache_dir)
+    model = read_model(files, dtype, PackedConfig(precision), device_map, max_memory, part)
+    copy = save_packed(model, files, kept, cache_dir)
     if copy is None:
         return model
     del model

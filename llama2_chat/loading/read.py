@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llama2_chat.errors import ModelUnavailable, quoted
@@ -18,6 +24,7 @@ from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.config import check_tokenizer_files, read_config, read_generation_config
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.memory import DeviceMap
+from llama2_chat.loading.parts import Part
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -54,11 +61,17 @@ def read_model(
     config: QuantizationConfigMixin | None,
     device_map: DeviceMap,
     max_memory: dict[int, int] | None = None,
+    part: Part | None = None,
 ) -> PreTrainedModel:
+    """part: what of the model; None for all of it."""
     quantization = {"quantization_config": config} if config else {}  # None would override what config.json says
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        files.folder,
-        config=read_config(files),
+    source: dict[str, Any] = {"pretrained_model_name_or_path": files.folder, "config": read_config(files)}
+    read: Any = AutoModelForCausalLM.from_pretrained
+    if part is not None:
+        source = {"pretrained_model_name_or_path": None, "config": part.config(source["config"])}
+        source["state_dict"], read = part.weights(files), LlamaForCausalLM.from_pretrained
+    loaded: Any = read(
+        **source,
         generation_config=read_generation_config(files),
         dtype=dtype,
         **quantization,

@@ -83,15 +83,20 @@ def _nvidia_smi() -> tuple[_Card | None, str]:
 
 
 def probe_gpu_memory(start: PlannedStart) -> str:
-    from llama2_chat.loading.load import measure_checkpoint
+    from llama2_chat.loading.load import divided, measure_checkpoint
     from llama2_chat.loading.memory import GB, MIN_CONTEXT_TOKENS, check_memory, choose_precision, visible_gpus
+    from llama2_chat.loading.parts import share
 
     checkpoint, gpus = start.checkpoint, visible_gpus()
     if not gpus:
         raise NotApplicable("the model runs on the CPU")
     if checkpoint is None:
         raise NotApplicable("known after the first start; the small model needs little")
-    size = measure_checkpoint(checkpoint)
+    checkpoint, size = divided(checkpoint), measure_checkpoint(checkpoint)
+    where = ""
+    if checkpoint.part:  # of each of several GPUs, the one with the least
+        gpus, size = gpus[: checkpoint.part.of], share(size, checkpoint.part.of)
+        where, gpus = f" on each of {len(gpus)} GPUs", [min(gpus, key=lambda gpu: gpu.free_bytes)]
     precision, _ = choose_precision(checkpoint.quantization, size, gpus)
     check_memory(quoted(checkpoint.model_id), precision, size, gpus)
     free = sum(gpu.free_bytes for gpu in gpus)
@@ -102,7 +107,7 @@ def probe_gpu_memory(start: PlannedStart) -> str:
     kept = f", with keys and values in {kv_cache}" if kv_cache else ""
     adapters = f", {size.adapter_bytes / GB:.1f} GB of it for adapters" if size.adapter_bytes else ""
     return (
-        f"{free / GB:.1f} GB free; {alone / GB:.1f} GB for the model in {precision} and to work in{adapters}, "
+        f"{free / GB:.1f} GB free{where}; {alone / GB:.1f} GB for the model in {precision} and to work in{adapters}, "
         f"the rest for {conversations:,} conversations of {tokens:,} tokens{kept}"
     )
 

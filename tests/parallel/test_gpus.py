@@ -1,0 +1,74 @@
+"""What only two CUDA GPUs can show: steps that several processes record and compute together."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.loading.choose import Checkpoint
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.load import divided, load
+from llama2_chat.parallel import RunnerOptions, Workers
+from llama2_chat.types import SamplingParams
+from tests.support.engines import Ids, answer
+from tests.support.serving import ignore
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=24)
+SHAPE = {
+    **{"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    return Files(folder)
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 1000, (n,), generator=generator).tolist() for n in (1, 63, 64, 65, 300, 1500, 2500, 3900)]
+
+
+def compiled(engine):
+    while engine.mode == "eager" or "compiles" in engine.mode:
+        time.sleep(0.2)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("precision", "compile", "same"),
+    [("float32", False, 24), ("bfloat16", True, 4), ("int8", True, 4), ("int4", True, 4)],
+)
+def test_two_gpus_answer_as_one_does(files, tmp_path, precision, compile, same):
+    """same: tokens that are; rounding may choose another behind them."""
+    checkpoint = Checkpoint("small", "", precision, files, tmp_path, tensor_parallel="2")
+    model = load(checkpoint, ignore).model
+    one = Engine(build_runner(model, lambda: {model.device: 2**30}, 4096, compile=compile), set())
+    expected = [answer(one if not compile else compiled(one), ids, GREEDY)[0] for ids in prompts()]
+    one.close()
+    first = divided(checkpoint)
+    workers = Workers(first, RunnerOptions(compile=compile), on_lost=lambda: os._exit(75))
+    two = Engine(workers.join(load(first, ignore)), set())
+    if compile:
+        assert compiled(two).mode.endswith("prefill 64, 128, 256, 512, 1024, 2048")
+    streamers = [Ids() for _ in prompts()]
+    for ids, streamer in zip(prompts(), streamers, strict=True):
+        two.submit(ids, replace(GREEDY, cache_prompt=False), streamer)
+    together = [streamer.rest() for streamer in streamers]
+    alone = [answer(two, ids, GREEDY)[0] for ids in prompts()]
+    two.close()
+    workers.close()
+    for found in (together, alone):
+        equal = sum(a[:same] == b[:same] for a, b in zip(found, expected, strict=True))
+        assert equal >= len(expected) - (1 if compile else 0)
