@@ -386,7 +386,9 @@ def _decode_layer(
     table: Tensor,
 ) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return torch.ops.llama2_chat.decode_attention(query, key, value, slots, positions, table, scale, *kept)
+        ops = torch.ops.llama2_chat
+        attend_over = ops.decode_attention if len(kept) == 2 else ops.decode_attention_in_8_bits
+        return attend_over(query, key, value, slots, positions, table, scale, *kept)
 
     return _layer(layer, hidden, cos, sin, mask, attend)
 
@@ -405,9 +407,9 @@ def _prefill_layer(
     table: Tensor,
 ) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return torch.ops.llama2_chat.prefill_attention(
-            query, key, value, kv_index, slots, starts, counts, table, scale, *kept
-        )
+        ops = torch.ops.llama2_chat
+        attend_over = ops.prefill_attention if len(kept) == 2 else ops.prefill_attention_in_8_bits
+        return attend_over(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
 
     return _layer(layer, hidden, cos, sin, mask, attend)
 

@@ -1,6 +1,6 @@
 """Attention over the blocks of a KV pool, in Triton: one new token per request, and chunks of prompts.
 
-Both are custom operators, so that torch.compile takes them as they are. They need compute capability 8.0 and bfloat16;
+All are custom operators, so that torch.compile takes them as they are. They need compute capability 8.0 and bfloat16;
 elsewhere PyTorch's attention does the same work (engine/paged_attention.py). Sizes of blocks and tiles are read from
 the tensors' shapes. Keys and values come as they are, or in 8 bits with a scale for each token and head, as kv_codes.py
 makes them: then scores are multiplied by the keys' scales, and the weights of values by theirs.
@@ -20,7 +20,8 @@ _LARGEST_INT8, _LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LA
 # Added to a small float32 and taken away again, it leaves the nearest whole number, of two the even one.
 _ROUNDING = tl.constexpr(1.5 * 2**23)
 
-KEPT = ("keys", "values", "key_scales", "value_scales")  # what the operators write
+TILE_SIZE = 16  # tokens that decoding over 8 bits goes through at once
+KEPT = ("keys", "values", "key_scales", "value_scales")  # what operators write, in 8 bits
 
 # ---- Keys and values in 8 bits ----
 
@@ -155,6 +156,102 @@ def _attend_kernel(
 
 
 @triton.jit
+def _attend_codes_kernel(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    slots,
+    positions,
+    table,
+    partial,
+    weights,
+    output,
+    scale,
+    key_stride,
+    value_stride,
+    table_width,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # tokens; divides BLOCK
+    SPLITS: tl.constexpr,
+):
+    """As _attend_kernel, over keys and values in 8 bits of which each head has its own. To give codes to a tensor core
+    as bfloat16 takes longer than to multiply them, and fifteen of its sixteen rows would be nothing.
+
+    TILE rows take every TILE-th token each, with a softmax of their own; they meet at the end.
+    """
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
+    TILES: tl.constexpr = BLOCK // TILE
+    slot = tl.load(slots + request)
+    position = tl.load(positions + slot).to(tl.int32)
+    dims, rows = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    lane = request * KV_HEADS + head
+    q = tl.load(query + lane * HEAD_DIM + dims).to(tl.float32) * scale
+    highest = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    mixed = tl.zeros((TILE, HEAD_DIM), tl.float32)
+    inside = (rows[:, None] * KV_HEADS + head) * HEAD_DIM + dims[None, :]
+    full = position // TILE  # tiles before the one that the new token goes to
+    for index in tl.range(split, full, SPLITS, num_stages=3):
+        block = tl.load(table + slot * table_width + index // TILES).to(tl.int64)
+        first = index % TILES * TILE
+        at = block * SIZE + first * (KV_HEADS * HEAD_DIM) + inside
+        k = tl.load(keys + at).to(tl.float32)
+        v = tl.load(values + at).to(tl.float32)
+        scaled = (block * KV_HEADS + head) * BLOCK + first + rows
+        scores = tl.sum(k * q[None, :], 1) * tl.load(key_scales + scaled).to(tl.float32)
+        v_scales = tl.load(value_scales + scaled).to(tl.float32)
+        highest, total, mixed = _accumulate_rows(highest, total, mixed, scores, v, v_scales)
+    if split == full % SPLITS:
+        block = tl.load(table + slot * table_width + full // TILES).to(tl.int64)
+        first = full % TILES * TILE
+        at = block * SIZE + first * (KV_HEADS * HEAD_DIM) + inside
+        before, new = rows < position % TILE, rows == position % TILE
+        k = tl.load(keys + at, mask=before[:, None], other=0.0).to(tl.float32)
+        v = tl.load(values + at, mask=before[:, None], other=0.0).to(tl.float32)
+        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)[None, :]
+        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)[None, :]
+        scaled = (block * KV_HEADS + head) * BLOCK + first + rows
+        new_k, new_k_scale = _encode(new_k, keys.dtype.element_ty)
+        new_v, new_v_scale = _encode(new_v, values.dtype.element_ty)
+        k_scales = tl.where(new, new_k_scale, tl.load(key_scales + scaled, mask=before, other=0.0))
+        v_scales = tl.where(new, new_v_scale, tl.load(value_scales + scaled, mask=before, other=0.0))
+        tl.store(key_scales + scaled, k_scales, mask=new)
+        tl.store(value_scales + scaled, v_scales, mask=new)
+        cell = ((block * BLOCK + position % BLOCK) * KV_HEADS + head) * HEAD_DIM + dims[None, :]
+        tl.store(keys + cell, new_k)
+        tl.store(values + cell, new_v)
+        k = tl.where(new[:, None], new_k.to(tl.float32), k)
+        v = tl.where(new[:, None], new_v.to(tl.float32), v)
+        scores = tl.where(before | new, tl.sum(k * q[None, :], 1) * k_scales.to(tl.float32), float("-inf"))
+        highest, total, mixed = _accumulate_rows(highest, total, mixed, scores, v, v_scales.to(tl.float32))
+    most = tl.max(highest, 0)
+    fade = tl.exp(highest - most)
+    total, mixed = tl.sum(total * fade, 0), tl.sum(mixed * fade[:, None], 0)
+    if SPLITS == 1:
+        tl.store(output + lane * HEAD_DIM + dims, (mixed / total).to(output.dtype.element_ty))
+    else:
+        place = lane * SPLITS + split
+        tl.store(partial + place * HEAD_DIM + dims, mixed)
+        tl.store(weights + place * 2, most)
+        tl.store(weights + place * 2 + 1, total)
+
+
+@triton.jit
+def _accumulate_rows(highest, total, mixed, scores, v, v_scales):
+    """_accumulate() of each row by itself: of a token each the score, [rows], and the codes and scale of its values."""
+    higher = tl.maximum(highest, scores)
+    fade, p = tl.exp(highest - higher), tl.exp(scores - higher)
+    return higher, total * fade + p, mixed * fade[:, None] + (p * v_scales)[:, None] * v
+
+
+@triton.jit
 def _combine_kernel(partial, weights, output, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
     lane, splits, dims = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
     highest = tl.load(weights + (lane * SPLITS + splits) * 2)
@@ -165,8 +262,28 @@ def _combine_kernel(partial, weights, output, HEAD_DIM: tl.constexpr, SPLITS: tl
     tl.store(output + lane * HEAD_DIM + dims, result.to(output.dtype.element_ty))
 
 
-@torch.library.custom_op("llama2_chat::decode_attention", mutates_args=KEPT)
 def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    scale: float,
+    *kept: Tensor,
+) -> Tensor:
+    """Appends one token to each request's blocks and attends to all of them.
+
+    query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; slots: int64 [N]; positions: int64 [R] of
+    the new token; table: int32 [R, P], the blocks of each slot; kept: the keys and values of a layer and, in 8 bits,
+    their scales, as a KV pool has them. Returns [1, N, heads, head_dim].
+    """
+    attend = _decode_attention if len(kept) == 2 else _decode_attention_in_8_bits
+    return attend(query, key, value, slots, positions, table, scale, *kept)
+
+
+@torch.library.custom_op("llama2_chat::decode_attention", mutates_args=("keys", "values"))
+def _decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,47 +293,55 @@ def decode_attention(
     scale: float,
     keys: Tensor,
     values: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
 ) -> Tensor:
-    """Appends one token to each request's blocks and attends to all of them.
+    return _decode(query, key, value, slots, positions, table, scale, keys, values, None, None)
 
-    query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; slots: int64 [N]; positions: int64 [R] of
-    the new token; table: int32 [R, P], the blocks of each slot; keys, values and, in 8 bits, their scales: of a layer,
-    as a KV pool keeps them. Returns [1, N, heads, head_dim].
-    """
+
+@torch.library.custom_op("llama2_chat::decode_attention_in_8_bits", mutates_args=KEPT)
+def _decode_attention_in_8_bits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+) -> Tensor:
+    return _decode(query, key, value, slots, positions, table, scale, keys, values, key_scales, value_scales)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
     query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     N, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     splits = _splits(N * kv_heads)
     output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):  # Triton launches on the current one
-        _attend_kernel[N, kv_heads, splits](
-            query,
-            key,
-            value,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            slots,
-            positions,
-            table,
-            partial,
-            weights,
-            output,
-            scale,
-            key.stride(0),
-            value.stride(0),
-            table.shape[1],
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
-            BLOCK=keys.shape[1],
-            SPLITS=splits,
-            num_warps=2,
-        )
+        tensors = query, key, value, keys, values, key_scales, value_scales, slots, positions, table
+        places = partial, weights, output
+        strides = key.stride(0), value.stride(0), table.shape[1]
+        shape = {"KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK": keys.shape[1], "SPLITS": splits, "num_warps": 2}
+        if key_scales is not None and heads == kv_heads:
+            _attend_codes_kernel[N, kv_heads, splits](*tensors, *places, scale, *strides, TILE=TILE_SIZE, **shape)
+        else:
+            group = max(16, triton.next_power_of_2(heads // kv_heads))
+            _attend_kernel[N, kv_heads, splits](*tensors, *places, scale, *strides, HEADS=heads, GROUP=group, **shape)
         if splits > 1:
             _combine_kernel[(N * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
     return output[None]
@@ -240,8 +365,9 @@ def _results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), partial, query.new_empty(T, heads, splits, 2, dtype=torch.float32)
 
 
-@decode_attention.register_fake
-def _(query, key, value, slots, positions, table, scale, keys, values, key_scales=None, value_scales=None):
+@_decode_attention.register_fake
+@_decode_attention_in_8_bits.register_fake
+def _(query, *_):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
 
 
@@ -336,8 +462,31 @@ def _prefill_kernel(
     _store(highest, total, mixed, lane, queries < TILE, split, output, partial, weights, dims, SPLITS)
 
 
-@torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=KEPT)
 def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_index: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    scale: float,
+    *kept: Tensor,
+) -> Tensor:
+    """Writes the keys and values of T tokens and attends to their requests so far, with nothing asked of the host.
+
+    query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim]; kv_index: int64 [T], block * block
+    size + offset of each token; slots, starts and counts, int64 [T / tile size]: whose the tile is, at which position
+    it begins and how many of its tokens count; table: int32 [R, P], the blocks of each slot, one more than the longest
+    request has; kept: as decode_attention() takes them. Returns [1, T, heads, head_dim].
+    """
+    attend = _prefill_attention if len(kept) == 2 else _prefill_attention_in_8_bits
+    return attend(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
+
+
+@torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
+def _prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -349,16 +498,45 @@ def prefill_attention(
     scale: float,
     keys: Tensor,
     values: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
 ) -> Tensor:
-    """Writes the keys and values of T tokens and attends to their requests so far, with nothing asked of the host.
+    return _prefill(query, key, value, kv_index, slots, starts, counts, table, scale, keys, values, None, None)
 
-    query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim]; kv_index: int64 [T], block * block
-    size + offset of each token; slots, starts and counts, int64 [T / tile size]: whose the tile is, at which position
-    it begins and how many of its tokens count; table: int32 [R, P], the blocks of each slot, one more than the longest
-    request has; keys, values and scales: as decode_attention() takes them. Returns [1, T, heads, head_dim].
-    """
+
+@torch.library.custom_op("llama2_chat::prefill_attention_in_8_bits", mutates_args=KEPT)
+def _prefill_attention_in_8_bits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_index: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+) -> Tensor:
+    kept = keys, values, key_scales, value_scales
+    return _prefill(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
+
+
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_index: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    scale: float,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
     query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
     T, heads, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -409,8 +587,7 @@ def prefill_attention(
     return output[None]
 
 
-@prefill_attention.register_fake
-def _(
-    query, key, value, kv_index, slots, starts, counts, table, scale, keys, values, key_scales=None, value_scales=None
-):
+@_prefill_attention.register_fake
+@_prefill_attention_in_8_bits.register_fake
+def _(query, *_):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])

@@ -20,7 +20,7 @@ from llama2_chat.kernels.kv_codes import CODES, SCALES
 
 BLOCK = TILE = 16
 LENGTHS = [1, 16, 33]  # of requests, before the token that is decoded
-SHAPES = [(5, 5, 16), (4, 2, 64)]  # heads, heads of keys, size of a head
+SHAPES = [(5, 5, 32), (4, 2, 64)]  # heads, heads of keys, size of a head
 
 def empty(kv_cache, blocks, kv_heads, head_dim):
     # What nobody has written is not a number: no part of it may reach anybody.
