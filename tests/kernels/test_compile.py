@@ -74,7 +74,9 @@ def test_every_triton_kernel_compiles(compiled, capability):
     copy_blocks()
     if capability >= 80:
         multiply_nf4()
-        take_steps(*(["fp8"] if capability >= 89 else []), "int8", "none")
+        in_8_bits = ["fp8", "int8"] if capability >= 89 else ["int8"]
+        take_steps(2, *in_8_bits, "none")
+        take_steps(4, *in_8_bits)  # a head of keys and values for each head
     assert expected
     assert names >= expected
 
@@ -99,7 +101,7 @@ def multiply_nf4():
 
 
 @torch.inference_mode()
-def take_steps(*formats):
+def take_steps(kv_heads, *formats):
     from llama2_chat.engine.cuda_graphs import RecordedWay
     from llama2_chat.engine.join_projections import join_projections
     from llama2_chat.engine.kv_pool import EightBitPool, KVPool
@@ -114,7 +116,7 @@ def take_steps(*formats):
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     model.set_attn_implementation(ATTENTION)
