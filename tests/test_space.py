@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,7 @@ from transformers import LlamaConfig
 
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
 from llama2_chat.loading.memory import Gpu, Size, check_memory, choose_precision
+from llama2_chat.settings import Settings
 from tests.support.browser import CHROMIUM
 
 ROOT = Path(__file__).parent.parent
@@ -73,17 +75,16 @@ GPUS = {
 
 def size_of(model):
     hidden, intermediate, layers, heads, kv_heads = SHAPES[model]
-    return Size.of(
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=4096,
-        )
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
     )
+    return replace(Size.of(config), kv_cache=Settings.kv_cache)
 
 
 def table():

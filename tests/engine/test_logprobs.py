@@ -72,7 +72,8 @@ def test_who_waits_for_memory_in_between_is_told_of_each_token_once_and_of_the_p
     asked = SamplingParams(temperature=1, seed=5, logprobs=3, prompt_logprobs=True, max_new_tokens=BLOCK_SIZE + 8)
     prompts = [[n, n + 1, n + 2] * 20 for n in range(3)]
     with running(tiny_llama, tokens=8 * BLOCK_SIZE) as engine:  # two and a bit of them
-        started = [start(engine, prompt, asked) for prompt in prompts]
+        with engine.paused():
+            started = [start(engine, prompt, asked) for prompt in prompts]
         answers = [streamer.rest() for _, streamer in started]
         assert engine.occupancy.preemptions
     for (request, _), prompt, ids in zip(started, prompts, answers, strict=True):
