@@ -79,7 +79,7 @@ def test_users_of_a_shape_are_measured_and_drawn(tmp_path):
     assert figures["100 after 3,000 cached / prompt 100"] > 0
     assert figures["7 users while a prompt of 3,500 joins, longest gap, ms"] > 0
     assert (tmp_path / "users.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "weights" / "model.safetensors").is_file()  # for the next run
+    assert any((tmp_path / "weights").glob("*.safetensors"))  # for the next run
 
 
 @pytest.mark.slow
