@@ -261,4 +261,4 @@ def test_500_that_join_leave_and_fail_leave_nothing_behind(tiny_llama, kv_cache,
         with engine.paused():  # every slot is free again
             started = [start(engine, [1], GREEDY) for _ in range(engine.runner.max_batch)]
         assert all(len(streamer.rest()) == GREEDY.max_new_tokens for _, streamer in started)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # others of before may have ended meanwhile
