@@ -153,8 +153,9 @@ def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(tiny_llama):
     with running(tiny_llama, max_batch=2) as engine:
         alone, _ = answer(engine, letters("Second story."), hog)
     with running(tiny_llama, max_batch=2) as engine:
-        start(engine, letters("First story."), hog)
-        _, streamer = start(engine, letters("Second story."), hog)
+        streamer = Slow()
+        engine.submit(letters("First story."), hog, Slow())
+        engine.submit(letters("Second story."), hog, streamer)
         begun = [streamer.next()]
         answer(engine, letters("Hello."), other)
         assert engine.occupancy.preemptions == 1

@@ -61,8 +61,9 @@ def test_an_answer_that_made_room_for_another_comes_back_by_copy(tiny_llama):
     with running(tiny_llama) as engine:
         alone, _ = answer(engine, FIRST, hog)
     with running(tiny_llama, tokens=SMALL, max_batch=2, host_bytes=MUCH) as engine:
-        start(engine, [3, 4, 5], hog)
-        _, streamer = start(engine, FIRST, hog)
+        streamer = Slow()
+        engine.submit([3, 4, 5], hog, Slow())
+        engine.submit(FIRST, hog, streamer)
         begun = [streamer.next()]
         answer(engine, [7] * 300, other)
         assert engine.occupancy.preemptions == 1
