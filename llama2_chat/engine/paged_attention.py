@@ -123,9 +123,7 @@ class DecodeStep:
         if self.kernel is not None and scoring.is_plain:
             tables, positions = self.tables.to(key.device), self.positions.to(key.device)
             slots = torch.arange(N, device=key.device)
-            kept: tuple[Tensor | None, ...] = self.pool.layers[layer]
-            kept += (None,) * (4 - len(kept))  # outside of inference_mode PyTorch looks for each that may be written
-            return self.kernel(query, key, value, slots, positions, tables, scoring.scale, *kept)
+            return self.kernel(query, key, value, slots, positions, tables, scoring.scale, *self.pool.layers[layer])
         self.pool.write(layer, key, value, self.kv_index)
         # The queries that share a head of keys stand where the tokens of one query would: no key is repeated.
         q = query[0].transpose(0, 1).reshape(N, kv_heads, -1, head_dim)

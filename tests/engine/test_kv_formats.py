@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, EightBitPool, KVPool, make_pool
+from llama2_chat.engine.paged_attention import DecodeStep, Scoring
 from llama2_chat.kernels.kv_codes import CODES, decode, encode
 from tests.support.engines import CPU, GREEDY, answer, running, start
 
@@ -53,6 +54,17 @@ def test_a_pool_gives_back_what_was_written_copies_it_and_forgets_it(tiny_llama,
     assert all(written(torch.tensor([7, 5])))
     assert not any(written(blocks))
     assert pool.read(1, torch.tensor([3]), 64)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("kv_cache", ["none", *CODES])
+def test_a_kernel_that_attends_is_given_what_a_layer_keeps_and_nothing_else(tiny_llama, kv_cache):
+    """No 16-bit model started on a GPU: its kernel got scales that were None, and took those of 8 bits for missing."""
+    given = []
+    step = DecodeStep(
+        pool_of(tiny_llama, kv_cache), [0], torch.tensor([[1]]), lambda *arguments: given.extend(arguments)
+    )
+    step.attend(1, *torch.randn(3, 1, 4, 1, 16), Scoring(scale=1))
+    assert [id(each) for each in given[7:]] == [id(kept) for kept in step.pool.layers[1]]
 
 
 @FORMATS
