@@ -118,7 +118,8 @@ def choose_parts(
     precision = unquantized if quantization in ("auto", "none") else quantization
     if len(gpus) < 2 or why_whole or size.needed_bytes(precision, size.context) <= max(g.free_bytes for g in gpus):
         return 1
-    for context in (size.context, LEAST_CONTEXT_TOKENS):
+    # Without room for a full context QUANTIZATION=auto takes NF4, which is not divided.
+    for context in (size.context, *([] if quantization == "auto" else [LEAST_CONTEXT_TOKENS])):
         for count in range(2, len(gpus) + 1):
             needed = share(size, count).needed_bytes(precision, context)
             fits = needed <= min(gpu.free_bytes for gpu in gpus[:count])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +21,18 @@ from llama2_chat.engine.ranks import sum_products
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.load import Loaded
 from llama2_chat.loading.memory import free_bytes
+from llama2_chat.loading.parts import Part
+
+log = logging.getLogger("llama2_chat")
 
 # All ranks are on this machine: nobody else can reach what they open to find each other. Of a rank that has ended,
 # processes.py hears; NCCL's own watchdog would end this process with another exit code.
 VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+MEETING_S = 60  # a few seconds are usual, once all have loaded
+NOT_MET = (
+    "The GPUs of this model have not reached each other for %d seconds. Some computers let them wait for ever: "
+    "NCCL_P2P_DISABLE=1 lets them talk through this computer's memory, TENSOR_PARALLEL=1 does without."
+)
 
 
 @dataclass(frozen=True)
@@ -50,21 +61,8 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
     """
     part, device = work.checkpoint.part, loaded.model.device
     assert part is not None
-    for name, value in VARIABLES.items():
-        os.environ.setdefault(name, value)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    store = dist.FileStore(str(work.meeting), part.of)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=part.rank,
-        world_size=part.of,
-        device_id=device if on_gpu else None,
-    )
-    if on_gpu:
-        dist.all_reduce(torch.zeros(1, device=device))  # what NCCL keeps is no room for keys and values
+    with _warning_after(MEETING_S) if part.rank == 0 else nullcontext():  # it comes last, when all have loaded
+        _meet(work.meeting, part, device)
     sum_products(loaded.model)
     return build_runner(
         loaded.model,
@@ -75,6 +73,36 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
         **vars(work.options),
         runner_type=runner_type,
     )
+
+
+def _meet(meeting: Path, part: Part, device: torch.device) -> None:
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.FileStore(str(meeting), part.of),
+        rank=part.rank,
+        world_size=part.of,
+        device_id=device if on_gpu else None,
+    )
+    met = torch.zeros(1, device=device)
+    dist.all_reduce(met)  # what NCCL keeps from now on is no room for keys and values
+    met.item()
+
+
+@contextmanager
+def _warning_after(seconds: float) -> Iterator[None]:
+    """Nothing that waits for another GPU can be interrupted, but whoever waits for it may be told."""
+    timer = threading.Timer(seconds, log.warning, (NOT_MET, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _least(free: Mapping[torch.device, int], device: torch.device) -> dict[torch.device, int]:

@@ -28,6 +28,10 @@ from llama2_chat.process import python_command
 
 log = logging.getLogger("llama2_chat")
 
+NOT_DETERMINISTIC = (
+    "DETERMINISTIC=1 works on one GPU or on two: in which order more of them are added up is up to NCCL. Set "
+    "TENSOR_PARALLEL=2 with a model that two hold, or unset DETERMINISTIC."
+)
 ENDED = "A process that computes a part of the model ended while it was loaded. The server's log may say why."
 
 Kind = Literal["loaded", "ready", "compiled", "answer", "failed"]
@@ -54,6 +58,8 @@ class Workers:
 
     checkpoint: the first part; its weights are on this disk.
     on_lost: called from a thread of its own when one has ended that nobody asked to, once they have met.
+
+    Raises ModelUnavailable for options that so many parts cannot keep.
     """
 
     def __init__(
@@ -62,13 +68,15 @@ class Workers:
         options: RunnerOptions,
         on_lost: Callable[[], None],
     ) -> None:
+        part = checkpoint.part
+        assert part is not None
+        if options.deterministic and part.of > 2:
+            raise ModelUnavailable(NOT_DETERMINISTIC)
         self._folder = Path(tempfile.mkdtemp(prefix="llama2-chat-"))
         self._work = Work(checkpoint, self._folder / "meeting", options)
         self._on_lost, self._on_compiled = on_lost, lambda: None
         self._joined = self._ready = self._closing = False
         self.lost = False
-        part = checkpoint.part
-        assert part is not None
         self._workers = [self._start(Part(rank, part.of)) for rank in range(1, part.of)]
 
     def _start(self, part: Part) -> _Worker:

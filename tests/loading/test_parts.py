@@ -73,13 +73,15 @@ def test_a_part_holds_its_share_of_each_layer_and_no_more(files):
 
 
 @torch.inference_mode()
-def test_a_part_in_int4_has_the_codes_of_the_whole():
+def test_a_part_in_int4_has_the_codes_of_the_whole_and_in_int8_those_of_its_outputs():
     weight = torch.randn(128, 256).bfloat16()
     codes, scales = quantize(weight, 4)
     of_columns, scales_of_columns = quantize(weight[:, 128:], 4)
     assert torch.equal(of_columns, codes[:, 16:])
     assert torch.equal(scales_of_columns, scales[:, 2:])
-    assert torch.equal(quantize(weight[64:], 4)[0], codes[64:])
+    for bits in (4, 8):  # in 8 a scale goes through a whole row of inputs: half of them have one of their own
+        for whole, part in zip(quantize(weight, bits), quantize(weight[64:], bits), strict=True):
+            assert torch.equal(part, whole[64:])
 
 
 def test_each_part_in_int4_has_a_copy_of_its_own_for_the_next_start(tmp_path, monkeypatch):
@@ -120,6 +122,8 @@ def test_pickles_are_refused_since_they_can_only_be_read_whole(tmp_path):
         ("auto", "int4", LLAMA_70B, [H100, H100], 1),
         ("auto", "int4", LLAMA_70B, [A10G] * 4, 4),
         ("auto", "nf4", LLAMA_70B, [A10G] * 4, 1),
+        ("auto", "none", LLAMA_70B, [Gpu(73_500_000_000)] * 2, 2),  # with a part of its context
+        ("auto", "auto", LLAMA_70B, [Gpu(73_500_000_000)] * 2, 1),  # NF4, which is not divided
         ("auto", "none", LLAMA_70B, [A10G] * 8, 8),
         ("auto", "none", LLAMA_70B, [A10G] * 4, 1),  # too large even so; check_memory() says it
     ],
