@@ -16,15 +16,19 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama2_chat.errors import ChatError
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.training.options import DEMO, METHODS, OPTIMIZERS, SCHEDULES, Options, add_reading_flags, parse_known
+
+PATIENCE_S = 10  # accelerate launch looks every 0.1 s for processes that have ended
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,14 +48,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             train(options)
     except ChatError as error:
+        leave_it_to_the_first_process()
         sys.exit(f"sft_trainer.py: {error.detail}")
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. The same command with --resume goes on from the last checkpoint in {options.output_dir}.")
 
 
+def leave_it_to_the_first_process() -> None:
+    """Of several processes that end with the same sentence only the first says it.
+
+    `accelerate launch` ends the others, which wait for that. One that ends alone says why after a while.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        leave_it_to_the_first_process()
+        super().error(message)
+
+
 def read_arguments(argv: Sequence[str] | None = None) -> Options:
     """What was asked for. Ends the program with a sentence and exit code 2 if it makes no sense."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

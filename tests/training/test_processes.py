@@ -82,9 +82,20 @@ def launch(model, data, folder, *flags):
     command += ["--main_process_port", "0", ROOT / "tests" / "support" / "launched.py", SCRIPT]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += arguments(model, data, folder, *FLAGS, "--batch_size", "2", *flags)
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def launch_well(*args):
+    done = launch(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+def test_several_processes_that_refuse_the_same_say_it_once(tmp_path):
+    done = launch("a", tmp_path, tmp_path / "out", "--folds", "2")
+    assert done.returncode == 1
+    assert done.stderr.count("sft_trainer.py: --folds trains one model after another") == 1
 
 
 @pytest.mark.slow
@@ -96,7 +107,7 @@ def test_two_processes_that_share_a_model_train_what_one_trains_and_go_on_after_
     for name, numbers in (("train", range(24)), ("eval", range(100, 105))):  # five: one process has one more
         rows = [{"prompt": f"hello {i}", "completion": f"hell {i} " + "o " * (i % 5)} for i in numbers]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = launch(chat_model, data, two, "--merge_to", tmp_path / "merged")
+    said = launch_well(chat_model, data, two, "--merge_to", tmp_path / "merged")
     for sentence in ("Conversations: 24 train, 5 eval", "The report is", "The merged model is in"):
         assert said.count(sentence) == 1
     monkeypatch.setattr(base_model, "full_precision", lambda: "float32")
@@ -114,6 +125,6 @@ def test_two_processes_that_share_a_model_train_what_one_trains_and_go_on_after_
     shutil.rmtree(two / f"checkpoint-{steps[0]}")
     for name in ("curves.csv", "adapter_model.safetensors"):
         (two / name).unlink()
-    launch(chat_model, data, two, "--resume")
+    launch_well(chat_model, data, two, "--resume")
     again = load_file(two / "adapter_model.safetensors")
     assert_close(again, trained, atol=0, rtol=0)
