@@ -31,7 +31,7 @@ MOST_PAGES = 10  # of a list of tools
 QUIET_S = 1.0  # between two lists, however often a server says that its tools have changed
 LISTEN_S = 60.0  # until changes are listened for again, where that has ended
 GONE = "The tool's server has gone away. It is tried again at the next use."
-FORGOTTEN = "Session terminated"  # as the library says it
+FORGOTTEN = ("session terminated", "session not found")  # as the library says it, and as servers do
 T = TypeVar("T")
 
 
@@ -94,7 +94,7 @@ class McpServer:
             async with asyncio.timeout(CALL_S):
                 result = await client.call_tool(tool, arguments)
         except MCPError as error:
-            if error.message == FORGOTTEN and again:  # so nothing has been done yet
+            if error.message.lower().startswith(FORGOTTEN) and again:  # so nothing has been done yet
                 await self._drop(client)
                 return await self._call(tool, arguments, again=False)
             if error.code == PARSE_ERROR:
@@ -125,7 +125,7 @@ class McpServer:
 
     async def _connected(self) -> Any:
         async with self._connecting:
-            if self._client is not None:
+            if self._client is not None and not self._is_broken:
                 return self._client
             wait_s = self._not_before - time.monotonic()
             if wait_s > 0:
@@ -137,6 +137,11 @@ class McpServer:
                 await self._failed(error, self._client)
                 raise ChatError("The tool's server cannot be reached.") from error
             return self._client
+
+    @property
+    def _is_broken(self) -> bool:
+        """Whether the connection has ended by itself; then a call over it would never be answered."""
+        return self._holding is not None and self._holding.done()
 
     async def _connect(self) -> None:
         """In a task of its own, which enters the connection and leaves it again."""
@@ -156,9 +161,11 @@ class McpServer:
                     asyncio.ensure_future(_listen(client, changed)),
                     asyncio.ensure_future(self._follow(client, changed)),
                 ]
-                await closing.wait()
-                for task in follow:
-                    task.cancel()
+                try:
+                    await closing.wait()
+                finally:
+                    for task in follow:
+                        task.cancel()
                 await asyncio.wait(follow)
         except BaseException as error:
             if ready.done():

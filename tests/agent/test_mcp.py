@@ -1,5 +1,6 @@
 """MCP servers: what an operator's file may say, what a grammar makes of their schemas, and what servers may do."""
 
+import asyncio
 import functools
 import json
 import os
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,7 +172,9 @@ def test_what_is_wrong_with_one_answer_ends_one_step_and_not_the_server(server):
     assert server._client is None
 
 
-def test_a_server_that_has_forgotten_the_connection_is_called_again_over_another(server, monkeypatch):
+@pytest.mark.parametrize("words", ["Session terminated", "Session not found"])
+def test_a_server_that_has_forgotten_the_connection_is_called_again_over_another(words, server, monkeypatch):
+    # A server that was restarted at rest refused each call, until this program was restarted, too.
     from mcp import MCPError
 
     class Knowing(Client):
@@ -181,9 +184,44 @@ def test_a_server_that_has_forgotten_the_connection_is_called_again_over_another
     async def connect():
         server._client = Knowing()
 
-    server._client = Client(MCPError(-32600, "Session terminated"))
+    server._client = Client(MCPError(-32600, words))
     monkeypatch.setattr(server, "_connect", connect)
     assert (server.call("tool", {}), server._failures) == ("5", 0)
+
+
+def test_a_connection_that_has_ended_by_itself_is_replaced_at_the_next_call(server, monkeypatch):
+    # A server that was restarted while its tools were listed: the next call failed, or waited for half a minute.
+    opened, breaks = [], []
+
+    class Listed:
+        async def list_tools(self, cursor):
+            return SimpleNamespace(tools=[], next_cursor=None)
+
+        async def call_tool(self, tool, arguments):
+            if self is opened[0]:
+                await asyncio.sleep(60)
+            return SimpleNamespace(content=[SimpleNamespace(type="text", text="5")], is_error=False)
+
+    @asynccontextmanager
+    async def connection(spec, changed):
+        task = asyncio.current_task()
+        opened.append(Listed())
+        breaks.append(lambda: server._loop.start(cancel(task))(5))
+        yield opened[-1]
+
+    async def cancel(task):
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def listen(client, changed):
+        await changed.wait()
+
+    monkeypatch.setattr(mcp_server, "_client", connection)
+    monkeypatch.setattr(mcp_server, "_listen", listen)
+    server._loop.start(server._connected())(5)
+    breaks[0]()
+    assert (server.call("tool", {}), len(opened), server._failures) == ("5", 2, 0)
+    server.close()
 
 
 def test_what_the_log_keeps_of_an_answer_that_is_none_holds_nothing_of_it(server, caplog):
