@@ -221,17 +221,18 @@ class Drafter:
 def _weights(module: nn.Module) -> int:
     """Numbers in its linear layers."""
     layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "out_features")]
-    return sum(layer.weight.numel() for layer in layers)
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _some_rows(output: nn.Module, ids: Tensor | None) -> nn.Module:
     """An output head for these ids alone."""
     if ids is None:
         return output
-    weight: Any = output.weight
-    rows = weight[ids.to(weight.device)]
     if isinstance(output, Int8Linear):
-        rows = rows.float() * (output.scale[ids] * (127 * 128))[:, None]
+        rows = output.codes[ids].float() * (output.scale[ids] * (127 * 128))[:, None]
+    else:
+        weight: Any = output.weight
+        rows = weight[ids.to(weight.device)]
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(rows, requires_grad=False)
     return Int8Linear(linear) if isinstance(output, Int8Linear) else linear

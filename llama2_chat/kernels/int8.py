@@ -15,6 +15,7 @@ from llama2_chat.kernels.shared_product import SharedProduct
 HIGH_AND_WHOLE = torch.tensor([127.0, 127.0 * 128])[:, None, None]
 FEW_ROWS = 16  # of bytes: up to 8 tokens
 ROWS_MULTIPLE = 16
+ZERO = 128  # of bytes without a sign
 
 
 class Int8Linear(nn.Module):
@@ -26,8 +27,9 @@ class Int8Linear(nn.Module):
     """
 
     MULTIPLE = 64  # of in_features: _weight_int8pack_mm reads past the end of a row of any other length
+    precision = "int8"
 
-    weight: Tensor  # int8 [out, in]
+    weight: Tensor  # int8 [out, in], or as oneDNN keeps it for its products
     scale: Tensor  # float32 [out], of a weight times an activation
     bias: Tensor | None  # float32 [out]
 
@@ -35,10 +37,16 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()  # [out, in]
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        codes = (weight / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", _packed(codes) if packed_products_are_exact() else codes)
         self.register_buffer("scale", scale / (127 * 128))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    @property
+    def codes(self) -> Tensor:
+        """The weights as integers, int8 [out, in]."""
+        return self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.of_rows(x.reshape(-1, self.in_features).float())  # [..., in] -> [rows, in]
@@ -46,25 +54,25 @@ class Int8Linear(nn.Module):
 
     def of_rows(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
         """What comes of float32 [rows, in], and is added to float32 [rows, out] if that is given."""
-        y = self._unscaled(rows)
-        y = y.mul_(self.scale) if added is None else torch.addcmul(added, y, self.scale)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def _unscaled(self, rows: Tensor) -> Tensor:
         largest = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30)
         both = rows.div(largest).mul(HIGH_AND_WHOLE).round_()  # [2, rows, in]
         high, whole = both.unbind()
         whole.sub_(high, alpha=128)  # the low byte is what is left
-        sums = self._sums(_padded(both.to(torch.int8).flatten(0, 1)))
-        if sums.dtype != torch.int32 or not self._int32_is_enough:
-            sums = sums.float()
-        high, low = sums[: 2 * len(rows)].chunk(2)
-        return low.add_(high, alpha=128) * largest
+        high, low = self._product(_padded(both.to(torch.int8).flatten(0, 1)))[: 2 * len(rows)].chunk(2)
+        y = low.add_(high, alpha=128)
+        y = y.mul_(largest) if added is None else torch.addcmul(added, y, largest)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """rows @ weight.T, times the scales, of int8 [rows, in]: float32. Changes rows."""
+        if self.weight.is_mkldnn:
+            return _packed_product(rows, self.weight, self.scale)
+        return self._sums(rows).float().mul_(self.scale)
 
     def _sums(self, rows: Tensor) -> Tensor:
         """rows @ weight.T of int8 [rows, in], in integers, or rounded to bfloat16 where only floats are fast."""
         if int_mm_is_exact():
-            return torch._int_mm(rows, self._columns)
+            return torch._int_mm(rows, self.weight.t())
         if len(rows) <= FEW_ROWS and self._float32_is_exact:
             return torch._weight_int8pack_mm(
                 rows.bfloat16(), self.weight, torch.ones_like(self.scale, dtype=torch.bfloat16)
@@ -73,33 +81,19 @@ class Int8Linear(nn.Module):
         return F.linear(rows.to(dtype), self.weight.to(dtype)).bfloat16()
 
     @cached_property
-    def _columns(self) -> Tensor:
-        return self.weight.t()
-
-    @cached_property
     def _float32_is_exact(self) -> bool:
         """Whether no sum on the way can outgrow the whole numbers that float32 has."""
-        return 127 * self._largest_sum < 2**24
-
-    @cached_property
-    def _int32_is_enough(self) -> bool:
-        """Whether high and low bytes can be put together in integers."""
-        return 127 * 129 * self._largest_sum < 2**31
-
-    @cached_property
-    def _largest_sum(self) -> int:
-        """Of the weights of an output channel, without their signs."""
-        return int(self.weight.abs().sum(1, dtype=torch.int64).max())
+        return 127 * int(self.weight.abs().sum(1, dtype=torch.int64).max()) < 2**24
 
 
 class JoinedInt8Linear(Int8Linear):
-    """One of several layers that are given the same input one after another: the first computes for all of them."""
+    """One of several layers that are given the same input one after another: the first computes for all of them.
+
+    It has no weights of its own.
+    """
 
     def __init__(self, whole: Int8Linear, start: int, end: int, shared: SharedProduct) -> None:
         nn.Module.__init__(self)
-        for name in ("weight", "scale", "bias"):
-            states = getattr(whole, name)
-            self.register_buffer(name, None if states is None else states[start:end])
         self.in_features, self.out_features = whole.in_features, end - start
         self.together = whole.of_rows  # of all of them, side by side
         self._shared, self._start, self._end = shared, start, end
@@ -124,6 +118,38 @@ def _padded(rows: Tensor) -> Tensor:
     """oneDNN keeps a program for each number of rows it has met, so it shall meet few."""
     multiple = 2 * ROWS_MULTIPLE if len(rows) > FEW_ROWS else 1
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Weights, int8 [out, in], as oneDNN reads them at once; to_dense() gives their transpose back."""
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+def _packed_product(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """rows @ packed, times a scale for each column: float32. rows: int8 [rows, in], which change."""
+    unsigned = rows.bitwise_xor_(-ZERO).view(torch.uint8)  # oneDNN has fast kernels without AMX for these alone
+    zero_points = _zeros(len(scale))
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, ZERO, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
+@cache
+def packed_products_are_exact() -> bool:
+    """Whether oneDNN has fast products for packed weights that lose nothing.
+
+    On x86 without VNNI it adds pairs of products in 16 bits; elsewhere it multiplies unsigned bytes in plain loops.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    products = (_packed_product(largest[:rows].clone(), _packed(largest), torch.ones(64)) for rows in (1, 2, 8, 16, 64))
+    return all(bool((product == 64 * 127**2).all()) for product in products)
 
 
 @cache

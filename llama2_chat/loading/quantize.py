@@ -88,7 +88,7 @@ def precision_of(model: PreTrainedModel) -> str:
     """
     weights: Counter[str] = Counter()
     for module in _layers(model):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, Int8Linear)):
             weights[module.precision] += module.in_features * module.out_features
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -7,10 +7,12 @@ from llama2_chat.kernels import int8
 from llama2_chat.kernels.int8 import Int8Linear, join_int8
 
 
-@pytest.fixture(params=[True, False], ids=["integers", "no VNNI"])
+@pytest.fixture(params=["packed", "integers", "no VNNI"])
 def exact_integers(request, monkeypatch):
     """A processor on which integer products are exact, as far as this one's are, or one on which they are not."""
-    exact = int8.int_mm_is_exact() and request.param
+    packed = int8.packed_products_are_exact() and request.param == "packed"
+    exact = int8.int_mm_is_exact() and request.param != "no VNNI"
+    monkeypatch.setattr(int8, "packed_products_are_exact", lambda: packed)
     monkeypatch.setattr(int8, "int_mm_is_exact", lambda: exact)
 
 
@@ -52,6 +54,23 @@ def test_any_number_of_rows_of_any_width_comes_close_to_float32_and_each_row_out
     assert (right - all_rows).norm() < 0.01 * right.norm()
     for rows in range(1, 65):
         assert torch.equal(layer(x[:rows]), all_rows[:rows])
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 97), (4096, 33)])
+def test_processors_that_lose_nothing_give_the_same_bits_however_they_keep_weights(
+    in_features, out_features, monkeypatch
+):
+    if not int8.packed_products_are_exact() or not int8.int_mm_is_exact():
+        pytest.skip("not on this processor")
+    torch.manual_seed(0)
+    linear, x = random_linear(in_features, out_features), torch.randn(200, in_features)
+    packed = Int8Linear(linear)
+    monkeypatch.setattr(int8, "packed_products_are_exact", lambda: False)
+    plain = Int8Linear(linear)
+    assert packed.weight.is_mkldnn
+    assert torch.equal(packed.codes, plain.weight)
+    for rows in (1, 2, 8, 9, 200):
+        assert torch.equal(packed(x[:rows]), plain(x[:rows]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
