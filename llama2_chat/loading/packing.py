@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from filelock import FileLock
@@ -129,8 +129,9 @@ def finish_packed(model: nn.Module) -> None:
 
     Weights in their new order take the place of those in the old one: a small GPU has no room for both.
     """
-    for parent in list(model.modules()):
-        packed = {name: child for name, child in parent.named_children() if type(child) is PackedLinear}
+    # A list of all modules would keep the weights that are replaced, 8.8 GB of the 13B in int8, to the end.
+    for parent in [module for module in model.modules() if any(map(_is_packed, module.children()))]:
+        packed = {name: child for name, child in parent.named_children() if _is_packed(child)}
         layers: list[PackedLinear] = []
         for names in TOGETHER:
             if all(name in packed for name in names):
@@ -142,6 +143,10 @@ def finish_packed(model: nn.Module) -> None:
         for layer in layers:
             layer.prepare()
             torch.cuda.empty_cache()  # else the next weights would lie in pieces of memory too large for them
+
+
+def _is_packed(module: nn.Module) -> TypeGuard[PackedLinear]:
+    return type(module) is PackedLinear
 
 
 # ---- Kept for the next start ----

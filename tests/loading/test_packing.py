@@ -2,10 +2,12 @@
 
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
 
+from llama2_chat.kernels.packed import PackedLinear
 from llama2_chat.loading import packing
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.memory import Gpu
@@ -78,3 +80,16 @@ def test_kernels_that_cannot_be_compiled_are_told_and_logged(caplog):
         pytest.skip("they can be, here")
     assert why_not_packed([Gpu(10**10)]).startswith("humming-kernels does not work here (")
     assert "humming-kernels, which int4 and int8 need, does not work here" in caplog.text
+
+
+def test_layers_that_become_one_product_are_gone_before_the_next_are_joined(read, monkeypatch):
+    # A 13B in int8 ran out of 22 GB: what it was joined from stayed to the end.
+    model = read()
+    attention = [weakref.ref(layer.self_attn.q_proj.weight) for layer in model.model.layers]
+    alive = []
+    monkeypatch.setattr(
+        PackedLinear, "prepare", lambda layer: alive.append(sum(each() is not None for each in attention))
+    )
+    packing.finish_packed(model)
+    assert alive[0] == len(attention) - 1
+    assert alive[-1] == 0
