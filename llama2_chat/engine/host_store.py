@@ -2,12 +2,14 @@
 again. Which block is where is prefix_cache's to know.
 
 On a GPU the copies run beside the steps, on two streams of their own, one for each direction. A step waits for a copy
-only if it writes to its block; that a block has come back is asked for before a step reads it.
+only if it writes to its block; that a block has come back is asked for before a step reads it. Pinning gigabytes takes
+seconds, so there pages come while answers are given already.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -19,7 +21,8 @@ from llama2_chat.text import first_line
 
 log = logging.getLogger("llama2_chat")
 
-SLAB_BYTES = 2**30  # pinned at once, at most: what is pinned is rounded up to a power of two
+# Pinned at once, at most: what is pinned is rounded up to a power of two, and until it is, no step is launched.
+SLAB_BYTES = 2**28
 
 
 class HostStore:
@@ -32,19 +35,42 @@ class HostStore:
     def __init__(self, tensors: Sequence[Tensor], most_bytes: int) -> None:
         devices = dict.fromkeys(tensor.device for tensor in tensors)
         of_devices = [[tensor for tensor in tensors if tensor.device == device] for device in devices]
-        page_bytes = sum(tensor[0].nbytes for tensor in tensors)
-        pages = most_bytes // page_bytes
+        self._page_bytes = sum(tensor[0].nbytes for tensor in tensors)
+        pages = most_bytes // self._page_bytes
         self._parts: list[_Part] = []
         try:
             for each in of_devices if pages else ():
-                part = _GpuPart(each, pages) if each[0].is_cuda else _Part(each, pages)
-                self._parts.append(part)
-                pages = min(pages, part.num_pages)
+                self._parts.append(_GpuPart(each, pages) if each[0].is_cuda else _Part(each, pages))
         except RuntimeError as error:  # no memory, on the GPU or of the host
             log.warning("Conversations that leave the GPU are not kept in memory: %s", first_line(error))
-            pages = 0
-        self.num_pages = pages
-        self.bytes = pages * page_bytes
+            self._parts = []
+        self._closed = threading.Event()
+        self._filling = threading.Thread(target=self._fill, name="host pages", daemon=True)
+        self._filling.start()
+        if not any(tensor.is_cuda for tensor in tensors):
+            self.wait_for_pages()
+
+    @property
+    def num_pages(self) -> int:
+        """So far."""
+        return min((part.num_pages for part in self._parts), default=0)
+
+    def wait_for_pages(self) -> None:
+        """Until there are no more to come."""
+        self._filling.join()
+
+    def close(self) -> None:
+        """No more pages come from now on."""
+        self._closed.set()
+        self.wait_for_pages()
+
+    def _fill(self) -> None:
+        for part in self._parts:
+            for _ in part.fill():
+                if self._closed.is_set():
+                    return
+        if pages := self.num_pages:
+            log.info("%.1f GB of memory keep %d blocks that leave the GPU", pages * self._page_bytes / 1e9, pages)
 
     def save(self, block: int, page: int) -> None:
         for part in self._parts:
@@ -72,15 +98,31 @@ class _Part:
     """What one device has of the blocks, and its pages. This one's device is the host itself: a copy ends at once."""
 
     def __init__(self, tensors: Sequence[Tensor], pages: int) -> None:
-        self._tensors = tensors
+        self._tensors, self._pages = tensors, pages
         self._page_bytes = sum(tensor[0].nbytes for tensor in tensors)
-        self._slabs = [*self._allocate(pages)]
-        self._per_slab = len(self._slabs[0]) if self._slabs else 0
-        self.num_pages = sum(map(len, self._slabs))
+        self._per_slab = self._pages_per_slab()
+        self._slabs: list[Tensor] = []  # uint8 [pages of a slab, page_bytes] each
 
-    def _allocate(self, pages: int) -> Iterator[Tensor]:
-        """Memory for so many pages, uint8 [n, page_bytes], in pieces of which all but the last have as many."""
-        yield torch.empty(pages, self._page_bytes, dtype=torch.uint8)
+    @property
+    def num_pages(self) -> int:
+        return len(self._slabs) * self._per_slab
+
+    def fill(self) -> Iterator[None]:
+        """Take memory for all pages, slab by slab; less if there is no more."""
+        for _ in range(self._pages // self._per_slab):
+            try:
+                self._slabs.append(self._new_slab())
+            except RuntimeError as error:
+                got = self.num_pages * self._page_bytes / 1e9
+                log.warning("Memory for conversations that leave the GPU ends at %.1f GB: %s", got, first_line(error))
+                return
+            yield
+
+    def _pages_per_slab(self) -> int:
+        return self._pages
+
+    def _new_slab(self) -> Tensor:
+        return torch.empty(self._per_slab, self._page_bytes, dtype=torch.uint8)
 
     def _page(self, page: int) -> Tensor:
         return self._slabs[page // self._per_slab][page % self._per_slab]
@@ -135,16 +177,12 @@ class _GpuPart(_Part):
         self._page_events: dict[int, torch.cuda.Event] = {}
         self._arriving: dict[int, torch.cuda.Event] = {}  # blocks that come from the host, in this order
 
-    def _allocate(self, pages: int) -> Iterator[Tensor]:
-        slab_bytes = min(SLAB_BYTES, 1 << (pages * self._page_bytes).bit_length() - 1) if pages else 0
-        per_slab = max(slab_bytes // self._page_bytes, 1)
-        for first in range(0, pages - pages % per_slab, per_slab):
-            try:
-                yield torch.empty(per_slab, self._page_bytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                got = first * self._page_bytes / 1e9
-                log.warning("Memory for conversations that leave the GPU ends at %.1f GB: %s", got, first_line(error))
-                return
+    def _pages_per_slab(self) -> int:
+        slab_bytes = min(SLAB_BYTES, 1 << (self._pages * self._page_bytes).bit_length() - 1)
+        return max(slab_bytes // self._page_bytes, 1)
+
+    def _new_slab(self) -> Tensor:
+        return torch.empty(self._per_slab, self._page_bytes, dtype=torch.uint8, pin_memory=True)
 
     def _pack(self, block: int, piece: Tensor) -> None:
         self._packer.pack(block, piece) if self._packer else super()._pack(block, piece)

@@ -21,7 +21,7 @@ from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kerne
 from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
 from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
-from llama2_chat.engine.kv_pool import BLOCK_SIZE, GB, KVPool, input_embeddings
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.runner import Masks
@@ -122,13 +122,16 @@ class ModelRunner:
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
         self.context_length = min(context_length, pool.tokens)
-        self.host_blocks = host.num_pages if host else 0
         self._check = SelfCheck(model, windows, self.context_length, self.longest_chunk, pool)
 
     @property
     def mode(self) -> str:
         """ "eager", or what has been recorded so far."""
         return self._faster.mode if self._faster else "eager"
+
+    @property
+    def host_blocks(self) -> int:
+        return self._host.num_pages if self._host else 0
 
     @property
     def kv_format(self) -> str:
@@ -156,6 +159,8 @@ class ModelRunner:
             self._faster.close()
         if self._drafter:
             self._drafter.close()
+        if self._host:
+            self._host.close()
 
     def enter_thread(self) -> None:
         if self._device.type == "cuda":
@@ -421,7 +426,7 @@ def build_runner(
             windows=windows,
             draft_tokens=draft_tokens,
             rows=rows,
-            host=_host_store(pool, host_bytes),
+            host=HostStore(pool.tensors, host_bytes) if host_bytes else None,
             drafter=_drafter(net, model, pool, sampler, context_length) if net else None,
         )
     join_projections(model)
@@ -440,17 +445,8 @@ def build_runner(
         longest_chunk,
         piece_size=piece_size,
         rows=rows,
-        host=_host_store(pool, host_bytes),
+        host=HostStore(pool.tensors, host_bytes) if host_bytes else None,
     )
-
-
-def _host_store(pool: KVPool, most_bytes: int) -> HostStore | None:
-    store = HostStore(pool.tensors, most_bytes) if most_bytes else None
-    if store is None or not store.num_pages:
-        return None
-    tokens = store.num_pages * BLOCK_SIZE
-    log.info("%.1f GB of memory keep %s tokens of conversations that leave the GPU", store.bytes / GB, f"{tokens:,}")
-    return store
 
 
 def _draft_net(draft: EagleHead | PreTrainedModel | None, model: PreTrainedModel) -> DraftNet | None:

@@ -58,7 +58,9 @@ class Match(NamedTuple):
 class Host(Protocol):
     """Whoever copies blocks to memory of the host and back, in the order in which it is asked to."""
 
-    host_blocks: int  # that there are pages for
+    @property
+    def host_blocks(self) -> int:
+        """That there are pages for, so far."""
 
     def save_block(self, block: int, page: int) -> None: ...  # the block is handed to somebody else after that
     def restore_block(self, page: int, block: int) -> None: ...  # and so is the page
@@ -70,8 +72,9 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int, block_size: int, host: Host | None = None) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._host = host if host and host.host_blocks else None
-        self._free_pages = list(range(self._host.host_blocks if self._host else 0))
+        self._host = host
+        self._pages, self._free_pages = 0, list[int]()  # how many are known; those that hold nothing
+        self._find_pages()
         # Nodes with a page, the longest unused first: a child leaves the pool before its parent does, and so the first
         # is nobody's parent.
         self._away: OrderedDict[Node, None] = OrderedDict()
@@ -95,7 +98,7 @@ class PrefixCache:
 
     def spare(self) -> None:
         """Let the host have what is unused for longest, so that some blocks are free before somebody needs them."""
-        wanted = min(SPARE_BLOCKS, self.num_blocks // 16) if self._host else 0
+        wanted = min(SPARE_BLOCKS, self.num_blocks // 16) if self._host and self._host.host_blocks else 0
         while len(self._free) < wanted and self._evictable:
             self._make_way(next(iter(self._evictable)))
 
@@ -232,8 +235,16 @@ class PrefixCache:
         assert node.parent is not None  # a root is never evictable
         node.parent.away[node.ids] = node
 
+    def _find_pages(self) -> None:
+        """Know of those that have come."""
+        pages = self._host.host_blocks if self._host else 0
+        self._free_pages += range(self._pages, pages)
+        self._pages = pages
+
     def _free_page(self) -> int | None:
         """A page, taken from the longest unused if none is free."""
+        if not self._free_pages:
+            self._find_pages()
         if not self._free_pages and self._away:
             node = next(iter(self._away))
             assert node.parent is not None

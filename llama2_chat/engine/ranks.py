@@ -108,8 +108,12 @@ class LeadingRunner(ModelRunner):
         self._recorded = 0
         self.draft_tokens = 0
         self.num_blocks = min(self.num_blocks, *(each.blocks for each in room))
-        self.host_blocks = min(self.host_blocks, *(each.host_blocks for each in room))
+        self._room = room
         self.context_length = min(self.context_length, (self.num_blocks - 1) * self.block_size)
+
+    @property
+    def host_blocks(self) -> int:
+        return min(super().host_blocks, *(each.host_blocks for each in self._room))
 
     def _mirror(self, compute: Callable[[], Any], method: str, *arguments: Any) -> Any:
         """Compute something that all compute. If it fails here, the others wait for what never comes: all is lost."""
@@ -214,6 +218,8 @@ class FollowingRunner(ModelRunner):
 
     @property
     def room(self) -> Room:
+        if self._host:
+            self._host.wait_for_pages()
         return Room(self.num_blocks, self.host_blocks)
 
     @torch.inference_mode()

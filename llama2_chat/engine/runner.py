@@ -56,7 +56,6 @@ class Runner(Protocol[StepT]):
     longest_chunk: int  # tokens of prompts in a prefill step
     shortest_chunk: int  # below, the weights are read for too few tokens
     piece_size: int | None  # tokens: as SchedulerConfig has it
-    host_blocks: int  # for which there are pages in memory of the host; 0 if blocks that make room are forgotten
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
@@ -67,6 +66,9 @@ class Runner(Protocol[StepT]):
 
     @property
     def mode(self) -> str: ...  # how a step runs, in words
+
+    @property
+    def host_blocks(self) -> int: ...  # for which there are pages of the host so far; 0: what makes room is forgotten
 
     @property
     def kv_format(self) -> str: ...  # how keys and values are kept, as KV_CACHE names it

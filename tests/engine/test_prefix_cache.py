@@ -111,6 +111,18 @@ def test_a_conversation_that_made_room_comes_back_from_the_host():
     assert (pages.restored, cache.host_blocks) == (2, 2)  # for them two others went
 
 
+def test_pages_that_come_later_are_used_from_then_on():
+    pages = Pages(0)
+    cache = PrefixCache(3, SIZE, pages)
+    for first in (10, 20, 30):
+        keep_in(pages, cache, [first] * SIZE)
+    assert cache.host_blocks == 0
+    pages.host_blocks = 2
+    for first in (40, 50, 60, 70):
+        keep_in(pages, cache, [first] * SIZE)
+    assert [len(cache.match([first] * (SIZE + 1)).away) for first in (10, 20, 30, 40, 50)] == [0, 0, 0, 1, 1]
+
+
 def test_the_host_forgets_what_is_unused_for_longest():
     pages = Pages(2)
     cache = PrefixCache(3, SIZE, pages)

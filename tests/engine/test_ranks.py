@@ -70,7 +70,7 @@ class OtherRank:
 
 def leading(other):
     runner = LeadingRunner.__new__(LeadingRunner)
-    runner.num_blocks, runner.host_blocks, runner.context_length, runner._faster = 8, 0, 10**6, Recording()
+    runner.num_blocks, runner._host, runner.context_length, runner._faster = 8, None, 10**6, Recording()
     runner.lead(other, [Room(5, 0)])
     return runner
 
