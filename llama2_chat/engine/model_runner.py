@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
 from llama2_chat.engine.paged_attention import attention_windows
+from llama2_chat.engine.rehearsal import FreeBytes, activation_bytes, leaving, pool_beside_steps, rehearse
 from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, Likeliest, SamplerState, biased, is_narrow, restrict
@@ -371,6 +373,7 @@ def build_runner(
     adapters: Sequence[LoraWeights] = (),
     host_bytes: int = 0,
     draft: EagleHead | PreTrainedModel | None = None,
+    rehearsed: bool = True,
     runner_type: type[RunnerT] = ModelRunner,  # type: ignore[assignment]
 ) -> RunnerT:
     """The fastest runner that this model can have where it is.
@@ -385,37 +388,47 @@ def build_runner(
     adapters: which requests may choose from, by their place here, 1 for the first.
     host_bytes: memory of the host for what makes room in the pool, at most.
     draft: what guesses, where text does not come again.
+    rehearsed: on a GPU, try the longest steps, and keep less for keys and values where they do not fit beside these.
     runner_type: ModelRunner, or what lets several processes compute one model (ranks.py).
 
     Raises ModelUnavailable if the model attends in a way, or keeps something, that cannot be computed over blocks, if
     no memory is left for keys and values, or if its steps cannot be recorded and must be.
     """
 
-    def free_beside_steps() -> dict[torch.device, int]:
-        return {device: free - step_bytes for device, free in free_bytes().items()}
+    def pool_for(rows: AdapterRows | None, step_bytes: int, beside: Sequence[Tensor] = ()) -> KVPool:
+        def make(free: FreeBytes) -> KVPool:
+            return make_pool(model, free, context_length, max_batch, beside)
 
-    weight = input_embeddings(model).weight
-    max_batch = max_batch or (GPU_BATCH if weight.device.type == "cuda" else CPU_BATCH)
+        def try_steps(pool: KVPool) -> None:
+            rehearse(EagerWay(model, pool, sampler, kernel, most_blocks, rows), sampler, chunk)
+
+        if on_gpu and rehearsed:
+            return pool_beside_steps(make, free_bytes, step_bytes, try_steps)
+        return make(partial(leaving, step_bytes, free_bytes))
+
+    weight, most_blocks = input_embeddings(model).weight, -(-context_length // BLOCK_SIZE)
+    on_gpu = weight.device.type == "cuda"
+    max_batch = max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
     sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device)
-    in_pieces = deterministic and weight.device.type == "cuda"
+    in_pieces = deterministic and on_gpu
     if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:
         compile_products(packed, in_order=(max_batch, PIECE_SIZE) if in_pieces else ())
     windows = attention_windows(model)
-    if weight.device.type == "cpu":
+    if not on_gpu:
         fix_rows(model)
         speed_up_llama(model)
     kernel = decode_kernel(model)
     if in_pieces:
         longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)
-    step_bytes = _activation_bytes(model, chunk) if weight.device.type == "cuda" else 0
+    step_bytes = activation_bytes(model, chunk) if on_gpu else 0
     if not (compile and kernel is not None and RecordedWay.supports(model)):
         if in_pieces:
             raise ModelUnavailable(NOT_DETERMINISTIC)
         rows = add_adapters(model, adapters)
         net = _draft_net(draft, model) if speculate else None
-        pool = make_pool(model, free_beside_steps, context_length, max_batch, net.probe() if net else ())
-        draft_tokens = CPU_DRAFT_TOKENS if speculate and weight.device.type == "cpu" else 0
+        pool = pool_for(rows, step_bytes, net.probe() if net else ())
+        draft_tokens = CPU_DRAFT_TOKENS if speculate and not on_gpu else 0
         return runner_type(
             model,
             pool,
@@ -431,9 +444,8 @@ def build_runner(
         )
     join_projections(model)
     rows = add_adapters(model, adapters)
-    step_bytes *= 2  # recorded steps have memory of their own
-    pool = make_pool(model, free_beside_steps, context_length, max_batch)
-    recorded = RecordedWay(model, pool, sampler, -(-context_length // BLOCK_SIZE), in_pieces, rows)
+    pool = pool_for(rows, 2 * step_bytes)  # recorded steps have memory of their own
+    recorded = RecordedWay(model, pool, sampler, most_blocks, in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
     return runner_type(
         model,
@@ -460,14 +472,3 @@ def _drafter(
 ) -> Drafter:
     way = EagerWay(model, pool.of_beside(), sampler, None, -(-context_length // BLOCK_SIZE))
     return Drafter(net, model, way, sampler)
-
-
-@torch.inference_mode()
-def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """GPU memory that a step of so many tokens takes for a moment, measured."""
-    device = input_embeddings(model).weight.device
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return torch.cuda.max_memory_allocated(device) - before

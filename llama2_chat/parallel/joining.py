@@ -70,6 +70,7 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
         context_length=context_window(loaded.model.config)[0],
         speculate=False,
         make_pool=partial(make_pool, work.checkpoint.kv_cache),
+        rehearsed=False,  # all ranks keep as many blocks: none may try again by itself
         **vars(work.options),
         runner_type=runner_type,
     )
