@@ -181,7 +181,7 @@ class Drafter:
         if not going:
             return guesses
         chunks = [Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going]
-        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids)
+        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids, max(lengths))
         chances = [1.0] * len(requests)  # that all guesses so far come true
         hidden, features = self._forward(chunks)
         while True:
