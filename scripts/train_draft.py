@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ChatError as error:
         sys.exit(f"train_draft.py: {error.detail}")
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped. Answers that were made so far are in {options.output_dir}; --answers_files reads them.")
+        sys.exit("\nStopped. The same command goes on.")
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> DraftOptions:

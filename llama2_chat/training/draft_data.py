@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+from transformers import PreTrainedModel
 
+from llama2_chat import prompt
+from llama2_chat.engine.sampler import NARROW
 from llama2_chat.errors import ChatError
+from llama2_chat.training.base_model import BaseModel
+from llama2_chat.training.draft_writer import write
 from llama2_chat.types import Message, SamplingParams
-from model import ChatModel
 
-log = logging.getLogger("llama2_chat")
-
-QUESTION = SamplingParams(max_new_tokens=200, temperature=1, top_p=0.95, top_k=0, repetition_penalty=1)
+QUESTION = SamplingParams(max_new_tokens=96, temperature=1, top_p=0.95, top_k=NARROW, repetition_penalty=1)
 LIKELIEST_SHARE = 4  # of so many answers one is the likeliest, as programs ask for it; the others as the page does
-UNDER_WAY = 768  # requests
 FOLLOW_UPS = 0.25  # of the answers are to a second question
 
 
@@ -33,80 +32,72 @@ class Answer:
     params: SamplingParams  # with the seed
 
 
-class _Ids:
-    """A streamer that keeps what it is given."""
+class Writing(NamedTuple):
+    """Who answers, and how many at once."""
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self._ended = threading.Event()
-
-    def put(self, value: Tensor) -> None:
-        self.ids.append(int(value))
-
-    def end(self) -> None:
-        self._ended.set()
-
-    def whole(self) -> list[int]:
-        self._ended.wait()
-        return self.ids
+    base: BaseModel
+    model: PreTrainedModel
+    at_once: int
 
 
-def make_answers(chat: ChatModel, count: int, params: SamplingParams, seed: int = 0) -> list[Answer]:
+def make_answers(writing: Writing, count: int, params: SamplingParams, seed: int = 0) -> list[Answer]:
     """So many answers to questions that the model makes up itself; a part of them are second ones.
 
     params: what they are sampled with; each has a seed of its own. The same call gives the same answers on a CPU.
     """
     first = round(count * (1 - FOLLOW_UPS))
-    answers, talks = _round(chat, [[] for _ in range(first)], params, seed)
-    again, _ = _round(chat, talks[: count - first], params, seed + first)
+    answers, talks = _round(writing, [[] for _ in range(first)], params, seed)
+    again, _ = _round(writing, talks[: count - first], params, seed + first)
     return answers + again
 
 
 def _round(
-    chat: ChatModel, talks: Sequence[list[Message]], params: SamplingParams, seed: int
+    writing: Writing, talks: Sequence[list[Message]], params: SamplingParams, seed: int
 ) -> tuple[list[Answer], list[list[Message]]]:
     """One more question and answer of each conversation; what failed is left out."""
-    tokenizer = chat.serving.tokenizer
-    before = [_before_a_question(chat, talk) for talk in talks]
-    questions = _generate(chat, before, [replace(QUESTION, seed=seed + n) for n in range(len(talks))])
-    asked: list[list[Message]] = []
+    tokenizer = writing.base.tokenizer
+    before = [_before_a_question(writing, talk) for talk in talks]
+    questions = _write(writing, before, [replace(QUESTION, seed=seed + n) for n in range(len(talks))])
+    prompts, asked = [], []
     for talk, ids in zip(talks, questions, strict=True):
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        if text:
-            asked.append([*talk, {"role": "user", "content": text}])
-    prompts, kept = [], []
-    for talk in asked:
+        if not text:
+            continue
+        asking = [*talk, Message(role="user", content=text)]
         try:
-            prompts.append(chat.encode(talk))
+            prompts.append(prompt.encode(tokenizer, asking))
         except ChatError:
             continue
-        kept.append(talk)
+        asked.append(asking)
     settings = [replace(params, seed=seed + n) for n in range(len(prompts))]
     settings[::LIKELIEST_SHARE] = [replace(each, temperature=0) for each in settings[::LIKELIEST_SHARE]]
-    said = _generate(chat, prompts, settings)
     answers, longer = [], []
-    for talk, prompt, ids, setting in zip(kept, prompts, said, settings, strict=True):
-        if ids:
-            answers.append(Answer([*prompt, *ids], len(prompt), setting))
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    for talk, ids, said, setting in zip(asked, prompts, _write(writing, prompts, settings), settings, strict=True):
+        if said:
+            answers.append(Answer([*ids, *said], len(ids), setting))
+            text = str(tokenizer.decode(said, skip_special_tokens=True))
             longer.append([*talk, Message(role="assistant", content=text)])
     return answers, longer
 
 
-def _before_a_question(chat: ChatModel, talk: list[Message]) -> list[int]:
+def _before_a_question(writing: Writing, talk: list[Message]) -> list[int]:
     """What stands before the user's next words: what conversations have in common that go on with different ones."""
-    one, other = (chat.encode([*talk, Message(role="user", content=words)]) for words in ("One", "What"))
+    one, other = (
+        prompt.encode(writing.base.tokenizer, [*talk, Message(role="user", content=words)]) for words in ("One", "What")
+    )
     return [id for id, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
-def _generate(chat: ChatModel, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
-    readers: list[_Ids] = []
-    for prompt, each in zip(prompts, params, strict=True):
-        if len(readers) >= UNDER_WAY:
-            readers[-UNDER_WAY].whole()
-        readers.append(_Ids())
-        chat.serving.engine.submit(prompt, each, readers[-1])
-    return [reader.whole() for reader in readers]
+def _write(writing: Writing, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+    """Prompts of about the same length go side by side."""
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), writing.at_once):
+        some = order[start : start + writing.at_once]
+        said = write(writing.model, [prompts[n] for n in some], [params[n] for n in some], writing.base.stop_ids)
+        for n, ids in zip(some, said, strict=True):
+            answers[n] = ids
+    return answers
 
 
 def save_answers(answers: Sequence[Answer], file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import random
 import time
@@ -13,21 +12,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from llama2_chat.engine.kv_pool import probe_keys
+from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.errors import ChatError
 from llama2_chat.kernels.eagle import EagleHead
-from llama2_chat.loading.choose import choose, fetch
-from llama2_chat.loading.load import load_base
-from llama2_chat.settings import Settings
+from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import Answer, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_data import FOLLOW_UPS, Answer, Writing, make_answers, read_answers, save_answers
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import DraftOptions
-from llama2_chat.training.draft_training import Batch, make_batches, new_head, train_head
+from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head
 from llama2_chat.types import SamplingParams
-from model import ChatModel
 
-AT_ONCE = 64  # answers at least, after which those that there are so far are saved, and the time is looked at
-ANSWERS = "answers.npz"
+ON_CPU, ON_GPU = 64, 1024  # answers at once, at most
+MEMORY_SHARE = 0.4  # of a GPU's free memory, for their keys and values
+ANSWERS, HALF_TRAINED = "answers.npz", "training.pt"
+SAVE_EVERY_S = 120.0
 
 
 def train_draft(options: DraftOptions) -> None:
@@ -35,17 +35,18 @@ def train_draft(options: DraftOptions) -> None:
     (losses.csv) and how many guesses come true (figures.json)."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     params = SamplingParams(max_new_tokens=options.max_new_tokens)
+    base = fetch_base(options.model)
+    model = _load(base, options)
     if options.answers_files:
         answers = [answer for file in options.answers_files for answer in read_answers(file, params)]
     else:
-        answers = _make_answers(options, params)
+        answers = _make_answers(base, model, options, params)
     random.Random(options.seed).shuffle(answers)
     held_out, learned = answers[: options.held_out], answers[options.held_out :]
     prompts = {tuple(answer.ids[: answer.prompt_tokens]) for answer in held_out}
     learned = [answer for answer in learned if tuple(answer.ids[: answer.prompt_tokens]) not in prompts]
     if not learned:
         raise ChatError("There are no answers to learn from beside those that are held out. Make more --answers.")
-    model = _load(options)
     head, said = new_head(model, learned, options.vocabulary)
     batches = make_batches(model, learned, options)
     print(f"{len(learned):,} answers in {len(batches):,} batches; the head can say {said:.1%} of their tokens.")
@@ -57,42 +58,65 @@ def train_draft(options: DraftOptions) -> None:
     print(json.dumps(figures))
 
 
-def _make_answers(options: DraftOptions, params: SamplingParams) -> list[Answer]:
-    flags = ["--model-id", options.model, "--queue-limit", "4096", "--no-compile"]
-    chat = ChatModel(Settings.read([*flags, *(["--max-batch", str(options.max_batch)] if options.max_batch else [])]))
-    chat.load().serving  # noqa: B018 - raises what went wrong
-    answers: list[Answer] = []
-    started = time.monotonic()
-    try:
-        while len(answers) < options.answers and not 0 < options.minutes * 60 < time.monotonic() - started:
-            count = min(max(AT_ONCE, 2 * options.max_batch), options.answers - len(answers))
-            answers += make_answers(chat, count, params, options.seed + len(answers))
-            save_answers(answers, options.output_dir / ANSWERS)
-            tokens = sum(len(answer.ids) - answer.prompt_tokens for answer in answers)
-            print(f"{len(answers):,} answers of {tokens:,} tokens in {time.monotonic() - started:.0f} s.", flush=True)
-    finally:
-        chat.close()
-        del chat
-        gc.collect()  # its KV cache leaves the GPU
-        torch.cuda.empty_cache()
-    return answers
-
-
-def _load(options: DraftOptions) -> PreTrainedModel:
-    on_gpu = torch.cuda.is_available()
-    checkpoint = fetch(choose(Settings.read(["--model-id", options.model])), lambda *_: None)
-    precision, device = ("bfloat16", 0) if on_gpu else ("float32", "cpu")
-    model = load_base(checkpoint, precision, device, lambda *_: None)
+def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model = load_for_training(base.checkpoint, full_precision(), device)
     if model.config.model_type != "llama":
         raise ChatError(f"A head can be trained for a Llama, and {options.model} is a {model.config.model_type}.")
+    attention_windows(model)
     return model.eval().requires_grad_(False)
 
 
+def _make_answers(
+    base: BaseModel, model: PreTrainedModel, options: DraftOptions, params: SamplingParams
+) -> list[Answer]:
+    """As many as are wanted, or as there is time for; those that an earlier run has saved are among them."""
+    file = options.output_dir / ANSWERS
+    answers = read_answers(file, params) if file.is_file() else []
+    writing = Writing(base, model, options.max_batch or _at_once(model, options))
+    round_size, started, before = round(writing.at_once / (1 - FOLLOW_UPS)), time.monotonic(), len(answers)
+    if answers:
+        print(f"{len(answers):,} answers are there already, in {file}.")
+    if (options.output_dir / HALF_TRAINED).is_file():
+        return answers  # from which a head was learning
+    while len(answers) < options.answers and not 0 < options.minutes * 60 < time.monotonic() - started:
+        seed = random.Random(f"{options.seed} {len(answers)}").randrange(2**31)
+        answers += make_answers(writing, min(round_size, options.answers - len(answers)), params, seed)
+        save_answers(answers, file)
+        tokens = sum(len(answer.ids) - answer.prompt_tokens for answer in answers[before:])
+        seconds = time.monotonic() - started
+        print(f"{len(answers):,} answers; {tokens:,} tokens in {seconds:.0f} s.", flush=True)
+    return answers
+
+
+def _at_once(model: PreTrainedModel, options: DraftOptions) -> int:
+    """How many answers are written at once: as many as there is memory for."""
+    if model.device.type == "cpu":
+        return ON_CPU
+    token_bytes = sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
+    free = torch.cuda.mem_get_info(model.device)[0] * MEMORY_SHARE
+    return max(1, min(ON_GPU, int(free / token_bytes / (options.max_length + options.max_new_tokens))))
+
+
 def _train(model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions) -> None:
-    with (options.output_dir / "losses.csv").open("w", newline="") as file, tqdm(disable=None) as bar:
+    """Go on with what an earlier run has left, if it was cut off."""
+    training, half = Training(model, head, batches, options), options.output_dir / HALF_TRAINED
+    if half.is_file():
+        training.go_on(half)
+        print(f"Going on after {training.steps:,} steps.")
+    losses, saved = options.output_dir / "losses.csv", time.monotonic()
+    with (
+        losses.open("a" if training.steps else "w", newline="") as file,
+        tqdm(total=100, unit="%", disable=None) as bar,
+    ):
         writer = csv.writer(file)
-        writer.writerow(["step", "loss"])
-        for step, loss in train_head(model, head, batches, options):
+        if not training.steps:
+            writer.writerow(["step", "loss"])
+        for step, loss, spent in training.run():
             writer.writerow([step, f"{loss:.4f}"])
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.update(round(100 * min(spent, 1)) - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", step=step)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                training.save(half)
+                saved = time.monotonic()
+    half.unlink(missing_ok=True)

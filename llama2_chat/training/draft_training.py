@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
+from llama2_chat.errors import ChatError
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_options import DraftOptions
@@ -118,29 +120,71 @@ def _later(states: Tensor, tokens: int) -> Tensor:
     return F.pad(states, (0, 0, tokens, 0))[:, :, : states.shape[2]]
 
 
-def train_head(
-    model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions
-) -> Iterator[tuple[int, float]]:
-    """Train it in place. Yields numbers of steps and losses."""
-    total = max(1, round(options.epochs * len(batches)))
-    optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    random, started = torch.Generator().manual_seed(options.seed), time.monotonic()
-    order: list[int] = []
-    for step in range(total):
-        # The share of what training may take, in steps or in time, whichever ends first.
-        spent = max(step / total, (time.monotonic() - started) / 60 / (options.minutes or math.inf))
-        if spent >= 1:
-            return
-        order = order or torch.randperm(len(batches), generator=random).tolist()
-        rate = options.learning_rate * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * spent)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _loss(model, head, batches[order.pop()], options.guesses)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
-        yield step + 1, loss.item()
+class Training:
+    """A head that learns from batches. What save() leaves can be gone on with, and gives the head that it would have
+    been."""
+
+    def __init__(
+        self, model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions
+    ) -> None:
+        self._model, self.head, self._batches, self._options = model, head, batches, options
+        self._optimizer = torch.optim.AdamW(
+            head.parameters(), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        self.steps, self.total = 0, max(1, round(options.epochs * len(batches)))
+        self._seconds = 0.0  # that earlier runs took
+
+    def run(self) -> Iterator[tuple[int, float, float]]:
+        """Train the head in place. Yields after each step how many there have been, its loss, and which share of all is
+        over, in steps or in time, whichever ends first."""
+        options, before, started = self._options, self._seconds, time.monotonic()
+        while (spent := self._spent) < 1:
+            rate = options.learning_rate * min(1, (self.steps + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * spent)) / 2
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            loss = _loss(self._model, self.head, self._batches[self._next], options.guesses)
+            self._optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+            self._optimizer.step()
+            self.steps, self._seconds = self.steps + 1, before + time.monotonic() - started
+            yield self.steps, loss.item(), self._spent
+
+    @property
+    def _spent(self) -> float:
+        return max(self.steps / self.total, self._seconds / 60 / (self._options.minutes or math.inf))
+
+    @property
+    def _next(self) -> int:
+        """Which batch: all of them in an order that is another one each time."""
+        times, place = divmod(self.steps, len(self._batches))
+        order = torch.Generator().manual_seed(self._options.seed + times)
+        return int(torch.randperm(len(self._batches), generator=order)[place])
+
+    def save(self, file: Path) -> None:
+        states = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict(), "steps": self.steps}
+        aside = file.with_suffix(".tmp")
+        torch.save(states | {"seconds": self._seconds, "what": self._what}, aside)
+        aside.replace(file)
+
+    def go_on(self, file: Path) -> None:
+        """Raises ChatError if it was saved of other answers or options."""
+        states = torch.load(file, map_location=self._model.device, weights_only=True)
+        if states["what"] != self._what:
+            raise ChatError(
+                f"{file} is a head half trained on other answers or with other options. Give these again, choose "
+                "another --output_dir, or delete it."
+            )
+        self.head.load_state_dict(states["head"])
+        self._optimizer.load_state_dict(states["optimizer"])
+        self.steps, self._seconds = states["steps"], states["seconds"]
+
+    @property
+    def _what(self) -> list[float]:
+        """What must be the same when it goes on."""
+        o = self._options
+        ids = sum(int(batch.ids.sum()) for batch in self._batches)
+        return [o.vocabulary, o.epochs, o.minutes, o.learning_rate, o.guesses, o.seed, len(self._batches), ids]
 
 
 def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -> Tensor:
@@ -148,7 +192,7 @@ def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -
     at, features, weight, total = batch.learned, batch.features.float(), 1.0, 0.0
     embedded, output = embeddings(model, batch.ids), output_rows(model, head)
     loss = torch.zeros((), device=features.device)
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         chances = F.softmax((features[at] @ output.T).float(), -1)
         for guessed in unrolled(head, embedded, features, guesses):
             logits = (guessed[at] @ output.T).float()

@@ -2,23 +2,26 @@
 
 import copy
 from dataclasses import replace
+from itertools import islice, takewhile
 
 import pytest
 import torch
 
 from llama2_chat.engine.drafts import Confidence, Drafts
+from llama2_chat.engine.paged_attention import attention_windows
+from llama2_chat.errors import ChatError
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_head
-from llama2_chat.settings import Settings
-from llama2_chat.training import draft_data
+from llama2_chat.training import draft_data, draft_writer
+from llama2_chat.training.base_model import BaseModel
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import Answer, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_data import Answer, Writing, make_answers, read_answers, save_answers
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import HELP, DraftOptions
-from llama2_chat.training.draft_training import make_batches, new_head, train_head, unrolled
+from llama2_chat.training.draft_training import Training, make_batches, new_head, unrolled
+from llama2_chat.training.draft_writer import write
 from llama2_chat.types import SamplingParams
-from model import ChatModel
 from scripts.train_draft import read_arguments
 from tests.support.drafts import random_head, random_model
 from tests.support.engines import GREEDY, answer, running
@@ -36,13 +39,12 @@ def model():
 def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(monkeypatch):
     monkeypatch.setattr(draft_data, "QUESTION", replace(draft_data.QUESTION, max_new_tokens=9))
     tokenizer = chatml()
-    chat = ChatModel(Settings(max_batch=8)).serve(tokenizer, untrained(tokenizer, 2048))
-    try:
-        params = SamplingParams(max_new_tokens=6)
-        answers = make_answers(chat, 8, params)
-        assert answers == make_answers(chat, 8, params)
-    finally:
-        chat.close()
+    model = untrained(tokenizer, 2048).model
+    attention_windows(model)
+    writing = Writing(BaseModel(None, tokenizer, {0}), model, at_once=5)
+    params = SamplingParams(max_new_tokens=6)
+    answers = make_answers(writing, 8, params)
+    assert answers == make_answers(writing, 8, params)
     assert 6 <= len(answers) <= 8  # some questions are nothing but spaces
     prompts = [tokenizer.decode(answer.ids[: answer.prompt_tokens]) for answer in answers]
     turns = [prompt.count("<|im_start|>user") for prompt in prompts]
@@ -52,21 +54,55 @@ def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(mo
     assert {answer.params.temperature for answer in answers} == {0, params.temperature}
 
 
+@pytest.mark.parametrize("top_k", [50, 0])
+def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, monkeypatch):
+    monkeypatch.setattr(draft_writer, "LOOK_EVERY", 3)
+    prompts = [[n, 9, *range(n)] for n in range(9)]
+    params = [
+        SamplingParams(max_new_tokens=20 + n, seed=n, top_k=top_k, temperature=0 if n % 3 == 0 else 1) for n in range(9)
+    ]
+    with running(model, speculate=False) as engine:
+        said = [answer(engine, *each)[0] for each in zip(prompts, params, strict=True)]
+    stop_ids = {ids[10] for ids in said[:7]}
+    assert write(model, prompts, params, stop_ids) == [[*takewhile(lambda id: id not in stop_ids, ids)] for ids in said]
+
+
 def test_training_teaches_a_head_what_the_model_says(model):
     with running(model, speculate=False) as engine:
         answers = []
         for n in range(6):
-            said, _ = answer(engine, [n, 9], SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20))
-            answers.append(Answer([n, 9, *said], 2, PARAMS))
+            said, _ = answer(engine, [n, 9], GREEDY)
+            answers.append(Answer([n, 9, *said], 2, GREEDY))
     options = DraftOptions(epochs=30, learning_rate=1e-2, batch_tokens=200, max_length=40, guesses=3)
     head, said = new_head(model, answers, 0)
     assert said == 1
     before = acceptance(model, head, answers, 3, 40)
-    losses = [loss for _, loss in train_head(model, head, make_batches(model, answers, options), options)]
+    losses = [loss for _, loss, _ in Training(model, head, make_batches(model, answers, options), options).run()]
     after = acceptance(model, head, answers, 3, 40)
     assert losses[-1] < losses[0]
     assert after[0] > before[0] + 0.2
     assert after[0] <= after[1] <= after[2]
+
+
+def test_training_that_was_cut_off_goes_on_as_if_it_had_not_been(model, tmp_path):
+    answers = [Answer([n, *range(n, n + 9)], 2, PARAMS) for n in range(6)]
+    options, heads = DraftOptions(epochs=3, batch_tokens=24, max_length=20, guesses=2), []
+    batches = make_batches(model, answers, options)
+    for cut_off in (False, True):
+        torch.manual_seed(0)
+        training = Training(model, new_head(model, answers, 0)[0], batches, options)
+        if cut_off:
+            for _ in islice(training.run(), 4):
+                pass
+            training.save(tmp_path / "training.pt")
+            training = Training(model, new_head(model, answers, 0)[0], batches, options)
+            training.go_on(tmp_path / "training.pt")
+        assert [step for step, _, _ in training.run()][-1] == training.total
+        heads.append(training.head.state_dict())
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    other = Training(model, new_head(model, answers, 0)[0], batches, replace(options, learning_rate=0.1))
+    with pytest.raises(ChatError, match="half trained"):
+        other.go_on(tmp_path / "training.pt")
 
 
 def test_a_head_says_the_tokens_that_are_most_frequent_in_the_answers(model):
