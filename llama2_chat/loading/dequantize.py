@@ -197,6 +197,8 @@ def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
         return None
     if scale is None:
         return _plain(parts)
+    if weight.dtype in PLAIN:  # multiplied out already, or not: nothing says which
+        return None
     scale = scale.float()
     if scale.dim() == 2 and scale.shape != (weight.shape[0], 1):  # of blocks, the last of which may be smaller
         rows, columns = quantization.get("weight_block_size") or (128, 128)
@@ -250,6 +252,8 @@ def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
         return _plain(parts)
     known = {"weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"}
     if not set(parts) <= known or "weight_scale" not in parts:
+        return None
+    if "weight" in parts and parts["weight"].dtype in PLAIN:  # multiplied out already, or not: nothing says which
         return None
     if "weight" in parts:
         values = parts["weight"].float()

@@ -159,6 +159,18 @@ def test_a_float8_without_its_scale_is_refused(plain, tmp_path, scale):
     assert "model.layers.1.mlp.down_proj" in refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("name", ["FP8, channels", "compressed-tensors, FP8", "compressed-tensors, int8"])
+def test_a_plain_weight_beside_a_scale_is_refused(plain, tmp_path, name):
+    # It was multiplied by the scale, perhaps once more, and the model answered garbage.
+    folder = tmp_path / "model"
+    packed(folder, plain, *FORMATS[name])
+    tensors = load_file(folder / "model.safetensors")
+    weight = "model.layers.1.mlp.down_proj.weight"
+    tensors[weight] = tensors[weight].bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.mlp.down_proj" in refusal(get, asking_for(folder, cache_dir=tmp_path / "cache"))
+
+
 def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(plain, tmp_path):
     # AutoGPTQ writes a bias of zeros for each layer, and older transformers the frequencies of RoPE.
     folder = tmp_path / "model"
