@@ -125,7 +125,7 @@ def nf4_linear(
     K, N = x.shape[-1], out_features
     M = x.numel() // K
     # For a single token bitsandbytes' own kernel is as fast.
-    if M == 1 or N % OUTPUTS_MULTIPLE or K % BLOCK_WEIGHTS or x.dtype != torch.bfloat16:
+    if M == 1 or not can_unpack(N, K) or x.dtype != torch.bfloat16:
         return torch.ops.bitsandbytes.gemm_4bit(
             x,
             packed,
@@ -138,12 +138,7 @@ def nf4_linear(
             absmax_offset=offset,
         )
     if M > MOST_ROWS:
-        weight = x.new_empty(N, K)
-        with torch.cuda.device_of(x):  # Triton launches on the current one
-            programs = N * K // BLOCK_WEIGHTS // UNPACKED_BLOCKS
-            scales = absmax, code, absmax_scale, offset
-            _unpack_kernel[(programs,)](packed, *scales, weight, BLOCKS=UNPACKED_BLOCKS, BLOCK=BLOCK_WEIGHTS)
-        return F.linear(x, weight)
+        return F.linear(x, unpack(packed, absmax, code, absmax_scale, offset, N))
     partial = x.new_empty(SPLITS, M, N, dtype=torch.float32)
     outputs, warps = (64, 2) if M <= 16 else (128, 4)  # per program
     with torch.cuda.device_of(x):
@@ -167,6 +162,22 @@ def nf4_linear(
         output = x.new_empty(*x.shape[:-1], N)
         _sum_kernel[(triton.cdiv(M * N, 1024),)](partial, output, M * N, SPLITS=SPLITS, BLOCK=1024)
     return output
+
+
+def can_unpack(out_features: int, in_features: int) -> bool:
+    return out_features % OUTPUTS_MULTIPLE == 0 and in_features % BLOCK_WEIGHTS == 0
+
+
+def unpack(
+    packed: Tensor, absmax: Tensor, code: Tensor, absmax_scale: Tensor, offset: Tensor, out_features: int
+) -> Tensor:
+    """W of nf4_linear() in bfloat16, [out_features, in_features], if can_unpack() it."""
+    weight = packed.new_empty(out_features, 2 * packed.numel() // out_features, dtype=torch.bfloat16)
+    with torch.cuda.device_of(packed):  # Triton launches on the current one
+        _unpack_kernel[(weight.numel() // BLOCK_WEIGHTS // UNPACKED_BLOCKS,)](
+            packed, absmax, code, absmax_scale, offset, weight, BLOCKS=UNPACKED_BLOCKS, BLOCK=BLOCK_WEIGHTS
+        )
+    return weight
 
 
 @nf4_linear.register_fake

@@ -22,6 +22,7 @@ from llama2_chat.prompt import TokenizedExample
 from llama2_chat.training.examples import Examples, labels
 from llama2_chat.training.options import Options
 from llama2_chat.training.preferences import Compared
+from llama2_chat.training.qlora_layers import speed_up_qlora
 from llama2_chat.training.resources import memory_gb
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def make_trainer(
     make = _make_sft if options.method == "sft" else _make_preferences
     trainer = make(options, arguments, model, tokenizer, examples, callbacks)
     trainer.remove_callback(PrinterCallback)
+    if options.load_in_4bit and options.method == "sft":  # others compare with what PEFT's own layers said before
+        trained: Any = trainer.model
+        speed_up_qlora(trained)
     if arguments["fp16"]:
         for parameter in model.parameters():
             if parameter.requires_grad:  # TRL has made them bfloat16, which float16's loss scaling cannot take
@@ -108,7 +112,8 @@ def _arguments(options: Options, has_eval: bool, resumed: bool) -> dict[str, Any
         "warmup_steps": options.warmup_ratio,  # of all steps, as everything below 1
         "optim": options.optim,
         "weight_decay": options.weight_decay,
-        "bf16": has_gpu and is_bfloat16,
+        # QLoRA computes in bfloat16 anyway: autocast would only look at each operation, and take norms in float32.
+        "bf16": has_gpu and is_bfloat16 and not options.load_in_4bit,
         "fp16": has_gpu and not is_bfloat16,
         "use_cpu": not has_gpu,
         "dataloader_pin_memory": has_gpu,
