@@ -65,8 +65,9 @@ def leave_it_to_the_first_process() -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """Without the usage, of 40 lines, above the sentence."""
         leave_it_to_the_first_process()
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Options:

@@ -112,15 +112,18 @@ def load_for_training(
 
 
 def _let_bytes_be_copied(model: Any) -> None:
-    """Have FSDP bring the parts of 4-bit weights together as bytes: each layer that is divided gets one of bytes.
+    """Have FSDP bring the parts of 4-bit weights together as bytes: each layer that is divided gets a weight of another
+    dtype.
 
     Parameters of one dtype it copies as numbers, and PyTorch's kernel for it takes bfloat16 through float32 on a GPU:
     codes that read as NaN become another NaN. Parameters of several dtypes it copies as bytes.
     """
+    # In float16 mixed precision is on, and turns float32 into it, but not bytes, which PyTorch 2.11 could not divide.
+    dtype = torch.float32 if model.dtype is torch.bfloat16 else torch.uint8
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
-            byte = torch.zeros(1, dtype=torch.uint8, device=model.device)
-            module.register_parameter("byte", torch.nn.Parameter(byte, requires_grad=False))
+            other = torch.zeros(1, dtype=dtype, device=model.device)
+            module.register_parameter("of_another_dtype", torch.nn.Parameter(other, requires_grad=False))
 
 
 def fetch_weights(checkpoint: Checkpoint) -> None:

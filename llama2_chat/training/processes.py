@@ -52,5 +52,7 @@ def _faults(options: Options) -> Iterator[str]:
         yield "--folds trains one model after another, and a model that was divided among GPUs stays so. Leave it out."
     if options.load_in_8bit:
         yield "Weights in 8 bits cannot be divided among GPUs: --load_in_4bit."
+    if options.load_in_4bit and options.use_dora:
+        yield "DoRA cannot be divided among GPUs above weights in 4 bits: leave out --use_dora or --load_in_4bit."
     if options.method != "sft" and not options.use_peft:
         yield f"--method {options.method} needs --use_peft where the model is divided among GPUs."

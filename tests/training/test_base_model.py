@@ -59,8 +59,8 @@ def test_weights_in_4_bits_are_divided_as_bytes_and_compute_as_before(chat_model
     checkpoint = fetch_base(str(chat_model)).checkpoint
     whole, divisible = (load_for_training(checkpoint, "nf4", "cpu", divisible) for divisible in (False, True))
     for layer in divisible.model.layers:
-        assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16, torch.uint8}
-        assert not any(parameter.requires_grad for parameter in layer.parameters() if parameter.dtype == torch.uint8)
+        assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16, torch.float32}
+        assert not any(parameter.requires_grad for parameter in layer.parameters() if parameter.dtype == torch.float32)
     ids = torch.arange(40)[None]
     assert torch.equal(divisible(ids).logits, whole(ids).logits)
 

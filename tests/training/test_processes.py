@@ -35,6 +35,7 @@ def divided(monkeypatch):
     [
         ({"folds": 2}, "--folds trains one model after another"),
         ({"use_peft": True, "load_in_8bit": True}, "--load_in_4bit"),
+        ({"use_peft": True, "load_in_4bit": True, "use_dora": True}, "leave out --use_dora"),
         ({"method": "dpo"}, "--method dpo needs --use_peft"),
     ],
 )
