@@ -196,8 +196,9 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         why = f"{why} Its products are those of bitsandbytes, since {reason}."
     with translate_out_of_memory(quoted(checkpoint.model_id), precision, needed_bytes):
         with translate_errors(files):
-            packs_in = checkpoint.cache_dir if packs else None
-            model = _load_for_serving(files, precision, size, gpus, packs_in, part)
+            # What is packed from another copy lies in that, and is removed with it.
+            home = files.folder if size.comes_in or files.original else checkpoint.cache_dir
+            model = _load_for_serving(files, precision, size, gpus, home if packs else None, part)
         if adapter:
             # In 4 or 8 bits merging would round the change away: there it stays apart.
             merge = precision in UNQUANTIZED or (precision == "int8" and not gpus)

@@ -2,12 +2,16 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
+from llama2_chat.loading import load as loading
 from llama2_chat.loading import unpack
+from llama2_chat.loading.memory import Gpu
 from llama2_chat.server.probes import PlannedStart, probe_disk
 from tests.support import packers
 from tests.support.loading import asking_for, get, logits, refusal
@@ -66,6 +70,22 @@ def test_a_copy_that_is_outdated_makes_room_for_the_new_one(model, tiny, monkeyp
     assert (before == after).all() == (change is not change_settings)
     assert f"Removing an outdated copy of {model.model_id}, {old}" in caplog.text
     assert f"is unpacked and takes 0 MB more on disk: {new}" in caplog.text
+
+
+def test_what_is_packed_for_a_gpu_goes_with_the_copy_that_it_was_made_from(model, monkeypatch):
+    # Its name was that of the outdated copy, so nobody knew whose it was: 7 GB for a 13B.
+    packs_in = []
+
+    def read(files, precision, cache_dir, *_):
+        packs_in.append(cache_dir)
+        return loading.read_model(files, torch.bfloat16, None, None)
+
+    monkeypatch.setattr(loading, "visible_gpus", lambda: [Gpu(10**11)])
+    monkeypatch.setattr(loading, "why_not_packed", lambda gpus: None)
+    monkeypatch.setattr(loading, "keep_compiled", lambda cache_dir: None)
+    monkeypatch.setattr(loading, "read_packed", read)
+    get(replace(model, quantization="int4"))
+    assert packs_in == copies(model)
 
 
 def test_a_disk_without_room_for_a_copy_is_told_before_anything_is_written(model, monkeypatch):
