@@ -130,8 +130,8 @@ def test_what_comes_back_from_memory_of_the_host_is_bit_for_bit_what_left(model)
     (first, *others), more = prompts([1473, 1000, 1000, 1000, 1000]), SamplingParams(seed=3, max_new_tokens=64)
 
     def texts(tokens, host_bytes):
-        pool = pool_of(tokens, model)
-        engine = Engine(build_runner(model, dict, 4096, compile=False, make_pool=pool, host_bytes=host_bytes), set())
+        options = {"compile": False, "make_pool": pool_of(tokens, model), "rehearsed": False}
+        engine = Engine(build_runner(model, dict, 4096, host_bytes=host_bytes, **options), set())
         until(lambda: engine.occupancy.host_capacity_tokens or not host_bytes)
         begun = answer(engine, first, more)[0]
         with engine.paused():
@@ -346,7 +346,8 @@ def test_five_hundred_who_join_and_leave_say_what_they_say_alone_and_leave_nothi
 def test_five_hundred_who_make_room_for_each_other_leave_nothing_behind(kv_cache):
     """Memory for a third of what 32 of them need, and pages of the host for twice that."""
     model, chance = small_llama(num_key_value_heads=4), random.Random(0)
-    runner = build_runner(model, dict, 4096, make_pool=pool_of(8_192, model, kv_cache), host_bytes=2**26)
+    pool = pool_of(8_192, model, kv_cache)
+    runner = build_runner(model, dict, 4096, make_pool=pool, rehearsed=False, host_bytes=2**26)
     engine = Engine(runner, set(), queue_limit=500)
     until(lambda: engine.occupancy.host_capacity_tokens and "compiles" not in engine.mode)
     roots = prompts([1000] * 30)
