@@ -69,12 +69,21 @@ class CpuStep:
         """Writes key and value, and lets each token attend to its request so far."""
         self.pool.write(layer, key, value, self._kv_index)
         queries = query.transpose(1, 2)  # [1, T, heads, head_dim]
-        masks = self._masks_for(query.shape[1] // key.shape[1], query.shape[3], scoring)
+        return self._mixed(layer, queries, query.shape[1] // key.shape[1], scoring).to(query.dtype)
+
+    def attend_joined(self, layer: int, states: Tensor, heads: int, scoring: Scoring) -> Tensor:
+        """The same of query, key and value side by side, float32 [1, T, heads + 2 * kv_heads, head_dim]."""
+        self.pool.write_joined(layer, states[0, :, heads:], self._kv_index)
+        return self._mixed(layer, states[:, :, :heads], 2 * heads // (states.shape[2] - heads), scoring)
+
+    def _mixed(self, layer: int, queries: Tensor, group: int, scoring: Scoring) -> Tensor:
+        """What comes of queries [1, T, heads, head_dim], of which `group` share a head of keys: float32, as many."""
+        masks = self._masks_for(group, queries.shape[3], scoring)
         outputs = [
             self._attend_part(layer, part, queries, mask, scoring) for part, mask in zip(self.parts, masks, strict=True)
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])[self._order]
-        return output.to(query.dtype).reshape(queries.shape)
+        return output.reshape(queries.shape)
 
     def _attend_part(self, layer: int, part: Part, queries: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
         """[N, T, heads, head_dim], float32. queries: [1, T, heads, head_dim], of the whole step."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from llama2_chat.engine.paged_attention import attend
+from llama2_chat.engine.cpu_attention import CpuStep
+from llama2_chat.engine.paged_attention import AttentionStep, Scoring, attend
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 
 
@@ -27,6 +27,9 @@ def speed_up_layers(body: Any) -> None:
     if all(map(_suits, body.layers)):
         body.rotary_emb.__class__ = CpuRotaryEmbedding
         for layer in body.layers:
+            layer.input_layernorm.float()
+            layer.post_attention_layernorm.float()
+            layer.scoring = Scoring(layer.self_attn.scaling)
             layer.__class__ = CpuLlamaLayer
 
 
@@ -41,14 +44,16 @@ def _suits(layer: Any) -> bool:
 
 class CpuRotaryEmbedding(LlamaRotaryEmbedding):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As _turned() takes them: cosines, and sines that are negative in the first half; [N, T, 1, head_dim]."""
+        """As _turn() takes them: cosines, and sines that are negative in the first half; [N, T, 1, head_dim]."""
         cos, sin = super().forward(x.float(), position_ids)
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos[:, :, None], sin[:, :, None]
 
 
 class CpuLlamaLayer(LlamaDecoderLayer):
-    """Of a model that attends by paged_attention.ATTENTION."""
+    """Of a model that attends by paged_attention.ATTENTION, with its norms in float32."""
+
+    scoring: Scoring
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         N, T, width = hidden_states.shape
@@ -57,7 +62,7 @@ class CpuLlamaLayer(LlamaDecoderLayer):
         hidden = hidden_states.float().view(-1, width)
         projected = attention.q_proj.together(_normed(hidden, self.input_layernorm))
         attended = self._attend(projected.view(N, T, -1, attention.head_dim), **kwargs)
-        hidden = attention.o_proj.of_rows(attended.reshape(N * T, -1).float(), hidden)
+        hidden = attention.o_proj.of_rows(attended.reshape(N * T, -1), hidden)
         gate, up = mlp.gate_proj.together(_normed(hidden, self.post_attention_layernorm)).chunk(2, -1)
         return mlp.down_proj.of_rows(mlp.act_fn(gate).mul_(up), hidden).view(N, T, width)
 
@@ -68,28 +73,34 @@ class CpuLlamaLayer(LlamaDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Any = None,
+        step: AttentionStep | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """projected: [N, T, heads + 2 * kv_heads, head_dim], float32, of query, key and value."""
+        """projected: [N, T, heads + 2 * kv_heads, head_dim], float32, of query, key and value, which change."""
         attention = self.self_attn
         kv_heads = projected.shape[2] // (attention.num_key_value_groups + 2)
-        turned = _turned(projected[:, :, :-kv_heads], *position_embeddings)
-        query, key = turned[:, :, :-kv_heads].transpose(1, 2), turned[:, :, -kv_heads:]
-        key, value = (states.bfloat16().transpose(1, 2) for states in (key, projected[:, :, -kv_heads:]))
+        _turn(projected[:, :, :-kv_heads], *position_embeddings)
+        heads = projected.shape[2] - 2 * kv_heads
+        if isinstance(step, CpuStep):
+            return step.attend_joined(attention.layer_idx, projected, heads, self.scoring)
+        states = projected.transpose(1, 2)
+        query, key, value = states.split([heads, kv_heads, kv_heads], 1)
+        key, value = key.bfloat16(), value.bfloat16()
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
-        if "step" not in kwargs:  # then transformers' own attention computes
-            key, value = key.float(), value.float()
-        output, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
+        key, value = key.float(), value.float()
+        output, _ = attend(attention, query, key, value, attention_mask, attention.scaling, step=step, **kwargs)
         return output
 
 
 def _normed(hidden: Tensor, norm: LlamaRMSNorm | nn.Identity) -> Tensor:
     if isinstance(norm, nn.Identity):
         return hidden
-    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+    squares = hidden.square().mean(1, keepdim=True)
+    return hidden.mul(norm.weight).mul_(squares.add_(norm.variance_epsilon).rsqrt_())
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """States [N, T, heads, head_dim] with the rotary positions that CpuRotaryEmbedding gives."""
-    return (states * cos).addcmul_(states.roll(states.shape[-1] // 2, -1), sin)
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Give states [N, T, heads, head_dim] the rotary positions that CpuRotaryEmbedding tells."""
+    rolled = states.roll(states.shape[-1] // 2, -1)
+    states.mul_(cos).addcmul_(rolled, sin)

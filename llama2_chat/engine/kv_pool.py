@@ -1,8 +1,8 @@
 """The memory for keys and values of all conversations, in blocks. Which block holds what is prefix_cache's to know.
 
-They are kept as the model computes them, or in 8 bits (EightBitPool). Another format is a subclass with its own
-`allocate`, `write` and `read`; whoever computes a step asks for nothing else, apart from the kernels, which take the
-tensors of these two as they lie.
+They are kept as the model computes them, on a CPU side by side (JoinedPool), or in 8 bits (EightBitPool). Another
+format is a subclass with its own `allocate`, `write` and `read`; whoever computes a step asks for nothing else, apart
+from the kernels, which take the tensors as they lie.
 """
 
 from __future__ import annotations
@@ -136,6 +136,11 @@ class KVPool:
         for states, new in zip(self.layers[layer], (key, value), strict=True):
             states.view(-1, *states.shape[2:]).index_copy_(0, kv_index.to(states.device), new[0].transpose(0, 1))
 
+    def write_joined(self, layer: int, states: Tensor, kv_index: Tensor) -> None:
+        """The same of new keys and values side by side, [T, 2 * kv_heads, head_dim]."""
+        key, value = states.to(self.dtype).transpose(0, 1)[None].chunk(2, 1)
+        self.write(layer, key, value, kv_index)
+
     def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of one request, [1, kv_heads, length, head_dim].
 
@@ -147,6 +152,29 @@ class KVPool:
     def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of several requests, [N, kv_heads, B * BLOCK_SIZE, head_dim]. tables: int64 [N, B]."""
         keys, values = (_gather_batch(states, tables) for states in self.layers[layer])
+        return keys, values
+
+
+class JoinedPool(KVPool):
+    """For each layer of a model on the CPU its keys and values side by side, [num_blocks, BLOCK_SIZE, 2 * kv_heads,
+    head_dim], so that one call of PyTorch writes or reads both; read in float32."""
+
+    def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
+        return (keys.new_zeros(self.num_blocks, BLOCK_SIZE, 2 * keys.shape[1], keys.shape[3]),)
+
+    def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
+        self.write_joined(layer, torch.cat([key, value], 1)[0].transpose(0, 1), kv_index)
+
+    def write_joined(self, layer: int, states: Tensor, kv_index: Tensor) -> None:
+        (kept,) = self.layers[layer]
+        kept.view(-1, *states.shape[1:]).index_copy_(0, kv_index, states.to(kept.dtype))
+
+    def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.read_batch(layer, blocks[None])
+        return keys[:, :, :length], values[:, :, :length]
+
+    def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = _gather_batch(self.layers[layer][0], tables).float().chunk(2, 1)
         return keys, values
 
 
@@ -231,7 +259,8 @@ def make_pool(
         room = _fitting(free_bytes(), _block_bytes([*probe, *beside], KVPool.token_bytes)) * BLOCK_SIZE
     name = choose_format(kv_cache, gpus, room, enough_tokens(max_batch, context_length))
     if name is None:
-        return KVPool(model, free_bytes, context_length, max_batch, beside)
+        kind = JoinedPool if all(device.type == "cpu" for device in devices) else KVPool
+        return kind(model, free_bytes, context_length, max_batch, beside)
     return EightBitPool(CODES[name], model, free_bytes, context_length, max_batch, beside)
 
 

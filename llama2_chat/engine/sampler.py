@@ -17,6 +17,7 @@ from torch import Tensor
 from llama2_chat.types import SamplingParams
 
 LEAST_LOGPROB = -9999.0  # which OpenAI writes; JSON has no infinity
+PART = 128  # of the vocabulary
 NARROW = 64  # requests that keep no more candidates than this are sorted by topk(), the others whole
 # Every setting that sample() reads, with the value that padding has: greedy, nothing penalised.
 NEUTRAL = {
@@ -120,7 +121,7 @@ class LikelyTokens:
         scores, params = logits.float(), {name: values[rows] for name, values in self.params.items()}
         repetition = params["repetition_penalty"]
         pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores, ids = torch.where(self.seen[rows], pushed, scores).topk(min(NARROW, scores.shape[1]))
+        scores, ids = highest_scores(torch.where(self.seen[rows], pushed, scores), min(NARROW, scores.shape[1]))
         chosen = _ranks(scores, params, self.draws[rows, self.made, None])
         best = ids.gather(1, chosen)[:, 0]
         self.seen[rows, best] = True
@@ -128,6 +129,18 @@ class LikelyTokens:
         temperature = params["temperature"]
         chances = (scores / torch.where(temperature == 0, 1, temperature.clamp(min=0.1))).softmax(-1)
         return best, chances.gather(1, chosen)[:, 0]
+
+
+def highest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest of scores [N, V] in descending order, [N, count], and where they are; NaN sorts first."""
+    N, V = scores.shape
+    if scores.device.type != "cpu" or V % PART or 2 * count * PART > V:
+        return scores.topk(count)
+    # A CPU looks at one number after another: few are left in the parts in which the highest numbers are the highest.
+    parts = scores.view(N, -1, PART)
+    which = parts.amax(2).topk(count).indices
+    found, at = parts.gather(1, which[:, :, None].expand(-1, -1, PART)).flatten(1).topk(count)
+    return found, which.gather(1, at // PART) * PART + at % PART
 
 
 class SamplerState:
@@ -170,7 +183,7 @@ class SamplerState:
         """
         params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))  # each [N, 1]
         scores = self._penalise(logits[:, : self.vocab_size].float(), slots, params)
-        scores, ids = scores.topk(min(kept, self.vocab_size))  # in descending order; NaN sorts first
+        scores, ids = highest_scores(scores, min(kept, self.vocab_size))
         chosen = _ranks(scores, params, self._draws[slots, self._answer_tokens[slots]][:, None])
         tokens = ids.gather(1, chosen)[:, 0]
         self.tokens[slots] = tokens

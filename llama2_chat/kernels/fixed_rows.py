@@ -86,8 +86,10 @@ def attend_fixed_rows(
     N, T, heads, head_dim = query.shape
     kv_heads, size = key.shape[1], mask.shape[2]
     rows = T * heads // kv_heads
-    # -> [N, kv_heads, T, group, head_dim] -> [N, kv_heads, rows, head_dim]
-    q = query.float().view(N, T, kv_heads, -1, head_dim).transpose(1, 2).reshape(N, kv_heads, rows, head_dim)
+    q = query.float()
+    if T > 1:  # -> [N, kv_heads, T, group, head_dim]
+        q = q.view(N, T, kv_heads, -1, head_dim).transpose(1, 2)
+    q = q.reshape(N, kv_heads, rows, head_dim)
     k, v, blocks = key.float(), value.float(), -(-rows // size)
     if rows < blocks * size:
         q = F.pad(q, (0, 0, 0, blocks * size - rows))
@@ -100,8 +102,11 @@ def attend_fixed_rows(
         output = attend_softcapped(q, k, v, mask, scale, softcap)
     if blocks > 1:
         output = output.view(N, blocks, kv_heads, size, head_dim).transpose(1, 2).flatten(2, 3)
-    output = output[:, :, :rows].reshape(N, kv_heads, T, -1, head_dim)
-    return output.transpose(1, 2).reshape(N, T, heads, head_dim)
+    if rows < blocks * size:
+        output = output[:, :, :rows]
+    if T > 1:
+        output = output.reshape(N, kv_heads, T, -1, head_dim).transpose(1, 2)
+    return output.reshape(N, T, heads, head_dim)
 
 
 def fixed_rows_mask(positions: Tensor, group: int, length: int, rows: int, window: int | None = None) -> Tensor:

@@ -16,6 +16,7 @@ HIGH_AND_WHOLE = torch.tensor([127.0, 127.0 * 128])[:, None, None]
 FEW_ROWS = 16  # of bytes: up to 8 tokens
 ROWS_MULTIPLE = 16
 ZERO = 128  # of bytes without a sign
+SIGN = torch.tensor(-ZERO, dtype=torch.int8)  # as a tensor: PyTorch takes longer to make one than to use it
 
 
 class Int8Linear(nn.Module):
@@ -55,11 +56,11 @@ class Int8Linear(nn.Module):
     def of_rows(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
         """What comes of float32 [rows, in], and is added to float32 [rows, out] if that is given."""
         largest = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30)
-        both = rows.div(largest).mul(HIGH_AND_WHOLE).round_()  # [2, rows, in]
+        both = rows.mul(HIGH_AND_WHOLE / largest).round_()  # [2, rows, in]
         high, whole = both.unbind()
         whole.sub_(high, alpha=128)  # the low byte is what is left
-        high, low = self._product(_padded(both.to(torch.int8).flatten(0, 1)))[: 2 * len(rows)].chunk(2)
-        y = low.add_(high, alpha=128)
+        products, count = self._product(_padded(both.to(torch.int8).view(-1, rows.shape[1]))), rows.shape[0]
+        y = products[count : 2 * count].add_(products[:count], alpha=128)
         y = y.mul_(largest) if added is None else torch.addcmul(added, y, largest)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -127,7 +128,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 def _packed_product(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """rows @ packed, times a scale for each column: float32. rows: int8 [rows, in], which change."""
-    unsigned = rows.bitwise_xor_(-ZERO).view(torch.uint8)  # oneDNN has fast kernels without AMX for these alone
+    unsigned = rows.bitwise_xor_(SIGN).view(torch.uint8)  # oneDNN has fast kernels without AMX for these alone
     zero_points = _zeros(len(scale))
     return torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, ZERO, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama2_chat.engine.kv_pool import BLOCK_SIZE, LEAST_BLOCKS, KVPool
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, LEAST_BLOCKS, KVPool, make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.errors import ModelUnavailable
 
@@ -53,3 +53,18 @@ def test_what_is_free_is_measured_after_the_model_has_run_for_the_first_time(tin
         return {CPU: 2**24}
 
     build_runner(tiny_llama, free_bytes, context_length=64)
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "int8"])
+def test_keys_and_values_that_come_side_by_side_are_kept_as_those_that_come_apart(tiny_llama, kv_cache):
+    together, apart = (make_pool(kv_cache, tiny_llama, lambda: {CPU: 2**24}, 1000, max_batch=1) for _ in range(2))
+    config, index = tiny_llama.config, torch.tensor([70, 71, 200, 3, 64])
+    states = torch.randn(len(index), 2 * config.num_key_value_heads, config.head_dim)
+    key, value = states.to(together.dtype).transpose(0, 1)[None].chunk(2, 1)
+    together.write_joined(1, states, index)
+    apart.write(1, key, value, index)
+    for kept, same in zip(together.tensors, apart.tensors, strict=True):
+        assert torch.equal(kept, same)
+    found = together.read(1, torch.arange(4), 250)
+    for read, written in zip(found, together.as_kept(key, value), strict=True):
+        assert torch.equal(read[:, :, index], written.to(read.dtype))

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama2_chat.engine.sampler import NEUTRAL, SamplerState, draws, is_narrow
+from llama2_chat.engine.sampler import NARROW, NEUTRAL, SamplerState, draws, highest_scores, is_narrow
 from llama2_chat.types import RANGES, SamplingParams
 
 CPU = torch.device("cpu")
@@ -106,3 +106,15 @@ def test_slots_with_other_settings_draw_what_they_draw_alone():
     for _ in range(50):
         expected = [one.sample(logits[slot][None], torch.tensor([0]), 200).item() for slot, one in enumerate(alone)]
         assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 32001], ids=["in parts", "whole"])
+def test_the_highest_scores_of_a_vocabulary_are_those_that_topk_finds(vocabulary):
+    scores = torch.randn(4, vocabulary)
+    scores[1, 5:] = -torch.inf  # as a grammar leaves few
+    scores[2, 31000] = torch.nan
+    scores[3, :300] += 9  # in few of the parts
+    found, ids = highest_scores(scores, NARROW)
+    torch.testing.assert_close(found, scores.topk(NARROW).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, scores.gather(1, ids), rtol=0, atol=0, equal_nan=True)
+    assert all(len(row.unique()) == NARROW for row in ids)
