@@ -219,8 +219,8 @@ class Settings:
     speculation: str = _knob(
         "auto",
         "SPECULATION",
-        "auto or off: on a CPU, guess what an answer repeats or a grammar forces, and check several tokens at once; "
-        "no text changes by it",
+        "auto or off: guess what an answer repeats or a grammar forces, check several tokens at once, and keep "
+        "those that are chosen",
     )
     draft_model: str | None = _knob(
         None,

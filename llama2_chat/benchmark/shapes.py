@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from llama2_chat.benchmark import Figures, load_test, serving_cost
+from llama2_chat.benchmark import Figures, load_test, serving_cost, speculation
 from llama2_chat.benchmark.decode_speed import decode_speed, generate_speeds
 from llama2_chat.benchmark.load_test import SAMPLING
 from llama2_chat.benchmark.local_model import GB, fresh_ids, gpu_gb, kv_cache_bytes, load, time_full_answers
@@ -86,6 +86,8 @@ def measure(
         return
     decode, whole = generate_speeds(chat, 512, params)
     yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
+    if torch.cuda.is_available():
+        yield from speculation.measure_planted(chat)
 
 
 def use_gpus(count: int) -> None:

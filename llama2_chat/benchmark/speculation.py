@@ -1,18 +1,29 @@
-"""What guesses save: the processor time of answers that repeat something, and of others, with guesses and without."""
+"""What guesses save: the time of answers that repeat something, and of others, with guesses and without.
+
+The embedded model answers itself, and its processor time is taken. A shape with random weights has nothing to say: as
+many guesses come true there as did for the embedded model.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from llama2_chat.benchmark import Figures
+from llama2_chat.benchmark.local_model import TimedReply, fresh_ids
+from llama2_chat.engine.drafts import Drafts
 from llama2_chat.types import GrammarSpec, Message, SamplingParams
 from model import ChatModel
 
 ROUNDS = 3
+PLANTED_ROUNDS = 4  # as many that begin with guesses as others
 ANSWER_TOKENS = 128  # at most
 SHORT = "The roof is green and the door is blue. A cat sits on the wall and looks at the birds."
 TEXT = (
@@ -88,3 +99,99 @@ def _seconds(chat: ChatModel, messages: list[Message], params: SamplingParams) -
     with chat.stream_reply(messages, params) as reply:
         text = "".join(reply)
     return time.process_time() - started, text
+
+
+# ---- A shape with random weights ----
+
+# Of answers of the embedded model in int8, 2026-11-28: how many tokens they have, and after how many of them how many
+# guesses of how many came true.
+GUESSED = {
+    "a text again with one word changed": (
+        94,
+        "1:0/4 3:2/2 6:4/4 11:7/7 19:7/7 27:7/7 35:3/7 42:7/7 50:7/7 58:7/7 66:3/7 75:2/7 82:4/4 87:6/7",
+    ),
+    "an answer from an excerpt": (
+        93,
+        "1:4/4 6:0/7 9:4/4 14:7/7 22:7/7 30:7/7 38:5/7 45:0/7 47:7/7 55:7/7 63:7/7 71:3/7 80:2/7 90:2/4",
+    ),
+    "JSON of a schema with 8 fields": (
+        102,
+        "1:4/4 9:6/7 21:7/7 39:0/4 41:6/6 53:0/2 56:7/7 64:7/7 72:7/7 80:7/7 88:7/7 96:5/6",
+    ),
+    "a chat, some guesses": (128, "66:2/4 91:2/4 102:4/4 107:0/7"),
+    "a chat, wrong guesses": (128, "30:0/4 94:0/4"),
+    "a chat, no guesses": (128, ""),
+}
+LOUD = 10_000  # times an embedding's size, beside which all that layers add to it is small
+
+
+class Planted(Drafts):
+    """In place of a request's guesses: as many come true as did elsewhere. Each token is followed by the next one."""
+
+    def __init__(self, prompt_tokens: int, guessed: str, vocab_size: int) -> None:
+        super().__init__()
+        self._prompt_tokens, self._vocab_size = prompt_tokens, vocab_size
+        self._guessed = [[*map(int, re.findall(r"\d+", guess))] for guess in guessed.split()]
+
+    def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
+        super().look_up(ids, most, forced)  # for the time that it takes
+        said = len(ids) - self._prompt_tokens
+        for start, true, guessed in self._guessed:
+            # Where the token behind which it comes is in flight, a guess is found one token later.
+            if (late := said - start) in range(max(true, 2)):
+                draft = [ids[-1] + 1 + step + (step >= true - late) for step in range(max(guessed - late, 1))]
+                return [id % self._vocab_size for id in draft[:most]]
+        return []
+
+    def judge(self, guessed: int, kept: int) -> None:
+        pass
+
+
+def measure_planted(chat: ChatModel) -> Iterator[Figures]:
+    """After local_model.time_full_answers(). From then on the model says nothing but one token after the other."""
+    vocab_size = _count_on(chat)
+    users = {f"guesses as of {name}": [answer] for name, answer in GUESSED.items()}
+    users["guesses, eight users, five of whom repeat"] = [*GUESSED.values(), *list(GUESSED.values())[:2]]
+    for name, answers in users.items():
+        gains = _planted_gains(chat, answers, vocab_size)
+        yield {f"{name}: with / without": statistics.median(gains), f"{name}, least": min(gains)}
+
+
+@torch.inference_mode()
+def _count_on(chat: ChatModel) -> int:
+    """Let each token be followed by the next one, whatever the layers compute; the size of the vocabulary."""
+    model: Any = chat.serving.model
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head.copy_(embedding.roll(1, 0))
+    embedding.mul_(LOUD)
+    return len(head)
+
+
+def _planted_gains(chat: ChatModel, answers: Sequence[tuple[int, str]], vocab_size: int) -> list[float]:
+    """How many times as fast answers come after the first token with guesses as without, in turns; the first turn warms
+    up. answers: of GUESSED, to users who ask at once."""
+    runner, gains, prompts = chat.serving.engine.runner, [], [fresh_ids(chat, 256) for _ in answers]
+    most = runner.draft_tokens
+    for turn in range(1 + PLANTED_ROUNDS):
+        seconds = {}
+        for runner.draft_tokens in (most, 0) if turn % 2 else (0, most):
+            seconds[runner.draft_tokens] = _planted_seconds(chat, prompts, answers, vocab_size)
+        gains.append(seconds[0] / seconds[most])
+    runner.draft_tokens = most
+    return gains[1:]
+
+
+def _planted_seconds(
+    chat: ChatModel, prompts: Sequence[list[int]], answers: Sequence[tuple[int, str]], vocab_size: int
+) -> float:
+    replies = []
+    with chat.serving.engine.paused():
+        for ids, (tokens, guessed) in zip(prompts, answers, strict=True):
+            reply = chat.stream_completion(ids, replace(LIKELIEST, max_new_tokens=tokens))
+            reply.request.drafts = Planted(len(ids), guessed, vocab_size)
+            replies.append(reply)
+    for ids, reply, (tokens, _) in zip(prompts, replies, answers, strict=True):
+        list(reply)
+        assert reply.token_cache == [(ids[-1] + 1 + n) % vocab_size for n in range(tokens)]
+    times = [time for reply in replies if isinstance(reply, TimedReply) for time in reply.times]
+    return max(times) - min(times)

@@ -20,15 +20,15 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama2_chat.engine.join_projections import project
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import NARROW, SamplerState
-from llama2_chat.engine.scheduler import Chunk
-from llama2_chat.engine.step_ways import ModelStep
+from llama2_chat.engine.scheduler import Chunk, DraftChunk
+from llama2_chat.engine.step_ways import ModelStep, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.lora import AdapterRows
 from llama2_chat.text import first_line, is_out_of_memory
@@ -38,8 +38,8 @@ log = logging.getLogger("llama2_chat")
 Kind = Literal["decode", "prefill"]
 
 TILE_SIZE = 64  # tokens: a recorded prefill step takes prompts in tiles, each of one request
-# What is recorded, in the order in which it is missed most: decode steps for so many requests, prefill for so many
-# tokens. Fewer are padded to the next size.
+# What is recorded, in the order in which it is missed most: decode steps for so many requests, or for fewer and guesses
+# at what they say next; prefill for so many tokens. Fewer are padded to the next size.
 SIZES: tuple[tuple[Kind, int], ...] = (
     *(("decode", 1), ("prefill", 512), ("decode", 8), ("decode", 32), ("prefill", 2048), ("prefill", 128)),
     *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
@@ -209,14 +209,14 @@ class RecordedWay:
 
     def _new_inputs(self, kind: Kind, size: int) -> Tensor:
         if kind == "decode":
-            return torch.full((size,), self._sampler.padding, device=self._sampler.device)
+            return self._padded_rows([], size).to(self._sampler.device)
         return _packed([], size, self._sampler.padding).to(self._sampler.device)
 
     def _step(self, kind: Kind, size: int) -> None:
         inputs = self._new_inputs(kind, size)
         logits = self._logits(kind, size, inputs)
         if kind == "decode":
-            self._sampler.sample(logits, inputs, NARROW)
+            self._sampler.sample(logits, inputs[0], NARROW)
 
     # In the engine's thread.
 
@@ -261,27 +261,63 @@ class RecordedWay:
             return
         sampling = torch.cuda.CUDAGraph()
         with _recording(sampling, self._graph_pool, stream):
-            tokens = self._sampler.sample(logits, inputs, NARROW)
+            tokens = self._sampler.sample(logits, inputs[0], NARROW)
         self._decodes[size] = _DecodeRecording(size, inputs, forward, logits, sampling, tokens)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep | None:
         """None if no step for so many is recorded."""
-        sizes = [size for size in self._decodes if size >= len(requests)]
-        if not sizes:
+        recording, N = self._decoding(len(requests)), len(requests)
+        if recording is None:
             return None
-        recording, N = self._decodes[min(sizes)], len(requests)
-        self._bind(requests)
-        slots = [request.slot for request in requests]
-        padded = slots + [self._sampler.padding] * (recording.size - N)
-        recording.inputs.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
-        recording.forward.replay()
+        self._replay_decode(recording, requests, [(request.slot, 0, 0) for request in requests])
 
         def sample() -> Tensor:
             recording.sampling.replay()
             return recording.tokens[:N]
 
         rows = recording.size if self._deterministic else N
-        return ModelStep([*requests], recording.logits[:rows], recording.inputs[:rows], sample)
+        return ModelStep([*requests], recording.logits[:rows], recording.inputs[0, :rows], sample)
+
+    def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts | None:
+        """None if no step for so many tokens is recorded. It is a decode step with several rows of each request."""
+        recording = self._decoding(sum(len(chunk.ids) for chunk in chunks))
+        if recording is None:
+            return None
+        rows = [(chunk.request.slot, ahead, id) for chunk in chunks for ahead, id in enumerate(chunk.ids)]
+        self._replay_decode(recording, [chunk.request for chunk in chunks], rows)
+        return VerifiedDrafts.of(chunks, recording.logits.clone(), self._sampling_step)
+
+    def _sampling_step(self, requests: Sequence[Request], logits: Tensor, rows: list[int]) -> ModelStep:
+        """What chooses from these rows of logits, one of each request, as it would behind a decode step of so many."""
+        N, recording = len(requests), self._decoding(len(requests))
+        assert recording is not None  # a step of at least so many rows has been replayed
+        size = recording.size if self._deterministic else N
+        chosen = logits[_pinned(rows + [0] * (size - N)).to(logits.device, non_blocking=True)]
+        slots = [request.slot for request in requests] + [self._sampler.padding] * (recording.size - N)
+        recording.inputs[0].copy_(_pinned(slots), non_blocking=True)
+
+        def sample() -> Tensor:
+            recording.logits[:size].copy_(chosen)
+            recording.sampling.replay()
+            return recording.tokens[:N]
+
+        return ModelStep([*requests], chosen, recording.inputs[0, :size], sample)
+
+    def _decoding(self, rows: int) -> _DecodeRecording | None:
+        """The smallest step of at least so many rows."""
+        sizes = [size for size in self._decodes if size >= rows]
+        return self._decodes[min(sizes)] if sizes else None
+
+    def _replay_decode(
+        self, recording: _DecodeRecording, requests: Sequence[Request], rows: list[tuple[int, int, int]]
+    ) -> None:
+        """Compute the logits after these rows, as _decode() takes them."""
+        self._bind(requests)
+        recording.inputs.copy_(self._padded_rows(rows, recording.size).pin_memory(), non_blocking=True)
+        recording.forward.replay()
+
+    def _padded_rows(self, rows: list[tuple[int, int, int]], size: int) -> Tensor:
+        return torch.tensor(rows + [(self._sampler.padding, 0, 0)] * (size - len(rows))).t().contiguous()
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """None if the longest chunk fits in no recorded step. Chunks are packed into as few steps as they fit in."""
@@ -331,13 +367,17 @@ class RecordedWay:
     def _logits(self, kind: Kind, size: int, inputs: Tensor) -> Tensor:
         return self._decode(inputs) if kind == "decode" else self._prefill(inputs, size)
 
-    def _decode(self, slots: Tensor) -> Tensor:
-        """Logits [N, V] of the next token of each slot, int64 [N]."""
+    def _decode(self, rows: Tensor) -> Tensor:
+        """Logits [N, V] after some tokens. rows, int64 [3, N]: whose each is, how many tokens it comes after the newest
+        one of its slot, and, where that is not 0, which token it is."""
         state = self._sampler
-        hidden, cos_sin = self._embed(state.tokens[slots], state.positions[slots])
+        slots, ahead, guesses = rows
+        positions = state.positions[slots] + ahead
+        kv_index = self._table[slots, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        hidden, cos_sin = self._embed(torch.where(ahead > 0, guesses, state.tokens[slots]), positions)
         mask = self._mask(self._adapters[slots])
         for layer, kept in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
-            where = slots, state.positions, self._table
+            where = kv_index, slots, positions, self._table
             hidden = self._decode_layer(layer, hidden, *cos_sin, mask, kept, *where)
         return self._model.lm_head(self._model.model.norm(hidden))[0]
 
@@ -381,6 +421,7 @@ def _decode_layer(
     sin: Tensor,
     mask: Tensor | None,
     kept: tuple[Tensor, ...],
+    kv_index: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
@@ -388,9 +429,9 @@ def _decode_layer(
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ops = torch.ops.llama2_chat
         attend_over = ops.decode_attention if len(kept) == 2 else ops.decode_attention_in_8_bits
-        return attend_over(query, key, value, slots, positions, table, scale, *kept)
+        return attend_over(query, key, value, cos, sin, kv_index, slots, positions, table, scale, *kept)
 
-    return _layer(layer, hidden, cos, sin, mask, attend)
+    return _layer(layer, hidden, mask, attend)
 
 
 def _prefill_layer(
@@ -409,25 +450,17 @@ def _prefill_layer(
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ops = torch.ops.llama2_chat
         attend_over = ops.prefill_attention if len(kept) == 2 else ops.prefill_attention_in_8_bits
-        return attend_over(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
+        return attend_over(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
 
-    return _layer(layer, hidden, cos, sin, mask, attend)
+    return _layer(layer, hidden, mask, attend)
 
 
-def _layer(
-    layer: LlamaDecoderLayer,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor | None,
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    """hidden: [1, T, hidden_size]; cos, sin: [1, T, head_dim]; mask: of adapters, as project() takes it."""
+def _layer(layer: LlamaDecoderLayer, hidden: Tensor, mask: Tensor | None, attend: Callable[..., Tensor]) -> Tensor:
+    """hidden: [1, T, hidden_size]; mask: of adapters, as project() takes it."""
     attention, mlp = layer.self_attn, layer.mlp
     inputs = attention.q_proj, attention.k_proj, attention.v_proj
     projected = project(layer.input_layernorm(hidden), *inputs, mask=mask)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
     attended = attend(query, key, value, attention.scaling).flatten(2)
     hidden = hidden + project(attended, attention.o_proj, mask=mask)[0]
     gate, up = project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj, mask=mask)
@@ -456,3 +489,7 @@ def _packed(chunks: Sequence[Chunk], size: int, padding: int, skipped: int = 0) 
     tiles = size // TILE_SIZE
     filled = ((ids, size, 0), (slots, tiles, padding), (starts, tiles, 0), (counts, tiles, 0), (last, padding, 0))
     return torch.tensor([number for have, want, fill in filled for number in have + [fill] * (want - len(have))])
+
+
+def _pinned(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers).pin_memory()

@@ -292,6 +292,7 @@ class Engine:
         if chunks := self._speculation.chunks(requests):
             self._speculation.verify(chunks)
             return
+        requests = [request for request in requests if request.runs]  # some ended where guesses were looked for
         if requests:
             self.delivery.launch(self.runner.decode(requests))
             for request in requests:

@@ -30,7 +30,7 @@ from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, Likeliest, SamplerState, biased, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.self_check import SelfCheck
-from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay
+from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
@@ -43,6 +43,7 @@ log = logging.getLogger("llama2_chat")
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
+GPU_DRAFT_TOKENS = 16  # of a step of so many rows all linear products take about as long as those of one
 ROW_COST = 0.04  # of a row more in a step of few rows, where one row costs 1
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
@@ -71,17 +72,6 @@ class TokensInFlight:
         return Likelihood(chosen.item(), [*zip(ids.tolist(), top.tolist(), strict=True)])
 
 
-@dataclass(frozen=True)
-class VerifiedDrafts:
-    """Logits after each id of some DraftChunks, [T, V] for each request."""
-
-    logits: Mapping[Request, Tensor]
-
-    def step(self, place: int, requests: Sequence[Request]) -> ModelStep:
-        logits = torch.stack([self.logits[request][place] for request in requests])
-        return ModelStep([*requests], logits, torch.tensor([request.slot for request in requests]))
-
-
 class ModelRunner:
     """The Runner of a transformers model.
 
@@ -91,7 +81,7 @@ class ModelRunner:
     windows: of each layer, as paged_attention.attention_windows() finds them.
     piece_size: of prompts, in tokens, if `faster` computes all steps, and each kind with the same number of rows.
     rows: which rows of a step take which adapter, if there are any.
-    draft_tokens: as Runner has it; on a CPU only, where a row's logits do not depend on the rows beside it.
+    draft_tokens: as Runner has it; of steps that are recorded, as soon as there is one of so many rows.
     host: where blocks of the pool go that make room.
     """
 
@@ -118,7 +108,8 @@ class ModelRunner:
         self._eager = EagerWay(model, pool, sampler, kernel, -(-context_length // BLOCK_SIZE), rows)
         self._ways: list[StepWay] = [self._eager] if faster is None else [faster, self._eager]
         on_gpu = self._device.type == "cuda"
-        self.pipelined, self.piece_size, self.draft_tokens = on_gpu, piece_size, draft_tokens
+        self.pipelined, self.piece_size = on_gpu, piece_size
+        self._most_draft_tokens, self.draft_tokens = draft_tokens, 0 if faster else draft_tokens
         self.draft_cost = drafter.cost + ROW_COST if drafter else None
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
@@ -173,8 +164,10 @@ class ModelRunner:
         return self._faster is not None and self._faster.maintenance_due
 
     def maintain(self) -> None:
-        if self._faster:
+        if self._faster and self._faster.maintenance_due:
             self._faster.maintain()
+            rows = max((size for kind, size in self.recorded if kind == "decode"), default=0)
+            self.draft_tokens = min(self._most_draft_tokens, rows)
 
     # ---- A step ----
 
@@ -227,10 +220,10 @@ class ModelRunner:
 
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
         self._settle(chunks)
-        logits = self._eager.prefill(chunks, everywhere=True).split([chunk.end - chunk.start for chunk in chunks])
+        verified = next(drafts for way in self._ways if (drafts := way.verify(chunks)) is not None)
         if self._drafter:
             self._drafter.read(chunks)
-        return VerifiedDrafts({chunk.request: rows for chunk, rows in zip(chunks, logits, strict=True)})
+        return verified
 
     def _settle(self, chunks: Sequence[Chunk]) -> None:
         """Let a step wait for what is copied from blocks that it writes to, and to those that it reads."""
@@ -383,7 +376,7 @@ def build_runner(
     max_batch: requests answered at once.
     compile: make a Llama on a single GPU faster, in the background.
     deterministic: let an answer depend on its prompt, its settings and its seed alone; on a CPU it always does.
-    speculate: guess what answers say next, and check several tokens in one step; on a GPU nothing is guessed.
+    speculate: guess what answers say next, and check several tokens in one step; on a GPU where steps are recorded.
     make_pool: how keys and values are kept; takes what KVPool takes.
     adapters: which requests may choose from, by their place here, 1 for the first.
     host_bytes: memory of the host for what makes room in the pool, at most.
@@ -447,6 +440,7 @@ def build_runner(
     pool = pool_for(rows, 2 * step_bytes)  # recorded steps have memory of their own
     recorded = RecordedWay(model, pool, sampler, most_blocks, in_pieces, rows)
     piece_size = PIECE_SIZE if in_pieces else None
+    draft_tokens = max_batch if in_pieces else GPU_DRAFT_TOKENS  # in pieces each step is one of a full batch
     return runner_type(
         model,
         pool,
@@ -458,6 +452,7 @@ def build_runner(
         piece_size=piece_size,
         rows=rows,
         host=HostStore(pool.tensors, host_bytes) if host_bytes else None,
+        draft_tokens=draft_tokens if speculate else 0,
     )
 
 

@@ -121,9 +121,8 @@ class DecodeStep:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         N, kv_heads, head_dim = len(self.tables), key.shape[1], key.shape[3]
         if self.kernel is not None and scoring.is_plain:
-            tables, positions = self.tables.to(key.device), self.positions.to(key.device)
-            slots = torch.arange(N, device=key.device)
-            return self.kernel(query, key, value, slots, positions, tables, scoring.scale, *self.pool.layers[layer])
+            places = (place.to(key.device) for place in (self.kv_index, self._rows, self.positions, self.tables))
+            return self.kernel(query, key, value, None, None, *places, scoring.scale, *self.pool.layers[layer])
         self.pool.write(layer, key, value, self.kv_index)
         # The queries that share a head of keys stand where the tokens of one query would: no key is repeated.
         q = query[0].transpose(0, 1).reshape(N, kv_heads, -1, head_dim)
@@ -138,6 +137,10 @@ class DecodeStep:
     @cached_property
     def positions(self) -> Tensor:
         return torch.tensor(self.lengths, device=self.tables.device)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.tables), device=self.tables.device)
 
     @cached_property
     def kv_index(self) -> Tensor:

@@ -106,7 +106,7 @@ class LeadingRunner(ModelRunner):
         self._tables: dict[int, tuple[BlockTable, int]] = {}  # what the others know of each slot
         self._failed = False
         self._recorded = 0
-        self.draft_tokens = 0
+        self.draft_tokens = self._most_draft_tokens = 0
         self.num_blocks = min(self.num_blocks, *(each.blocks for each in room))
         self._room = room
         self.context_length = min(self.context_length, (self.num_blocks - 1) * self.block_size)

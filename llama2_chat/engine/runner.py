@@ -109,7 +109,8 @@ class Runner(Protocol[StepT]):
         """Compute the keys and values of the newest token of each request, at position request.computed."""
 
     def verify(self, chunks: Sequence[DraftChunk]) -> Verification[StepT]:
-        """Compute what decode() would if the guesses of these chunks were what has been chosen, bit for bit."""
+        """Compute what decode() would if the guesses of these chunks were what has been chosen: bit for bit where an
+        answer does not depend on its company, too."""
 
     def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
         """What a model guesses that these requests, whose blocks reach so far, say next: at most so many ids each."""

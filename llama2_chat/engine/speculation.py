@@ -41,6 +41,11 @@ class Speculation:
         if room < 1:
             return []
         drafts = [self._guess(request, room) for request in requests]
+        if self._runner.pipelined and any(draft.ids for draft in drafts):
+            # Guesses come behind the newest token, which is in flight: where there seem to be some, it is waited for.
+            self._delivery.deliver()
+            requests = [request for request in requests if request.runs]
+            drafts = [self._guess(request, room) for request in requests]
         while sum(len(draft.ids) for draft in drafts) > room:
             max((draft.ids for draft in drafts), key=len).pop()
         for request, draft in zip(requests, drafts, strict=True):

@@ -5,7 +5,7 @@ The other one is in cuda_graphs.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import SamplerState
-from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.kernels.lora import AdapterRows
 
 
@@ -33,6 +33,26 @@ class ModelStep:
     sample: Callable[[], Tensor] | None = None  # recorded sampling, if all requests are narrow: int64 [N]
 
 
+@dataclass(frozen=True)
+class VerifiedDrafts:
+    """Logits after each id of some DraftChunks."""
+
+    logits: Tensor  # [T, V]
+    first: Mapping[Request, int]  # the row of the first id of each request's chunk
+    choose: Callable[[Sequence[Request], Tensor, list[int]], ModelStep]  # from some rows of the logits
+
+    @classmethod
+    def of(cls, chunks: Sequence[DraftChunk], logits: Tensor, choose: Callable[..., ModelStep]) -> VerifiedDrafts:
+        first, rows = {}, 0
+        for chunk in chunks:
+            first[chunk.request] = rows
+            rows += len(chunk.ids)
+        return cls(logits, first, choose)
+
+    def step(self, place: int, requests: Sequence[Request]) -> ModelStep:
+        return self.choose(requests, self.logits, [self.first[request] + place for request in requests])
+
+
 class StepWay(Protocol):
     """One way to compute steps. None: this way cannot, or not yet."""
 
@@ -40,6 +60,7 @@ class StepWay(Protocol):
         """Logits [n, V] after each chunk that is the last of its request."""
 
     def decode(self, requests: Sequence[Request]) -> ModelStep | None: ...
+    def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts | None: ...
 
 
 class BackgroundWay(StepWay, Protocol):
@@ -97,6 +118,13 @@ class EagerWay:
         everyone = torch.arange(len(requests), device=self._device)
         adapters = [request.adapter for request in requests]
         return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone, adapters), slots)
+
+    def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
+        return VerifiedDrafts.of(chunks, self.prefill(chunks, everywhere=True), self._sampling_step)
+
+    def _sampling_step(self, requests: Sequence[Request], logits: Tensor, rows: list[int]) -> ModelStep:
+        slots = torch.tensor([request.slot for request in requests], device=self._device)
+        return ModelStep([*requests], logits[rows], slots)
 
     def _cpu_decode(self, requests: Sequence[Request]) -> CpuStep:
         return CpuStep.of(self._pool, [Chunk(request, request.computed, request.computed + 1) for request in requests])

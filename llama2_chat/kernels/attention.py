@@ -1,12 +1,15 @@
-"""Attention over the blocks of a KV pool, in Triton: one new token per request, and chunks of prompts.
+"""Attention over the blocks of a KV pool, in Triton: the newest tokens of answers, and chunks of prompts.
 
-All are custom operators, so that torch.compile takes them as they are. They need compute capability 8.0 and bfloat16;
-elsewhere PyTorch's attention does the same work (engine/paged_attention.py). Sizes of blocks and tiles are read from
-the tensors' shapes. Keys and values come as they are, or in 8 bits with a scale for each token and head, as kv_codes.py
-makes them: then scores are multiplied by the keys' scales, and the weights of values by theirs.
+All are custom operators, so that torch.compile takes them as they are: they turn queries and keys by their positions,
+write keys and values, and attend. They need compute capability 8.0 and bfloat16; elsewhere PyTorch's attention does the
+same work (engine/paged_attention.py). Sizes of blocks and tiles are read from the tensors' shapes. Keys and values come
+as they are, or in 8 bits with a scale for each token and head, as kv_codes.py makes them: then scores are multiplied by
+the keys' scales, and the weights of values by theirs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -68,14 +71,126 @@ def _store(highest, total, mixed, lane, mine, split, output, partial, weights, d
         tl.store(weights + place * 2 + 1, total, mask=mine)
 
 
-# ---- Attention of one new token per request, over its blocks ----
+# ---- RoPE, and new keys and values in their cells ----
+
+
+@triton.jit
+def _write_kernel(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    turned,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    kv_index,
+    query_stride,
+    key_stride,
+    value_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """AT_ONCE heads of one token: of its query to `turned`, of its key or of its value to its cell."""
+    token, head = tl.program_id(0), tl.program_id(1) * AT_ONCE
+    heads, dims = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, HEAD_DIM)[None, :]
+    if head < HEADS:
+        states = _turn(query + token * query_stride + head * HEAD_DIM, cos, sin, token, HEAD_DIM, AT_ONCE)
+        tl.store(turned + (token * HEADS + head + heads) * HEAD_DIM + dims, states)
+    elif head < HEADS + KV_HEADS:
+        head -= HEADS
+        states = _turn(key + token * key_stride + head * HEAD_DIM, cos, sin, token, HEAD_DIM, AT_ONCE)
+        _keep(states, keys, key_scales, tl.load(kv_index + token), head, KV_HEADS, BLOCK)
+    else:
+        head -= HEADS + KV_HEADS
+        states = tl.load(value + token * value_stride + (head + heads) * HEAD_DIM + dims)
+        _keep(states, values, value_scales, tl.load(kv_index + token), head, KV_HEADS, BLOCK)
+
+
+@triton.jit
+def _turn(source, cos, sin, token, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Some heads of one token, [AT_ONCE, HEAD_DIM], turned by the token's position, unless they are already."""
+    first, dims = source + tl.arange(0, AT_ONCE)[:, None] * HEAD_DIM, tl.arange(0, HEAD_DIM)
+    states = tl.load(first + dims[None, :])
+    if cos is not None:
+        partners = tl.load(first + ((dims + HEAD_DIM // 2) % HEAD_DIM)[None, :]).to(tl.float32)
+        partners = tl.where((dims < HEAD_DIM // 2)[None, :], -partners, partners)
+        by_cos = tl.load(cos + token * HEAD_DIM + dims).to(tl.float32)[None, :]
+        by_sin = tl.load(sin + token * HEAD_DIM + dims).to(tl.float32)[None, :]
+        states = (states.to(tl.float32) * by_cos + partners * by_sin).to(states.dtype)
+    return states
+
+
+@triton.jit
+def _keep(states, kept, scales, cell, head, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys or values of some heads of one token, from `head` on, to its cell."""
+    HEAD_DIM: tl.constexpr = states.shape[1]
+    heads = head + tl.arange(0, states.shape[0])
+    if scales is not None:
+        states, its_scales = _encode(states, kept.dtype.element_ty)
+        tl.store(scales + (cell // BLOCK * KV_HEADS + heads) * BLOCK + cell % BLOCK, its_scales)
+    tl.store(kept + (cell * KV_HEADS + heads)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], states)
+
+
+def _write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kv_index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """The queries [T, heads, head_dim], turned as the keys that are written."""
+    query, key, value = _tokens(query), _tokens(key), _tokens(value)
+    (T, heads, head_dim), kv_heads = query.shape, key.shape[1]
+    turned = query.new_empty(query.shape)
+    at_once = math.gcd(heads, kv_heads, 8)
+    _write_kernel[T, (heads + 2 * kv_heads) // at_once](
+        query,
+        key,
+        value,
+        None if cos is None else cos.contiguous(),
+        None if sin is None else sin.contiguous(),
+        turned,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        kv_index,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK=keys.shape[1],
+        AT_ONCE=at_once,
+        num_warps=1,
+    )
+    return turned
+
+
+def _tokens(states: Tensor) -> Tensor:
+    """[1, heads, T, head_dim] as [T, heads, head_dim], of which each token lies in one piece."""
+    states = states[0].transpose(0, 1)
+    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
+
+
+# ---- Attention of the newest tokens of requests, each over its blocks ----
 
 
 @triton.jit
 def _attend_kernel(
     query,
-    key,
-    value,
     keys,
     values,
     key_scales,
@@ -87,8 +202,6 @@ def _attend_kernel(
     weights,
     output,
     scale,
-    key_stride,
-    value_stride,
     table_width,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -97,25 +210,24 @@ def _attend_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One request, one head of keys, one in SPLITS of its blocks. Writes the new key and value on the way."""
-    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(slots + request)
-    position = tl.load(positions + slot).to(tl.int32)
+    """One token, one head of keys, one in SPLITS of its request's blocks."""
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(slots + row)
+    position = tl.load(positions + row).to(tl.int32)
     heads: tl.constexpr = HEADS // KV_HEADS
-    SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
     group, dims, tokens = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     mine = group < heads
-    lane = request * HEADS + head * heads + group
+    lane = row * HEADS + head * heads + group
     q = tl.load(query + lane[:, None] * HEAD_DIM + dims[None, :], mask=mine[:, None], other=0.0)
     highest = tl.full((GROUP,), -1e30, tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     mixed = tl.zeros((GROUP, HEAD_DIM), tl.float32)
     inside = (tokens[:, None] * KV_HEADS + head) * HEAD_DIM + dims[None, :]
-    full = position // BLOCK  # blocks before the one that the new token goes to
+    full = position // BLOCK  # blocks before the one that the token is in
     for index in tl.range(split, full, SPLITS, num_stages=3):
         block = tl.load(table + slot * table_width + index).to(tl.int64)
-        k = tl.load(keys + block * SIZE + inside).to(q.dtype)
-        v = tl.load(values + block * SIZE + inside).to(q.dtype)
+        k = tl.load(keys + block * (BLOCK * KV_HEADS * HEAD_DIM) + inside).to(q.dtype)
+        v = tl.load(values + block * (BLOCK * KV_HEADS * HEAD_DIM) + inside).to(q.dtype)
         scores = tl.dot(q, tl.trans(k)) * scale
         if key_scales is not None:
             scaled = (block * KV_HEADS + head) * BLOCK + tokens
@@ -126,31 +238,18 @@ def _attend_kernel(
             highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
     if split == full % SPLITS:
         block = tl.load(table + slot * table_width + full).to(tl.int64)
-        before, new = tokens < position % BLOCK, tokens == position % BLOCK
-        k = tl.load(keys + block * SIZE + inside, mask=before[:, None], other=0.0).to(q.dtype)
-        v = tl.load(values + block * SIZE + inside, mask=before[:, None], other=0.0).to(q.dtype)
-        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)[None, :]
-        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)[None, :]
-        if key_scales is not None:
-            scaled = (block * KV_HEADS + head) * BLOCK + tokens
-            new_k, new_k_scale = _encode(new_k, keys.dtype.element_ty)
-            new_v, new_v_scale = _encode(new_v, values.dtype.element_ty)
-            k_scales = tl.where(new, new_k_scale, tl.load(key_scales + scaled, mask=before, other=0.0))
-            v_scales = tl.where(new, new_v_scale, tl.load(value_scales + scaled, mask=before, other=0.0))
-            tl.store(key_scales + scaled, k_scales, mask=new)
-            tl.store(value_scales + scaled, v_scales, mask=new)
-        cell = ((block * BLOCK + position % BLOCK) * KV_HEADS + head) * HEAD_DIM + dims[None, :]
-        tl.store(keys + cell, new_k)
-        tl.store(values + cell, new_v)
-        k = tl.where(new[:, None], new_k.to(q.dtype), k)
-        v = tl.where(new[:, None], new_v.to(q.dtype), v)
+        seen = tokens <= position % BLOCK
+        k = tl.load(keys + block * (BLOCK * KV_HEADS * HEAD_DIM) + inside, mask=seen[:, None], other=0.0).to(q.dtype)
+        v = tl.load(values + block * (BLOCK * KV_HEADS * HEAD_DIM) + inside, mask=seen[:, None], other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k)) * scale
         if key_scales is not None:
-            scores *= k_scales.to(tl.float32)[None, :]
-        scores = tl.where((before | new)[None, :], scores, float("-inf"))
-        if key_scales is not None:
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales.to(tl.float32))
+            scaled = (block * KV_HEADS + head) * BLOCK + tokens
+            scores *= tl.load(key_scales + scaled, mask=seen, other=0.0).to(tl.float32)[None, :]
+            v_scales = tl.load(value_scales + scaled, mask=seen, other=0.0).to(tl.float32)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales)
         else:
+            scores = tl.where(seen[None, :], scores, float("-inf"))
             highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
     _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS)
 
@@ -158,8 +257,6 @@ def _attend_kernel(
 @triton.jit
 def _attend_codes_kernel(
     query,
-    key,
-    value,
     keys,
     values,
     key_scales,
@@ -171,8 +268,6 @@ def _attend_codes_kernel(
     weights,
     output,
     scale,
-    key_stride,
-    value_stride,
     table_width,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -185,19 +280,19 @@ def _attend_codes_kernel(
 
     TILE rows take every TILE-th token each, with a softmax of their own; they meet at the end.
     """
-    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
     TILES: tl.constexpr = BLOCK // TILE
-    slot = tl.load(slots + request)
-    position = tl.load(positions + slot).to(tl.int32)
+    slot = tl.load(slots + row)
+    position = tl.load(positions + row).to(tl.int32)
     dims, rows = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    lane = request * KV_HEADS + head
+    lane = row * KV_HEADS + head
     q = tl.load(query + lane * HEAD_DIM + dims).to(tl.float32) * scale
     highest = tl.full((TILE,), -1e30, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     mixed = tl.zeros((TILE, HEAD_DIM), tl.float32)
     inside = (rows[:, None] * KV_HEADS + head) * HEAD_DIM + dims[None, :]
-    full = position // TILE  # tiles before the one that the new token goes to
+    full = position // TILE  # tiles before the one that the token is in
     for index in tl.range(split, full, SPLITS, num_stages=3):
         block = tl.load(table + slot * table_width + index // TILES).to(tl.int64)
         first = index % TILES * TILE
@@ -212,25 +307,14 @@ def _attend_codes_kernel(
         block = tl.load(table + slot * table_width + full // TILES).to(tl.int64)
         first = full % TILES * TILE
         at = block * SIZE + first * (KV_HEADS * HEAD_DIM) + inside
-        before, new = rows < position % TILE, rows == position % TILE
-        k = tl.load(keys + at, mask=before[:, None], other=0.0).to(tl.float32)
-        v = tl.load(values + at, mask=before[:, None], other=0.0).to(tl.float32)
-        new_k = tl.load(key + request * key_stride + head * HEAD_DIM + dims)[None, :]
-        new_v = tl.load(value + request * value_stride + head * HEAD_DIM + dims)[None, :]
+        seen = rows <= position % TILE
+        k = tl.load(keys + at, mask=seen[:, None], other=0.0).to(tl.float32)
+        v = tl.load(values + at, mask=seen[:, None], other=0.0).to(tl.float32)
         scaled = (block * KV_HEADS + head) * BLOCK + first + rows
-        new_k, new_k_scale = _encode(new_k, keys.dtype.element_ty)
-        new_v, new_v_scale = _encode(new_v, values.dtype.element_ty)
-        k_scales = tl.where(new, new_k_scale, tl.load(key_scales + scaled, mask=before, other=0.0))
-        v_scales = tl.where(new, new_v_scale, tl.load(value_scales + scaled, mask=before, other=0.0))
-        tl.store(key_scales + scaled, k_scales, mask=new)
-        tl.store(value_scales + scaled, v_scales, mask=new)
-        cell = ((block * BLOCK + position % BLOCK) * KV_HEADS + head) * HEAD_DIM + dims[None, :]
-        tl.store(keys + cell, new_k)
-        tl.store(values + cell, new_v)
-        k = tl.where(new[:, None], new_k.to(tl.float32), k)
-        v = tl.where(new[:, None], new_v.to(tl.float32), v)
-        scores = tl.where(before | new, tl.sum(k * q[None, :], 1) * k_scales.to(tl.float32), float("-inf"))
-        highest, total, mixed = _accumulate_rows(highest, total, mixed, scores, v, v_scales.to(tl.float32))
+        k_scales = tl.load(key_scales + scaled, mask=seen, other=0.0).to(tl.float32)
+        v_scales = tl.load(value_scales + scaled, mask=seen, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(k * q[None, :], 1) * k_scales, float("-inf"))
+        highest, total, mixed = _accumulate_rows(highest, total, mixed, scores, v, v_scales)
     most = tl.max(highest, 0)
     fade = tl.exp(highest - most)
     total, mixed = tl.sum(total * fade, 0), tl.sum(mixed * fade[:, None], 0)
@@ -266,20 +350,25 @@ def decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kv_index: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
     scale: float,
     *kept: Tensor,
 ) -> Tensor:
-    """Appends one token to each request's blocks and attends to all of them.
+    """Writes the keys and values of N tokens, and lets each attend to its request up to itself. Several tokens may be
+    of one request.
 
-    query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; slots: int64 [N]; positions: int64 [R] of
-    the new token; table: int32 [R, P], the blocks of each slot; kept: the keys and values of a layer and, in 8 bits,
-    their scales, as a KV pool has them. Returns [1, N, heads, head_dim].
+    query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]; cos, sin: [1, N, head_dim], None if query
+    and key are turned already; kv_index, slots, positions: int64 [N], block * block size + offset, whose the token is
+    and where it stands; table: int32 [R, P], the blocks of each slot; kept: the keys and values of a layer and, in 8
+    bits, their scales, as a KV pool has them. Returns [1, N, heads, head_dim].
     """
     attend = _decode_attention if len(kept) == 2 else _decode_attention_in_8_bits
-    return attend(query, key, value, slots, positions, table, scale, *kept)
+    return attend(query, key, value, cos, sin, kv_index, slots, positions, table, scale, *kept)
 
 
 @torch.library.custom_op("llama2_chat::decode_attention", mutates_args=("keys", "values"))
@@ -287,6 +376,9 @@ def _decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kv_index: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
@@ -294,7 +386,7 @@ def _decode_attention(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    return _decode(query, key, value, slots, positions, table, scale, keys, values, None, None)
+    return _decode(query, key, value, cos, sin, kv_index, slots, positions, table, scale, keys, values, None, None)
 
 
 @torch.library.custom_op("llama2_chat::decode_attention_in_8_bits", mutates_args=KEPT)
@@ -302,6 +394,9 @@ def _decode_attention_in_8_bits(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kv_index: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
@@ -311,13 +406,17 @@ def _decode_attention_in_8_bits(
     key_scales: Tensor,
     value_scales: Tensor,
 ) -> Tensor:
-    return _decode(query, key, value, slots, positions, table, scale, keys, values, key_scales, value_scales)
+    kept = keys, values, key_scales, value_scales
+    return _decode(query, key, value, cos, sin, kv_index, slots, positions, table, scale, *kept)
 
 
 def _decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kv_index: Tensor,
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
@@ -327,30 +426,22 @@ def _decode(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
-    query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
-    N, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
+    (heads, N, head_dim), kv_heads = query.shape[1:], key.shape[1]
     splits = _splits(N * kv_heads)
-    output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):  # Triton launches on the current one
-        tensors = query, key, value, keys, values, key_scales, value_scales, slots, positions, table
-        places = partial, weights, output
-        strides = key.stride(0), value.stride(0), table.shape[1]
+        query = _write(query, key, value, cos, sin, kv_index, keys, values, key_scales, value_scales)
+        output, partial, weights = _results(query, splits)
+        kept = keys, values, key_scales, value_scales
+        tensors = query, *kept, slots, positions, table, partial, weights, output
         shape = {"KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK": keys.shape[1], "SPLITS": splits, "num_warps": 2}
         if key_scales is not None and heads == kv_heads:
-            _attend_codes_kernel[N, kv_heads, splits](*tensors, *places, scale, *strides, TILE=TILE_SIZE, **shape)
+            _attend_codes_kernel[N, kv_heads, splits](*tensors, scale, table.shape[1], TILE=TILE_SIZE, **shape)
         else:
             group = max(16, triton.next_power_of_2(heads // kv_heads))
-            _attend_kernel[N, kv_heads, splits](*tensors, *places, scale, *strides, HEADS=heads, GROUP=group, **shape)
+            _attend_kernel[N, kv_heads, splits](*tensors, scale, table.shape[1], HEADS=heads, GROUP=group, **shape)
         if splits > 1:
             _combine_kernel[(N * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
     return output[None]
-
-
-def _tokens(states: Tensor) -> Tensor:
-    """[1, heads, T, head_dim] as [T, heads, head_dim], of which each token lies in one piece."""
-    states = states[0].transpose(0, 1)
-    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
 
 
 def _splits(programs: int) -> int:
@@ -372,37 +463,6 @@ def _(query, *_):
 
 
 # ---- Attention of chunks of prompts, over the blocks of their requests ----
-
-
-@triton.jit
-def _write_kernel(
-    key,
-    value,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    kv_index,
-    key_stride,
-    value_stride,
-    KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,  # the next power of two
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One token's keys and values to its cell."""
-    token, heads, dims = tl.program_id(0), tl.arange(0, HEADS), tl.arange(0, HEAD_DIM)
-    cell, at, mine = tl.load(kv_index + token).to(tl.int64), heads[:, None] * HEAD_DIM + dims[None, :], heads < KV_HEADS
-    k = tl.load(key + token * key_stride + at, mask=mine[:, None], other=0.0)
-    v = tl.load(value + token * value_stride + at, mask=mine[:, None], other=0.0)
-    if key_scales is not None:
-        k, k_scales = _encode(k, keys.dtype.element_ty)
-        v, v_scales = _encode(v, values.dtype.element_ty)
-        scaled = (cell // BLOCK * KV_HEADS + heads) * BLOCK + cell % BLOCK
-        tl.store(key_scales + scaled, k_scales, mask=mine)
-        tl.store(value_scales + scaled, v_scales, mask=mine)
-    tl.store(keys + cell * (KV_HEADS * HEAD_DIM) + at, k, mask=mine[:, None])
-    tl.store(values + cell * (KV_HEADS * HEAD_DIM) + at, v, mask=mine[:, None])
 
 
 @triton.jit
@@ -466,6 +526,8 @@ def prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
@@ -476,13 +538,12 @@ def prefill_attention(
 ) -> Tensor:
     """Writes the keys and values of T tokens and attends to their requests so far, with nothing asked of the host.
 
-    query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim]; kv_index: int64 [T], block * block
-    size + offset of each token; slots, starts and counts, int64 [T / tile size]: whose the tile is, at which position
-    it begins and how many of its tokens count; table: int32 [R, P], the blocks of each slot, one more than the longest
-    request has; kept: as decode_attention() takes them. Returns [1, T, heads, head_dim].
+    query, key, value, cos, sin, kv_index and kept: as decode_attention() takes them; slots, starts and counts, int64
+    [T / tile size]: whose the tile is, at which position it begins and how many of its tokens count; table: int32 [R,
+    P], the blocks of each slot, one more than the longest request has. Returns [1, T, heads, head_dim].
     """
     attend = _prefill_attention if len(kept) == 2 else _prefill_attention_in_8_bits
-    return attend(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
+    return attend(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
 
 
 @torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
@@ -490,6 +551,8 @@ def _prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
@@ -499,7 +562,9 @@ def _prefill_attention(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    return _prefill(query, key, value, kv_index, slots, starts, counts, table, scale, keys, values, None, None)
+    return _prefill(
+        query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, keys, values, None, None
+    )
 
 
 @torch.library.custom_op("llama2_chat::prefill_attention_in_8_bits", mutates_args=KEPT)
@@ -507,6 +572,8 @@ def _prefill_attention_in_8_bits(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
@@ -519,13 +586,15 @@ def _prefill_attention_in_8_bits(
     value_scales: Tensor,
 ) -> Tensor:
     kept = keys, values, key_scales, value_scales
-    return _prefill(query, key, value, kv_index, slots, starts, counts, table, scale, *kept)
+    return _prefill(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
 
 
 def _prefill(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     kv_index: Tensor,
     slots: Tensor,
     starts: Tensor,
@@ -537,28 +606,12 @@ def _prefill(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
-    query, key, value = query[0].transpose(0, 1).contiguous(), _tokens(key), _tokens(value)
-    T, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
+    (heads, T, head_dim), kv_heads = query.shape[1:], key.shape[1]
     tile = T // len(slots)
     splits = _splits(T // tile * heads)
-    output, partial, weights = _results(query, splits)
     with torch.cuda.device_of(query):
-        _write_kernel[(T,)](
-            key,
-            value,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            kv_index,
-            key.stride(0),
-            value.stride(0),
-            KV_HEADS=kv_heads,
-            HEADS=triton.next_power_of_2(kv_heads),
-            HEAD_DIM=head_dim,
-            BLOCK=keys.shape[1],
-        )
+        query = _write(query, key, value, cos, sin, kv_index, keys, values, key_scales, value_scales)
+        output, partial, weights = _results(query, splits)
         _prefill_kernel[T // tile, heads, splits](
             query,
             keys,

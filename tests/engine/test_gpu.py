@@ -32,6 +32,7 @@ from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import precision_of, speed_up_nf4
 from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
+from tests.engine.test_speculation import KINDS, answers, plant
 from tests.support import packers
 from tests.support.engines import Ids, Stairs, answer
 from tests.support.loading import asking_for, get_float32
@@ -308,6 +309,37 @@ def test_deterministic_steps_read_what_was_answered_as_if_nobody_had_answered_it
     assert cached == answer(engine, turn, replace(GREEDY, cache_prompt=False))[0]
 
 
+def test_guesses_change_no_answer_of_deterministic_steps(deterministic):
+    _, engine = deterministic
+    assert engine.runner.draft_tokens == 32
+    for kind in KINDS:
+        expected = with_guesses(engine, kind, None)
+        assert with_guesses(engine, kind, expected) == expected, kind
+
+
+def test_guesses_come_true_and_answers_stay_what_the_model_finds_likeliest(model, compiled):
+    assert compiled.runner.draft_tokens == 16
+    found = with_guesses(compiled, "greedy", with_guesses(compiled, "greedy", None))
+    likeliest = [below_the_likeliest(model, ids, said) for ids, (said, *_) in zip(prompts(LENGTHS), found, strict=True)]
+    assert max(likeliest) < 0.25
+
+
+def with_guesses(engine, kind, expected):
+    """The answers to prompts, five at once, whose guesses come from these answers; None for no guesses."""
+    most, before, found = engine.runner.draft_tokens, engine.occupancy, []
+    if expected is None:
+        engine.runner.draft_tokens = 0
+    else:
+        plant(engine, {tuple(ids): said for ids, (said, *_) in zip(prompts(LENGTHS), expected, strict=True)})
+    for start in range(0, len(LENGTHS), 5):
+        found += answers(engine, prompts(LENGTHS)[start : start + 5], kind)
+    engine.runner.draft_tokens = most
+    if expected is not None:
+        del engine._speculation._guess
+        assert 0 < engine.occupancy.accepted - before.accepted < engine.occupancy.drafted - before.drafted
+    return found
+
+
 def test_deterministic_steps_say_what_transformers_says(deterministic):
     model, engine = deterministic
     said = [(ids, answer(engine, ids, GREEDY)[0]) for ids in prompts(LENGTHS)]
@@ -421,8 +453,8 @@ def test_past_its_window_and_beside_a_longer_neighbour_a_model_answers_as_genera
             engine.submit(ids, GREEDY, streamer)
     together = [streamer.rest() for streamer in streamers]
     engine.close()
-    for answers in (found, together):
-        for ids, answered in zip(asked, answers, strict=True):
+    for said in (found, together):
+        for ids, answered in zip(asked, said, strict=True):
             if dtype == torch.float32:
                 assert answered == generated(alone, ids)
             assert below_the_likeliest(alone, ids, answered) < 0.25  # rounding may choose between two that are close

@@ -64,7 +64,7 @@ def test_a_kernel_that_attends_is_given_what_a_layer_keeps_and_nothing_else(tiny
         pool_of(tiny_llama, kv_cache), [0], torch.tensor([[1]]), lambda *arguments: given.extend(arguments)
     )
     step.attend(1, *torch.randn(3, 1, 4, 1, 16), Scoring(scale=1))
-    assert [id(each) for each in given[7:]] == [id(kept) for kept in step.pool.layers[1]]
+    assert [id(each) for each in given[10:]] == [id(kept) for kept in step.pool.layers[1]]
 
 
 @FORMATS

@@ -19,6 +19,7 @@ from llama2_chat.engine.model_runner import ModelRunner
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.types import SamplingParams
+from tests.engine.test_speculation import Pipelined
 from tests.support.engines import CPU, Stairs, running, start
 
 SCRIPT = r"""
@@ -30,14 +31,14 @@ from llama2_chat.kernels import attention
 from llama2_chat.kernels.blocks import BlockPacker
 from llama2_chat.types import SamplingParams
 from llama2_chat.engine.adapters import add_adapters
-from llama2_chat.engine.cuda_graphs import RecordedWay, _packed
+from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _packed
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.paged_attention import ATTENTION
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import SamplerState, draws
-from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.lora import LoraWeights
 
@@ -63,6 +64,16 @@ def expected(ids, adapter=0):
     with rows.taking([adapter] * len(ids)):
         return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
+class Replayed:
+    # In place of a CUDA graph.
+    def __init__(self, recorded, size):
+        self.recorded, self.recording = recorded, recorded._decodes[size]
+
+    def replay(self):
+        self.recording.logits = self.recorded._decode(self.recording.inputs)
+
+torch.Tensor.pin_memory = lambda self: self
+
 with torch.inference_mode():
     before = model(torch.tensor([[1, 2, 3]])).logits[0, -1]
     join_projections(model)
@@ -74,6 +85,7 @@ with torch.inference_mode():
     assert not expected([1, 2, 3], adapter=1).allclose(before, atol=0.1)
     assert not expected([1, 2, 3], adapter=2).allclose(before, atol=0.1)
     prompts = [torch.randint(0, 97, (length,)).tolist() for length in (1, 63, 64, 200)]
+    prompts[1] = prompts[1][:58]  # so that guesses reach over the border of a block
     requests = [Request(ids, params, None, 64, draws(params, 64), slot=slot, adapter=slot % 3)
                 for slot, ids in enumerate(prompts)]
     for request in requests:
@@ -83,7 +95,7 @@ with torch.inference_mode():
     rest = [Chunk(r, len(r.ids) // 2, len(r.ids)) for r in requests]
     recorded._bind(requests)
     recorded._prefill(_packed(halves, 256, 4), 256)
-    logits = recorded._prefill(_packed(rest, 512, 4), 512)
+    logits = recorded._prefill(_packed(rest, 320, 4), 320)
     for request in requests:
         torch.testing.assert_close(logits[request.slot], expected(request.ids, request.adapter), atol=1e-3, rtol=1e-3)
         state.join(request.slot, request.ids, 0, params, request.draws)
@@ -91,13 +103,33 @@ with torch.inference_mode():
         request.ids.append(token)
     everyone = torch.tensor([3, 0, 2, 1, 4, 4])  # two are padding
     for step in range(3):
-        logits = recorded._decode(everyone)
+        logits = recorded._decode(recorded._padded_rows([(slot, 0, 0) for slot in (3, 0, 2, 1)], 6))
         for place, slot in enumerate(everyone[:4].tolist()):
             alone = expected(requests[slot].ids, requests[slot].adapter)
             torch.testing.assert_close(logits[place], alone, atol=1e-3, rtol=1e-3)
         for slot, token in zip(everyone.tolist(), state.sample(logits, everyone, 64).tolist()):
             if slot < 4:
                 requests[slot].ids.append(token)
+    # Guesses behind the newest token of some, over the border of a block too; then what was wrong is written over.
+    guesses = [[], [5, 6, 7, 8], [], [9]]
+    chunks = []
+    for request, guess in zip(requests, guesses):
+        request.computed = len(request.ids) - 1
+        chunks.append(DraftChunk.of(request, guess, 0, False))
+    recorded._decodes[10] = _DecodeRecording(10, recorded._new_inputs("decode", 10), None, None, None, None)
+    recorded._decodes[10].forward = Replayed(recorded, 10)
+    verified = recorded.verify(chunks)
+    for request, guess in zip(requests, guesses):
+        for place in range(len(guess) + 1):
+            found = verified.logits[verified.first[request] + place]
+            alone = expected(request.ids + guess[:place], request.adapter)
+            torch.testing.assert_close(found, alone, atol=1e-3, rtol=1e-3)
+        request.ids.append(11)
+        state.tokens[request.slot], state.positions[request.slot] = 11, len(request.ids) - 1
+    logits = recorded._decode(recorded._padded_rows([(slot, 0, 0) for slot in range(4)], 4))
+    for request in requests:
+        alone = expected(request.ids, request.adapter)
+        torch.testing.assert_close(logits[request.slot], alone, atol=1e-3, rtol=1e-3)
     tensors = [*pool.tensors, torch.arange(4 * 64 * 6).to(torch.int8).view(4, 64, 6)]
     before = [tensor.clone() for tensor in tensors]
     piece = torch.zeros(sum(tensor[0].nbytes for tensor in tensors), dtype=torch.uint8)
@@ -113,14 +145,14 @@ with torch.inference_mode():
     request.blocks = BlockTable(own=[3, 1, 4, 2])
     recorded._bind([request])
     for start, end in ((0, 70), (70, 200)):
-        found = recorded._prefill(_packed([Chunk(request, start, end)], 256, 4), 256)[0]
+        found = recorded._prefill(_packed([Chunk(request, start, end)], 192, 4), 192)[0]
     def agree(logits, end):
         exact = eager.prefill([Chunk(request, 0, end)], everywhere=True)[-1]
         error = (logits - exact).norm() / exact.norm()
         assert 0 < error < 0.1, error  # the interpreter rounds scales down
     agree(found, 200)
     state.tokens[0], state.positions[0] = request.ids[200], 200
-    agree(recorded._decode(torch.tensor([0, 4]))[0], 201)
+    agree(recorded._decode(recorded._padded_rows([(0, 0, 0)], 2))[0], 201)
 print("equal")
 """
 
@@ -150,6 +182,7 @@ class Anew(RecordedWay):
     def __init__(self, *args, sizes):
         super().__init__(*args)
         self.taken = set()
+        self.verified = []  # whether a step was recorded for each that checks guesses
         for kind, size in sizes:
             self._record(kind, size)
 
@@ -158,6 +191,11 @@ class Anew(RecordedWay):
 
     def wait(self):
         pass
+
+    def verify(self, chunks):
+        found = super().verify(chunks)
+        self.verified.append(found is not None)
+        return found
 
     def _record(self, kind, size):
         inputs = self._new_inputs(kind, size)
@@ -168,31 +206,25 @@ class Anew(RecordedWay):
             logits.copy_(self._logits(kind, size, inputs))
 
         def sample():
-            recording.tokens = self._sampler.sample(logits, inputs, NARROW)
+            recording.tokens = self._sampler.sample(logits, inputs[0], NARROW)
 
         if kind == "prefill":
             self._prefills[size] = _Recording(size, inputs, Replay(step), logits)
         else:
-            recording = _DecodeRecording(size, inputs, Replay(step), logits, Replay(sample), inputs)
+            recording = _DecodeRecording(size, inputs, Replay(step), logits, Replay(sample), inputs[0])
             self._decodes[size] = recording
 
 
-class Pipelined:
-    """A runner whose next step may be launched while the tokens of the last are in flight, as on a GPU."""
-
-    pipelined = True
-
-    def __init__(self, runner):
-        self._runner = runner
-
-    def __getattr__(self, name):
-        return getattr(self._runner, name)
+def turned(states, cos, sin):
+    half = states.shape[-1] // 2
+    return states * cos[:, None] + torch.cat([-states[..., half:], states[..., :half]], -1) * sin[:, None]
 
 
-def attend(query, key, value, cells, slots, positions, table, scale, keys, values):
-    """Writes key and value to their cells, and lets each token attend to its request up to its position."""
+def decode(query, key, value, cos, sin, kv_index, slots, positions, table, scale, keys, values):
+    """What kernels.attention.decode_attention promises."""
+    query, key = turned(query, cos, sin), turned(key, cos, sin)
     for states, new in ((keys, key), (values, value)):
-        states.view(-1, *states.shape[2:])[cells] = new[0].transpose(0, 1)
+        states.view(-1, *states.shape[2:])[kv_index] = new[0].transpose(0, 1)
     output = []
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         blocks = table[slot, : position // BLOCK_SIZE + 1].long()
@@ -201,16 +233,10 @@ def attend(query, key, value, cells, slots, positions, table, scale, keys, value
     return torch.cat(output, 2).transpose(1, 2)
 
 
-def decode(query, key, value, slots, positions, table, scale, keys, values):
-    at = positions[slots]
-    cells = table[slots, at // BLOCK_SIZE].long() * BLOCK_SIZE + at % BLOCK_SIZE
-    return attend(query, key, value, cells, slots, at, table, scale, keys, values)
-
-
-def prefill(query, key, value, kv_index, slots, starts, counts, table, scale, keys, values):
+def prefill(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, keys, values):
     tile = torch.arange(query.shape[2] // len(slots))
-    at = (starts[:, None] + tile).flatten()
-    return attend(query, key, value, kv_index, slots.repeat_interleave(len(tile)), at, table, scale, keys, values)
+    where = slots.repeat_interleave(len(tile)), (starts[:, None] + tile).flatten()
+    return decode(query, key, value, cos, sin, kv_index, *where, table, scale, keys, values)
 
 
 @pytest.fixture
@@ -265,3 +291,16 @@ def test_recorded_steps_that_the_engine_packs_and_pads_say_what_it_says_without(
     assert answers(engine) == expected
     engine.close()
     assert way.taken == sizes
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_guesses_checked_in_recorded_steps_change_no_answer(tiny_llama, without_kernels, deterministic):
+    sizes = {("decode", 6), ("prefill", 128)} if deterministic else SIZES | {("decode", 6)}
+    runner, way = recording_runner(tiny_llama, sizes, deterministic)
+    engine = Engine(Pipelined(runner), set())
+    expected = answers(engine)
+    runner.draft_tokens = 6
+    assert answers(engine) == expected
+    engine.close()
+    assert 0 < engine.occupancy.accepted < engine.occupancy.drafted
+    assert way.verified == [True] * len(way.verified) != []

@@ -8,6 +8,7 @@ import torch
 
 from llama2_chat.benchmark.speculation import TASKS
 from llama2_chat.engine.drafts import Drafts
+from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.speculation import Speculation
 from llama2_chat.types import SamplingParams
 from tests.engine.test_exact import MODELS, Listening, prompt_of
@@ -89,6 +90,23 @@ def compare(model, prompts):
 
 def test_each_kind_of_answer_is_the_same_with_guesses_and_without(tiny_llama):
     compare(tiny_llama, [prompt(number) for number in range(16)])
+
+
+class Pipelined:
+    """A runner whose next step may be launched while the tokens of the last are in flight, as on a GPU."""
+
+    pipelined = True
+
+    def __init__(self, runner):
+        self._runner = runner
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+
+def test_guesses_change_no_answer_where_the_newest_token_is_in_flight(tiny_llama, monkeypatch):
+    monkeypatch.setattr("tests.support.engines.Engine", lambda runner, *args: Engine(Pipelined(runner), *args))
+    compare(tiny_llama, [prompt(number) for number in range(5)])
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def check(kv_cache, heads, kv_heads, head_dim, lengths):
         rows = slice(tile * TILE, tile * TILE + count)
         key[0, :, rows], value[0, :, rows] = (x[i][start : start + count].transpose(0, 1) for x in (keys, values))
         kv_index[rows] += table[i, start // BLOCK] * BLOCK
-    found = prefill_attention(query, key, value, kv_index, slots, starts, counts, table, 0.3, *kept)[0]
+    found = prefill_attention(query, key, value, None, None, kv_index, slots, starts, counts, table, 0.3, *kept)[0]
     for tile, (i, start, count) in enumerate(tiles):
         rows = slice(tile * TILE, tile * TILE + count)
         right = attend(query[0, :, rows].transpose(0, 1), *(stored(w, i, start + count) for w in (0, 1)), 0.3)
@@ -73,7 +73,9 @@ def check(kv_cache, heads, kv_heads, head_dim, lengths):
     query = torch.randn(1, heads, len(lengths), head_dim)
     key, value = (torch.stack([x[-1] for x in states], 1)[None] for states in (keys, values))
     everyone = torch.arange(len(lengths))
-    found = decode_attention(query, key, value, everyone, torch.tensor([*lengths, 0]), table, 0.3, *kept)[0]
+    positions = torch.tensor(lengths)
+    kv_index = table[everyone, positions // BLOCK] * BLOCK + positions % BLOCK
+    found = decode_attention(query, key, value, None, None, kv_index, everyone, positions, table, 0.3, *kept)[0]
     for i, n in enumerate(lengths):
         right = attend(query[0, :, i][None], *(stored(which, i, n + 1) for which in (0, 1)), 0.3)
         torch.testing.assert_close(found[i], right[0], atol=1e-4, rtol=1e-4)
@@ -89,8 +91,8 @@ for kv_cache in CODES:
     kept = empty(kv_cache, 2, 2, 16)
     key = value = torch.randn(1, 2, 1, 16)
     value[0, 1, 0, 3] = torch.nan
-    where = torch.tensor([0]), torch.tensor([3]), torch.tensor([[1]], dtype=torch.int32)
-    decode_attention(torch.randn(1, 2, 1, 16), key, value, *where, 0.3, *kept)
+    where = torch.tensor([19]), torch.tensor([0]), torch.tensor([3]), torch.tensor([[1]], dtype=torch.int32)
+    decode_attention(torch.randn(1, 2, 1, 16), key, value, None, None, *where, 0.3, *kept)
     assert kept[3][1, :, 3].isfinite().tolist() == [True, False]
 print("equal")
 """
