@@ -125,7 +125,8 @@ class RecordedWay:
         self._recorded, self._complete = threading.Event(), threading.Event()
         self._closed = False
         self.mode = "eager"
-        self._decode_layer = torch.compile(_decode_layer, dynamic=False)
+        # For any number of rows at once: each by itself takes seconds more, and after eight PyTorch compiles no more.
+        self._decode_layer = torch.compile(_decode_layer, dynamic=True)
         self._prefill_layer = torch.compile(_prefill_layer, dynamic=True)
 
     @staticmethod
