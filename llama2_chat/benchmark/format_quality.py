@@ -28,6 +28,7 @@ from llama2_chat.training.base_model import fetch_checkpoint
 NOISE = 0.1  # beside the spread of each matrix; a step of the grid is about a third of it
 TRAIN_S = 120
 WINDOW, BATCH, LEARNING_RATE, WARMUP_STEPS = 1024, 16, 3e-4, 50
+AT_ONCE = 4  # of a batch's windows, so that it fits on an A10G
 EVAL_TOKENS = 65_536  # of source that is not trained on
 PRECISIONS = ("none", "int8", "int4", "nf4")
 
@@ -97,9 +98,10 @@ def _train(model: Any, ids: Tensor) -> int:
         batch = torch.stack([ids[start : start + WINDOW] for start in starts.tolist()]).to(model.device)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((steps + 1) / WARMUP_STEPS, 1 - done)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
+        for part in batch.split(AT_ONCE):
+            with torch.autocast(model.device.type, torch.bfloat16):
+                loss = model(input_ids=part, labels=part).loss
+            (loss * len(part) / BATCH).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
