@@ -22,9 +22,9 @@ from llama2_chat.text import is_out_of_host_memory, is_out_of_memory
 log = logging.getLogger("llama2_chat")
 
 GB = 1_000_000_000
-# Per GPU, measured on an H100 with limits of 16 to 40 GB: the CUDA context and kernels' workspace, and what products of
-# packed weights keep besides.
-WORKSPACE_BYTES, PACKED_WORKSPACE_BYTES = 1 * GB, 800_000_000
+# Per GPU, measured on an H100 with limits of 16 to 78 GB: the CUDA context and kernels' workspace, and what lies unused
+# between the scales of int4.
+WORKSPACE_BYTES, INT4_WORKSPACE_BYTES = 1 * GB, 800_000_000
 CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
 STEP_TOKENS = 2_048  # of the engine's longest step, GPU_CHUNK
 MIN_CONTEXT_TOKENS = 4_096  # of a conversation as it is counted; models with longer windows may run with part of theirs
@@ -156,8 +156,8 @@ class Size:
 
     def working_bytes(self, precision: str) -> int:
         """Of each GPU beside weights and KV cache. Recorded steps have activations of their own."""
-        packed = PACKED_WORKSPACE_BYTES if precision in ("int4", "int8") else 0
-        return WORKSPACE_BYTES + packed + self.headroom_bytes + 2 * self.step_bytes
+        of_int4 = INT4_WORKSPACE_BYTES if precision == "int4" else 0
+        return WORKSPACE_BYTES + of_int4 + self.headroom_bytes + 2 * self.step_bytes
 
 
 def _widest(model: nn.Module) -> int:
