@@ -74,7 +74,7 @@ def test_every_metric_that_is_named_is_counted():
 OTHERS_FLAGS = {  # of vllm, llama.cpp, ray, pip, hf, accelerate, docker, and argparse
     *("--tokenizer", "--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend"),
     *("--head", "--address", "--index-url", "--repo-type", "--num_processes", "--restart", "--help"),
-    *("--no-prefill-assistant", "--config_file"),
+    *("--no-prefill-assistant", "--config_file", "--ipc", "--shm-size"),
 }
 
 

@@ -155,6 +155,10 @@ class ModelRunner:
         if self._host:
             self._host.close()
 
+    def forget_recorded(self) -> None:
+        """Give back what recorded steps keep, once no step is computed any more."""
+        self._faster, self._ways = None, [self._eager]
+
     def enter_thread(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # for events, graphs and kernels; else they take the first GPU

@@ -143,13 +143,13 @@ def _whole(opened: Any, name: str) -> str | None:
 
 def divided(checkpoint: Checkpoint) -> Checkpoint:
     """The first part of it, and in which precision all parts are, if several GPUs shall compute it together."""
-    gpus, size = visible_gpus(), measure_checkpoint(checkpoint)
-    adapted = checkpoint.adapter or checkpoint.adapters
-    why_whole = "adapters need a model that is whole; merge_adapter.py merges one for good" if adapted else None
+    requested, quantization, gpus = checkpoint.tensor_parallel, checkpoint.quantization, visible_gpus()
+    if requested == "1" or (requested == "auto" and len(gpus) < 2):
+        return checkpoint
+    size = measure_checkpoint(checkpoint)
     with translate_errors(checkpoint.base):
         config = read_config(checkpoint.base)
-    requested, quantization = checkpoint.tensor_parallel, checkpoint.quantization
-    parts = choose_parts(requested, quantization, config, size, gpus, why_whole)
+    parts = choose_parts(requested, quantization, config, size, gpus, _why_whole(checkpoint))
     if parts == 1:
         return checkpoint
     fewest = sorted(gpus[:parts], key=lambda gpu: gpu.free_bytes)[:1]
@@ -159,6 +159,15 @@ def divided(checkpoint: Checkpoint) -> Checkpoint:
         raise ModelUnavailable(f"TENSOR_PARALLEL={parts} does not work here: {reason}.")
     together = f"{parts} {'GPUs' if gpus else 'processes'} compute each layer together."
     return replace(checkpoint, part=Part(0, parts), quantization=precision, why=f"{checkpoint.why} {why} {together}")
+
+
+def _why_whole(checkpoint: Checkpoint) -> str | None:
+    """Why a model is not divided, whatever it is, as part of a sentence; None if it may be."""
+    if checkpoint.adapter or checkpoint.adapters:
+        return "adapters need a model that is whole; merge_adapter.py merges one for good"
+    if not all(name.endswith(".safetensors") for name in checkpoint.base.weights()):
+        return "its weights are pickles, which can only be read whole; save_pretrained() writes safetensors"
+    return None
 
 
 # ---- Loading ----

@@ -47,11 +47,6 @@ class Part:
         """What belongs to this part of each tensor, by name, to be read when transformers asks for it."""
         found = {}
         for name in files.weights():
-            if not name.endswith(".safetensors"):
-                raise ModelUnavailable(
-                    f"The weights of {files} are pickles, which can only be read whole: TENSOR_PARALLEL needs "
-                    "safetensors. Save the model anew with save_pretrained(), or set TENSOR_PARALLEL=1."
-                )
             file = safe_open(files.folder / name, "pt")
             found.update({key: PartOfTensor(file, key, self) for key in file.keys()})  # noqa: SIM118 - no dict
         return found
@@ -104,8 +99,8 @@ def choose_parts(
 ) -> int:
     """How many GPUs compute each layer together, 1 for one that has it whole.
 
-    requested: a TENSOR_PARALLEL. quantization: a QUANTIZATION, or "float32". why_whole: why an adapter does not let the
-    model be divided; None if it may.
+    requested: a TENSOR_PARALLEL. quantization: a QUANTIZATION, or "float32". why_whole: why the model is not divided,
+    whatever it is; None if it may be.
 
     Raises ModelUnavailable if so many were asked for and it cannot be.
     """

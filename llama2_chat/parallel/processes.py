@@ -75,6 +75,7 @@ class Workers:
         self._folder = Path(tempfile.mkdtemp(prefix="llama2-chat-"))
         self._work = Work(checkpoint, self._folder / "meeting", options)
         self._on_lost, self._on_compiled = on_lost, lambda: None
+        self._runner: LeadingRunner | None = None
         self._joined = self._ready = self._closing = False
         self.lost = False
         self._workers = [self._start(Part(rank, part.of)) for rank in range(1, part.of)]
@@ -110,7 +111,7 @@ class Workers:
         """
         self._all("loaded")
         self._joined = True
-        runner = join(self._work, loaded, LeadingRunner)
+        runner = self._runner = join(self._work, loaded, LeadingRunner)
         runner.lead(self, self._all("ready"))
         self._ready = True
         return runner
@@ -127,6 +128,8 @@ class Workers:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
+        if self._runner:
+            self._runner.forget_recorded()  # NCCL keeps what is in them, and would wait for their end
         if dist.is_initialized():
             leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
             leaving.start()

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 from llama2_chat.kernels.packed import quantize
-from llama2_chat.loading import packing
+from llama2_chat.loading import load, packing
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.disk import Files
-from llama2_chat.loading.load import divided
+from llama2_chat.loading.load import divided, measure_checkpoint
 from llama2_chat.loading.memory import Gpu, Size
 from llama2_chat.loading.parts import Part, choose_parts, why_not_divided
 from llama2_chat.loading.read import read_model
@@ -100,11 +100,6 @@ def test_each_part_in_int4_has_a_copy_of_its_own_for_the_next_start(tmp_path, mo
     assert not torch.equal(one, other)
 
 
-def test_pickles_are_refused_since_they_can_only_be_read_whole(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
-    assert "TENSOR_PARALLEL needs safetensors" in refusal(Part(0, 2).weights, Files(tmp_path))
-
-
 # ---- How many ----
 
 
@@ -163,4 +158,17 @@ def test_a_number_of_gpus_that_does_not_work_here_is_refused_before_anything_is_
         "Set TENSOR_PARALLEL=1."
     )
     assert asked(tensor_parallel="1").part is None
+    assert asked(tensor_parallel="auto").part is None
     assert asked(tensor_parallel="2").part == Part(0, 2)
+
+
+def test_auto_divides_what_one_gpu_does_not_hold_but_no_pickles_which_can_only_be_read_whole(files, monkeypatch):
+    checkpoint = fetch(choose(asking_for(files.folder, quantization="none", tensor_parallel="auto")), ignore)
+    size = measure_checkpoint(checkpoint)
+    too_small = Gpu(size.needed_bytes("bfloat16", size.context) - 1)
+    monkeypatch.setattr(load, "visible_gpus", lambda: [too_small] * 2)
+    assert divided(checkpoint).part == Part(0, 2)
+    (files.folder / "model.safetensors").rename(files.folder / "pytorch_model.bin")
+    assert divided(checkpoint).part is None
+    asked = replace(checkpoint, tensor_parallel="2")
+    assert "its weights are pickles, which can only be read whole" in refusal(divided, asked)
