@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from llama2_chat.errors import ChatError
 from llama2_chat.training.text_formats import TEXT_FORMATS, recognise_text, text_messages
 
-# As ShareGPT and others call them.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+# As ShareGPT, Gemma's data and, since it has a developer, OpenAI call them.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
 SYSTEMS = {"system", "system_prompt"}  # columns for the system message, beside any format
 PLAIN_TEXT = "plain text"  # the format of what nobody says to anybody
 # What data sets write where there is no input.
@@ -94,17 +94,19 @@ def is_empty(value: Any) -> bool:
 
 
 def _from_messages(columns: dict[str, Any]) -> list[Any]:
-    return _list(columns, "messages")
+    return [_as_message(turn) for turn in _list(columns, "messages")]
 
 
 def _from_sharegpt(columns: dict[str, Any]) -> list[Any]:
-    return [_from_sharegpt_turn(turn) for turn in _list(columns, "conversations")]
+    return [_as_message(turn) for turn in _list(columns, "conversations")]
 
 
-def _from_sharegpt_turn(turn: Any) -> Any:
+def _as_message(turn: Any) -> Any:
     if isinstance(turn, dict) and "from" in turn:
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
-        return {**others, "role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+        turn = {**others, "role": turn["from"], "content": turn.get("value")}
+    if isinstance(turn, dict) and isinstance(turn.get("role"), str):
+        return turn | {"role": ROLES.get(turn["role"], turn["role"])}
     return turn  # prompt.check_messages says what is wrong with it
 
 
@@ -124,7 +126,7 @@ def _exchange(question: str, answer: str) -> Callable[[dict[str, Any]], list[Any
 def _spoken(value: Any, role: str) -> list[Any]:
     """The messages in a column: several, one, or what somebody in this role says."""
     if isinstance(value, (list, dict)):
-        return [_from_sharegpt_turn(turn) for turn in (value if isinstance(value, list) else [value])]
+        return [_as_message(turn) for turn in (value if isinstance(value, list) else [value])]
     return [{"role": role, "content": value}]
 
 

@@ -13,7 +13,7 @@ from llama2_chat.training.row_messages import PAIR, RowMessages, read_row
 from llama2_chat.types import Message
 
 ASKED = ("conversations", "messages", "question", "prompt")  # columns that hold what was asked, the best of them first
-STARTERS = {"system", "human", "user"}  # roles with which a whole conversation begins
+STARTERS = {"system", "developer", "human", "user"}  # roles with which a whole conversation begins
 
 
 class RowPair(NamedTuple):

@@ -46,6 +46,14 @@ def test_prompt_and_completion_may_be_messages_too(tmp_path):
     assert data.train[0].messages == MESSAGES
 
 
+def test_roles_have_the_names_that_others_give_them(tmp_path):
+    """A row with OpenAI's developer was left out, and one with Gemma's model under "role"."""
+    roles = [("developer", "Be kind."), ("human", QUESTION), ("model", ANSWER)]
+    row = {"messages": [{"role": role, "content": text} for role, text in roles]}
+    system = {"role": "system", "content": "Be kind."}
+    assert chat_data.read(write_rows(tmp_path / "some.jsonl", row)).train[0].messages == [system, *MESSAGES]
+
+
 def test_an_empty_system_message_is_none(tmp_path):
     messages = [{"role": "system", "content": ""}, *MESSAGES]
     assert chat_data.read(write_rows(tmp_path / "some.jsonl", {"messages": messages})).train[0].messages == MESSAGES
