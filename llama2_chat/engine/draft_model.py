@@ -28,7 +28,7 @@ from llama2_chat.kernels.int8 import Int8Linear
 
 log = logging.getLogger("llama2_chat")
 
-LEAST_CHANCE = 0.2  # that all guesses so far come true: else none is made behind them
+LEAST_CHANCE = 0.3  # that all guesses so far come true: else none is made behind them
 MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
 
 
@@ -181,7 +181,7 @@ class Drafter:
         if not going:
             return guesses
         chunks = [Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going]
-        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids, max(lengths))
+        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids)
         chances = [1.0] * len(requests)  # that all guesses so far come true
         hidden, features = self._forward(chunks)
         while True:

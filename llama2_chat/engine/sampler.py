@@ -88,47 +88,21 @@ def biased(logits: Tensor, biases: Mapping[int, Sequence[tuple[int, float]]]) ->
     return logits.to(torch.float32, copy=True).index_put_((rows, ids), values.float(), accumulate=True)
 
 
-def _ranks(scores: Tensor, params: Mapping[str, Tensor], draws: Tensor) -> Tensor:
-    """Which place of each row its random number chooses, int64 [N, 1].
-
-    scores: [N, k], the highest first. params: of NEUTRAL, each [N, 1]. draws: [N, 1], from 0 to 1.
-    """
-    temperature, ranks = params["temperature"], torch.arange(scores.shape[1], device=scores.device)
-    scores, highest = torch.where(ranks < params["top_k"], scores, -torch.inf), scores[:, :1]
-    # Below 1e-6 the division would overflow float32, and the likeliest token takes everything anyway.
-    probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6), dim=-1)
-    cumulative = probs.cumsum(dim=-1)
-    # Exclude zero-probability tokens: rounding in cumsum could select one.
-    candidates = (cumulative - probs < params["top_p"]) & (probs > 0) & (probs >= params["min_p"] * probs[:, :1])
-    last = candidates.sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    threshold = draws * cumulative.gather(1, last)
-    chosen = torch.minimum((cumulative <= threshold).sum(dim=-1, keepdim=True), last)
-    return torch.where(temperature == 0, 0, chosen)
-
-
 @dataclass
 class LikelyTokens:
-    """What some rows would say next, by a model that guesses: chosen with their own settings and random numbers, which
-    makes it the served model's choice where both find the same tokens likely."""
+    """The likeliest token of some rows, and how likely it is, after the repetition penalty of each."""
 
     seen: Tensor  # bool [N, v]: which tokens are in prompt or answer, those that were chosen here included
-    params: Mapping[str, Tensor]  # of NEUTRAL, each [N, 1]
-    draws: Tensor  # [N, n]: the next random numbers
-    made: int = 0  # tokens
+    repetition: Tensor  # [N, 1]
 
     def choose(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Their places in the vocabulary, int64 [n], and chances, [n]. logits: [n, v]. rows: int64 [n], of the N."""
-        scores, params = logits.float(), {name: values[rows] for name, values in self.params.items()}
-        repetition = params["repetition_penalty"]
+        scores, repetition = logits.float(), self.repetition[rows]
         pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores, ids = highest_scores(torch.where(self.seen[rows], pushed, scores), min(NARROW, scores.shape[1]))
-        chosen = _ranks(scores, params, self.draws[rows, self.made, None])
-        best = ids.gather(1, chosen)[:, 0]
-        self.seen[rows, best] = True
-        self.made += 1
-        temperature = params["temperature"]
-        chances = (scores / torch.where(temperature == 0, 1, temperature.clamp(min=0.1))).softmax(-1)
-        return best, chances.gather(1, chosen)[:, 0]
+        scores = torch.where(self.seen[rows], pushed, scores)
+        highest, best = scores.max(-1, keepdim=True)
+        self.seen[rows, best[:, 0]] = True
+        return best[:, 0], 1 / (scores - highest).exp().sum(-1)
 
 
 def highest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -182,25 +156,33 @@ class SamplerState:
         logits: [N, V]. slots: int64 [N]. kept: NARROW if all requests are narrow, else the size of the vocabulary.
         """
         params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))  # each [N, 1]
+        temperature = params["temperature"]
         scores = self._penalise(logits[:, : self.vocab_size].float(), slots, params)
         scores, ids = highest_scores(scores, min(kept, self.vocab_size))
-        chosen = _ranks(scores, params, self._draws[slots, self._answer_tokens[slots]][:, None])
+        highest = scores[:, :1]
+        ranks = torch.arange(scores.shape[1], device=scores.device)
+        scores = torch.where(ranks < params["top_k"], scores, -torch.inf)
+        # Below 1e-6 the division would overflow float32, and the likeliest token takes everything anyway.
+        probs = torch.softmax((scores - highest) / temperature.clamp(min=1e-6), dim=-1)
+        cumulative = probs.cumsum(dim=-1)
+        # Exclude zero-probability tokens: rounding in cumsum could select one.
+        candidates = (cumulative - probs < params["top_p"]) & (probs > 0) & (probs >= params["min_p"] * probs[:, :1])
+        last = candidates.sum(dim=-1, keepdim=True).clamp(min=1) - 1
+        threshold = self._draws[slots, self._answer_tokens[slots]][:, None] * cumulative.gather(1, last)
+        chosen = torch.minimum((cumulative <= threshold).sum(dim=-1, keepdim=True), last)
+        chosen = torch.where(temperature == 0, 0, chosen)
         tokens = ids.gather(1, chosen)[:, 0]
         self.tokens[slots] = tokens
         self.positions[slots] = torch.where(slots == self.padding, 0, self.positions[slots] + 1)
         self._answer_tokens[slots] = (self._answer_tokens[slots] + 1).clamp(max=self._draws.shape[1] - 1)
         self._counts[slots, tokens] += 1
         self._seen.index_put_((slots, tokens), self._true)
-        return torch.where(scores[:, 0].isfinite(), tokens, -1)
+        return torch.where(highest[:, 0].isfinite(), tokens, -1)
 
-    def likely(self, slots: Tensor, ids: Tensor | None, most: int) -> LikelyTokens:
-        """What a model that guesses would have these slots, int64 [N], say. ids: those that it knows, int64 [v]; None
-        for all. most: tokens of each."""
-        params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))
+    def likely(self, slots: Tensor, ids: Tensor | None) -> LikelyTokens:
+        """What a model that guesses would have these slots, int64 [N], say. ids: as LikelyTokens takes them."""
         seen = self._seen[slots] if ids is None else self._seen[slots][:, ids]
-        next = self._answer_tokens[slots, None] + torch.arange(most, device=self.device)
-        draws = self._draws[slots[:, None], next.clamp(max=self._draws.shape[1] - 1)]
-        return LikelyTokens(seen, params, draws)
+        return LikelyTokens(seen, self._params[slots, list(NEUTRAL).index("repetition_penalty"), None])
 
     def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         repetition = params["repetition_penalty"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama2_chat.engine.sampler import NEUTRAL, LikelyTokens, draws
+from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_training import embeddings, make_batch, output_rows, unrolled
@@ -21,7 +20,7 @@ def acceptance(
 ) -> list[float]:
     """How many of 1, 2, ... guesses in a row come true on average, when they begin after any token of these answers.
 
-    A guess is what the engine would make of the head's logits, with the answer's settings and random numbers.
+    A guess is what the engine would make of the head's logits, after the answer's repetition penalty.
     """
     output, starts, true = output_rows(model, head), 0, torch.zeros(guesses)
     ids = torch.arange(model.config.vocab_size) if head.ids is None else head.ids
@@ -29,9 +28,10 @@ def acceptance(
     for answer in answers:
         batch = make_batch(model, [answer], max_length)
         text = batch.ids[0]
-        first = answer.prompt_tokens - 1
-        places = torch.arange(first, len(text) - guesses, device=text.device)
-        likely = _likely(answer, places - first, _seen(text, model.config.vocab_size)[places][:, ids], guesses)
+        places = torch.arange(answer.prompt_tokens - 1, len(text) - guesses, device=text.device)
+        seen = _seen(text, model.config.vocab_size)[places][:, ids]
+        penalty = torch.tensor(answer.params.repetition_penalty, device=text.device)
+        likely = LikelyTokens(seen, penalty.expand(len(places), 1))
         alive = torch.ones(len(places), dtype=torch.bool, device=text.device)
         steps = unrolled(head, embeddings(model, batch.ids), batch.features.float(), guesses)
         for step, features in enumerate(steps):
@@ -41,14 +41,6 @@ def acceptance(
             true[step] += alive.sum().cpu()
         starts += len(places)
     return [round(mean, 3) for mean in (true.cumsum(0) / max(starts, 1)).tolist()]
-
-
-def _likely(answer: Answer, places: Tensor, seen: Tensor, guesses: int) -> LikelyTokens:
-    """As the engine has it before guesses that begin at these places of an answer."""
-    device, params = places.device, replace(answer.params, top_k=answer.params.top_k or seen.shape[1])
-    numbers = draws(params, params.max_new_tokens + guesses).to(device)
-    settings = {name: torch.full((len(places), 1), float(getattr(params, name)), device=device) for name in NEUTRAL}
-    return LikelyTokens(seen, settings, numbers[places[:, None] + torch.arange(guesses, device=device)])
 
 
 def _seen(text: Tensor, vocab_size: int) -> Tensor:
