@@ -25,6 +25,7 @@ from tests.support.engines import CPU, Stairs, running, start
 SCRIPT = r"""
 import sys, torch
 sys.path.insert(0, {root!r})
+from functools import partial
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels import attention
@@ -33,7 +34,7 @@ from llama2_chat.types import SamplingParams
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _packed
 from llama2_chat.engine.join_projections import join_projections
-from llama2_chat.engine.kv_pool import make_pool
+from llama2_chat.engine.kv_pool import EightBitPool, KVPool
 from llama2_chat.engine.paged_attention import ATTENTION
 from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
@@ -47,10 +48,10 @@ config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hi
                      num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval().requires_grad_(False)
 model.set_attn_implementation(ATTENTION)
-def new_pool(kv_cache):
-    return make_pool(kv_cache, model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
+def new_pool(make):
+    return make(model, lambda: {{torch.device("cpu"): 2**30}}, context_length=512, max_batch=4)
 
-pool = new_pool("none")
+pool = new_pool(KVPool)  # as on a GPU
 state = SamplerState(4, 97, 64, torch.device("cpu"))
 params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=64)
 
@@ -139,7 +140,7 @@ with torch.inference_mode():
     for tensor, old in zip(tensors, before):
         assert tensor[1].equal(old[2]) and tensor[2:].equal(old[2:]) and tensor[0].equal(old[0])
     # With keys and values in 8 bits: what plain PyTorch computes over such a pool.
-    pool, other = new_pool("int8"), new_pool("int8")
+    pool, other = (new_pool(partial(EightBitPool, torch.int8)) for _ in range(2))
     recorded, eager = RecordedWay(model, pool, state, most_blocks=8), EagerWay(model, other, state, None, 8)
     request = Request(prompts[3][:201], params, None, 64, draws(params, 64), slot=0)
     request.blocks = BlockTable(own=[3, 1, 4, 2])
