@@ -72,19 +72,24 @@ class SelfCheck:
                 prefilled = prefill(chunks)
             for request in requests:
                 request.computed = len(request.ids)
-            found = [prefilled, decode(requests, requests[0].ids[0])]
-            expected = [self._alone(request, steps, requests[0].ids[0]) for request in requests]
+            token = requests[0].ids[0]
+            found = [prefilled, decode(requests, token)]
+            expected = [self._alone(request, steps, token, self._pool) for request in requests]
+            exact = expected
+            if not self._pool.is_exact:  # what differs in its last bit may get another code
+                exact = [self._alone(request, steps, token) for request in requests]
             if not all(logits.isfinite().all() and logits.any() for alone in expected for logits in alone):
                 raise ModelUnavailable(
                     "This model's scores are no numbers, or all the same: its weights are damaged, or too large for "
                     "16 bits. Copy or download them again, or choose another model."
                 )
             return all(
-                _agree(logits, torch.stack(alone), tolerance)
-                for logits, alone in zip(found, zip(*expected, strict=True), strict=True)
+                _agree(logits, torch.stack(alone), torch.stack(unrounded), tolerance)
+                for logits, alone, unrounded in zip(
+                    found, zip(*expected, strict=True), zip(*exact, strict=True), strict=True
+                )
             )
 
-        # In 8 bits the least difference may give a number another code.
         in_float32 = self._model.dtype == torch.float32 and self._pool.is_exact
         with _cut(self._model, self._depth):
             together = compare(requests, TOLERANCE_IN_FLOAT32 if in_float32 else TOLERANCE_OF_FIRST_LAYERS)
@@ -101,9 +106,14 @@ class SelfCheck:
             steps.append([Chunk(request, max(end - size, 0), end) for request, end in ends])
         return steps
 
-    def _alone(self, request: Request, steps: Sequence[Sequence[Chunk]], token: int) -> tuple[Tensor, Tensor]:
-        """Logits [V] after the last id of a request, and after one more token, without the pool or the others."""
-        cache = _CacheAsKept(self._model, self._pool)
+    def _alone(
+        self, request: Request, steps: Sequence[Sequence[Chunk]], token: int, pool: KVPool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [V] after the last id of a request, and after one more token, without the pool or the others.
+
+        pool: as which keys and values are rounded; None for as they are.
+        """
+        cache = _CacheAsKept(self._model, pool) if pool else DynamicCache(config=self._model.config)
         read = [chunk.ids for chunks in steps for chunk in chunks if chunk.request is request]
         logits = [self._forward(ids, cache) for ids in (*read, [token])]
         return logits[-2], logits[-1]
@@ -142,11 +152,14 @@ class _NoReader:
     def end(self) -> None: ...
 
 
-def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether each row of logits, [n, V], is what was expected; never where it is not a number."""
-    found, expected = found.float(), expected.float()
-    errors = torch.linalg.norm(found - expected, dim=1)
-    return bool((errors < tolerance * torch.linalg.norm(expected, dim=1)).all())
+def _agree(found: Tensor, expected: Tensor, exact: Tensor, tolerance: float) -> bool:
+    """Whether each row of logits, [n, V], is what was expected; never where it is not a number.
+
+    exact: what would be expected if keys and values were not rounded. As far as that is, it may be off as well.
+    """
+    found, expected, exact = found.float(), expected.float(), exact.float()
+    errors, moved, length = (torch.linalg.norm(x, dim=1) for x in (found - expected, exact - expected, expected))
+    return bool((errors < tolerance * length + moved).all())
 
 
 def _trained_lengths(model: PreTrainedModel) -> Iterator[int]:

@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, EightBitPool, JoinedPool, make_pool
 from llama2_chat.engine.paged_attention import DecodeStep, Scoring
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.kv_codes import CODES, decode, encode
 from tests.support.engines import CPU, GREEDY, answer, running, start
 
@@ -76,6 +77,39 @@ def test_numbers_that_are_none_are_noticed_in_their_block(tiny_llama, kv_cache):
     assert (pool.are_finite([1, 3]), pool.are_finite([1, 2])) == (True, False)
     pool.zero([2])
     assert pool.are_finite([1, 2])
+
+
+def sharp_llama():
+    """Attends to few tokens at a time, so that a little more or less of a score makes much of a difference."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 97, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.15},
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def test_products_that_are_rounded_otherwise_in_company_are_no_fault_of_attention():
+    """A GPU's are, and in 8 bits other codes came of it: a model that attends as Llama 2 does was refused."""
+    model = sharp_llama()
+    for layer in model.model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.register_forward_hook(lambda _, __, y: (y * (1 + (torch.rand(y.shape) - 0.5) / 128)).to(y.dtype))
+    with running(model, make_pool=partial(make_pool, "fp8")) as engine:
+        assert len(answer(engine, [1, 2, 3])[0]) == GREEDY.max_new_tokens
+
+
+@FORMATS
+def test_keys_of_the_token_before_are_a_fault_in_8_bits_too(monkeypatch, kv_cache):
+    write = EightBitPool.write
+    monkeypatch.setattr(
+        EightBitPool, "write", lambda self, layer, key, *rest: write(self, layer, key.roll(1, 2), *rest)
+    )
+    with (
+        pytest.raises(ModelUnavailable, match="does not attend to its past"),
+        running(sharp_llama(), make_pool=partial(make_pool, kv_cache)),
+    ):
+        pass
 
 
 @FORMATS
