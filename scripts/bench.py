@@ -15,6 +15,7 @@
     python scripts/bench.py --http                                       what the API costs, with 32 streams
     python scripts/bench.py --adapters                 eight users of the embedded model and of four adapters over it
     python scripts/bench.py --adapters --shape 13b --quantization int4                              the same on a GPU
+    python scripts/bench.py --draft trained/draft                 what a head that guesses for the embedded model saves
     python scripts/bench.py --kv-formats             what keys and values in 8 bits lose, of the model that app.py loads
     python scripts/bench.py --soak                   ten minutes of readers who come and go, hostile ones among them
     python scripts/bench.py --train                          QLoRA of the 13B and the 7B, beside TRL called directly
@@ -49,6 +50,7 @@ from llama2_chat.benchmark import (
     serving_cost,
     shapes,
     soak,
+    speculation,
     starts,
     training_cost,
 )
@@ -103,6 +105,7 @@ def read_arguments() -> argparse.Namespace:
         action="store_true",
         help="what four adapters cost eight users of the embedded model, or of --shape",
     )
+    add("--draft", type=Path, help="what this DRAFT_MODEL for the embedded model saves")
     add("--kv-formats", action="store_true", help="perplexity and greedy answers with each KV_CACHE")
     add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
@@ -136,6 +139,8 @@ def measure(args: argparse.Namespace) -> Iterator[Figures]:
         return adapter_cost.measure()
     if args.kv_formats:
         return kv_formats.measure()
+    if args.draft:
+        return speculation.measure_draft(args.draft)
     if args.documents:
         return document_cost.measure()
     if args.browser:

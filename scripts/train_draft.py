@@ -42,7 +42,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> DraftOptions:
     )
     for option in fields(DraftOptions):
         many = {"nargs": "+"} if option.name == "answers_files" else {}
-        kind = Path if option.name in ("answers_files", "output_dir") else type(option.default)
+        kind = Path if option.name in ("answers_files", "output_dir", "start_from") else type(option.default)
         flag = f"--{option.name}"
         parser.add_argument(flag, type=kind, default=option.default, help=HELP[flag], **many)
     try:

@@ -12,12 +12,13 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama2_chat.benchmark import Figures
-from llama2_chat.benchmark.local_model import TimedReply, fresh_ids
+from llama2_chat.benchmark.local_model import TimedReply, fresh_ids, load
 from llama2_chat.engine.drafts import Drafts
 from llama2_chat.types import GrammarSpec, Message, SamplingParams
 from model import ChatModel
@@ -68,6 +69,12 @@ TASKS: dict[str, tuple[list[Message], SamplingParams]] = {
     ),
 }
 CHATS = ("Tell me about llamas.", "How do I bake bread?", "Why is the sky blue?", "Write a short story about the sea.")
+MORE_CHATS = (
+    "Explain the difference between a list and a tuple in Python, with examples.",
+    "Give me ten tips for learning a foreign language.",
+    "Write a polite email that asks my landlord to repair the heating.",
+    "What were the main causes of the First World War?",
+)
 
 
 def measure(chat: ChatModel) -> Iterator[Figures]:
@@ -77,6 +84,23 @@ def measure(chat: ChatModel) -> Iterator[Figures]:
     for seed, question in enumerate(CHATS):
         gains.append(statistics.median(_gains(chat, _talk(question), SamplingParams(seed=seed))))
     yield {"guesses, chat: with / without": statistics.median(gains), "guesses, chat, least": min(gains)}
+
+
+def measure_draft(draft: Path) -> Iterator[Figures]:
+    """What a DRAFT_MODEL for the embedded model saves, where answers repeat little."""
+    chat = load(["--draft-model", draft])
+    for kind, settings in {"sampled": SamplingParams(), "likeliest": SamplingParams(temperature=0)}.items():
+        medians, engine, before = [], chat.serving.engine, chat.serving.engine.occupancy
+        for seed, question in enumerate(CHATS + MORE_CHATS):
+            gains = _gains(chat, _talk(question), replace(settings, seed=seed))
+            medians.append(statistics.median(gains))
+            yield {f"a model's guesses, {kind}, {question} with / without": medians[-1]}
+        drafted = engine.occupancy.drafted - before.drafted
+        yield {
+            f"a model's guesses, {kind}: with / without": statistics.median(medians),
+            f"a model's guesses, {kind}, least": min(medians),
+            f"a model's guesses, {kind}, that come true": (engine.occupancy.accepted - before.accepted) / drafted,
+        }
 
 
 def _gains(chat: ChatModel, messages: list[Message], params: SamplingParams) -> list[float]:

@@ -14,8 +14,9 @@ HELP = {
     "--output_dir": "where the head, its answers and its figures go",
     "--answers": "how many answers the model makes to be learned from",
     "--answers_files": "answers.npz of earlier runs, to be learned from instead",
+    "--start_from": "folder of a head that is trained further, instead of a new one",
     "--max_new_tokens": "of each of these answers",
-    "--max_batch": "answers made at once; 0 for as many as there is memory for, up to 1,024 on a GPU and 64 on a CPU",
+    "--max_batch": "answers made at once; 0 for as many as there is memory for, up to 1,024 on a GPU and 256 on a CPU",
     "--minutes": "of making answers, and of training, at most; 0 for no limit",
     "--vocabulary": "tokens among which the head guesses, the most frequent ones in the answers; 0 for all",
     "--epochs": "times that all answers are learned from",
@@ -36,13 +37,14 @@ class DraftOptions:
     output_dir: Path = Path("trained/draft")
     answers: int = 2000
     answers_files: Sequence[Path] = ()
+    start_from: Path | None = None
     max_new_tokens: int = 320
     max_batch: int = 0
     minutes: float = 0.0
     vocabulary: int = 6144
     epochs: float = 8.0
     learning_rate: float = 1e-3
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     max_length: int = 640
     guesses: int = 5
     held_out: int = 60
@@ -59,6 +61,10 @@ class DraftOptions:
             raise ChatError(f"--max_length must be from 2 to --batch_tokens; it was {self.max_length}.")
         if self.answers <= self.held_out:
             raise ChatError(f"--answers must be more than the {self.held_out} held out; it was {self.answers}.")
+        if self.start_from and not (self.start_from / "config.json").is_file():
+            raise ChatError(
+                f"There is no head in {self.start_from}: --start_from is an --output_dir of an earlier run."
+            )
         for file in self.answers_files:
             if not file.is_file():
                 raise ChatError(f"There is no file {file}: --answers_files are answers.npz of earlier runs.")

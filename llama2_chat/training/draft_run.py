@@ -16,16 +16,19 @@ from llama2_chat.engine.kv_pool import probe_keys
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.errors import ChatError
 from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.loading.disk import Files
+from llama2_chat.loading.draft import read_head
+from llama2_chat.loading.memory import free_host_bytes
 from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
 from llama2_chat.training.draft_data import FOLLOW_UPS, Answer, Writing, make_answers, read_answers, save_answers
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import DraftOptions
-from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head
+from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head, share_that_it_says
 from llama2_chat.types import SamplingParams
 
-ON_CPU, ON_GPU = 64, 1024  # answers at once, at most
-MEMORY_SHARE = 0.4  # of a GPU's free memory, for their keys and values
+ON_CPU, ON_GPU = 256, 1024  # answers at once, at most
+MEMORY_SHARE = 0.4  # of what is free, for their keys and values
 ANSWERS, HALF_TRAINED = "answers.npz", "training.pt"
 SAVE_EVERY_S = 120.0
 
@@ -37,6 +40,7 @@ def train_draft(options: DraftOptions) -> None:
     params = SamplingParams(max_new_tokens=options.max_new_tokens)
     base = fetch_base(options.model)
     model = _load(base, options)
+    begun = _begun(model, options)
     if options.answers_files:
         answers = [answer for file in options.answers_files for answer in read_answers(file, params)]
     else:
@@ -47,7 +51,8 @@ def train_draft(options: DraftOptions) -> None:
     learned = [answer for answer in learned if tuple(answer.ids[: answer.prompt_tokens]) not in prompts]
     if not learned:
         raise ChatError("There are no answers to learn from beside those that are held out. Make more --answers.")
-    head, said = new_head(model, learned, options.vocabulary)
+    head = begun or new_head(model, learned, options.vocabulary)
+    said = share_that_it_says(head, learned)
     batches = make_batches(model, learned, options)
     print(f"{len(learned):,} answers in {len(batches):,} batches; the head can say {said:.1%} of their tokens.")
     _train(model, head, batches, options)
@@ -56,6 +61,16 @@ def train_draft(options: DraftOptions) -> None:
     figures = {"come true of 1, 2, ... guesses in a row": true, "tokens that it can say": said}
     (options.output_dir / "figures.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures))
+
+
+def _begun(model: PreTrainedModel, options: DraftOptions) -> EagleHead | None:
+    """The head that is trained further."""
+    if options.start_from is None:
+        return None
+    head, config = read_head(Files(options.start_from)), model.config
+    if (head.config.hidden_size, head.config.vocab_size) != (config.hidden_size, config.vocab_size):
+        raise ChatError(f"{options.start_from} is a head for another model than {options.model}.")
+    return head.to(model.device, torch.float32)
 
 
 def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
@@ -91,11 +106,11 @@ def _make_answers(
 
 def _at_once(model: PreTrainedModel, options: DraftOptions) -> int:
     """How many answers are written at once: as many as there is memory for."""
-    if model.device.type == "cpu":
-        return ON_CPU
+    on_cpu = model.device.type == "cpu"
+    free = free_host_bytes() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
     token_bytes = sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
-    free = torch.cuda.mem_get_info(model.device)[0] * MEMORY_SHARE
-    return max(1, min(ON_GPU, int(free / token_bytes / (options.max_length + options.max_new_tokens))))
+    fitting = int(MEMORY_SHARE * free / token_bytes / (options.max_length + options.max_new_tokens))
+    return max(1, min(ON_CPU if on_cpu else ON_GPU, fitting))
 
 
 def _train(model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions) -> None:

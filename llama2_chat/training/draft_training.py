@@ -1,4 +1,4 @@
-"""A head that guesses, trained on a model's own answers: to give the features that the model computes, and its choices.
+"""A head that guesses, trained on a model's own answers: to find tokens as likely as the model does.
 
 A guess rests on guesses before it, so training does, too: the head goes on from its own features several times.
 """
@@ -24,7 +24,6 @@ from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_options import DraftOptions
 
 STEP_WEIGHT = 0.85  # of each guess in a row, times that of the one before
-FEATURE_WEIGHT = 0.2  # of how far features are from the model's, beside how far the choice is
 WARMUP_STEPS = 50
 HIDDEN = -1e9  # as an attention score
 
@@ -38,18 +37,30 @@ class Batch:
     features: Tensor  # [B, T, H]
 
 
-def new_head(model: PreTrainedModel, answers: Sequence[Answer], size: int) -> tuple[EagleHead, float]:
-    """An untrained head, in float32, and which share of the answers' tokens it can say.
+def new_head(model: PreTrainedModel, answers: Sequence[Answer], size: int) -> EagleHead:
+    """An untrained head, in float32.
 
     size: of its vocabulary, the tokens that these answers have most often; 0 for all.
     """
     config = LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": 1})
-    counts = torch.zeros(config.vocab_size, dtype=torch.long)
+    vocabulary = None
+    if 0 < size < config.vocab_size:
+        vocabulary = _counts(answers, config.vocab_size).topk(size).indices.sort().values
+    return EagleHead(config, vocabulary=vocabulary).to(model.device, torch.float32)
+
+
+def share_that_it_says(head: EagleHead, answers: Sequence[Answer]) -> float:
+    """Of the answers' tokens those that are in its vocabulary."""
+    counts = _counts(answers, head.config.vocab_size)
+    return 1.0 if head.ids is None else float(counts[head.ids.cpu()].sum() / counts.sum())
+
+
+def _counts(answers: Sequence[Answer], size: int) -> Tensor:
+    """How often each token is in these answers, int64 [V]."""
+    counts = torch.zeros(size, dtype=torch.long)
     for answer in answers:
-        counts += torch.tensor(answer.ids[answer.prompt_tokens :]).bincount(minlength=len(counts))
-    vocabulary = counts.topk(size).indices.sort().values if 0 < size < len(counts) else None
-    head = EagleHead(config, vocabulary=vocabulary).to(model.device, torch.float32)
-    return head, 1.0 if vocabulary is None else float(counts[vocabulary].sum() / counts.sum())
+        counts += torch.tensor(answer.ids[answer.prompt_tokens :]).bincount(minlength=size)
+    return counts
 
 
 def make_batches(model: PreTrainedModel, answers: Sequence[Answer], options: DraftOptions) -> list[Batch]:
@@ -188,7 +199,7 @@ class Training:
 
 
 def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -> Tensor:
-    """Of all guesses in a row: how unlike the model's own their chances of tokens are, and their features."""
+    """Of all guesses in a row: how unlike the model's own their chances of tokens are."""
     at, features, weight, total = batch.learned, batch.features.float(), 1.0, 0.0
     embedded, output = embeddings(model, batch.ids), output_rows(model, head)
     loss = torch.zeros((), device=features.device)
@@ -196,8 +207,7 @@ def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -
         chances = F.softmax((features[at] @ output.T).float(), -1)
         for guessed in unrolled(head, embedded, features, guesses):
             logits = (guessed[at] @ output.T).float()
-            choice = -(chances * F.log_softmax(logits, -1)).sum(-1).mean()
-            loss = loss + weight * (choice + FEATURE_WEIGHT * F.smooth_l1_loss(guessed[at].float(), features[at]))
+            loss = loss - weight * (chances * F.log_softmax(logits, -1)).sum(-1).mean()
             total, weight = total + weight, weight * STEP_WEIGHT
     return loss / total
 

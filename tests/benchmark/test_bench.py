@@ -11,11 +11,14 @@ import sys
 from contextlib import closing
 
 import pytest
+import torch
 
 from llama2_chat import ROOT
 from llama2_chat.benchmark.acceptance import verdict
+from llama2_chat.training.draft_files import save_head
 from llama2_chat.types import Status
 from model import ChatModel
+from tests.support.drafts import random_head
 from tests.support.serving import serving
 from tests.support.small_model import save_tokenizer, untrained
 
@@ -121,6 +124,15 @@ def test_whoever_accepts_a_card_gets_a_page_that_says_what_could_not_be_measured
     assert "needs a CUDA GPU" in figures["int4, does not run"]
     assert "cannot tell: its own weights come in four bits" in figures["QUANTIZATION=auto"]
     assert figures["QUANTIZATION=auto"] in page.read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_what_a_head_that_guesses_saves_is_measured(chat, tmp_path):
+    save_head(random_head(chat.serving.model, vocabulary=torch.arange(2048)), tmp_path)
+    shorter = {"speculation__ROUNDS": 1, "speculation__ANSWER_TOKENS": 4, "speculation__MORE_CHATS": ()}
+    figures = bench("--draft", tmp_path, speculation__CHATS=("Hello!",), **shorter)
+    for kind in ("sampled", "likeliest"):
+        assert figures[f"a model's guesses, {kind}: with / without"] > 0
 
 
 @pytest.mark.slow
