@@ -26,8 +26,8 @@ def speed_up_qlora(model: nn.Module) -> None:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             name, *others = self.lora_A
             down, up = self.lora_A[name].weight, self.lora_B[name].weight
-            is_other = self.disable_adapters or self.merged or others or args or kwargs or x.dtype != down.dtype
-            if is_other or not self.training:
+            is_other = self.disable_adapters or self.merged or others or args or kwargs
+            if is_other or not self.training or {x.dtype, down.dtype} != {torch.bfloat16}:
                 return super().forward(x, *args, **kwargs)
             dropout = self.lora_dropout[name]
             p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
@@ -41,9 +41,10 @@ def speed_up_qlora(model: nn.Module) -> None:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether it has one adapter, which is nothing but LoRA, and no bias."""
+    """Whether it has one adapter, which is nothing but LoRA, no bias, and weights that unpack to bfloat16."""
     parts = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
-    return len(layer.lora_A) == 1 and not layer.lora_variant and all(part.bias is None for part in parts)
+    is_alone = len(layer.lora_A) == 1 and not layer.lora_variant and all(part.bias is None for part in parts)
+    return is_alone and layer.base_layer.quant_state.dtype is torch.bfloat16
 
 
 class OneKernelNorm(LlamaRMSNorm):

@@ -16,21 +16,21 @@ IN, OUT, RANK = 128, 192, 8
 class OneLayer(nn.Module):
     is_loaded_in_4bit = True
 
-    def __init__(self, bias=False):
+    def __init__(self, bias, dtype):
         super().__init__()
-        self.layer = Linear4bit(IN, OUT, bias=bias, quant_type="nf4", compute_dtype=torch.bfloat16)
+        self.layer = Linear4bit(IN, OUT, bias=bias, quant_type="nf4", compute_dtype=dtype)
 
     def forward(self, x):
         return self.layer(x)
 
 
-def adapted(bias=False, **settings):
+def adapted(bias=False, dtype=torch.bfloat16, **settings):
     torch.manual_seed(0)
-    model = OneLayer(bias).to(torch.bfloat16).to("cpu")  # which packs its weights
+    model = OneLayer(bias, dtype).to(dtype).to("cpu")  # which packs its weights
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=3 * RANK, target_modules=["layer"], **settings))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape).to(torch.bfloat16) / 8
+            parameter.data = torch.randn(parameter.shape).to(dtype) / 8
     return model
 
 
@@ -69,6 +69,10 @@ def test_what_is_no_plain_adapter_or_not_trained_stays_pefts(taken):
     for model in (adapted(use_dora=True), adapted(bias=True), adapted(bias=True, lora_bias=True)):
         speed_up_qlora(model)
         model(x)
+    for dtype in (torch.float16, torch.float32):  # as on a T4, where adapters are in float32
+        model = adapted(dtype=dtype)
+        speed_up_qlora(model)
+        model(x.to(dtype))
     model = adapted()
     speed_up_qlora(model)
     model.eval()(x)  # as it is measured, and answers
