@@ -17,9 +17,10 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.paged_attention import Scoring
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.scheduler import Chunk
-from llama2_chat.kernels.fixed_rows import KEYS, attend_fixed_rows, block_rows, fixed_rows_mask
+from llama2_chat.kernels.fixed_rows import attend_fixed_rows, block_rows, fixed_rows_mask
 
-SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE)  # tokens
+SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE, 6 * BLOCK_SIZE)  # tokens
+LONG_SPANS = 4 * BLOCK_SIZE  # and its multiples, so that few answers of a step are apart
 
 
 class Part(NamedTuple):
@@ -113,7 +114,7 @@ def span(position: int) -> int:
 
     The position alone decides it: with other sizes the same sums would be rounded in another order.
     """
-    return next((short for short in SHORT_SPANS if position < short), (position // KEYS + 1) * KEYS)
+    return next((short for short in SHORT_SPANS if position < short), (position // LONG_SPANS + 1) * LONG_SPANS)
 
 
 def _tables(requests: Sequence[Request], length: int) -> Tensor:

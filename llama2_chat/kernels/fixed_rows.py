@@ -1,7 +1,8 @@
 """Floating-point work for the CPU of which each row comes out the same, bit for bit, whoever shares the step.
 
 How a sum of products is rounded depends on its order, and libraries choose the order by the number of rows. So they are
-always given the same number here: products and queries go through in blocks of ROWS, keys in blocks of KEYS.
+always given the same number here: products and queries go through in blocks of ROWS, keys in numbers that the position
+of the query alone decides (engine/cpu_attention.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from llama2_chat.kernels.softcap import attend_softcapped
 
 ROWS = 8  # as many as decode together on a CPU
 MANY_ROWS = 32  # PyTorch's attention takes so many queries at a time on a CPU
-KEYS = 512  # PyTorch's attention takes so many keys at a time on a CPU, and the last ones in a product of another shape
 GRAIN = 32768  # PyTorch shares no elementwise work of so few numbers among threads
 VECTORS = 64  # numbers; what is left over goes through other instructions
 
