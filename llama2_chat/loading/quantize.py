@@ -36,7 +36,8 @@ def nf4_config(compute_dtype: torch.dtype, divisible: bool = False) -> BitsAndBy
 
 def quantize_int8(model: nn.Module) -> None:
     """Turn the linear layers of a bfloat16 model on the CPU into Int8Linear, one at a time to spare memory."""
-    for parent in list(model.modules()):
+    # A list of all modules would keep the weights that are replaced to the end: 13 GB of a 7B.
+    for parent in [module for module in model.modules() if any(map(_fits_int8, module.children()))]:
         fitting = {name: child for name, child in parent.named_children() if _fits_int8(child)}
         for names in TOGETHER:
             if all(name in fitting for name in names):

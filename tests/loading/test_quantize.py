@@ -1,5 +1,6 @@
 """Fewer bits, nearly the same answers."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llama2_chat.loading import quantize
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.load import load
 from llama2_chat.loading.quantize import precision_of, quantize_int8
@@ -51,6 +53,21 @@ def test_a_layer_that_is_not_as_planned_shows_in_what_is_told(tiny, planted, tol
     else:  # in float32, beside a layer that stays as it is
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     assert precision_of(model) == told
+
+
+def test_weights_are_gone_once_they_are_in_8_bits(tiny, monkeypatch):
+    # They stayed to the end, so a 7B took 20 GB of a computer for a moment where 14 are enough.
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    weights = [weakref.ref(layer.mlp.down_proj.weight) for layer in model.model.layers]
+    alive, join = [], quantize.join_int8
+
+    def counting(linears):
+        alive.append(sum(weight() is not None for weight in weights))
+        return join(linears)
+
+    monkeypatch.setattr(quantize, "join_int8", counting)
+    quantize_int8(model)
+    assert (alive[0], alive[-1]) == (len(weights), 1)
 
 
 @pytest.mark.slow
