@@ -83,7 +83,7 @@ def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
     if not on_gpus or model.dtype != torch.bfloat16 or head_dim.bit_count() != 1:
         return None
     try:
-        from llama2_chat.kernels import attention
+        from llama2_chat.kernels import attention, prefill_attention  # noqa: F401, the other operators of the steps
     except ImportError:  # no Triton here
         return None
     return attention.decode_attention

@@ -1,53 +1,28 @@
-"""Attention over the blocks of a KV pool, in Triton: the newest tokens of answers, and chunks of prompts.
+"""Attention of the newest tokens of answers over the blocks of a KV pool, in Triton.
 
-All are custom operators, so that torch.compile takes them as they are: they turn queries and keys by their positions,
-write keys and values, and attend. They need compute capability 8.0 and bfloat16; elsewhere PyTorch's attention does the
-same work (engine/paged_attention.py). Sizes of blocks and tiles are read from the tensors' shapes. Keys and values come
-as they are, or in 8 bits with a scale for each token and head, as kv_codes.py makes them: then scores are multiplied by
-the keys' scales, and the weights of values by theirs.
+What is here and in prefill_attention.py are custom operators, so that torch.compile takes them as they are: they turn
+queries and keys by their positions, write keys and values, and attend. They need compute capability 8.0 and bfloat16;
+elsewhere PyTorch's attention does the same work (engine/paged_attention.py). Sizes of blocks and tiles are read from
+the tensors' shapes. Over keys and values in 8 bits scores are multiplied by the keys' scales, and the weights of values
+by theirs.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama2_chat.kernels.kv_codes import LARGEST, SMALLEST
-
-_SMALLEST = tl.constexpr(SMALLEST)
-_LARGEST_INT8, _LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[torch.float8_e4m3fn])
-# Added to a small float32 and taken away again, it leaves the nearest whole number, of two the even one.
-_ROUNDING = tl.constexpr(1.5 * 2**23)
+from llama2_chat.kernels.kv_cells import KEPT, write_cells
 
 TILE_SIZE = 16  # tokens that decoding over 8 bits goes through at once
-KEPT = ("keys", "values", "key_scales", "value_scales")  # what operators write, in 8 bits
-
-# ---- Keys and values in 8 bits ----
-
-
-@triton.jit
-def _encode(states, CODES: tl.constexpr):
-    """Codes of some heads, [N, head_dim], and their scales, [N]: kv_codes.encode()."""
-    LARGEST: tl.constexpr = _LARGEST_INT8 if tl.int8 == CODES else _LARGEST_FP8
-    states = states.to(tl.float32)
-    scales = tl.maximum(tl.max(tl.abs(states), 1), _SMALLEST) / LARGEST
-    # A GPU's maximum passes over NaN. It is to be seen in the scale, and so is infinity.
-    scales = (scales + 0.0 * tl.sum(states, 1)).to(tl.bfloat16)
-    codes = tl.minimum(tl.maximum(states / scales.to(tl.float32)[:, None], -LARGEST), LARGEST)
-    if tl.int8 == CODES:
-        codes = (codes + _ROUNDING) - _ROUNDING
-    return codes.to(CODES), scales
-
 
 # ---- Online softmax: one block of scores after another ----
 
 
 @triton.jit
-def _accumulate(highest, total, mixed, scores, v, v_scales):
+def accumulate(highest, total, mixed, scores, v, v_scales):
     """The highest score, the total weight and the weighted sum of values, with these scores and values added."""
     higher = tl.maximum(highest, tl.max(scores, 1))
     fade, p = tl.exp(highest - higher), tl.exp(scores - higher[:, None])
@@ -58,7 +33,7 @@ def _accumulate(highest, total, mixed, scores, v, v_scales):
 
 
 @triton.jit
-def _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS: tl.constexpr):
+def store_result(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS: tl.constexpr):
     """The result, or what one in SPLITS programs has of it."""
     HEAD_DIM: tl.constexpr = dims.shape[0]
     if SPLITS == 1:
@@ -69,120 +44,6 @@ def _store(highest, total, mixed, lane, mine, split, output, partial, weights, d
         tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], mixed, mask=mine[:, None])
         tl.store(weights + place * 2, highest, mask=mine)
         tl.store(weights + place * 2 + 1, total, mask=mine)
-
-
-# ---- RoPE, and new keys and values in their cells ----
-
-
-@triton.jit
-def _write_kernel(
-    query,
-    key,
-    value,
-    cos,
-    sin,
-    turned,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    kv_index,
-    query_stride,
-    key_stride,
-    value_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """AT_ONCE heads of one token: of its query to `turned`, of its key or of its value to its cell."""
-    token, head = tl.program_id(0), tl.program_id(1) * AT_ONCE
-    heads, dims = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, HEAD_DIM)[None, :]
-    if head < HEADS:
-        states = _turn(query + token * query_stride + head * HEAD_DIM, cos, sin, token, HEAD_DIM, AT_ONCE)
-        tl.store(turned + (token * HEADS + head + heads) * HEAD_DIM + dims, states)
-    elif head < HEADS + KV_HEADS:
-        head -= HEADS
-        states = _turn(key + token * key_stride + head * HEAD_DIM, cos, sin, token, HEAD_DIM, AT_ONCE)
-        _keep(states, keys, key_scales, tl.load(kv_index + token), head, KV_HEADS, BLOCK)
-    else:
-        head -= HEADS + KV_HEADS
-        states = tl.load(value + token * value_stride + (head + heads) * HEAD_DIM + dims)
-        _keep(states, values, value_scales, tl.load(kv_index + token), head, KV_HEADS, BLOCK)
-
-
-@triton.jit
-def _turn(source, cos, sin, token, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Some heads of one token, [AT_ONCE, HEAD_DIM], turned by the token's position, unless they are already."""
-    first, dims = source + tl.arange(0, AT_ONCE)[:, None] * HEAD_DIM, tl.arange(0, HEAD_DIM)
-    states = tl.load(first + dims[None, :])
-    if cos is not None:
-        partners = tl.load(first + ((dims + HEAD_DIM // 2) % HEAD_DIM)[None, :]).to(tl.float32)
-        partners = tl.where((dims < HEAD_DIM // 2)[None, :], -partners, partners)
-        by_cos = tl.load(cos + token * HEAD_DIM + dims).to(tl.float32)[None, :]
-        by_sin = tl.load(sin + token * HEAD_DIM + dims).to(tl.float32)[None, :]
-        states = (states.to(tl.float32) * by_cos + partners * by_sin).to(states.dtype)
-    return states
-
-
-@triton.jit
-def _keep(states, kept, scales, cell, head, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys or values of some heads of one token, from `head` on, to its cell."""
-    HEAD_DIM: tl.constexpr = states.shape[1]
-    heads = head + tl.arange(0, states.shape[0])
-    if scales is not None:
-        states, its_scales = _encode(states, kept.dtype.element_ty)
-        tl.store(scales + (cell // BLOCK * KV_HEADS + heads) * BLOCK + cell % BLOCK, its_scales)
-    tl.store(kept + (cell * KV_HEADS + heads)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], states)
-
-
-def _write(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-) -> Tensor:
-    """The queries [T, heads, head_dim], turned as the keys that are written."""
-    query, key, value = _tokens(query), _tokens(key), _tokens(value)
-    (T, heads, head_dim), kv_heads = query.shape, key.shape[1]
-    turned = query.new_empty(query.shape)
-    at_once = math.gcd(heads, kv_heads, 8)
-    _write_kernel[T, (heads + 2 * kv_heads) // at_once](
-        query,
-        key,
-        value,
-        None if cos is None else cos.contiguous(),
-        None if sin is None else sin.contiguous(),
-        turned,
-        keys,
-        values,
-        key_scales,
-        value_scales,
-        kv_index,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK=keys.shape[1],
-        AT_ONCE=at_once,
-        num_warps=1,
-    )
-    return turned
-
-
-def _tokens(states: Tensor) -> Tensor:
-    """[1, heads, T, head_dim] as [T, heads, head_dim], of which each token lies in one piece."""
-    states = states[0].transpose(0, 1)
-    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
 
 
 # ---- Attention of the newest tokens of requests, each over its blocks ----
@@ -233,9 +94,9 @@ def _attend_kernel(
             scaled = (block * KV_HEADS + head) * BLOCK + tokens
             scores *= tl.load(key_scales + scaled).to(tl.float32)[None, :]
             v_scales = tl.load(value_scales + scaled).to(tl.float32)
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales)
+            highest, total, mixed = accumulate(highest, total, mixed, scores, v, v_scales)
         else:
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
+            highest, total, mixed = accumulate(highest, total, mixed, scores, v, None)
     if split == full % SPLITS:
         block = tl.load(table + slot * table_width + full).to(tl.int64)
         seen = tokens <= position % BLOCK
@@ -247,11 +108,11 @@ def _attend_kernel(
             scores *= tl.load(key_scales + scaled, mask=seen, other=0.0).to(tl.float32)[None, :]
             v_scales = tl.load(value_scales + scaled, mask=seen, other=0.0).to(tl.float32)
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, v_scales)
+            highest, total, mixed = accumulate(highest, total, mixed, scores, v, v_scales)
         else:
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
-    _store(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS)
+            highest, total, mixed = accumulate(highest, total, mixed, scores, v, None)
+    store_result(highest, total, mixed, lane, mine, split, output, partial, weights, dims, SPLITS)
 
 
 @triton.jit
@@ -329,14 +190,14 @@ def _attend_codes_kernel(
 
 @triton.jit
 def _accumulate_rows(highest, total, mixed, scores, v, v_scales):
-    """_accumulate() of each row by itself: of a token each the score, [rows], and the codes and scale of its values."""
+    """accumulate() of each row by itself: of a token each the score, [rows], and the codes and scale of its values."""
     higher = tl.maximum(highest, scores)
     fade, p = tl.exp(highest - higher), tl.exp(scores - higher)
     return higher, total * fade + p, mixed * fade[:, None] + (p * v_scales)[:, None] * v
 
 
 @triton.jit
-def _combine_kernel(partial, weights, output, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(partial, weights, output, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
     lane, splits, dims = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
     highest = tl.load(weights + (lane * SPLITS + splits) * 2)
     total = tl.load(weights + (lane * SPLITS + splits) * 2 + 1)
@@ -427,10 +288,10 @@ def _decode(
     value_scales: Tensor | None,
 ) -> Tensor:
     (heads, N, head_dim), kv_heads = query.shape[1:], key.shape[1]
-    splits = _splits(N * kv_heads)
+    splits = splits_among(N * kv_heads)
     with torch.cuda.device_of(query):  # Triton launches on the current one
-        query = _write(query, key, value, cos, sin, kv_index, keys, values, key_scales, value_scales)
-        output, partial, weights = _results(query, splits)
+        query = write_cells(query, key, value, cos, sin, kv_index, keys, values, key_scales, value_scales)
+        output, partial, weights = new_results(query, splits)
         kept = keys, values, key_scales, value_scales
         tensors = query, *kept, slots, positions, table, partial, weights, output
         shape = {"KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK": keys.shape[1], "SPLITS": splits, "num_warps": 2}
@@ -440,16 +301,16 @@ def _decode(
             group = max(16, triton.next_power_of_2(heads // kv_heads))
             _attend_kernel[N, kv_heads, splits](*tensors, scale, table.shape[1], HEADS=heads, GROUP=group, **shape)
         if splits > 1:
-            _combine_kernel[(N * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
+            combine_kernel[(N * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
     return output[None]
 
 
-def _splits(programs: int) -> int:
+def splits_among(programs: int) -> int:
     """Among how many the blocks of each are shared, so that there are enough programs to fill a large GPU."""
     return min(8, triton.next_power_of_2(max(1, 320 // programs)))
 
 
-def _results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+def new_results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Places for the whole result and for each split's: its mean of values, and its highest score and total weight."""
     T, heads, head_dim = query.shape
     partial = query.new_empty(T, heads, splits, head_dim, dtype=torch.float32)
@@ -458,189 +319,5 @@ def _results(query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @_decode_attention.register_fake
 @_decode_attention_in_8_bits.register_fake
-def _(query, *_):
-    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-
-
-# ---- Attention of chunks of prompts, over the blocks of their requests ----
-
-
-@triton.jit
-def _prefill_kernel(
-    query,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    slots,
-    starts,
-    counts,
-    table,
-    partial,
-    weights,
-    output,
-    scale,
-    table_width,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """One tile, one head, one in SPLITS of its blocks. Token i of the tile stands at its start + i and attends to all
-    up to itself."""
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, start = tl.load(slots + tile), tl.load(starts + tile).to(tl.int32)
-    end = start + tl.load(counts + tile).to(tl.int32)
-    dims, tokens, queries = tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK), tl.arange(0, TILE)
-    lane = (tile * TILE + queries) * HEADS + head
-    q = tl.load(query + lane[:, None] * HEAD_DIM + dims[None, :])
-    highest = tl.full((TILE,), -1e30, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    mixed = tl.zeros((TILE, HEAD_DIM), tl.float32)
-    kv_head = head // (HEADS // KV_HEADS)
-    SIZE: tl.constexpr = BLOCK * KV_HEADS * HEAD_DIM
-    inside = (tokens[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
-    for index in tl.range(split, (start + TILE - 1) // BLOCK + 1, SPLITS, num_stages=2):
-        block = tl.load(table + slot * table_width + index).to(tl.int64)
-        # 0 * NaN is NaN: values behind the end are masked too, whatever an earlier request left there.
-        inhabited = index * BLOCK + tokens < end
-        k = tl.load(keys + block * SIZE + inside).to(q.dtype)
-        v = tl.load(values + block * SIZE + inside, mask=inhabited[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        if key_scales is not None:
-            scaled = (block * KV_HEADS + kv_head) * BLOCK + tokens
-            scores *= tl.load(key_scales + scaled).to(tl.float32)[None, :]
-        seen = (index * BLOCK + tokens)[None, :] <= (start + queries)[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-        if key_scales is not None:
-            v_scales = tl.load(value_scales + scaled, mask=inhabited, other=0.0).to(tl.float32)
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v.to(q.dtype), v_scales)
-        else:
-            highest, total, mixed = _accumulate(highest, total, mixed, scores, v, None)
-    _store(highest, total, mixed, lane, queries < TILE, split, output, partial, weights, dims, SPLITS)
-
-
-def prefill_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    scale: float,
-    *kept: Tensor,
-) -> Tensor:
-    """Writes the keys and values of T tokens and attends to their requests so far, with nothing asked of the host.
-
-    query, key, value, cos, sin, kv_index and kept: as decode_attention() takes them; slots, starts and counts, int64
-    [T / tile size]: whose the tile is, at which position it begins and how many of its tokens count; table: int32 [R,
-    P], the blocks of each slot, one more than the longest request has. Returns [1, T, heads, head_dim].
-    """
-    attend = _prefill_attention if len(kept) == 2 else _prefill_attention_in_8_bits
-    return attend(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
-
-
-@torch.library.custom_op("llama2_chat::prefill_attention", mutates_args=("keys", "values"))
-def _prefill_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    scale: float,
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    return _prefill(
-        query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, keys, values, None, None
-    )
-
-
-@torch.library.custom_op("llama2_chat::prefill_attention_in_8_bits", mutates_args=KEPT)
-def _prefill_attention_in_8_bits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    scale: float,
-    keys: Tensor,
-    values: Tensor,
-    key_scales: Tensor,
-    value_scales: Tensor,
-) -> Tensor:
-    kept = keys, values, key_scales, value_scales
-    return _prefill(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
-
-
-def _prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    scale: float,
-    keys: Tensor,
-    values: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-) -> Tensor:
-    (heads, T, head_dim), kv_heads = query.shape[1:], key.shape[1]
-    tile = T // len(slots)
-    splits = _splits(T // tile * heads)
-    with torch.cuda.device_of(query):
-        query = _write(query, key, value, cos, sin, kv_index, keys, values, key_scales, value_scales)
-        output, partial, weights = _results(query, splits)
-        _prefill_kernel[T // tile, heads, splits](
-            query,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            slots,
-            starts,
-            counts,
-            table,
-            partial,
-            weights,
-            output,
-            scale,
-            table.shape[1],
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            BLOCK=keys.shape[1],
-            TILE=tile,
-            SPLITS=splits,
-            num_warps=4,
-        )
-        if splits > 1:
-            _combine_kernel[(T * heads,)](partial, weights, output, HEAD_DIM=head_dim, SPLITS=splits, num_warps=1)
-    return output[None]
-
-
-@_prefill_attention.register_fake
-@_prefill_attention_in_8_bits.register_fake
 def _(query, *_):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])

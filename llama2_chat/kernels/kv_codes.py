@@ -1,6 +1,6 @@
 """Keys and values in 8 bits: a code for each number, and for each token and head the scale that its codes stand in.
 
-What is kept of a token depends on its own numbers alone, in whatever chunk and company it was computed. attention.py
+What is kept of a token depends on its own numbers alone, in whatever chunk and company it was computed. kv_cells.py
 does the same in Triton.
 """
 

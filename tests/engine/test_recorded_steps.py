@@ -28,7 +28,7 @@ sys.path.insert(0, {root!r})
 from functools import partial
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from llama2_chat.kernels import attention
+from llama2_chat.kernels import attention, prefill_attention
 from llama2_chat.kernels.blocks import BlockPacker
 from llama2_chat.types import SamplingParams
 from llama2_chat.engine.adapters import add_adapters

@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, or by 
 SCRIPT = r"""
 import itertools, sys, torch
 sys.path.insert(0, {root!r})
-from llama2_chat.kernels.attention import decode_attention, prefill_attention
+from llama2_chat.kernels.attention import decode_attention
+from llama2_chat.kernels.prefill_attention import prefill_attention
 from llama2_chat.kernels.kv_codes import CODES, SCALES
 
 BLOCK = TILE = 16
