@@ -61,7 +61,15 @@ def translate_config_errors(files: Files) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, StrictDataclassError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error)
         if is_out_of_memory(error) or isinstance(error, OSError) or any(each in str(error) for each in FOR_OTHERS):
             raise

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.loading.choose import Checkpoint
-from llama2_chat.loading.config import TOKENIZER_FILES, read_config
+from llama2_chat.loading.config import TOKENIZER_FILES, read_config, translate_config_errors
 from llama2_chat.loading.disk import Files, translate_parse_errors
 from llama2_chat.loading.hub import Progress, fetch_weights
 from llama2_chat.loading.memory import translate_out_of_memory
@@ -30,7 +30,7 @@ def check_draft(checkpoint: Checkpoint) -> None:
         return
     with translate_parse_errors(files):
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
-        size, hidden = config["vocab_size"], config["hidden_size"]
+        size, hidden = (int(config[name]) for name in ("vocab_size", "hidden_size"))
     served: Any = read_config(checkpoint.base)
     text = served.get_text_config()
     if size != text.vocab_size:
@@ -73,6 +73,7 @@ def read_draft(
 
 
 def read_head(files: Files) -> EagleHead:
+    """Raises ModelUnavailable for weights of something else, and whatever libraries raise at damaged files."""
     tensors: dict[str, Tensor] = {}
     for name in files.weights():
         file = files.folder / name
@@ -84,18 +85,21 @@ def read_head(files: Files) -> EagleHead:
         whole = name.removesuffix("_scale")
         tensors[whole] = tensors[whole].float() * tensors.pop(name)[:, None]
     ids = tensors.pop("ids", None)
-    with translate_parse_errors(files):
+    with translate_config_errors(files):
         config = LlamaConfig.from_dict(json.loads((files.folder / "config.json").read_text("utf-8")))
-    vocabulary = None if ids is None else ids.long()
-    head = EagleHead(
-        config,
-        bias="fc.bias" in tensors,
-        input_norm="layers.0.input_layernorm.weight" in tensors,
-        vocabulary=vocabulary,
-    )
-    wanted = head.state_dict().keys() - {"ids"}
-    if odd := sorted(wanted ^ tensors.keys()):
+        head = EagleHead(
+            config,
+            bias="fc.bias" in tensors,
+            input_norm="layers.0.input_layernorm.weight" in tensors,
+            vocabulary=None if ids is None else ids.long(),
+        )
+    if ids is not None and not (ids.dim() == 1 and len(ids) and ids.min() >= 0 and ids.max() < config.vocab_size):
+        raise _does_not_fit(files, "the tokens among which it guesses are none of the model's")
+    wanted = {name: states.shape for name, states in head.state_dict().items() if name != "ids"}
+    if odd := sorted(wanted.keys() ^ tensors.keys()):
         raise _does_not_fit(files, f"it is a head of another kind than EAGLE's first ({odd[0]})")
+    if odd := [name for name, shape in wanted.items() if tensors[name].shape != shape]:
+        raise _does_not_fit(files, f"{odd[0]} has another shape than its config.json says")
     head.load_state_dict(tensors, strict=False)
     return head
 

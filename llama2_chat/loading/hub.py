@@ -206,7 +206,9 @@ def _hub_sentence(repo: str, error: BaseException, revision: str = "main") -> st
     if answer is not None and answer.response is not None:
         return _http_sentence(repo, answer, revision)
     if any(isinstance(cause, errors.HFValidationError) for cause in causes):
-        return f"{repo!r} is neither a folder here nor an id on the Hub, which looks like owner/name. Check MODEL_ID."
+        return (
+            f"{repo!r} is neither a folder here nor an id on the Hub, which looks like owner/name. Check its spelling."
+        )
     if isinstance(error, errors.LocalEntryNotFoundError) or any(isinstance(c, httpx2.HTTPError) for c in causes):
         return (
             f"{repo} is not complete in the cache and the Hugging Face Hub cannot be reached. "
@@ -231,11 +233,11 @@ def _http_sentence(repo: str, error: errors.HfHubHTTPError, revision: str) -> st
             "approval, and make sure that the token may read gated repositories."
         )
     if isinstance(error, errors.RepositoryNotFoundError) and not token:
-        return f"There is no folder and no public model {repo}. Check MODEL_ID; a private model needs HF_TOKEN."
+        return f"There is no folder and no public model {repo}. Check its spelling; a private model needs HF_TOKEN."
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"There is no folder and no model {repo} that the account of this HF_TOKEN can see. Check MODEL_ID."
+        return f"There is no folder and no model {repo} that the account of this HF_TOKEN can see. Check its spelling."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"The repository {repo} has no branch, tag or commit {revision}. Check MODEL_ID."
+        return f"The repository {repo} has no branch, tag or commit {revision}. Check its spelling."
     if status == 403:
         return f"The Hugging Face Hub does not let this HF_TOKEN read {repo}. Give the token read access to it."
     if status == 429:

@@ -91,6 +91,28 @@ def test_a_head_of_another_kind_is_refused(tiny, model, tmp_path, name):
     assert "is no head of EAGLE's first kind" in refusal(start, tiny, folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"vocab_size": "many"}, "is damaged or not in a format"),
+        ({"num_attention_heads": 0}, "transformers makes no model of the config.json"),
+        ({"num_attention_heads": 3}, "transformers makes no model of the config.json"),
+        ({"num_hidden_layers": 0}, "transformers makes no model of the config.json"),
+        ({"intermediate_size": 7}, "layers.0.mlp.gate_proj.weight has another shape than its config.json says"),
+    ],
+)
+def test_a_head_whose_configuration_makes_no_sense_is_refused(tiny, model, tmp_path, config, sentence):
+    assert sentence in refusal(start, tiny, published(random_head(model), tmp_path / "head", **config))
+
+
+@pytest.mark.parametrize("ids", [[], [1, 64], [-1, 2]])
+def test_a_head_that_guesses_among_no_tokens_of_the_model_is_refused(tiny, model, tmp_path, ids):
+    folder = published(random_head(model), tmp_path / "head")
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save(tensors | {"ids": torch.tensor(ids)}, folder / "pytorch_model.bin")
+    assert "none of the model's" in refusal(start, tiny, folder)
+
+
 class Greeting:
     def __reduce__(self):
         return print, ("hello",)

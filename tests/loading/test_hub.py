@@ -149,8 +149,8 @@ def offline_mode(hub, monkeypatch):
         (no_token, ["someone/tiny is gated", "no token", "set HF_TOKEN", "/someone/tiny,"]),
         (bad_token, ["rejected HF_TOKEN as invalid", "settings/tokens"]),
         (licence_not_accepted, ["account of this HF_TOKEN may not", "licence", "/someone/tiny,"]),
-        (no_such_model, ["no public model someone/tiny", "MODEL_ID", "needs HF_TOKEN"]),
-        (no_such_model_for_this_token, ["no model someone/tiny", "this HF_TOKEN can see", "MODEL_ID"]),
+        (no_such_model, ["no public model someone/tiny", "spelling", "needs HF_TOKEN"]),
+        (no_such_model_for_this_token, ["no model someone/tiny", "this HF_TOKEN can see", "spelling"]),
         (no_network, ["someone/tiny is not complete in the cache", "cannot be reached", "network"]),
         (hub_is_ill, ["error 503", "someone/tiny", "later"]),
         (too_many_requests, ["too many requests", "Wait"]),
@@ -188,7 +188,7 @@ def test_a_full_disk_is_refused_with_both_numbers_before_the_weights_are_asked_f
 
 
 def test_a_name_that_is_no_id_and_no_folder_is_refused(hub):
-    assert "MODEL_ID" in refusal(get, asking_for("not/a/model id"))
+    assert "spelling" in refusal(get, asking_for("not/a/model id"))
     assert "no folder ./models/nowhere" in refusal(get, asking_for("./models/nowhere"))
 
 
