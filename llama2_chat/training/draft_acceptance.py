@@ -18,7 +18,8 @@ from llama2_chat.training.draft_training import embeddings, make_batch, output_r
 def acceptance(
     model: PreTrainedModel, head: EagleHead, answers: Sequence[Answer], guesses: int, max_length: int
 ) -> list[float]:
-    """How many of 1, 2, ... guesses in a row come true on average, when they begin after any token of these answers.
+    """How many of 1, 2, ... guesses in a row come true on average, when they begin after any token of these answers
+    behind which so many follow.
 
     A guess is what the engine would make of the head's logits, after the answer's repetition penalty.
     """
@@ -28,7 +29,10 @@ def acceptance(
     for answer in answers:
         batch = make_batch(model, [answer], max_length)
         text = batch.ids[0]
-        places = torch.arange(answer.prompt_tokens - 1, len(text) - guesses, device=text.device)
+        first, end = answer.prompt_tokens - 1, len(text) - guesses
+        if first >= end:
+            continue
+        places = torch.arange(first, end, device=text.device)
         seen = _seen(text, model.config.vocab_size)[places][:, ids]
         penalty = torch.tensor(answer.params.repetition_penalty, device=text.device)
         likely = LikelyTokens(seen, penalty.expand(len(places), 1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -101,28 +103,42 @@ def _write(writing: Writing, prompts: Sequence[list[int]], params: Sequence[Samp
 
 
 def save_answers(answers: Sequence[Answer], file: Path) -> None:
-    """Ids, lengths and settings, small enough to be kept."""
+    """Ids, lengths and settings, small enough to be kept. Cut off, it leaves the file as it was."""
     ids = np.concatenate([np.array(answer.ids) for answer in answers])
+    aside = file.with_suffix(".tmp.npz")
     np.savez_compressed(
-        file,
+        aside,
         ids=ids.astype(np.uint16 if ids.max() < 2**16 else np.uint32),
         lengths=[len(answer.ids) for answer in answers],
         prompts=[answer.prompt_tokens for answer in answers],
         seeds=[answer.params.seed or 0 for answer in answers],
         temperatures=[answer.params.temperature for answer in answers],
     )
+    aside.replace(file)
 
 
-def read_answers(file: Path, params: SamplingParams) -> list[Answer]:
-    """What save_answers() wrote. params: with which make_answers() was called."""
-    with np.load(file) as saved:
-        starts = np.cumsum([0, *saved["lengths"]])
-        ids = saved["ids"].tolist()
-        return [
-            Answer(
-                ids[starts[n] : starts[n + 1]], int(prompt), replace(params, seed=int(seed), temperature=float(heat))
-            )
-            for n, (prompt, seed, heat) in enumerate(
-                zip(saved["prompts"], saved["seeds"], saved["temperatures"], strict=True)
-            )
-        ]
+def read_answers(file: Path, params: SamplingParams, tokens: int) -> list[Answer]:
+    """What save_answers() wrote. params: with which make_answers() was called. tokens: of the model's vocabulary.
+
+    Raises ChatError for a file that is damaged, and for answers of a model that knows more tokens.
+    """
+    try:
+        with file.open("rb") as opened, np.load(opened) as saved:
+            starts = np.cumsum([0, *saved["lengths"]])
+            ids = saved["ids"].tolist()
+            settings = zip(saved["prompts"], saved["seeds"], saved["temperatures"], strict=True)
+            answers = [
+                Answer(
+                    ids[starts[n] : starts[n + 1]],
+                    int(prompt),
+                    replace(params, seed=int(seed), temperature=float(heat)),
+                )
+                for n, (prompt, seed, heat) in enumerate(settings)
+            ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+        raise ChatError(f"{file} is damaged, or holds no answers of an earlier run. Delete it.") from error
+    if max(ids, default=0) >= tokens:
+        raise ChatError(
+            f"{file} holds answers of another model. Choose another --output_dir, or other --answers_files."
+        )
+    return answers

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -19,6 +21,7 @@ from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_head
 from llama2_chat.loading.memory import free_host_bytes
+from llama2_chat.loading.read import translate_errors
 from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
 from llama2_chat.training.draft_data import FOLLOW_UPS, Answer, Writing, make_answers, read_answers, save_answers
@@ -36,13 +39,13 @@ SAVE_EVERY_S = 120.0
 def train_draft(options: DraftOptions) -> None:
     """Leaves in options.output_dir the head (config.json, model.safetensors), the answers (answers.npz), the losses
     (losses.csv) and how many guesses come true (figures.json)."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.output_dir)
     params = SamplingParams(max_new_tokens=options.max_new_tokens)
     base = fetch_base(options.model)
     model = _load(base, options)
     begun = _begun(model, options)
     if options.answers_files:
-        answers = [answer for file in options.answers_files for answer in read_answers(file, params)]
+        answers = [each for file in options.answers_files for each in read_answers(file, params, _tokens(model))]
     else:
         answers = _make_answers(base, model, options, params)
     random.Random(options.seed).shuffle(answers)
@@ -63,11 +66,23 @@ def train_draft(options: DraftOptions) -> None:
     print(json.dumps(figures))
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ChatError(f"Nothing can be written to {folder}: give another --output_dir.")
+
+
 def _begun(model: PreTrainedModel, options: DraftOptions) -> EagleHead | None:
     """The head that is trained further."""
     if options.start_from is None:
         return None
-    head, config = read_head(Files(options.start_from)), model.config
+    files, config = Files(options.start_from), model.config
+    with translate_errors(files):
+        head = read_head(files)
     if (head.config.hidden_size, head.config.vocab_size) != (config.hidden_size, config.vocab_size):
         raise ChatError(f"{options.start_from} is a head for another model than {options.model}.")
     return head.to(model.device, torch.float32)
@@ -82,12 +97,16 @@ def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def _tokens(model: PreTrainedModel) -> int:
+    return model.config.vocab_size
+
+
 def _make_answers(
     base: BaseModel, model: PreTrainedModel, options: DraftOptions, params: SamplingParams
 ) -> list[Answer]:
     """As many as are wanted, or as there is time for; those that an earlier run has saved are among them."""
     file = options.output_dir / ANSWERS
-    answers = read_answers(file, params) if file.is_file() else []
+    answers = read_answers(file, params, _tokens(model)) if file.is_file() else []
     writing = Writing(base, model, options.max_batch or _at_once(model, options))
     round_size, started, before = round(writing.at_once / (1 - FOLLOW_UPS)), time.monotonic(), len(answers)
     if answers:
@@ -97,6 +116,10 @@ def _make_answers(
     while len(answers) < options.answers and not 0 < options.minutes * 60 < time.monotonic() - started:
         seed = random.Random(f"{options.seed} {len(answers)}").randrange(2**31)
         answers += make_answers(writing, min(round_size, options.answers - len(answers)), params, seed)
+        if not answers:
+            raise ChatError(
+                f"{options.model} makes up no questions that it answers, so there is nothing to learn from."
+            )
         save_answers(answers, file)
         tokens = sum(len(answer.ids) - answer.prompt_tokens for answer in answers[before:])
         seconds = time.monotonic() - started

@@ -64,10 +64,12 @@ def _counts(answers: Sequence[Answer], size: int) -> Tensor:
 
 
 def make_batches(model: PreTrainedModel, answers: Sequence[Answer], options: DraftOptions) -> list[Batch]:
-    """Answers of about the same length side by side."""
+    """Answers of about the same length side by side. Raises ChatError if none fits into options.max_length."""
     batches: list[Batch] = []
     rows: list[Answer] = []
     fitting = [answer for answer in answers if answer.prompt_tokens < options.max_length]
+    if not fitting:
+        raise ChatError(f"No prompt is shorter than {options.max_length} tokens, with its answer: raise --max_length.")
     for answer in sorted(fitting, key=lambda answer: len(answer.ids)):
         if rows and min(len(answer.ids), options.max_length) * (len(rows) + 1) > options.batch_tokens:
             batches.append(make_batch(model, rows, options.max_length))
@@ -191,11 +193,12 @@ class Training:
         self.steps, self._seconds = states["steps"], states["seconds"]
 
     @property
-    def _what(self) -> list[float]:
+    def _what(self) -> list[object]:
         """What must be the same when it goes on."""
         o = self._options
         ids = sum(int(batch.ids.sum()) for batch in self._batches)
-        return [o.vocabulary, o.epochs, o.minutes, o.learning_rate, o.guesses, o.seed, len(self._batches), ids]
+        began = [o.model, str(o.start_from)]
+        return [*began, o.vocabulary, o.epochs, o.minutes, o.learning_rate, o.guesses, o.seed, len(self._batches), ids]
 
 
 def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -> Tensor:

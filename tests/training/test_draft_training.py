@@ -117,7 +117,29 @@ def test_answers_are_saved_and_read(tmp_path):
         Answer([4, 5], 1, SamplingParams(seed=4, temperature=0)),
     ]
     save_answers(answers, tmp_path / "answers.npz")
-    assert read_answers(tmp_path / "answers.npz", SamplingParams()) == answers
+    assert read_answers(tmp_path / "answers.npz", SamplingParams(), 70_001) == answers
+    with pytest.raises(ChatError, match="answers of another model"):
+        read_answers(tmp_path / "answers.npz", SamplingParams(), 70_000)
+
+
+@pytest.mark.parametrize("kept", [0, 9, 400, -30])
+def test_answers_whose_file_is_damaged_are_said_to_be(tmp_path, kept):
+    file = tmp_path / "answers.npz"
+    save_answers([Answer([4, 5], 1, PARAMS)], file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ChatError, match="is damaged"):
+        read_answers(file, PARAMS, 9)
+
+
+def test_answers_of_which_none_fits_are_no_batches(model):
+    with pytest.raises(ChatError, match="raise --max_length"):
+        make_batches(model, [Answer([1, 2, 3, 4], 3, PARAMS)], DraftOptions(max_length=3))
+
+
+def test_an_answer_that_is_shorter_than_its_guesses_counts_for_none(model):
+    head, long = new_head(model, [], 0), Answer([*range(30)], 4, PARAMS)
+    alone = acceptance(model, head, [long], 5, 40)
+    assert acceptance(model, head, [Answer([1, 2, 3, 4], 3, PARAMS), long], 5, 40) == alone
 
 
 def test_a_saved_head_is_read_as_it_is_in_8_bits(model, tmp_path):
