@@ -7,6 +7,9 @@ from the kernels, which take the tensors as they lie.
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -84,7 +87,7 @@ class KVPool:
     def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
         """Zeros for what one layer keeps, each [num_blocks, ...]. keys: [1, kv_heads, 1, head_dim], its own."""
         shape = self.num_blocks, BLOCK_SIZE, keys.shape[1], keys.shape[3]
-        return keys.new_zeros(shape), keys.new_zeros(shape)
+        return _zeros(shape, keys.dtype, keys.device), _zeros(shape, keys.dtype, keys.device)
 
     @property
     def format(self) -> str:
@@ -160,7 +163,7 @@ class JoinedPool(KVPool):
     head_dim], so that one call of PyTorch writes or reads both; read in float32."""
 
     def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
-        return (keys.new_zeros(self.num_blocks, BLOCK_SIZE, 2 * keys.shape[1], keys.shape[3]),)
+        return (_zeros((self.num_blocks, BLOCK_SIZE, 2 * keys.shape[1], keys.shape[3]), keys.dtype, keys.device),)
 
     def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
         self.write_joined(layer, torch.cat([key, value], 1)[0].transpose(0, 1), kv_index)
@@ -206,8 +209,8 @@ class EightBitPool(KVPool):
         codes = self.num_blocks, BLOCK_SIZE, kv_heads, head_dim
         scales = self.num_blocks, kv_heads, BLOCK_SIZE
         return (
-            *(torch.zeros(codes, dtype=self._codes, device=keys.device) for _ in range(2)),
-            *(torch.zeros(scales, dtype=SCALES, device=keys.device) for _ in range(2)),
+            *(_zeros(codes, self._codes, keys.device) for _ in range(2)),
+            *(_zeros(scales, SCALES, keys.device) for _ in range(2)),
         )
 
     def as_kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,6 +277,15 @@ def _block_bytes(probe: Sequence[Tensor], token_bytes: Callable[[Tensor], int]) 
 
 def _fitting(free: Mapping[torch.device, int], block_bytes: Mapping[torch.device, int]) -> int:
     return min(free[device] // size for device, size in block_bytes.items())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on a CPU such as take memory only once conversations are written over them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **own)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _gather(states: Tensor, blocks: Tensor, length: int) -> Tensor:

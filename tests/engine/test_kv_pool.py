@@ -1,5 +1,6 @@
 """How much memory conversations get, and what is said when there is none."""
 
+import psutil
 import pytest
 import torch
 
@@ -53,6 +54,15 @@ def test_what_is_free_is_measured_after_the_model_has_run_for_the_first_time(tin
         return {CPU: 2**24}
 
     build_runner(tiny_llama, free_bytes, context_length=64)
+
+
+@pytest.mark.parametrize("kv_cache", ["none", "int8"])
+def test_a_pool_on_a_cpu_takes_memory_once_conversations_fill_it(tiny_llama, kv_cache):
+    before = psutil.Process().memory_info().rss
+    pool = make_pool(kv_cache, tiny_llama, lambda: {CPU: 2**28}, 4096, max_batch=10_000)
+    assert pool.bytes > 2**28 * 0.9
+    assert psutil.Process().memory_info().rss - before < pool.bytes / 2
+    assert all(not kept[-1].any() for kept in pool.tensors)
 
 
 @pytest.mark.parametrize("kv_cache", ["none", "int8"])
