@@ -33,7 +33,6 @@ IGNORED = (
     "activation_scale",
     "k_scale",
     "v_scale",
-    "weight_format",
 )
 
 Parts = Mapping[str, Tensor]  # of one layer, by the last part of their names
@@ -179,7 +178,10 @@ def _plain(parts: Parts) -> Tensor | None:
 def _bitsandbytes(parts: Parts, quantization: Config) -> Tensor | None:
     import bitsandbytes
 
-    if set(parts) == {"weight", "SCB"}:  # int8 by rows, 127 is the row's largest
+    # Releases before 0.45 saved a model that a GPU had run in tiles of that GPU, of which weight_format is the number.
+    if int(parts.get("weight_format", 0)):
+        return None
+    if set(parts) - {"weight_format"} == {"weight", "SCB"}:  # int8 by rows, 127 is the row's largest
         return parts["weight"].float() * (parts["SCB"].float()[:, None] / 127)
     if set(parts) == {"weight"}:
         return _plain(parts)

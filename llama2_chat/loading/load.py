@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -122,23 +123,26 @@ def measure_checkpoint(checkpoint: Checkpoint) -> Size:
 
 def check_headers(files: Files) -> None:
     """Raise ModelUnavailable if a file of weights is here but cut off, a Git LFS pointer, or holds whole numbers of
-    which nothing says what they stand for. Reads only its header."""
+    which nothing says what they stand for. Reads only its header, or the names and kinds in a pickle."""
     with translate_errors(files):
         is_plain = files.stem == "model" and not quantization_of(read_config(files))
-        for name in files.weights():
-            if name.endswith(".safetensors") and (files.folder / name).is_file():
-                with safe_open(files.folder / name, "pt") as opened:
-                    if is_plain and (whole := next(filter(None, map(partial(_whole, opened), opened.keys())), None)):
-                        raise ModelUnavailable(
-                            f"{files} holds {whole} as whole numbers, and its config.json has no quantization_config "
-                            "that says what they stand for. Choose another copy."
-                        )
+        for path in (files.folder / name for name in files.weights()):
+            whole = _in_whole_numbers(path) if path.is_file() else []
+            if is_plain and whole:
+                raise ModelUnavailable(
+                    f"{files} holds {whole[0]} as whole numbers, and its config.json has no quantization_config "
+                    "that says what they stand for. Choose another copy."
+                )
 
 
-def _whole(opened: Any, name: str) -> str | None:
-    """The name of a weight, if it is in whole numbers."""
-    is_whole = name.endswith(".weight") and opened.get_slice(name).get_dtype().startswith(("I", "U"))
-    return name if is_whole else None
+def _in_whole_numbers(path: Path) -> list[str]:
+    """The names of those weights in a file that are no floating point numbers."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        return [name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U"))]
+    tensors = dict(torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True))
+    return [name for name, tensor in tensors.items() if name.endswith(".weight") and not tensor.is_floating_point()]
 
 
 def divided(checkpoint: Checkpoint) -> Checkpoint:

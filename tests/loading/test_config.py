@@ -127,11 +127,17 @@ def test_an_empty_quantization_config_is_none(folder):
     assert "came quantised" not in get(asking_for(folder)).why
 
 
-def test_whole_numbers_that_nothing_explains_are_refused_and_not_taken_for_weights(folder):
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_whole_numbers_that_nothing_explains_are_refused_and_not_taken_for_weights(folder, file):
     # The model was ready, and answered garbage.
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    save_file(weights | {name: (100 * weights[name]).to(torch.int8)}, folder / "model.safetensors", {"format": "pt"})
+    changed = weights | {name: (100 * weights[name]).to(torch.int8)}
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(changed, folder / file)
+    else:
+        save_file(changed, folder / file, {"format": "pt"})
     assert f"{name} as whole numbers" in refusal(get, asking_for(folder))
 
 

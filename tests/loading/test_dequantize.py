@@ -99,6 +99,19 @@ def test_what_bitsandbytes_has_saved_is_what_it_computes_with(plain, tmp_path, c
     assert error < 0.02  # it computes in bfloat16, and int8 rounds the activations too
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_int8_in_the_tiles_of_a_gpu_is_refused_and_not_taken_for_rows(plain, tmp_path):
+    # Releases of bitsandbytes before 0.45 saved these; they were read as rows, and the model answered garbage.
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map={"": "cpu"})
+    shutil.copytree(plain, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.tensor(2) for name in tensors if "weight_format" in name}, path, {"format": "pt"})
+    assert "weight_format" in refusal(get, asking_for(tmp_path / "model", cache_dir=tmp_path / "cache"))
+
+
 @pytest.mark.parametrize(
     ("quantization", "facts"),
     [
