@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from llama2_chat.errors import ModelUnavailable
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama2_chat")
 
 EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that holds one whole
+# Tensors with a row, or else a column, for each token of the vocabulary.
+OF_ALL_TOKENS = re.compile(r"(embed_tokens|lm_head)\.(weight|lora_B\.weight|(?P<columns>lora_embedding_A))$")
+# Ways to begin that change the base by data, or on a GPU, that are not here: PEFT cannot do it again.
+NOT_REPEATED = ("corda", "loftq", "lora_ga")
 INSIDE = re.compile(r"\.(base_layer|modules_to_save|original_module)\b")  # of what PEFT puts around a layer
 
 
@@ -36,6 +39,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
     adapter = checkpoint.adapter
     assert adapter is not None
     with translate_errors(adapter):
+        check_kind(adapter)
         embeddings: Any = model.get_input_embeddings()
         vocabulary = max(len(load_tokenizer(checkpoint)), _embedding_rows(adapter))
         if vocabulary > embeddings.num_embeddings:
@@ -56,6 +60,22 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
             f"{adapter} is a prompt, not LoRA or a similar adapter, and cannot be used. Choose another."
         )
     return adapted
+
+
+def check_kind(adapter: Files) -> None:
+    """Raise ModelUnavailable for LoRA that would answer otherwise than it was made to, or without a word not at all."""
+    config = _read_json(adapter.folder / "adapter_config.json")
+    if config.get("alora_invocation_tokens"):
+        raise ModelUnavailable(
+            f"The adapter {adapter} is an activated LoRA, which some tokens switch on (alora_invocation_tokens), and "
+            "this program cannot. Choose one that is plain LoRA."
+        )
+    begins = str(config.get("init_lora_weights", True)).lower()
+    if begins.startswith(NOT_REPEATED):
+        raise ModelUnavailable(
+            f"The adapter {adapter} belongs to a base that was changed before its training (init_lora_weights: "
+            f"{begins}), and that cannot be repeated here. Merge it where it was trained, and set MODEL_ID to that."
+        )
 
 
 def _check_tensors(adapted: PeftModel, adapter: Files) -> None:
@@ -177,11 +197,9 @@ def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _embedding_rows(adapter: Files) -> int:
-    """Of the embedding that an adapter holds whole, perhaps padded to a multiple of 64; 0 if it holds none."""
-    rows = [0]
-    for file in adapter.weights():
-        if file.endswith(".safetensors"):
-            with safe_open(adapter.folder / file, "pt") as opened:
-                names = filter(EMBEDDING.search, opened.keys())
-                rows += [opened.get_slice(name).get_shape()[0] for name in names]
-    return max(rows)
+    """Of the embedding that an adapter was made for, perhaps padded to a multiple of 64; 0 if it changes none."""
+    from peft.utils import load_peft_weights
+
+    tensors = load_peft_weights(str(adapter.folder), device="cpu")
+    found = [(OF_ALL_TOKENS.search(name), tensor) for name, tensor in tensors.items()]
+    return max((tensor.shape[1 if name["columns"] else 0] for name, tensor in found if name), default=0)

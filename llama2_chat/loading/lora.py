@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from llama2_chat import prompt
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.lora import LoraWeights
-from llama2_chat.loading.adapters import warn_of_another_base
+from llama2_chat.loading.adapters import check_kind, warn_of_another_base
 from llama2_chat.loading.choose import Checkpoint, NamedAdapter
 from llama2_chat.loading.config import read_config
 from llama2_chat.loading.disk import translate_parse_errors
@@ -53,8 +53,10 @@ Shapes = Mapping[str, tuple[int, int]]  # in_features and out_features of the li
 
 
 def check_adapters(checkpoint: Checkpoint) -> None:
-    """Raise ModelUnavailable for adapters that cannot be chosen per request over this base, as far as it can be told:
-    by their configurations and tokenizers, and by the headers of weights that are here."""
+    """Raise ModelUnavailable for adapters that cannot be used, or not be chosen per request over this base, as far as
+    it can be told: by their configurations and tokenizers, and by the headers of weights that are here."""
+    if checkpoint.adapter:
+        check_kind(checkpoint.adapter)
     shapes = _shapes(read_config(checkpoint.base)) if checkpoint.adapters else {}
     for adapter in checkpoint.adapters:
         _check_config(adapter)
