@@ -168,7 +168,7 @@ def divided(checkpoint: Checkpoint) -> Checkpoint:
 def _why_whole(checkpoint: Checkpoint) -> str | None:
     """Why a model is not divided, whatever it is, as part of a sentence; None if it may be."""
     if checkpoint.adapter or checkpoint.adapters:
-        return "adapters need a model that is whole; merge_adapter.py merges one for good"
+        return "adapters need a model that is whole; one they are merged into can be divided"
     if not all(name.endswith(".safetensors") for name in checkpoint.base.weights()):
         return "its weights are pickles, which can only be read whole; save_pretrained() writes safetensors"
     return None

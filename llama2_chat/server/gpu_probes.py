@@ -88,11 +88,11 @@ def probe_gpu_memory(start: PlannedStart) -> str:
     from llama2_chat.loading.parts import share
 
     checkpoint, gpus = start.checkpoint, visible_gpus()
-    if not gpus:
-        raise NotApplicable("the model runs on the CPU")
     if checkpoint is None:
         raise NotApplicable("known after the first start; the small model needs little")
     checkpoint, size = divided(checkpoint), measure_checkpoint(checkpoint)
+    if not gpus:
+        raise NotApplicable("the model runs on the CPU")
     where = ""
     if checkpoint.part:  # of each of several GPUs, the one with the least
         gpus, size = gpus[: checkpoint.part.of], share(size, checkpoint.part.of)
@@ -130,10 +130,12 @@ def probe_bitsandbytes(start: PlannedStart) -> str:
 
 
 def probe_packed(start: PlannedStart) -> str:
-    from llama2_chat.loading.memory import visible_gpus
+    from llama2_chat.loading.memory import NO_INT4, visible_gpus
     from llama2_chat.loading.packing import why_not_packed
 
     if not (gpus := visible_gpus()):
+        if start.settings.quantization == "int4":
+            raise ChatError(NO_INT4)
         raise NotApplicable("these products are for a CUDA GPU")
     if reason := why_not_packed(gpus):
         asked = start.settings.quantization in ("int4", "int8")

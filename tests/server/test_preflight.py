@@ -363,6 +363,11 @@ def test_a_gpu_that_is_too_small_is_told_as_loading_tells_it(shape_of_13b, monke
     assert whole(result) == refused.value.detail
 
 
+def test_what_a_start_without_a_gpu_refuses_is_told(tiny):
+    assert "int8 is fastest on a CPU" in whole(bad("int4, int8", quantization="int4"))
+    assert "TENSOR_PARALLEL=3 does not work here" in bad("GPU memory", model_id=str(tiny), tensor_parallel="3").detail
+
+
 def test_bitsandbytes_that_computes_nonsense_is_told(monkeypatch):
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda x, packed, state: torch.full((len(x), 256), torch.nan))
     assert "comes out wrong" in bad("bitsandbytes").detail
