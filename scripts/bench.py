@@ -55,6 +55,7 @@ from llama2_chat.benchmark import (
     training_cost,
 )
 from llama2_chat.benchmark.plot import plot
+from llama2_chat.settings import QUANTIZATIONS
 
 USERS = (1, 8, 32)
 PLOTTED_USERS = (1, 2, 4, 8, 16, 32)
@@ -78,7 +79,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=shapes.SHAPES, help="measure this shape of Llama 2, with random weights")
-    add("--quantization", default="auto", help="as app.py takes it")
+    add("--quantization", choices=QUANTIZATIONS, default="auto", help="as app.py takes it")
     add("--gpus", type=int, default=1, help="GPUs to use with --shape")
     add("--tensor-parallel", default="1", help="as app.py takes it, with --shape")
     add("--gpu-memory-gb", type=float, help="leave each GPU with no more memory than this")
@@ -110,12 +111,17 @@ def read_arguments() -> argparse.Namespace:
     add("--train", action="store_true", help="measure training instead, of --shape or of 13b and 7b")
     add("--url", help="measure this server; INFERENCE_MODEL and INFERENCE_KEY as app.py takes them")
     args = parser.parse_args()
+    if args.soak is not None and not 0 < args.soak < float("inf"):
+        parser.error(f"--soak must be minutes above 0; it was {args.soak:g}.")
     args.users = args.users or _default_users(args)
     return args
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted(map(int, text.split(","))))
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"it must be numbers from 1 on, such as 1,8,32; it was {text!r}.")
+    return tuple(sorted(map(int, numbers)))
 
 
 def _default_users(args: argparse.Namespace) -> tuple[int, ...]:

@@ -52,6 +52,8 @@ def measure(
 ) -> Iterator[Figures]:
     """checkpoint: where the weights are, or are put for the next run; None makes them for this run only."""
     use_gpus(gpus)
+    if shape != "tiny" and not torch.cuda.is_available():
+        sys.exit(f"--shape {shape} measures a GPU, and there is none. --shape tiny runs without one.")
     with checkpoint_folder(checkpoint) as folder:
         make_checkpoint(shape, tokenizer, folder)
         if gpu_memory_gb is not None:

@@ -18,6 +18,7 @@ from llama2_chat.benchmark.acceptance import verdict
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.types import Status
 from model import ChatModel
+from scripts.bench import read_arguments
 from tests.support.drafts import random_head
 from tests.support.serving import serving
 from tests.support.small_model import save_tokenizer, untrained
@@ -53,6 +54,22 @@ def bench(*arguments, exit_codes=(0,), cwd=ROOT, **constants):
     figures = json.loads(last)
     assert len(table) == len(figures)
     return figures
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--users", "1,x"], "it must be numbers from 1 on"),
+        (["--users", "0"], "it must be numbers from 1 on"),
+        (["--soak", "0"], "--soak must be minutes above 0"),
+        (["--shape", "tiny", "--quantization", "int3"], "invalid choice: 'int3'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    with pytest.raises(SystemExit):
+        read_arguments()
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow

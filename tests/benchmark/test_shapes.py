@@ -1,10 +1,11 @@
-"""Benchmarks of a shape keep to the GPUs that they are given."""
+"""Benchmarks of a shape keep to the GPUs that they are given, and begin with nothing where there are none."""
 
 import os
 
 import pytest
+import torch
 
-from llama2_chat.benchmark.shapes import use_gpus
+from llama2_chat.benchmark.shapes import measure, use_gpus
 
 
 @pytest.mark.parametrize(("given", "count", "used"), [(None, 2, "0,1"), ("", 1, "0"), ("3", 1, "3"), ("2,3", 1, "2")])
@@ -17,3 +18,10 @@ def test_a_benchmark_measures_the_gpus_that_it_is_given(monkeypatch, given, coun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     use_gpus(count)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == used
+
+
+def test_a_large_shape_is_not_measured_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--shape tiny runs without one"):
+        next(measure("13b", "nowhere", None, "auto", 1, None, (1,), False, "1"))
