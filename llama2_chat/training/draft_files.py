@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama2_chat.kernels.eagle import EagleHead
+from llama2_chat.training.resources import let_others_read
 
 
 def save_head(head: EagleHead, folder: Path) -> None:
@@ -29,3 +30,4 @@ def save_head(head: EagleHead, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     config = head.config.to_dict() | {"bias": head.fc.bias is not None, "architectures": ["EagleHead"]}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    let_others_read(folder, "config.json")

@@ -27,9 +27,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def let_others_read(folder: Path) -> None:
+def let_others_read(folder: Path, beside: str = "tokenizer_config.json") -> None:
     """Give a model's weights the mode of what was written beside them: safetensors leaves them to their owner alone."""
-    mode = (folder / "tokenizer_config.json").stat().st_mode & 0o777
+    mode = (folder / beside).stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
 

@@ -152,6 +152,7 @@ def test_a_saved_head_is_read_as_it_is_in_8_bits(model, tmp_path):
         assert torch.equal(saved.codes, linear.codes)
     weights = sum(states.numel() for states in head.parameters())
     assert (tmp_path / "model.safetensors").stat().st_size < 1.5 * weights + 2000
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_the_engine_guesses_what_training_foresees(model, monkeypatch):
