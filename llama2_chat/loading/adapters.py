@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.disk import Files
+from llama2_chat.loading.hub import cached_repo
 from llama2_chat.loading.read import load_tokenizer, translate_errors
 from llama2_chat.text import first_line
 
@@ -146,8 +147,8 @@ def other_base(adapter: Files, base: Files) -> str | None:
 
 def _hub_name(name: str) -> str:
     """A repository's, of a copy in the Hub's cache too; of another folder the last part."""
-    if cached := re.search(r"models--([^/\\]+)--([^/\\]+)", name):
-        return f"{cached[1]}/{cached[2]}"
+    if repo := cached_repo(name):
+        return repo
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else _short(name)
 
 

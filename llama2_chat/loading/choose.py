@@ -19,7 +19,14 @@ import torch
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.disk import Files, translate_parse_errors
-from llama2_chat.loading.hub import Progress, check_reachable, fetch_small_files, find_folder, split_revision
+from llama2_chat.loading.hub import (
+    Progress,
+    cached_repo,
+    check_reachable,
+    fetch_small_files,
+    find_folder,
+    split_revision,
+)
 from llama2_chat.loading.meta import prepare
 from llama2_chat.loading.meta_folder import is_chat, is_metas
 from llama2_chat.loading.parts import Part
@@ -31,7 +38,9 @@ log = logging.getLogger("llama2_chat")
 
 LLAMA_2_MODEL_ID = "meta-llama/Llama-2-13b-chat-hf"
 # Models that complete texts and that nothing in their files tells from those that chat.
-KNOWN_BASE = re.compile(r"meta-llama/Llama-2-\d+b-hf|(codellama|meta-llama)/CodeLlama-\d+b(-Python)?-hf", re.IGNORECASE)
+KNOWN_BASE = re.compile(
+    r"(meta-llama/)?Llama-2-\d+b-hf|((codellama|meta-llama)/)?CodeLlama-\d+b(-Python)?-hf", re.IGNORECASE
+)
 METAS_REPOSITORY = re.compile(
     r"(meta-llama/Llama-2-\d+b(-chat)?|(codellama|meta-llama)/CodeLlama-\d+b(-Python|-Instruct)?)", re.IGNORECASE
 )
@@ -64,9 +73,10 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """What page and API call it: of a folder its own name, and never where it lies."""
-        folder = find_folder(self.model_id)
-        return folder.resolve().name if folder else split_revision(self.model_id)[0]
+        """What page and API call it: of a folder its own name, or its repository's, and never where it lies."""
+        if folder := find_folder(self.model_id):
+            return cached_repo(str(folder.resolve())) or folder.resolve().name
+        return split_revision(self.model_id)[0]
 
 
 class NamedAdapter(NamedTuple):
@@ -226,7 +236,7 @@ def _fetch_model(plan: Plan, progress: Progress) -> Checkpoint:
 
 def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkpoint:
     adapter = adapter and replace(adapter, stem="adapter_model")
-    known_base = KNOWN_BASE.fullmatch(split_revision(plan.model_id)[0])
+    known_base = KNOWN_BASE.fullmatch(plan.name) and not _has_template(base)
     chat_format = plan.chat_format or (NO_FORMAT if known_base else None)
     return Checkpoint(
         plan.model_id,
@@ -239,6 +249,14 @@ def _checkpoint(plan: Plan, base: Files, adapter: Files | None = None) -> Checkp
         headroom_gb=plan.headroom_gb,
         kv_cache=plan.kv_cache,
         tensor_parallel=plan.tensor_parallel,
+    )
+
+
+def _has_template(files: Files) -> bool:
+    """Whether a tokenizer brings a chat template, as that of a model which was trained to chat does."""
+    config = files.folder / "tokenizer_config.json"
+    return (files.folder / "chat_template.jinja").is_file() or (
+        config.is_file() and '"chat_template"' in config.read_text("utf-8", errors="replace")
     )
 
 

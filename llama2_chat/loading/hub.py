@@ -7,6 +7,7 @@ files mean is not known here.
 from __future__ import annotations
 
 import errno
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ LICENCES = ["LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*"]  # which go along 
 # Configuration, tokenizer, and what the model's page says, which names its licence.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", *LICENCES, "README.md"]
 SUBFOLDERS = ["*/*"]  # nothing transformers loads; Llama 2 keeps Meta's own format there, as large again
+# A repository's folder in the cache, or one of its snapshots.
+CACHED = re.compile(r"models--([^/\\]+)--([^/\\]+)([/\\]snapshots[/\\][^/\\]+)?[/\\]?$")
 # What the system answers about a folder that cannot take a download. An OSError of the network has other numbers.
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
 
@@ -53,6 +56,12 @@ def find_folder(source: str) -> Path | None:
     """The folder that a source means, be it there or not; None if it means a repository of the Hub."""
     folder = Path(source).expanduser()
     return folder if folder.is_dir() or source.startswith((".", "/", "~")) or folder.is_absolute() else None
+
+
+def cached_repo(folder: str) -> str | None:
+    """The id of the repository whose snapshot a folder is, in the Hub's cache of this computer or another."""
+    found = CACHED.search(folder)
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def split_revision(source: str) -> tuple[str, str]:

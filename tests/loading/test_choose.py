@@ -1,5 +1,6 @@
 """Which model a start takes, and what is refused by name."""
 
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, ZERO_GPU, choose, fetch
 from llama2_chat.loading.hub import fetch_small_files, fetch_weights
+from llama2_chat.prompt import NO_FORMAT
 from tests.support.loading import asking_for, refusal
 from tests.support.serving import ignore
 
@@ -79,12 +81,33 @@ def test_other_models_are_not_refused_by_name(model_id):
         ("{folder}/../mine@home", "mine@home"),
         ("/nowhere/at/all", "all"),
         ("./all", "all"),
+        ("/cache/models--someone--tiny/snapshots/0a1b", "someone/tiny"),
     ],
 )
 def test_in_public_a_model_has_a_name_and_no_path(tmp_path, model_id, name):
     folder = tmp_path / "mine@home"
     folder.mkdir()
     assert choose(asking_for(model_id.format(folder=folder))).name == name
+
+
+@pytest.mark.parametrize(
+    ("folder", "chat_format"),
+    [
+        ("Llama-2-7b-hf", NO_FORMAT),
+        ("models--meta-llama--Llama-2-7b-hf/snapshots/0a1b", NO_FORMAT),
+        ("Llama-2-7b-chat-hf", None),
+        ("models--someone--Llama-2-7b-hf/snapshots/0a1b", None),
+    ],
+)
+def test_a_base_model_in_a_folder_is_known_by_the_name_that_it_has_on_the_hub(tmp_path, tiny, folder, chat_format):
+    # It chatted in Llama 2's format, in which it was never trained.
+    shutil.copytree(tiny, tmp_path / folder)
+    assert fetch(choose(asking_for(tmp_path / folder)), ignore).chat_format == chat_format
+
+
+def test_a_model_that_was_trained_to_chat_may_lie_in_a_folder_of_its_bases_name(tmp_path, chat_model):
+    shutil.copytree(chat_model, tmp_path / "Llama-2-7b-hf")
+    assert fetch(choose(asking_for(tmp_path / "Llama-2-7b-hf")), ignore).chat_format is None
 
 
 def test_in_the_folder_of_a_model_a_dot_is_enough_and_its_name_is_known(tmp_path, monkeypatch):
