@@ -154,7 +154,7 @@ class ChatModel:
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.config import read_config
         from llama2_chat.loading.draft import check_draft
-        from llama2_chat.loading.load import divided, load, measure
+        from llama2_chat.loading.load import divided, find_format, load, measure
         from llama2_chat.loading.lora import check_adapters
         from llama2_chat.loading.memory import translate_out_of_memory
         from llama2_chat.loading.read import load_tokenizer
@@ -167,7 +167,7 @@ class ChatModel:
             checkpoint = fetch(plan, self._progress)
             tokenizer = load_tokenizer(checkpoint)
             # What would come out wrong is refused before gigabytes are fetched.
-            chat_format = prompt.checked_format(tokenizer, checkpoint.chat_format)
+            chat_format = find_format(checkpoint, tokenizer)
             if not plan.is_embedded:
                 measure(checkpoint.base)
                 check_architecture(read_config(checkpoint.base))

@@ -52,13 +52,20 @@ from llama2_chat.loading.parts import Part, choose_parts, share, why_not_divided
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.read import read_model, translate_errors
 from llama2_chat.loading.unpack import check_room, unpacked
-from llama2_chat.prompt import find_ending
+from llama2_chat.prompt import NO_FORMAT, checked_format, encode, find_ending
 from llama2_chat.settings import Settings
+from llama2_chat.types import Message
 
 log = logging.getLogger("llama2_chat")
 
 UNPACKED = {"int4": "nf4", "int8": "int8"}  # what is next to a packed precision, by bitsandbytes
 UNQUANTIZED = ("float32", "bfloat16", "float16")
+# In which a chat template writes all its tokens.
+EXCHANGE: list[Message] = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Hello"},
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,22 @@ class Loaded:
 
 
 # ---- Before there are weights ----
+
+
+def find_format(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """prompt.checked_format() of a checkpoint. Raises ModelUnavailable, too, if its prompts would hold tokens for which
+    the model has no embedding: no message could be answered."""
+    chat_format, files = checked_format(tokenizer, checkpoint.chat_format), checkpoint.base
+    if chat_format == NO_FORMAT or checkpoint.adapter:  # with an adapter's tokenizer the embedding grows
+        return chat_format
+    rows = read_config(files).get_text_config(decoder=True).vocab_size
+    if unknown := [id for id in encode(tokenizer, EXCHANGE, chat_format) if id >= rows]:
+        raise ModelUnavailable(
+            f"The chat template of {files} writes {tokenizer.convert_ids_to_tokens(unknown[0])}, and the model has no "
+            f"embedding for that token: its number is {unknown[0]:,} of {rows:,}. Copy the tokenizer that the model "
+            "was trained with, or the weights that were trained with this one."
+        )
+    return chat_format
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:

@@ -155,11 +155,12 @@ def _adapters(checkpoint: Checkpoint) -> str:
 
 def probe_tokenizer(start: PlannedStart) -> str:
     from llama2_chat import prompt
+    from llama2_chat.loading.load import find_format
     from llama2_chat.loading.read import load_tokenizer
 
     if start.checkpoint is None:
         raise NotApplicable("comes with the model, at the first start")
-    chat_format = prompt.checked_format(load_tokenizer(start.checkpoint), start.checkpoint.chat_format)
+    chat_format = find_format(start.checkpoint, load_tokenizer(start.checkpoint))
     if chat_format == prompt.NO_FORMAT:
         return "of a base model, which completes texts and does not chat"
     if chat_format == prompt.LLAMA_2_FORMAT:

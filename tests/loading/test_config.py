@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MambaConfig
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.config import read_config, read_generation_config
 from llama2_chat.loading.read import load_tokenizer
+from llama2_chat.server.probes import PlannedStart, probe_tokenizer
 from llama2_chat.types import SamplingParams
 from model import ChatModel
 from tests.support.loading import asking_for, get, logits, refusal
@@ -150,6 +151,15 @@ def test_weights_that_are_no_numbers_are_said_to_be_damaged(chat_model, tmp_path
     chat = ChatModel(asking_for(tmp_path / "model")).load()
     chat.close()
     assert "no numbers" in chat.status.error
+
+
+def test_a_template_that_writes_tokens_without_an_embedding_is_refused(chat_model, tmp_path):
+    # The model was ready and --check content, and every message was refused.
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    LlamaForCausalLM(AutoConfig.from_pretrained(folder, vocab_size=256)).save_pretrained(folder)
+    settings, reason = asking_for(folder), "<|im_start|>, and the model has no embedding"
+    assert reason in ChatModel(settings).load().status.error
+    assert reason in refusal(probe_tokenizer, PlannedStart(settings))
 
 
 def test_a_model_that_keeps_no_keys_and_values_is_refused_with_the_reason_and_the_next_step(chat_model, tmp_path):
