@@ -299,6 +299,7 @@ def test_search_by_keyboard_opens_results_and_escape_brings_the_list_back(tab):
     tab.evaluate("() => focusSearch()")
     tab.keyboard.type("bread")
     expect(results(tab)).to_have_count(2)
+    expect(results(tab).locator("mark").first).to_have_text("Bread")  # no longer what the letters before found
     tab.keyboard.press("Enter")
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("ArrowDown")
@@ -312,6 +313,27 @@ def test_search_by_keyboard_opens_results_and_escape_brings_the_list_back(tab):
     expect(chats(tab)).to_have_count(3)
     expect(chats(tab).first).to_be_visible()
     expect(tab.get_by_role("searchbox")).to_have_value("")
+
+
+def test_results_that_come_once_more_leave_the_focus_where_it_is(tab):
+    # Those of the last letter may come when the arrow keys have left the field.
+    field = tab.get_by_role("searchbox", name="Search chats")
+    field.fill("bread")
+    expect(results(tab)).to_have_count(2)
+    field.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    before = focused(tab)
+    drawn_anew = """() => {
+        window.old = document.activeElement
+        document.querySelector("[type=search]").dispatchEvent(new Event("input"))
+    }"""
+    tab.evaluate(drawn_anew)
+    tab.wait_for_function("() => !old.isConnected")
+    assert focused(tab) == before
+    field.evaluate("field => { field.value = 'cat' }")
+    tab.evaluate(drawn_anew)
+    tab.wait_for_function("() => !old.isConnected")
+    assert focused(tab) == "Search chats"
 
 
 def test_the_field_keeps_an_escape_for_itself_only_while_there_is_something_to_clear(tab):

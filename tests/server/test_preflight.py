@@ -503,7 +503,7 @@ def test_a_tokenizer_that_disagrees_with_metas_ids_is_told(tmp_path):
 
 
 def test_llama_2s_own_tokenizer_gives_the_golden_ids(llama2_tokenizer, tmp_path):
-    folder = save_model(tmp_path / "model")
+    folder = save_model(tmp_path / "model", vocab_size=len(llama2_tokenizer))
     llama2_tokenizer.save_pretrained(folder)
     assert "Meta's ids" in run_probe("tokenizer", PlannedStart(Settings(model_id=str(folder)))).detail
 

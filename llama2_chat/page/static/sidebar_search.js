@@ -47,11 +47,13 @@ export class SearchBox {
     this.clearButton.hidden = !this.field.value;
     const hits = words ? await this.store.search(words) : [];
     if (asked !== this.#latest) return; // more was typed meanwhile
+    const held = this.#hits[this.#buttons().indexOf(document.activeElement)];
     this.#hits = hits;
     this.results.hidden = !words;
     this.results.scrollTop = 0;
     const said = hits.length ? T.sidebar.found(hits.length) : T.sidebar.nothingFound(words);
     this.results.replaceChildren(hits.length ? this.#resultList() : h("p", { class: "note" }, said));
+    if (held) (this.#buttons()[hits.findIndex((hit) => isSame(hit, held))] ?? this.field).focus();
     this.status.textContent = words ? said : "";
     this.hooks.onActive(Boolean(words));
   }
@@ -60,6 +62,10 @@ export class SearchBox {
     this.field.value = "";
     this.search();
     this.field.focus();
+  }
+
+  #buttons() {
+    return [...this.results.querySelectorAll(".result")];
   }
 
   #resultList() {
@@ -86,4 +92,8 @@ export class SearchBox {
     event.stopPropagation(); // here it ends the search and not the answer
     this.clear();
   }
+}
+
+function isSame(hit, other) {
+  return hit.conversation.id === other.conversation.id && hit.message?.id === other.message?.id;
 }
