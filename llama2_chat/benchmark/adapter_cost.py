@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.load_test import throughput_of
 from llama2_chat.benchmark.local_model import fresh_ids, load, time_full_answers
-from llama2_chat.benchmark.shapes import checkpoint_folder, make_checkpoint, wait_for_compilation
+from llama2_chat.benchmark.shapes import check_gpu, checkpoint_folder, make_checkpoint, wait_for_compilation
 from llama2_chat.benchmark.training_cost import run_in_process
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.training.base_model import fetch_checkpoint
@@ -41,6 +41,7 @@ def measure() -> Iterator[Figures]:
 
 def measure_shape(shape: str, tokenizer: str, checkpoint: Path | None, quantization: str) -> Iterator[Figures]:
     """checkpoint: where the shape's weights are, or are put for the next run."""
+    check_gpu(shape)
     with checkpoint_folder(checkpoint) as base, tempfile.TemporaryDirectory() as folder:
         run_in_process(make_checkpoint, shape, tokenizer, base)
         flags = ["--model-id", str(base), "--quantization", quantization]

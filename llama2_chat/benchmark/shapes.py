@@ -52,8 +52,7 @@ def measure(
 ) -> Iterator[Figures]:
     """checkpoint: where the weights are, or are put for the next run; None makes them for this run only."""
     use_gpus(gpus)
-    if shape != "tiny" and not torch.cuda.is_available():
-        sys.exit(f"--shape {shape} measures a GPU, and there is none. --shape tiny runs without one.")
+    check_gpu(shape)
     with checkpoint_folder(checkpoint) as folder:
         make_checkpoint(shape, tokenizer, folder)
         if gpu_memory_gb is not None:
@@ -90,6 +89,12 @@ def measure(
     yield {"decode, generate(), tokens/s": decode, "1 user, generate(), tokens/s": whole}
     if torch.cuda.is_available():
         yield from speculation.measure_planted(chat)
+
+
+def check_gpu(shape: str) -> None:
+    """Exit with a sentence, before gigabytes are written, if this shape needs a GPU and there is none."""
+    if shape != "tiny" and not torch.cuda.is_available():
+        sys.exit(f"--shape {shape} measures a GPU, and there is none. --shape tiny runs without one.")
 
 
 def use_gpus(count: int) -> None:

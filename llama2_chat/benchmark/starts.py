@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.load_test import throughput
 from llama2_chat.benchmark.local_model import load, time_full_answers
@@ -39,6 +41,8 @@ def measure(
 
     checkpoint: a folder with one folder per shape, where the weights are, or are put for the next run.
     """
+    if not torch.cuda.is_available():
+        sys.exit("--starts measures a GPU, and there is none.")
     use_gpus(1)
     with checkpoint_folder(checkpoint) as folder:
         for shape in shapes:
@@ -66,6 +70,7 @@ def start() -> None:
         json.dumps(
             {
                 "precision": chat.status.precision,
+                "KV_CACHE": chat.status.kv_cache,
                 "KV tokens": engine.occupancy.kv_capacity_tokens,
                 "context": engine.context_length,
                 "mode": engine.mode,

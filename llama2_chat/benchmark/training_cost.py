@@ -22,7 +22,7 @@ import torch
 
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.local_model import gpu_gb
-from llama2_chat.benchmark.shapes import checkpoint_folder, make_checkpoint, use_gpus
+from llama2_chat.benchmark.shapes import check_gpu, checkpoint_folder, make_checkpoint, use_gpus
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -33,11 +33,11 @@ ROUNDS = 8
 
 def measure(shape: str | None, tokenizer: str, checkpoint: Path | None) -> Iterator[Figures]:
     """shape: None measures 13b and 7b. checkpoint: where the weights of each shape are kept."""
-    if not shape and not torch.cuda.is_available():
-        sys.exit("--train measures a GPU, and there is none. --shape tiny runs without one.")
+    shapes = [shape] if shape else ["13b", "7b"]
+    check_gpu(shapes[0])
     use_gpus(1)  # in the processes below: TRL refuses to see several
     yield {"batch": f"{BATCH} x {TOKENS} tokens", "torch": torch.__version__}
-    for name in [shape] if shape else ["13b", "7b"]:
+    for name in shapes:
         with checkpoint_folder(checkpoint and checkpoint / name) as folder:
             # In processes of their own, which leave no memory behind.
             run_in_process(make_checkpoint, name, tokenizer, folder)

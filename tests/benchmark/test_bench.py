@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llama2_chat import ROOT
+from llama2_chat.benchmark import adapter_cost, shapes, starts, training_cost
 from llama2_chat.benchmark.acceptance import verdict
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.types import Status
@@ -70,6 +71,23 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(flags,
     with pytest.raises(SystemExit):
         read_arguments()
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda folder: shapes.measure("13b", "", folder, "none", 1, None, (1,), False, "1"),
+        lambda folder: starts.measure(["13b"], (), "", folder, 24),
+        lambda folder: training_cost.measure(None, "", folder),
+        lambda folder: adapter_cost.measure_shape("13b", "", folder, "none"),
+    ],
+    ids=["--shape", "--starts", "--train", "--adapters"],
+)
+def test_without_a_gpu_26_gb_of_weights_are_not_made_to_be_measured(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measures a GPU, and there is none"):
+        next(measured(tmp_path))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
