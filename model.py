@@ -154,7 +154,7 @@ class ChatModel:
         from llama2_chat.loading.choose import choose, fetch
         from llama2_chat.loading.config import read_config
         from llama2_chat.loading.draft import check_draft
-        from llama2_chat.loading.load import divided, find_format, load, measure
+        from llama2_chat.loading.load import GUESSED_FORMAT, divided, find_format, guesses_format, load, measure
         from llama2_chat.loading.lora import check_adapters
         from llama2_chat.loading.memory import translate_out_of_memory
         from llama2_chat.loading.read import load_tokenizer
@@ -168,6 +168,9 @@ class ChatModel:
             tokenizer = load_tokenizer(checkpoint)
             # What would come out wrong is refused before gigabytes are fetched.
             chat_format = find_format(checkpoint, tokenizer)
+            if guesses_format(checkpoint, tokenizer):
+                self.status = replace(self.status, guesses_format=True)
+                checkpoint = replace(checkpoint, why=f"{checkpoint.why} {GUESSED_FORMAT}")
             if not plan.is_embedded:
                 measure(checkpoint.base)
                 check_architecture(read_config(checkpoint.base))

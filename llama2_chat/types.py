@@ -373,6 +373,7 @@ class Status:
     adapters: tuple[str, ...] = ()  # what its adapters are called, of which a request may choose one
     precision: str = ""  # "bfloat16", "int8", "nf4", ...
     kv_cache: str = ""  # keys and values: "int8", "fp8", or "none" as the model computes them
+    guesses_format: bool = False  # it chats in Llama 2's format, and nothing says that it was trained to
     device: str = ""  # "cpu", "cuda:0", "2 x cuda"; the hosts of servers, whose precision nobody knows
     why: str = ""  # why this model in this precision, one or two sentences
     error: str = ""  # when failed: what happened and what to do, one or two sentences

@@ -53,6 +53,12 @@ def read_config(files: Files) -> PreTrainedConfig:
     return config
 
 
+def made_from(files: Files) -> str:
+    """The model that was saved as this one, by the name or path in its config.json; "" if that does not say."""
+    written = json.loads((files.folder / "config.json").read_text("utf-8"))  # an object, as read_config() has found
+    return str(written.get("_name_or_path", ""))
+
+
 @contextmanager
 def translate_config_errors(files: Files) -> Iterator[None]:
     """What transformers raises at a configuration of which it makes no model, as a sentence.

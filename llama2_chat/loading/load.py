@@ -7,6 +7,7 @@ Nothing here knows prompts, decoding or the page.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,11 +27,11 @@ from llama2_chat.kv_cache import check_format
 from llama2_chat.loading.adapters import check_stays_beside, load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import keep_compiled
-from llama2_chat.loading.config import read_config, read_generation_config, translate_config_errors
+from llama2_chat.loading.config import made_from, read_config, read_generation_config, translate_config_errors
 from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_draft
-from llama2_chat.loading.hub import Progress, fetch_weights
+from llama2_chat.loading.hub import Progress, cached_repo, fetch_weights
 from llama2_chat.loading.lora import read_adapters
 from llama2_chat.loading.memory import (
     GB,
@@ -52,12 +53,18 @@ from llama2_chat.loading.parts import Part, choose_parts, share, why_not_divided
 from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.read import read_model, translate_errors
 from llama2_chat.loading.unpack import check_room, unpacked
-from llama2_chat.prompt import NO_FORMAT, checked_format, encode, find_ending
+from llama2_chat.prompt import LLAMA_2_FORMAT, NO_FORMAT, checked_format, encode, find_ending
 from llama2_chat.settings import Settings
 from llama2_chat.types import Message
 
 log = logging.getLogger("llama2_chat")
 
+# Of a model that may have been trained to chat in another.
+GUESSED_FORMAT = (
+    "Its files name no chat format, so Llama 2's is used, which is a guess: a chat_template.jinja beside its tokenizer "
+    "gives another, and CHAT_FORMAT=llama-2 says that this is right."
+)
+LLAMA_2_CHAT = re.compile(r"llama([-_.]?2)?[-_.]\d+b[-_.](chat|instruct)", re.IGNORECASE)
 UNPACKED = {"int4": "nf4", "int8": "int8"}  # what is next to a packed precision, by bitsandbytes
 UNQUANTIZED = ("float32", "bfloat16", "float16")
 # In which a chat template writes all its tokens.
@@ -109,6 +116,17 @@ def find_format(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> s
             "was trained with, or the weights that were trained with this one."
         )
     return chat_format
+
+
+def guesses_format(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether find_format() says Llama 2's and nothing else does: no setting, template, or name of a model from Meta."""
+    base = checkpoint.base
+    if checkpoint.chat_format or tokenizer.chat_template or base.original:
+        return False
+    names = (base.repo or cached_repo(str(base.folder)) or base.folder.resolve().name, made_from(base))
+    if any(LLAMA_2_CHAT.search(name.rstrip("/").rpartition("/")[2]) for name in names):
+        return False
+    return find_format(checkpoint, tokenizer) == LLAMA_2_FORMAT
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:

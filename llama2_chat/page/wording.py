@@ -55,7 +55,11 @@ def status_line(status: Status, chats: bool = True) -> str:
         return progress(status)
     precision = status.precision + (f", KV {status.kv_cache}" if status.kv_cache not in ("", "none") else "")
     how = f"{precision} on {status.device}" if precision else f"answered by {status.device}"
-    return f"{status.model} · {how}" + ("" if chats else " · completes text, does not chat")
+    if not chats:
+        how += " · completes text, does not chat"
+    elif status.guesses_format:
+        how += " · chats in Llama 2's format, a guess"
+    return f"{status.model} · {how}"
 
 
 def notice(model: str) -> str:

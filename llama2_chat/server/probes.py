@@ -155,16 +155,18 @@ def _adapters(checkpoint: Checkpoint) -> str:
 
 def probe_tokenizer(start: PlannedStart) -> str:
     from llama2_chat import prompt
-    from llama2_chat.loading.load import find_format
+    from llama2_chat.loading.load import GUESSED_FORMAT, find_format, guesses_format
     from llama2_chat.loading.read import load_tokenizer
 
     if start.checkpoint is None:
         raise NotApplicable("comes with the model, at the first start")
-    chat_format = find_format(start.checkpoint, load_tokenizer(start.checkpoint))
+    tokenizer = load_tokenizer(start.checkpoint)
+    chat_format = find_format(start.checkpoint, tokenizer)
     if chat_format == prompt.NO_FORMAT:
         return "of a base model, which completes texts and does not chat"
     if chat_format == prompt.LLAMA_2_FORMAT:
-        return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs"
+        guess = f". {GUESSED_FORMAT.removesuffix('.')}" if guesses_format(start.checkpoint, tokenizer) else ""
+        return f"gives Meta's ids, in all {len(prompt.GOLDEN)} golden dialogs{guess}"
     return "has a chat template of its own, and it can write a conversation"
 
 

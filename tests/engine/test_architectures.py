@@ -4,6 +4,7 @@ The models have random weights, two layers or four, and windows of 24 tokens.
 """
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from llama2_chat.context import context_window
-from llama2_chat.engine.architecture import check_architecture
+from llama2_chat.engine.architecture import check_architecture, translate_architecture_errors
 from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.model_runner import build_runner
@@ -128,6 +129,45 @@ def test_a_model_that_cannot_be_computed_over_blocks_is_refused_with_the_reason(
     with pytest.raises(ModelUnavailable) as announced:
         check_architecture(model.config)
     assert str(announced.value) == str(loaded.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("JetMoe", {"kv_channels": 8, "num_key_value_heads": 2}, "is built in a way that visitors cannot share here"),
+        ("Whisper", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, "scores other tokens than"),
+    ],
+)
+def test_a_model_that_fails_in_its_first_step_is_refused_by_name(name, config, reason):
+    # "The model could not be loaded because of an unexpected error."
+    with (
+        pytest.raises(ModelUnavailable, match=f"^{name}ForCausalLM {reason}"),
+        translate_architecture_errors(f"{name}ForCausalLM"),
+    ):
+        serve(random_model(name, config))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (AssertionError("heads"), ModelUnavailable),
+        (RuntimeError("size mismatch"), ModelUnavailable),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error"), torch.AcceleratorError),
+        (ModelUnavailable("no"), ModelUnavailable),
+    ],
+    ids=["an assertion", "shapes", "memory", "a broken GPU", "a refusal"],
+)
+def test_what_the_code_of_a_model_raises_is_the_models_and_memory_and_gpu_are_not(error, raised, monkeypatch):
+    model = random_model("Llama", {})
+    monkeypatch.setattr(model.model.norm, "forward", Mock(side_effect=error))
+    with pytest.raises(raised), translate_architecture_errors("Llama"):
+        model(torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_what_another_program_raises_is_no_fault_of_a_model():
+    with pytest.raises(RuntimeError), translate_architecture_errors("Llama"):
+        raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.parametrize("name", SERVED)

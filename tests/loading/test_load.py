@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.config import read_generation_config
-from llama2_chat.loading.load import find_stop_ids, load, load_base
+from llama2_chat.loading.load import find_stop_ids, guesses_format, load, load_base
 from llama2_chat.loading.read import load_tokenizer
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
@@ -36,6 +36,30 @@ def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_
     )
     checkpoint = fetch(choose(asking_for(quantised)), ignore)
     assert "comes quantised by gptq" in refusal(load_base, checkpoint, "float32", "cpu", ignore)
+
+
+@pytest.mark.parametrize(
+    ("folder", "made_from", "chat_format", "is_guess"),
+    [
+        ("vicuna-7b-v1.5", "vicuna-7b-v1.5", "auto", True),
+        ("someone", None, "auto", True),
+        ("vicuna-7b-v1.5", "vicuna-7b-v1.5", "llama-2", False),
+        ("vicuna-7b-v1.5", "vicuna-7b-v1.5", "none", False),
+        ("Llama-2-7b-chat-hf", None, "auto", False),
+        ("models--codellama--CodeLlama-7b-Instruct-hf/snapshots/0a1b", None, "auto", False),
+        ("mine", "meta-llama/Llama-2-13b-chat-hf", "auto", False),
+        ("Llama-2-7b-hf", None, "auto", False),
+        ("Llama-2-7b-chat-hf/vicuna", "/models/Llama-2-7b-chat-hf/vicuna/", "auto", True),
+    ],
+)
+def test_that_llama_2s_format_is_a_guess_is_known(
+    tiny, llama2_tokenizer, tmp_path, folder, made_from, chat_format, is_guess
+):
+    # Vicuna 1.5 is published without a chat template: it chatted in Llama 2's format, and nothing said so.
+    copy = shutil.copytree(tiny, tmp_path / folder)
+    changed("config.json", {"vocab_size": 32_000, **({"_name_or_path": made_from} if made_from else {})})(copy)
+    checkpoint = fetch(choose(asking_for(copy, chat_format=chat_format)), ignore)
+    assert guesses_format(checkpoint, llama2_tokenizer) is is_guess
 
 
 def changed(name, change):

@@ -119,6 +119,7 @@ def composed():
     for known in ({"precision": "int8", "device": "cpu"}, {"device": "a server"}, {"device": "2 servers"}):
         status = Status("ready", model="small", **known)
         yield from (wording.status_line(status, chats) for chats in (True, False))
+    yield wording.status_line(Status("ready", model="small", precision="int8", device="cpu", guesses_format=True))
     read = Document("file-1", "report.pdf", 9, "user_data", 0, "waiting", "", 40, 2, 0, ())
     yield from (wording.waiting(None, 0, reading=each) for each in (read, replace(read, pages=0)))
     for found in (

@@ -22,6 +22,12 @@ def test_the_status_line_says_in_what_weights_and_keys_and_values_are():
     assert wording.status_line(replace(status, kv_cache="fp8")) == "small · int4, KV fp8 on cuda:0"
 
 
+def test_the_status_line_says_that_a_chat_format_is_a_guess():
+    status = Status("ready", model="vicuna", precision="int8", device="cpu", guesses_format=True)
+    assert wording.status_line(status) == "vicuna · int8 on cpu · chats in Llama 2's format, a guess"
+    assert wording.status_line(status, chats=False) == "vicuna · int8 on cpu · completes text, does not chat"
+
+
 def test_a_download_shows_how_far_it_is():
     status = Status(phase="download", done_bytes=1_200_000_000, total_bytes=26_000_000_000)
     assert wording.progress(status) == "Downloading the model: 1,200 of 26,000 MB"

@@ -27,7 +27,7 @@ from llama2_chat.loading import memory
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, choose, fetch
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.hub import check_reachable, fetch_small_files, fetch_weights
-from llama2_chat.loading.load import load, measure
+from llama2_chat.loading.load import GUESSED_FORMAT, load, measure
 from llama2_chat.loading.memory import Gpu, check_memory
 from llama2_chat.server import gpu_probes, local_ca, login, preflight, probes
 from llama2_chat.server.certificate import own_certificate
@@ -416,6 +416,17 @@ def test_a_model_on_the_hub_is_well_before_and_after_its_download_and_no_weights
     fetch_weights(start.checkpoint.base, lambda *_: None)
     assert "All files are here" in run_probe("model", start).detail
     assert "nothing to download" in run_probe("disk", start).detail
+
+
+@pytest.mark.slow
+def test_a_model_whose_files_name_no_chat_format_says_that_it_guesses(llama2_tokenizer, tmp_path):
+    save_model(tmp_path, vocab_size=32_000, max_position_embeddings=256)
+    llama2_tokenizer.save_pretrained(tmp_path)
+    chat = ChatModel(Settings(model_id=str(tmp_path))).load()
+    chat.close()
+    assert GUESSED_FORMAT in chat.status.why
+    assert chat.status.guesses_format
+    assert GUESSED_FORMAT.removesuffix(".") in run_probe("tokenizer", PlannedStart(chat.settings)).detail
 
 
 @pytest.mark.parametrize("architecture", ["StableLmConfig", "BloomConfig", "MambaConfig"])

@@ -393,6 +393,7 @@ export const SENTENCES = {
   // ---- The model ----
   "{} · {} on {}": "{} · {} auf {}",
   "{} · {} on {} · completes text, does not chat": "{} · {} auf {} · setzt Texte fort, statt zu chatten",
+  "{} · {} on {} · chats in Llama 2's format, a guess": "{} · {} auf {} · chattet in Llama 2s Format, eine Vermutung",
   "{} · answered by {}": "{} · Antworten von {}",
   "{} · answered by {} · completes text, does not chat": "{} · Antworten von {} · setzt Texte fort, statt zu chatten",
   "a server": "einem Server",

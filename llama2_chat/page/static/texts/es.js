@@ -393,6 +393,7 @@ export const SENTENCES = {
   // ---- The model ----
   "{} · {} on {}": "{} · {} en {}",
   "{} · {} on {} · completes text, does not chat": "{} · {} en {} · continúa textos, no conversa",
+  "{} · {} on {} · chats in Llama 2's format, a guess": "{} · {} en {} · conversa en el formato de Llama 2, una suposición",
   "{} · answered by {}": "{} · responde {}",
   "{} · answered by {} · completes text, does not chat": "{} · responde {} · continúa textos, no conversa",
   "a server": "un servidor",

@@ -393,6 +393,7 @@ export const SENTENCES = {
   // ---- The model ----
   "{} · {} on {}": "{} · {} sur {}",
   "{} · {} on {} · completes text, does not chat": "{} · {} sur {} · prolonge un texte, ne converse pas",
+  "{} · {} on {} · chats in Llama 2's format, a guess": "{} · {} sur {} · converse au format de Llama 2, une supposition",
   "{} · answered by {}": "{} · réponses de {}",
   "{} · answered by {} · completes text, does not chat": "{} · réponses de {} · prolonge un texte, ne converse pas",
   "a server": "un serveur",

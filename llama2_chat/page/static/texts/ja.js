@@ -390,6 +390,7 @@ export const SENTENCES = {
   // ---- The model ----
   "{} · {} on {}": "{} · {}（{}）",
   "{} · {} on {} · completes text, does not chat": "{} · {}（{}） · 会話はせず、文章の続きを書きます",
+  "{} · {} on {} · chats in Llama 2's format, a guess": "{} · {}（{}） · Llama 2 の書式で会話します（推測）",
   "{} · answered by {}": "{} · 回答：{}",
   "{} · answered by {} · completes text, does not chat": "{} · 回答：{} · 会話はせず、文章の続きを書きます",
   "a server": "サーバー 1 台",

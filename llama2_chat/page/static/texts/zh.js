@@ -381,6 +381,7 @@ export const SENTENCES = {
   // ---- The model ----
   "{} · {} on {}": "{} · {}，运行于 {}",
   "{} · {} on {} · completes text, does not chat": "{} · {}，运行于 {} · 续写文本，不聊天",
+  "{} · {} on {} · chats in Llama 2's format, a guess": "{} · {}，运行于 {} · 以 Llama 2 的格式聊天（推测）",
   "{} · answered by {}": "{} · 由{}回答",
   "{} · answered by {} · completes text, does not chat": "{} · 由{}回答 · 续写文本，不聊天",
   "a server": " 1 台服务器",
