@@ -76,8 +76,8 @@ class SelfCheck:
             found = [prefilled, decode(requests, token)]
             if any(len(logits) != len(requests) for logits in found):
                 raise ModelUnavailable(
-                    f"{type(self._model).__name__} scores other tokens than those it is asked for. Choose a Llama 2, or "
-                    "a model that answers as it does."
+                    f"{type(self._model).__name__} scores other tokens than those it is asked for. Choose a Llama 2, "
+                    "or a model that answers as it does."
                 )
             expected = [self._alone(request, steps, token, self._pool) for request in requests]
             exact = expected

@@ -119,7 +119,7 @@ def find_format(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def guesses_format(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether find_format() says Llama 2's and nothing else does: no setting, template, or name of a model from Meta."""
+    """Whether find_format() says Llama 2's and nothing else does: no setting, template or name of Meta's."""
     base = checkpoint.base
     if checkpoint.chat_format or tokenizer.chat_template or base.original:
         return False
