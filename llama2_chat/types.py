@@ -393,6 +393,8 @@ class Occupancy:
     host_tokens: int = 0  # of conversations that left the GPU, whose keys and values are in memory of the host
     host_capacity_tokens: int = 0  # that there is memory of the host for
     recalled_tokens: int = 0  # since the start: that came back from there
+    drafted_by_model: int = 0  # of `drafted` those that a DRAFT_MODEL guessed
+    accepted_by_model: int = 0  # of `accepted` the same
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.local_model import TimedReply, fresh_ids, load
 from llama2_chat.engine.drafts import Drafts
-from llama2_chat.types import GrammarSpec, Message, SamplingParams
+from llama2_chat.types import GrammarSpec, Message, Occupancy, SamplingParams
 from model import ChatModel
 
 ROUNDS = 3
@@ -95,12 +95,24 @@ def measure_draft(draft: Path) -> Iterator[Figures]:
             gains = _gains(chat, _talk(question), replace(settings, seed=seed))
             medians.append(statistics.median(gains))
             yield {f"a model's guesses, {kind}, {question} with / without": medians[-1]}
-        drafted = engine.occupancy.drafted - before.drafted
         yield {
             f"a model's guesses, {kind}: with / without": statistics.median(medians),
             f"a model's guesses, {kind}, least": min(medians),
-            f"a model's guesses, {kind}, that come true": (engine.occupancy.accepted - before.accepted) / drafted,
         }
+        yield _that_come_true(kind, before, engine.occupancy)
+
+
+def _that_come_true(kind: str, before: Occupancy, after: Occupancy) -> Figures:
+    """Which share of a model's guesses, how many there were of these, and the same of text that comes again."""
+    drafted, accepted = after.drafted - before.drafted, after.accepted - before.accepted
+    by_model = after.drafted_by_model - before.drafted_by_model
+    true_by_model = after.accepted_by_model - before.accepted_by_model
+    return {
+        f"a model's guesses, {kind}": by_model,
+        f"a model's guesses, {kind}, that come true": true_by_model / max(by_model, 1),
+        f"text that comes again, {kind}, guesses": drafted - by_model,
+        f"text that comes again, {kind}, that come true": (accepted - true_by_model) / max(drafted - by_model, 1),
+    }
 
 
 def _gains(chat: ChatModel, messages: list[Message], params: SamplingParams) -> list[float]:

@@ -110,6 +110,8 @@ class Engine:
                 scheduler.host_tokens,
                 self.runner.host_blocks * self.runner.block_size,
                 scheduler.recalled_tokens,
+                self._speculation.drafted_by_model,
+                self._speculation.accepted_by_model,
             )
 
     def submit(

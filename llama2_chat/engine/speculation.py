@@ -33,6 +33,7 @@ class Speculation:
     def __init__(self, runner: Runner[Any], scheduler: Scheduler, delivery: Delivery) -> None:
         self._runner, self._scheduler, self._delivery = runner, scheduler, delivery
         self.drafted = self.accepted = 0  # tokens since the start
+        self.drafted_by_model = self.accepted_by_model = 0  # of these
 
     def chunks(self, requests: Sequence[Request]) -> list[DraftChunk]:
         """The newest token of each request with guesses behind it, as many as one step can check and there is memory
@@ -105,15 +106,21 @@ class Speculation:
             going = [chunk for chunk in going if chunk.came_true(place)]
             accepted.update(chunk.request for chunk in going)
             place += 1
-        self.drafted += sum(len(chunk.draft) for chunk in drafted)
-        self.accepted += accepted.total()
         for chunk in drafted:
+            self._count(chunk, accepted[chunk.request])
             if chunk.request.drafts is None:
                 continue
             if chunk.by_model and chunk.draft and chunk.request.confidence is not None:
                 chunk.request.confidence.judge(len(chunk.draft), accepted[chunk.request])
             elif accepted[chunk.request] >= chunk.forced:
                 chunk.request.drafts.judge(len(chunk.draft) - chunk.forced, accepted[chunk.request] - chunk.forced)
+
+    def _count(self, chunk: DraftChunk, accepted: int) -> None:
+        self.drafted += len(chunk.draft)
+        self.accepted += accepted
+        if chunk.by_model:
+            self.drafted_by_model += len(chunk.draft)
+            self.accepted_by_model += accepted
 
     def _compute(self, chunks: Sequence[DraftChunk]) -> Verification[Any] | None:
         """Their logits; None if they cannot be computed. A request whose guesses spoil a step gets no more of them, and

@@ -68,6 +68,8 @@ def test_a_model_that_is_the_served_one_guesses_all_of_it(tiny_llama, obstinate,
                 streamer.rest()
         assert len(chunks) > 40
         assert all(chunk.draft == chunk.request.ids[chunk.start + 1 : chunk.end] for chunk in chunks)
+        counted = engine.occupancy
+        assert counted.drafted_by_model == counted.accepted_by_model == counted.drafted > 40
 
 
 def test_a_model_that_cannot_guess_costs_nobody_an_answer(tiny_llama, obstinate, caplog):

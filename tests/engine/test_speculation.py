@@ -134,6 +134,7 @@ def test_the_logits_of_checked_tokens_are_those_of_tokens_that_are_computed_one_
             engine.runner.sample = listening._sample
         assert all(torch.equal(*each) for each in zip(*heard, strict=True))
         assert 0 < engine.occupancy.accepted < engine.occupancy.drafted
+        assert engine.occupancy.drafted_by_model == 0
 
 
 @pytest.mark.slow
