@@ -34,6 +34,18 @@ class Answer:
     params: SamplingParams  # with the seed
 
 
+class Writer(NamedTuple):
+    """Which model answers were written by."""
+
+    name: str
+    fingerprint: str  # Files.fingerprint() of it, and of an adapter
+
+    @classmethod
+    def of(cls, base: BaseModel) -> Writer:
+        files = filter(None, (base.checkpoint.base, base.checkpoint.adapter))
+        return cls(base.checkpoint.model_id, " ".join(each.fingerprint() for each in files))
+
+
 class Writing(NamedTuple):
     """Who answers, and how many at once."""
 
@@ -102,8 +114,8 @@ def _write(writing: Writing, prompts: Sequence[list[int]], params: Sequence[Samp
     return answers
 
 
-def save_answers(answers: Sequence[Answer], file: Path) -> None:
-    """Ids, lengths and settings, small enough to be kept. Cut off, it leaves the file as it was."""
+def save_answers(answers: Sequence[Answer], writer: Writer, file: Path) -> None:
+    """Ids, lengths, settings and whose they are, small enough to be kept. Cut off, it leaves the file as it was."""
     ids = np.concatenate([np.array(answer.ids) for answer in answers])
     aside = file.with_suffix(".tmp.npz")
     np.savez_compressed(
@@ -113,17 +125,19 @@ def save_answers(answers: Sequence[Answer], file: Path) -> None:
         prompts=[answer.prompt_tokens for answer in answers],
         seeds=[answer.params.seed or 0 for answer in answers],
         temperatures=[answer.params.temperature for answer in answers],
+        writer=[*writer],
     )
     aside.replace(file)
 
 
-def read_answers(file: Path, params: SamplingParams, tokens: int) -> list[Answer]:
-    """What save_answers() wrote. params: with which make_answers() was called. tokens: of the model's vocabulary.
+def read_answers(file: Path, params: SamplingParams, writer: Writer) -> list[Answer]:
+    """What save_answers() wrote. params: with which make_answers() was called.
 
-    Raises ChatError for a file that is damaged, and for answers of a model that knows more tokens.
+    Raises ChatError for a file that is damaged, and for answers of another model than this writer.
     """
     try:
         with file.open("rb") as opened, np.load(opened) as saved:
+            wrote = Writer(*saved["writer"].tolist())
             starts = np.cumsum([0, *saved["lengths"]])
             ids = saved["ids"].tolist()
             settings = zip(saved["prompts"], saved["seeds"], saved["temperatures"], strict=True)
@@ -137,8 +151,9 @@ def read_answers(file: Path, params: SamplingParams, tokens: int) -> list[Answer
             ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         raise ChatError(f"{file} is damaged, or holds no answers of an earlier run. Delete it.") from error
-    if max(ids, default=0) >= tokens:
+    if wrote.fingerprint != writer.fingerprint:
         raise ChatError(
-            f"{file} holds answers of another model. Choose another --output_dir, or other --answers_files."
+            f"{file} holds answers of another model: {wrote.name} ({wrote.fingerprint[:12]}), and not {writer.name} "
+            f"({writer.fingerprint[:12]}). Choose another --output_dir, or other --answers_files."
         )
     return answers

@@ -24,7 +24,15 @@ from llama2_chat.loading.memory import free_host_bytes
 from llama2_chat.loading.read import translate_errors
 from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import FOLLOW_UPS, Answer, Writing, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_data import (
+    FOLLOW_UPS,
+    Answer,
+    Writer,
+    Writing,
+    make_answers,
+    read_answers,
+    save_answers,
+)
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import DraftOptions
 from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head, share_that_it_says
@@ -45,7 +53,7 @@ def train_draft(options: DraftOptions) -> None:
     model = _load(base, options)
     begun = _begun(model, options)
     if options.answers_files:
-        answers = [each for file in options.answers_files for each in read_answers(file, params, _tokens(model))]
+        answers = [each for file in options.answers_files for each in read_answers(file, params, Writer.of(base))]
     else:
         answers = _make_answers(base, model, options, params)
     random.Random(options.seed).shuffle(answers)
@@ -97,16 +105,12 @@ def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _tokens(model: PreTrainedModel) -> int:
-    return model.config.vocab_size
-
-
 def _make_answers(
     base: BaseModel, model: PreTrainedModel, options: DraftOptions, params: SamplingParams
 ) -> list[Answer]:
     """As many as are wanted, or as there is time for; those that an earlier run has saved are among them."""
-    file = options.output_dir / ANSWERS
-    answers = read_answers(file, params, _tokens(model)) if file.is_file() else []
+    file, writer = options.output_dir / ANSWERS, Writer.of(base)
+    answers = read_answers(file, params, writer) if file.is_file() else []
     writing = Writing(base, model, options.max_batch or _at_once(model, options))
     round_size, started, before = round(writing.at_once / (1 - FOLLOW_UPS)), time.monotonic(), len(answers)
     if answers:
@@ -120,7 +124,7 @@ def _make_answers(
             raise ChatError(
                 f"{options.model} makes up no questions that it answers, so there is nothing to learn from."
             )
-        save_answers(answers, file)
+        save_answers(answers, writer, file)
         tokens = sum(len(answer.ids) - answer.prompt_tokens for answer in answers[before:])
         seconds = time.monotonic() - started
         print(f"{len(answers):,} answers; {tokens:,} tokens in {seconds:.0f} s.", flush=True)

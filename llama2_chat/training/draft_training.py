@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -181,16 +182,21 @@ class Training:
         aside.replace(file)
 
     def go_on(self, file: Path) -> None:
-        """Raises ChatError if it was saved of other answers or options."""
-        states = torch.load(file, map_location=self._model.device, weights_only=True)
-        if states["what"] != self._what:
+        """Raises ChatError if it was saved of other answers or options, or is damaged."""
+        try:
+            states = torch.load(file, map_location=self._model.device, weights_only=True)
+            is_same = states["what"] == self._what
+            if is_same:
+                self.head.load_state_dict(states["head"])
+                self._optimizer.load_state_dict(states["optimizer"])
+                self.steps, self._seconds = states["steps"], states["seconds"]
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, UnpicklingError) as error:
+            raise ChatError(f"{file} is damaged. Delete it, and the head is trained from its beginning.") from error
+        if not is_same:
             raise ChatError(
                 f"{file} is a head half trained on other answers or with other options. Give these again, choose "
                 "another --output_dir, or delete it."
             )
-        self.head.load_state_dict(states["head"])
-        self._optimizer.load_state_dict(states["optimizer"])
-        self.steps, self._seconds = states["steps"], states["seconds"]
 
     @property
     def _what(self) -> list[object]:

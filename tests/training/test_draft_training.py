@@ -1,6 +1,7 @@
 """A head for guesses: its data, its training, its file, and that the engine makes of it what training did."""
 
 import copy
+import shutil
 from dataclasses import replace
 from itertools import islice, takewhile
 
@@ -14,9 +15,9 @@ from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_head
 from llama2_chat.training import draft_data, draft_writer
-from llama2_chat.training.base_model import BaseModel
+from llama2_chat.training.base_model import BaseModel, fetch_base
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import Answer, Writing, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_data import Answer, Writer, Writing, make_answers, read_answers, save_answers
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import HELP, DraftOptions
 from llama2_chat.training.draft_training import Training, make_batches, new_head, share_that_it_says, unrolled
@@ -29,6 +30,8 @@ from tests.support.small_model import untrained
 from tests.support.small_tokenizer import chatml
 
 PARAMS = SamplingParams(repetition_penalty=1)
+WRITER = Writer("a model", "a1b2c3")
+SHORT = DraftOptions(epochs=3, batch_tokens=24, max_length=20, guesses=2)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_training_teaches_a_head_what_the_model_says(model):
 
 def test_training_that_was_cut_off_goes_on_as_if_it_had_not_been(model, tmp_path):
     answers = [Answer([n, *range(n, n + 9)], 2, PARAMS) for n in range(6)]
-    options, heads = DraftOptions(epochs=3, batch_tokens=24, max_length=20, guesses=2), []
+    options, heads = SHORT, []
     batches = make_batches(model, answers, options)
     for cut_off in (False, True):
         torch.manual_seed(0)
@@ -116,19 +119,39 @@ def test_answers_are_saved_and_read(tmp_path):
         Answer([70_000, 2, 3], 1, SamplingParams(seed=3)),
         Answer([4, 5], 1, SamplingParams(seed=4, temperature=0)),
     ]
-    save_answers(answers, tmp_path / "answers.npz")
-    assert read_answers(tmp_path / "answers.npz", SamplingParams(), 70_001) == answers
-    with pytest.raises(ChatError, match="answers of another model"):
-        read_answers(tmp_path / "answers.npz", SamplingParams(), 70_000)
+    save_answers(answers, WRITER, tmp_path / "answers.npz")
+    assert read_answers(tmp_path / "answers.npz", SamplingParams(), WRITER) == answers
+
+
+def test_answers_of_another_model_are_refused_and_both_are_named(tmp_path):
+    save_answers([Answer([4, 5], 1, PARAMS)], WRITER, tmp_path / "answers.npz")
+    with pytest.raises(ChatError, match=r"a model \(a1b2c3\), and not its second version \(d4e5f6\)"):
+        read_answers(tmp_path / "answers.npz", PARAMS, Writer("its second version", "d4e5f6"))
+
+
+def test_a_writer_is_known_by_its_files_whatever_their_folder_is_called(chat_model, tmp_path):
+    copied = shutil.copytree(chat_model, tmp_path / "copy")
+    first, again = (Writer.of(fetch_base(str(folder))) for folder in (chat_model, copied))
+    assert (again.name, again.fingerprint) == (str(copied), first.fingerprint)
+
+
+@pytest.mark.parametrize("kept", [0, 9, 1000, -30])
+def test_a_half_trained_head_whose_file_is_damaged_is_said_to_be(model, tmp_path, kept):
+    answers, file = [Answer([1, 2, 3], 2, PARAMS)], tmp_path / "training.pt"
+    training = Training(model, new_head(model, answers, 0), make_batches(model, answers, SHORT), SHORT)
+    training.save(file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ChatError, match="is damaged"):
+        training.go_on(file)
 
 
 @pytest.mark.parametrize("kept", [0, 9, 400, -30])
 def test_answers_whose_file_is_damaged_are_said_to_be(tmp_path, kept):
     file = tmp_path / "answers.npz"
-    save_answers([Answer([4, 5], 1, PARAMS)], file)
+    save_answers([Answer([4, 5], 1, PARAMS)], WRITER, file)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ChatError, match="is damaged"):
-        read_answers(file, PARAMS, 9)
+        read_answers(file, PARAMS, WRITER)
 
 
 def test_answers_of_which_none_fits_are_no_batches(model):
