@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
+import statistics
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,17 +32,30 @@ EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")  # in an adapter that
 OF_ALL_TOKENS = re.compile(r"(embed_tokens|lm_head)\.(weight|lora_B\.weight|(?P<columns>lora_embedding_A))$")
 # Ways to begin that change the base by data, or on a GPU, that are not here: PEFT cannot do it again.
 NOT_REPEATED = ("corda", "loftq", "lora_ga")
+SUBTRACTED = ("pissa", "olora")  # ways to begin with a part of the base, which is taken away from it
+RESIDUAL = 0.5  # a base that has less than this in the directions of an adapter is what was left of another
 INSIDE = re.compile(r"\.(base_layer|modules_to_save|original_module)\b")  # of what PEFT puts around a layer
 
 
 def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: bool = False) -> PeftModel:
     """The base model with the checkpoint's adapter beside its weights."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     adapter = checkpoint.adapter
     assert adapter is not None
     with translate_errors(adapter):
         check_kind(adapter)
+        config: Any = None  # the adapter's own
+        if begins_by(adapter).startswith(SUBTRACTED) and _is_residual(model, adapter):
+            log.info("%s is what the beginning of %s left of its base", checkpoint.base, adapter)
+            config = PeftConfig.from_pretrained(str(adapter.folder))
+            config.init_lora_weights = True  # else PEFT would take the beginning away once more
+        elif "_niter_" in begins_by(adapter):
+            raise ModelUnavailable(
+                f"The adapter {adapter} begins with a part of its base that is found by chance (init_lora_weights: "
+                f"{begins_by(adapter)}), and it would not be the same one here. Set BASE_MODEL to the residual base "
+                "that was saved with it, or merge it where it was trained."
+            )
         embeddings: Any = model.get_input_embeddings()
         vocabulary = max(len(load_tokenizer(checkpoint)), _embedding_rows(adapter))
         if vocabulary > embeddings.num_embeddings:
@@ -48,7 +63,7 @@ def load_adapter(model: PreTrainedModel, checkpoint: Checkpoint, is_trainable: b
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
-                adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable)
+                adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=is_trainable, config=config)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelUnavailable(
                 f"The adapter {adapter} cannot be put on {checkpoint.base}: {first_line(error)}. Check BASE_MODEL and "
@@ -71,12 +86,41 @@ def check_kind(adapter: Files) -> None:
             f"The adapter {adapter} is an activated LoRA, which some tokens switch on (alora_invocation_tokens), and "
             "this program cannot. Choose one that is plain LoRA."
         )
-    begins = str(config.get("init_lora_weights", True)).lower()
+    begins = begins_by(adapter)
     if begins.startswith(NOT_REPEATED):
         raise ModelUnavailable(
             f"The adapter {adapter} belongs to a base that was changed before its training (init_lora_weights: "
             f"{begins}), and that cannot be repeated here. Merge it where it was trained, and set MODEL_ID to that."
         )
+
+
+def begins_by(adapter: Files) -> str:
+    """What its init_lora_weights says, in small letters: "true", "pissa", "pissa_niter_4", ..."""
+    return str(_read_json(adapter.folder / "adapter_config.json").get("init_lora_weights", True)).lower()
+
+
+def _is_residual(model: PreTrainedModel, adapter: Files) -> bool:
+    """Whether the base is what was left of another one, once the beginning of an adapter had been subtracted.
+
+    Its weights are then almost zero in the directions of B, in which the whole ones are larger than in others. Training
+    moves B, but not by much.
+    """
+    from peft.utils import load_peft_weights
+
+    tensors, layers = load_peft_weights(str(adapter.folder), device="cpu"), dict(model.named_modules())
+    shares = []
+    for name, b in itertools.islice(((name, b) for name, b in tensors.items() if name.endswith(".lora_B.weight")), 8):
+        layer: Any = layers.get(name.removeprefix("base_model.model.").removesuffix(".lora_B.weight"))
+        weight = getattr(layer, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            continue
+        weight = weight.detach().float().cpu()
+        weight = weight if len(weight) == len(b) else weight.T  # GPT-2 keeps them the other way round
+        if len(weight) == len(b):
+            directions = torch.linalg.qr(b.float()).Q  # [out_features, r]
+            share = (directions.T @ weight).square().sum() / weight.square().sum()
+            shares.append(float(share) * len(b) / b.shape[1])  # 1 in any directions
+    return bool(shares) and statistics.median(shares) < RESIDUAL
 
 
 def _check_tensors(adapted: PeftModel, adapter: Files) -> None:

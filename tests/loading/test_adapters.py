@@ -104,6 +104,27 @@ def test_lora_on_an_embedding_that_was_padded_is_loaded(tiny, tmp_path, layer):
     assert loaded.model.get_input_embeddings().num_embeddings == 128
 
 
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_took_its_beginning_from_the_base_is_right_on_what_was_left_of_that(tiny, tmp_path, begins):
+    # PEFT takes the beginning from whatever base it finds: of what was left it took another part, in silence.
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=begins, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter) * parameter.std()  # trained
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted)
+    left = shutil.copytree(tiny, tmp_path / "left")
+    adapted.unload().save_pretrained(left)
+    for base in (left, tiny):
+        checkpoint = fetch(choose(asking_for(tmp_path / "adapter", base_model=str(base))), ignore)
+        checkpoint = replace(checkpoint, quantization="float32")
+        if "niter" in begins and base == tiny:  # a part that is found by chance
+            assert "Set BASE_MODEL to the residual base" in refusal(load, checkpoint, ignore)
+        else:
+            torch.testing.assert_close(logits(load(checkpoint, ignore).model), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
