@@ -45,6 +45,12 @@ def quantization_of(config: Any) -> Config | None:
     return (own if isinstance(own, dict) else own.to_dict()) if own else None
 
 
+def comes_in_nf4(config: Any) -> bool:
+    """Whether a model's weights come in NF4 by bitsandbytes."""
+    quantization = quantization_of(config) or {}
+    return bool(quantization.get("load_in_4bit")) and quantization.get("bnb_4bit_quant_type") == "nf4"
+
+
 def check_readable(files: Files, quantization: Config) -> None:
     """Raise ModelUnavailable, by name, for a format that nothing here can read."""
     method = method_of(quantization)

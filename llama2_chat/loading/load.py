@@ -28,7 +28,7 @@ from llama2_chat.loading.adapters import check_stays_beside, load_adapter, merge
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.compiled import keep_compiled
 from llama2_chat.loading.config import made_from, read_config, read_generation_config, translate_config_errors
-from llama2_chat.loading.dequantize import check_readable, method_of, quantization_of
+from llama2_chat.loading.dequantize import check_readable, comes_in_nf4, method_of, quantization_of
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_draft
 from llama2_chat.loading.hub import Progress, cached_repo, fetch_weights
@@ -50,7 +50,7 @@ from llama2_chat.loading.memory import (
 from llama2_chat.loading.meta import convert_weights
 from llama2_chat.loading.packing import PackedConfig, finish_packed, read_packed, why_not_packed
 from llama2_chat.loading.parts import Part, choose_parts, share, why_not_divided
-from llama2_chat.loading.quantize import int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
+from llama2_chat.loading.quantize import adopt_nf4, int8_config, nf4_config, precision_of, quantize_int8, speed_up_nf4
 from llama2_chat.loading.read import read_model, translate_errors
 from llama2_chat.loading.unpack import check_room, unpacked
 from llama2_chat.prompt import LLAMA_2_FORMAT, NO_FORMAT, checked_format, encode, find_ending
@@ -287,24 +287,33 @@ def load_base(
     """The model without its adapter, whole on one device, to be trained or merged rather than served.
 
     precision: one of UNQUANTIZED; "nf4" or "int8" by bitsandbytes, which computes in what suits the device; or "int4",
-    on a GPU, to be looked at and not trained.
+    on a GPU, to be looked at and not trained. Weights that come in NF4 stay as they are where NF4 is asked for.
     divisible: let FSDP divide it among GPUs.
     """
     files, gpus = checkpoint.base, visible_gpus()
     if precision == "int4" and not gpus:
         raise ModelUnavailable(NO_INT4)
     size, dtype = measure(files), compute_dtype(gpus)
-    if method := size.comes_in:
-        raise ModelUnavailable(f"{files} comes quantised by {method}. Choose the original weights to train or merge.")
-    bring_weights(files, progress)
+    files = bring_base(checkpoint, precision, progress)
     configs: dict[str, Any] = {"nf4": nf4_config(dtype, divisible), "int8": int8_config(), "int4": PackedConfig("int4")}
     needed_bytes = size.needed_bytes(precision, 0)
     with translate_out_of_memory(str(files), precision, needed_bytes), translate_errors(files):
         own = getattr(torch, precision) if precision in UNQUANTIZED else dtype
-        model = read_model(files, own, configs.get(precision), {"": device})
+        comes_so = quantization_of(read_config(files)) is not None
+        model = read_model(files, own, None if comes_so else configs.get(precision), {"": device})
+        if comes_so:
+            adopt_nf4(model, dtype, divisible)
         if precision == "int4":
             finish_packed(model)
         return model
+
+
+def bring_base(checkpoint: Checkpoint, precision: str, progress: Progress) -> Files:
+    """Have what load_base() reads on this disk."""
+    if precision != "nf4" or not comes_in_nf4(read_config(checkpoint.base)):
+        return bring_plain(checkpoint, progress)
+    bring_weights(checkpoint.base, progress)
+    return checkpoint.base
 
 
 def bring_weights(files: Files, progress: Progress) -> None:
@@ -315,15 +324,16 @@ def bring_weights(files: Files, progress: Progress) -> None:
         fetch_weights(files, progress)
 
 
-def bring_plain(checkpoint: Checkpoint, progress: Progress) -> None:
+def bring_plain(checkpoint: Checkpoint, progress: Progress) -> Files:
     """Have its weights on this disk as they are read, unpacked if they come quantised."""
     config = read_config(checkpoint.base)
-    if quantization_of(config):
-        check_room(checkpoint.base, config, checkpoint.cache_dir)
+    if not quantization_of(config):
+        bring_weights(checkpoint.base, progress)
+        return checkpoint.base
+    check_room(checkpoint.base, config, checkpoint.cache_dir)
     bring_weights(checkpoint.base, progress)
-    if quantization_of(config):
-        with translate_errors(checkpoint.base):
-            unpacked(checkpoint.base, config, checkpoint.cache_dir)
+    with translate_errors(checkpoint.base):
+        return unpacked(checkpoint.base, config, checkpoint.cache_dir)
 
 
 def _load_for_serving(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ def nf4_config(compute_dtype: torch.dtype, divisible: bool = False) -> BitsAndBy
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=compute_dtype if divisible else torch.uint8,
     )
+
+
+def adopt_nf4(model: nn.Module, compute_dtype: torch.dtype, divisible: bool) -> None:
+    """Let layers that came in NF4 be as nf4_config() would have them, whatever their config says."""
+    from bitsandbytes.nn import Linear4bit
+
+    storage = compute_dtype if divisible else torch.uint8
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            module.compute_dtype = weight.quant_state.dtype = compute_dtype
+            module.quant_storage = weight.quant_storage = storage
+            weight.data = weight.data.view(-1).view(storage)[:, None]
 
 
 def quantize_int8(model: nn.Module) -> None:

@@ -126,9 +126,15 @@ def _let_bytes_be_copied(model: Any) -> None:
             module.register_parameter("of_another_dtype", torch.nn.Parameter(other, requires_grad=False))
 
 
-def fetch_weights(checkpoint: Checkpoint) -> None:
-    """Have the base's weights on this disk, and the adapter's."""
-    load.bring_weights(checkpoint.base, no_progress)
+def fetch_weights(checkpoint: Checkpoint, precision: str, merges: bool = False) -> None:
+    """Have the base's weights on this disk, to be loaded in this precision, and the adapter's.
+
+    merges: whether an adapter will be merged into the base, which is done in full precision.
+    """
+    load.measure(checkpoint.base)  # raises what speaks against it before anything is downloaded
+    load.bring_base(checkpoint, precision, no_progress)
+    if merges:
+        load.bring_plain(checkpoint, no_progress)
     if checkpoint.adapter:
         hub.fetch_weights(checkpoint.adapter, no_progress)
 

@@ -38,7 +38,7 @@ def train(options: Options) -> None:
         print_lines(f"{options.model_name} is an adapter, and is trained further with the rank and layers that it has.")
     if options.merge_and_push:
         merging.create_repo(options.merge_and_push)
-    fetch_weights(base.checkpoint)
+    fetch_weights(base.checkpoint, run.precision, bool(run.merged_to))
     run = replace(_with_hashes(run, every), model_sha256=base.checkpoint.base.fingerprint())
     if base.checkpoint.adapter:
         begins_as = {"adapter": base.checkpoint.adapter.fingerprint()[:12]}

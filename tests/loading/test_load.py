@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,18 +25,34 @@ def test_a_local_folder_is_loaded_as_it_lies(tiny):
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-def test_a_model_to_be_trained_is_in_the_precision_asked_for_and_never_one_that_came_quantised(tiny, tmp_path):
+def test_a_model_to_be_trained_is_in_the_precision_asked_for(tiny):
     checkpoint = fetch(choose(asking_for(tiny)), ignore)
     assert load_base(checkpoint, "float32", "cpu", ignore).dtype == torch.float32
     assert load_base(checkpoint, "nf4", "cpu", ignore).is_loaded_in_4bit
     assert load_base(checkpoint, "int8", "cpu", ignore).is_loaded_in_8bit
-    quantised = shutil.copytree(tiny, tmp_path / "quantised")
-    config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    checkpoint = fetch(choose(asking_for(quantised)), ignore)
-    assert "comes quantised by gptq" in refusal(load_base, checkpoint, "float32", "cpu", ignore)
+
+
+@pytest.mark.parametrize("divisible", [False, True])
+def test_weights_that_come_in_nf4_are_trained_as_they_are_and_unpacked_to_be_merged_into(tiny, tmp_path, divisible):
+    def base(folder, precision, *divisible):
+        checkpoint = fetch(choose(asking_for(folder, cache_dir=tmp_path)), ignore)
+        return load_base(checkpoint, precision, "cpu", ignore, *divisible)
+
+    first = base(tiny, "nf4")
+    for module in first.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float16  # which the config of the copy says
+    first.save_pretrained(tmp_path / "nf4")
+    again, plain = base(tmp_path / "nf4", "nf4", divisible), base(tmp_path / "nf4", "float32")
+    for one, other, unpacked in zip(
+        *(model.model.layers[1].mlp.children() for model in (first, again, plain)), strict=True
+    ):
+        if isinstance(unpacked, torch.nn.Linear):
+            assert torch.equal(other.weight.view(torch.uint8).flatten(), one.weight.flatten())
+            assert other.compute_dtype == other.weight.quant_state.dtype == torch.bfloat16
+            assert other.weight.dtype == (torch.bfloat16 if divisible else torch.uint8)
+            expected = bitsandbytes.functional.dequantize_4bit(one.weight, one.weight.quant_state)
+            torch.testing.assert_close(unpacked.weight, expected.float(), atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize(
