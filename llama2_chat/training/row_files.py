@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections import deque
@@ -14,6 +16,7 @@ from typing import IO, Any, NamedTuple
 from llama2_chat.errors import ChatError
 from llama2_chat.text import first_line
 
+DELIMITERS = ",;\t"  # of CSV, which spreadsheets write with semicolons where commas are for decimals
 NO_VALUE = {"nan", "NaN"}  # as pandas writes an empty cell
 
 
@@ -37,6 +40,10 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
     """name: what the places of the rows begin with. Raises ChatError if the file cannot be read at all."""
     try:
         yield from READERS[_kind(path)](path, name)
+    except UnicodeDecodeError as error:
+        raise ChatError(
+            f"{path} is not in UTF-8 ({first_line(error)}). Save it so; Excel calls that CSV UTF-8."
+        ) from error
     except (OSError, ValueError, RecursionError, EOFError, zlib.error, csv.Error) as error:  # pyarrow's are among them
         raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
 
@@ -75,16 +82,24 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
             raise
         yield from _read_jsonl(path, name)  # JSON Lines are often called .json
         return
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
     yield from numbered(name, rows if isinstance(rows, list) else [rows])
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Row]:
-    """A row with a stray quote costs itself alone: what follows it on other lines is read anew."""
+    """A row with a stray quote costs itself alone: what follows it on other lines is read anew.
+
+    As spreadsheets write it, too: with semicolons or tabs, in UTF-16, with a line "sep=;", and with empty cells behind
+    and below the table.
+    """
     csv.field_size_limit(2**30)  # 128 KB otherwise, which a long conversation exceeds
     with _open(path) as file:
-        lines = _Lines(file)
-        reader = csv.reader(lines, strict=True)
-        head = next(reader, [])
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        lines = _Lines(io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline=""))
+        reader = csv.reader(lines, delimiter=_delimiter(lines), strict=True)
+        head = _filled([cell.strip() for cell in next(reader, [])])
         while True:
             place = f"{name}, line {lines.begin()}"
             try:
@@ -95,6 +110,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
                 continue
             if cells is None:
                 return
+            cells = _filled(cells, len(head))
             if cells and len(cells) != len(head):
                 count = "more" if len(cells) > len(head) else "fewer"
                 yield Row(place, None, f"it has {count} columns than the first line names.")
@@ -103,11 +119,28 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
                 yield Row(place, dict(zip(head, values, strict=True)))
 
 
+def _delimiter(lines: _Lines) -> str:
+    """That of the columns which the first line names; a line that says which it is, as Excel takes it, is taken off."""
+    first = next(lines, "")
+    if first.lower().startswith("sep=") and len(first.strip()) == 5:
+        return first.strip()[4]
+    lines.ahead.append(first)
+    lines.number -= 1
+    return max(DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
+
+
+def _filled(cells: list[str], least: int = 0) -> list[str]:
+    """Without empty cells at the end, as far as there are more than the least; none of a row that is empty."""
+    if not any(cells):
+        return []
+    return cells[: max(least, *(place for place, cell in enumerate(cells, 1) if cell))]
+
+
 class _Lines:
     """The lines of a CSV file, of which all but the first of a row can be given back."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.lines = iter(file)
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = iter(lines)
         self.ahead: deque[str] = deque()  # given back
         self.taken: list[str] = []  # of this row
         self.number = 0  # of lines read
@@ -116,9 +149,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = (
-            self.ahead.popleft() if self.ahead else next(self.lines).decode("utf-8-sig" if not self.number else "utf-8")
-        )
+        line = self.ahead.popleft() if self.ahead else next(self.lines)
         self.number += 1
         self.taken.append(line)
         return line
@@ -142,6 +173,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

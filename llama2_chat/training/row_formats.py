@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Set
+from functools import cache
 from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
@@ -46,7 +47,7 @@ def recognise(columns: dict[str, Any], named: Set[str] = frozenset(), plain_text
 def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Those of the columns that names has, under the names of a known format; the others as they are.
 
-    Texts that get the same name are joined by a blank line.
+    Texts that get the same name are joined by a blank line. A known name may be written in capitals.
     """
     renamed: dict[str, Any] = {}
     for name, new in names.items():
@@ -54,8 +55,14 @@ def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
             continue
         value = columns[name]
         renamed[new] = _joined(renamed[new], value) if new in renamed else value
-    others = {name: value for name, value in columns.items() if name not in names}
+    others = {_spelled(name, columns): value for name, value in columns.items() if name not in names}
     return renamed | {f"{name} (its own)" if name in renamed else name: value for name, value in others.items()}
+
+
+def _spelled(name: Any, columns: Mapping[str, Any]) -> Any:
+    """A known name in small letters, however it is written."""
+    plain = str(name).strip().lower()
+    return plain if plain in known_columns() and plain not in columns else name
 
 
 def _joined(first: Any, second: Any) -> Any:
@@ -80,6 +87,7 @@ def columns_read(row_format: str) -> Set[str]:
     return FORMATS[row_format].needed | FORMATS[row_format].optional | systems
 
 
+@cache
 def known_columns() -> Set[str]:
     """What a column can be called."""
     return SYSTEMS.union(*(columns_read(name) for name in FORMATS))
@@ -106,7 +114,8 @@ def _as_message(turn: Any) -> Any:
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
         turn = {**others, "role": turn["from"], "content": turn.get("value")}
     if isinstance(turn, dict) and isinstance(turn.get("role"), str):
-        return turn | {"role": ROLES.get(turn["role"], turn["role"])}
+        role = turn["role"].lower()
+        return turn | {"role": ROLES.get(role, role)}
     return turn  # prompt.check_messages says what is wrong with it
 
 

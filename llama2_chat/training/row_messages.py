@@ -11,7 +11,7 @@ from llama2_chat import prompt
 from llama2_chat.errors import ChatError
 from llama2_chat.text import valid_unicode
 from llama2_chat.training.row_formats import PLAIN_TEXT, columns_read, is_empty, raw_messages
-from llama2_chat.training.row_tools import read_tools, with_calls
+from llama2_chat.training.row_tools import OFFERS, read_tools, with_calls
 from llama2_chat.types import Message, Tool
 
 # Whether an answer is learned, as OpenAI, axolotl and ms-swift write it: true, false, 1 or 0.
@@ -73,7 +73,7 @@ def read_row(columns: dict[str, Any], row_format: str, keep_unwanted: bool = Fal
         {name for name, value in columns.items() if not is_empty(value)}
         - columns_read(row_format)
         - flags.keys()
-        - {"tools"}
+        - {*OFFERS}
     )
     is_wanted = all(flags.values())
     if not (is_wanted or keep_unwanted):

@@ -12,14 +12,16 @@ from llama2_chat.types import Tool, ToolCall, ToolOffer
 
 CALLERS = {"function_call", "tool_call"}  # roles of messages that are calls
 RESULTS = {"tool", "function", "observation", "tool_response", "ipython"}  # roles of what came back
+OFFERS = ("tools", "functions")  # columns with tools, as OpenAI calls them today and called them before
 CALLS = ("tool_calls", "function_call")  # fields of an answer with calls
 
 
 def read_tools(columns: dict[str, Any]) -> tuple[Tool, ...]:
-    """Those of the column tools; none if there is none. Raises ChatError if they make no sense."""
-    if is_empty(columns.get("tools")):
+    """Those of the column tools, or functions; none if there is none. Raises ChatError if they make no sense."""
+    given = next((columns[name] for name in OFFERS if not is_empty(columns.get(name))), None)
+    if given is None:
         return ()
-    written = _parsed(columns["tools"])
+    written = _parsed(given)
     try:
         found = tuple(_tool(tool) for tool in written)
         return ToolOffer(found).tools if found else ()

@@ -17,9 +17,9 @@ def write_rows(path, *rows):
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0], delimiter="," if path.suffix == ".csv" else "\t")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()})

@@ -1,6 +1,7 @@
 """Every common format is read from every kind of file, and what cannot be used is named with its line."""
 
 import gzip
+import json
 import math
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_prompt_and_completion_may_be_messages_too(tmp_path):
 
 def test_roles_have_the_names_that_others_give_them(tmp_path):
     """A row with OpenAI's developer was left out, and one with Gemma's model under "role"."""
-    roles = [("developer", "Be kind."), ("human", QUESTION), ("model", ANSWER)]
+    roles = [("developer", "Be kind."), ("Human", QUESTION), ("model", ANSWER)]
     row = {"messages": [{"role": role, "content": text} for role, text in roles]}
     system = {"role": "system", "content": "Be kind."}
     assert chat_data.read(write_rows(tmp_path / "some.jsonl", row)).train[0].messages == [system, *MESSAGES]
@@ -131,6 +132,30 @@ def test_a_stray_quote_in_a_csv_costs_its_row_alone(tmp_path, name):
     assert fault.startswith(f"some.csv, line {line}: it is not CSV")
     lines = [number for number, written in enumerate(text.splitlines(), 2) if questions[-1] in written]
     assert data.train[-1].place == f"some.csv, line {lines[0]}"
+
+
+TABLE = 'Question; Answer \r\n"What is\r\n""a""; and b?";It is c.\r\n'
+SPREADSHEETS = {
+    "semicolons, where commas are for decimals": TABLE.encode("utf-8-sig"),
+    "a line that names the delimiter": ("sep=;\r\n" + TABLE).encode("utf-8-sig"),
+    "Unicode text": TABLE.replace(";", "\t").replace("\t and", "; and").encode("utf-16"),
+    "line ends of old Macs": TABLE.replace("\n", "").encode(),
+    "empty cells behind and below": (TABLE.replace("c.", "c.;;").replace("wer ", "wer;;") + ";;;\r\n" * 3).encode(),
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_a_table_is_read_as_spreadsheets_write_it(tmp_path, name):
+    (tmp_path / "some.csv").write_bytes(SPREADSHEETS[name])
+    data = chat_data.read(str(tmp_path / "some.csv"))
+    asked, answered = (message["content"] for message in data.train[0].messages)
+    assert asked.split() == ["What", "is", '"a";', "and", "b?"]
+    assert (answered, data.faults) == ("It is c.", [])
+
+
+def test_rows_may_lie_under_data(tmp_path):
+    (tmp_path / "some.json").write_text(json.dumps({"version": 1, "data": [ROWS["question and answer"]]}))
+    assert chat_data.read(str(tmp_path / "some.json")).train[0].messages == MESSAGES
 
 
 @pytest.mark.parametrize("name", ["some.csv", "some.jsonl", "some.json"])
@@ -218,7 +243,7 @@ def test_a_file_given_by_itself_is_the_train_split_whatever_it_is_called(tmp_pat
     ("name", "content", "sentence"),
     [
         ("none.jsonl", None, "There is no file or folder"),
-        ("folder", None, "has no file that ends with .csv, .json, .jsonl or .parquet"),
+        ("folder", None, "has no file that ends with .csv, .tsv, .json, .jsonl or .parquet"),
         ("some.txt", "a", "is not a file that ends with"),
         ("some.jsonl", "", "has no conversation to train on"),
         ("some.jsonl", '{"a": 1}', "its columns (a) belong to no known format"),
@@ -230,7 +255,7 @@ def test_a_file_given_by_itself_is_the_train_split_whatever_it_is_called(tmp_pat
         ("some.json", "[" * 100_000, "cannot be read"),
         ("some.csv", "messages\n" + "[" * 100_000, "its messages are not a list"),
         ("some.parquet", "a", "cannot be read"),
-        ("some.csv", b"prompt,completion\n\xff,a", "cannot be read"),
+        ("some.csv", b"prompt,completion\na,\xfc", "is not in UTF-8"),
     ],
 )
 def test_data_that_cannot_be_read_is_refused_with_a_sentence(tmp_path, name, content, sentence):

@@ -44,7 +44,7 @@ ROWS = {
         ],
     },
     "OpenAI's functions": {
-        "tools": [ADD],
+        "functions": [ADD],
         "messages": [
             ASKED,
             {"role": "assistant", "content": "", "function_call": CALL},
