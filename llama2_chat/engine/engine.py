@@ -247,6 +247,7 @@ class Engine:
                 self.runner.wait_for_block()
             self._attempt(self._prefill, arrived)
             self._attempt(self._decode, scheduler.decoding)
+            scheduler.cache.spare()
 
     def _admit(self) -> None:
         """Let in who waits; whoever has more than a share makes room."""
@@ -278,6 +279,8 @@ class Engine:
             request.sampled = request.answer_tokens
         if step.requests:
             self.delivery.launch(step)
+        self._scheduler.cache.spare()  # while the GPU computes
+        if step.requests:
             self.delivery.deliver()
         else:
             self.runner.synchronize()  # a chunk is measured whole

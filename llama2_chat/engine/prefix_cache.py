@@ -6,12 +6,14 @@ is touched here, and no torch imported.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-SPARE_BLOCKS = 8  # kept free, where the host takes what they held: so many can be handed out without waiting for copies
+SPARE_BLOCKS = (
+    16  # kept free, where the host takes what they held: so many can be handed out without waiting for copies
+)
 
 
 @dataclass(eq=False)
@@ -79,7 +81,7 @@ class PrefixCache:
         # is nobody's parent.
         self._away: OrderedDict[Node, None] = OrderedDict()
         self._roots: defaultdict[int, Node] = defaultdict(lambda: Node((), 0, None))  # of each adapter
-        self._free = list(range(num_blocks - 1, 0, -1))  # the lowest block is handed out first
+        self._free = deque(range(num_blocks - 1, 0, -1))  # the lowest block is handed out first
         self._evictable: OrderedDict[Node, None] = OrderedDict()  # leaves without references, the longest unused first
         self._unreferenced = 0  # blocks in the tree without references
 
@@ -96,11 +98,20 @@ class PrefixCache:
             self._make_way(next(iter(self._evictable)))
         return self._free.pop()
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the next block that is handed out must first be copied to the host."""
+        return not self._free and self._spares > 0
+
     def spare(self) -> None:
         """Let the host have what is unused for longest, so that some blocks are free before somebody needs them."""
-        wanted = min(SPARE_BLOCKS, self.num_blocks // 16) if self._host and self._host.host_blocks else 0
-        while len(self._free) < wanted and self._evictable:
+        while len(self._free) < self._spares and self._evictable:
             self._make_way(next(iter(self._evictable)))
+            self._free.rotate(1)  # handed out last: until then it has been copied
+
+    @property
+    def _spares(self) -> int:
+        return min(SPARE_BLOCKS, self.num_blocks // 16) if self._host and self._host.host_blocks else 0
 
     @property
     def host_blocks(self) -> int:

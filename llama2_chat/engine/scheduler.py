@@ -98,6 +98,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._memory_full = False  # then nobody comes in before somebody has left, or the youngest would thrash
+        self._has_room = True  # for the first in line, though admit() left it there
         self._batch_limit, self._chunk_limit = config.max_batch, config.longest_chunk
         self._readers: list[str] = []  # clients in the order in which their prompts were read, the latest at the end
 
@@ -152,7 +153,12 @@ class Scheduler:
     # ---- Admission and preemption ----
 
     def admit(self) -> None:
-        """Let requests in, in the order of the line, as long as there are slots, and blocks for their ids."""
+        """Let requests in, in the order of the line, as long as there are slots, and blocks for their ids.
+
+        Where blocks must be copied to the host before they are handed out, the others come in a turn later: those who
+        are being answered would wait until all is copied, and a step reads few prompts at a time anyway.
+        """
+        self._has_room = False
         if not self.running:
             self._memory_full = False
         while self.waiting and not self._memory_full and len(self.running) < self._batch_limit:
@@ -162,7 +168,9 @@ class Scheduler:
             self.waiting.remove(request)
             request.slot = self._free_slots.pop()
             self.running.append(request)
-        self.cache.spare()
+            if self.cache.is_short:
+                self._has_room = True
+                break
 
     def _is_being_read(self, request: Request) -> bool:
         """Whether just this prompt is being computed for somebody else, and will be in the cache within a few steps."""
@@ -222,7 +230,7 @@ class Scheduler:
     def in_the_way(self) -> Request | None:
         """The running request that must be preempted for the first in line, now that admit() has found no room for it:
         its client would still have as many as the other."""
-        if not self.waiting or not self.running or self.config.piece_size:
+        if not self.waiting or not self.running or self._has_room or self.config.piece_size:
             return None  # in pieces nobody is preempted, see _find_blocks()
         first, running = self.line[0], _counted(self.running)
         fair = running[first.client] + 1 < running[self.youngest.client] and not self._is_being_read(first)

@@ -170,6 +170,17 @@ def test_some_blocks_are_free_before_somebody_needs_them():
     assert saved == cache.host_blocks == 4
 
 
+def test_what_the_host_has_just_been_given_is_handed_out_last():
+    pages = Pages(100)
+    cache = PrefixCache(65, SIZE, pages)
+    for first in range(64):
+        keep_in(pages, cache, [first] * SIZE)
+    cache.spare()
+    first = cache.allocate()
+    cache.spare()  # a block of the next conversation, which is still being copied
+    assert [first, *(cache.allocate() for _ in range(4))] == [1, 2, 3, 4, 5]
+
+
 IDS = st.lists(st.integers(0, 1), min_size=1, max_size=3 * SIZE)  # so few that many begin alike
 
 

@@ -29,6 +29,18 @@ class Copies(list):
         self.append((source, target))
 
 
+class Host:
+    """Has room for many blocks."""
+
+    host_blocks = 100
+
+    def copy_block(self, source, target):
+        pass
+
+    def save_block(self, block, page):
+        pass
+
+
 def scheduler(copies=None, **config):
     return Scheduler(SchedulerConfig(**CONFIG | config), Copies() if copies is None else copies)
 
@@ -377,6 +389,22 @@ def test_a_client_with_all_memory_makes_room_for_another():
     s.preempt(s.in_the_way, memory_full=False)
     s.admit()
     assert s.running == [hogs[0], second]
+
+
+def test_where_blocks_leave_for_the_host_first_one_comes_in_at_a_time():
+    """Of 32 users, those who had their first token waited for the second until blocks for all others were copied."""
+    s = scheduler(Host(), max_batch=9, num_blocks=33)
+    for n in range(8):  # all blocks keep something
+        admitted(s, [n] * 15)
+        prefill(s, s.running)
+        s.finish(s.running[0])
+    wanted = admitted(s, *([10 + n] * 7 for n in range(6)), client="first")
+    other = admitted(s, [20] * 7, client="second")[0]
+    assert s.running == [wanted[0], other]
+    assert s.in_the_way is None
+    for count in range(3, 8):
+        s.admit()
+        assert len(s.running) == count
 
 
 def test_when_memory_is_full_whoever_has_most_gives_some_of_it_back():
