@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -74,19 +74,25 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
         gc.enable()
 
 
-def decode_kernel(model: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """kernels.attention.decode_attention, if all of the model is where it runs: bfloat16, GPUs of compute capability
-    8.0, heads of a power of two."""
+class StepKernels(NamedTuple):
+    """What steps take from kernels/, whether they are recorded or not."""
+
+    decode_attention: Callable[..., Tensor]
+    sample_narrow: Callable[..., Tensor]
+
+
+def step_kernels(model: PreTrainedModel) -> StepKernels | None:
+    """If all of the model is where they run: bfloat16, GPUs of compute capability 8.0, heads of a power of two."""
     devices = {parameter.device for parameter in model.parameters()}
     on_gpus = all(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) for device in devices)
     head_dim = getattr(model.config, "head_dim", None) or 0
     if not on_gpus or model.dtype != torch.bfloat16 or head_dim.bit_count() != 1:
         return None
     try:
-        from llama2_chat.kernels import attention, prefill_attention  # noqa: F401, the other operators of the steps
+        from llama2_chat.kernels import attention, prefill_attention, sampling  # noqa: F401
     except ImportError:  # no Triton here
         return None
-    return attention.decode_attention
+    return StepKernels(attention.decode_attention, sampling.sample_narrow)
 
 
 class RecordedWay:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cpu_llama import speed_up_llama
-from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, decode_kernel
+from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, step_kernels
 from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
 from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
@@ -406,7 +406,8 @@ def build_runner(
     weight, most_blocks = input_embeddings(model).weight, -(-context_length // BLOCK_SIZE)
     on_gpu = weight.device.type == "cuda"
     max_batch = max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
-    sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device)
+    kernel, sample_narrow = step_kernels(model) or (None, None)
+    sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device, sample_narrow)
     in_pieces = deterministic and on_gpu
     if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:
         compile_products(packed, in_order=(max_batch, PIECE_SIZE) if in_pieces else ())
@@ -414,7 +415,6 @@ def build_runner(
     if not on_gpu:
         fix_rows(model)
         speed_up_llama(model)
-    kernel = decode_kernel(model)
     if in_pieces:
         longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)

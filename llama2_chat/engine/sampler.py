@@ -7,7 +7,7 @@ own: a seed gives the same answer on any device and in any company.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,9 +118,19 @@ def highest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class SamplerState:
-    """The state of up to `slots` requests. One slot more takes what padding computes, and is never read."""
+    """The state of up to `slots` requests. One slot more takes what padding computes, and is never read.
 
-    def __init__(self, slots: int, vocab_size: int, max_new_tokens: int, device: torch.device) -> None:
+    sample_narrow: kernels.sampling.sample_narrow, where it runs.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        vocab_size: int,
+        max_new_tokens: int,
+        device: torch.device,
+        sample_narrow: Callable[..., Tensor] | None = None,
+    ) -> None:
         S, V = slots + 1, vocab_size
         self.padding = slots
         self.vocab_size = V
@@ -135,6 +145,12 @@ class SamplerState:
         self._true = torch.ones((), dtype=torch.bool, device=device)  # a CUDA graph takes no value from the host
         # A column for each setting of NEUTRAL.
         self._params = torch.tensor([list(NEUTRAL.values())], dtype=torch.float32, device=device).repeat(S, 1)
+        self._sample_narrow = sample_narrow
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As kernels.sampling takes it."""
+        return self._params, self._draws, self.tokens, self.positions, self._answer_tokens, self._seen, self._counts
 
     def join(self, slot: int, ids: Sequence[int], answer_tokens: int, params: SamplingParams, draws: Tensor) -> None:
         """Make a slot ready for a request of which ids are known, the last answer_tokens of them its answer so far."""
@@ -155,6 +171,8 @@ class SamplerState:
 
         logits: [N, V]. slots: int64 [N]. kept: NARROW if all requests are narrow, else the size of the vocabulary.
         """
+        if self._sample_narrow is not None and kept == NARROW:
+            return self._sample_narrow(logits, slots, kept, *self.tensors)
         params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))  # each [N, 1]
         temperature = params["temperature"]
         scores = self._penalise(logits[:, : self.vocab_size].float(), slots, params)

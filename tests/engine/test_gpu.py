@@ -21,6 +21,7 @@ from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
+from llama2_chat.engine.sampler import NARROW, SamplerState, draws
 from llama2_chat.engine.self_check import _CacheAsKept
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.kv_codes import CODES
@@ -192,6 +193,31 @@ def test_answers_with_a_grammar_share_recorded_steps_with_the_others(compiled, t
     assert [len(ids) for ids in found] == [30] * 6
     for n in (1, 3, 5):
         assert {(after - before) % 97 for before, after in itertools.pairwise([n, *found[n]])} <= {1, 2}
+
+
+def test_the_kernel_that_samples_chooses_as_the_sampler_does():
+    from llama2_chat.kernels.sampling import sample_narrow
+
+    torch.manual_seed(0)
+    plain, fast = (SamplerState(8, 32000, 256, torch.device("cuda"), kernel) for kernel in (None, sample_narrow))
+    settings = [
+        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": 1}
+        for temperature, top_k, top_p in itertools.product((0, 1.5), (5, 64), (0.8, 1))
+    ]
+    settings[3] |= {"repetition_penalty": 1.3, "min_p": 0.02}
+    settings[6] |= {"presence_penalty": 0.5, "frequency_penalty": 0.2}
+    for state in (plain, fast):
+        for slot, each in enumerate(settings):
+            params = SamplingParams(**each, seed=slot)
+            state.join(slot, [*range(slot, slot + 300)], 100, params, draws(params, 256))
+    slots = torch.tensor([3, 0, 8, 2, 1, 7, 8, 5, 4, 6], device="cuda")
+    for _ in range(40):
+        logits = 3 * torch.randn(10, 32003, device="cuda")
+        chosen, expected = (state.sample(logits, slots, NARROW)[slots < 8] for state in (fast, plain))
+        assert chosen.equal(expected)
+        assert all(mine[:8].equal(other[:8]) for mine, other in zip(fast.tensors, plain.tensors, strict=True))
+    logits[:5] = torch.nan
+    assert fast.sample(logits, slots, NARROW).sign().tolist()[:5] == [-1] * 5
 
 
 def test_recorded_steps_give_blocks_back(compiled):

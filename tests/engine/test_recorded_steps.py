@@ -23,7 +23,7 @@ from tests.engine.test_speculation import Pipelined
 from tests.support.engines import CPU, Stairs, running, start
 
 SCRIPT = r"""
-import sys, torch
+import copy, sys, torch
 sys.path.insert(0, {root!r})
 from functools import partial
 from torch.nn import functional as F
@@ -42,6 +42,7 @@ from llama2_chat.engine.sampler import SamplerState, draws
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.lora import LoraWeights
+from llama2_chat.kernels.sampling import sample_narrow
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -139,6 +140,16 @@ with torch.inference_mode():
     packer.unpack(piece, 1)
     for tensor, old in zip(tensors, before):
         assert tensor[1].equal(old[2]) and tensor[2:].equal(old[2:]) and tensor[0].equal(old[0])
+    # One kernel chooses as the sampler does.
+    state._params[:4] = torch.tensor([[0, 1, 1, 0, 1, 0, 0], [1, 40, 0.9, 0, 1, 0, 0], [2, 64, 1, 0.02, 1.3, 0, 0],
+                                      [3, 20, 0.8, 0, 1, 0.5, 0.2]])
+    again = copy.deepcopy(state)
+    for step in range(3):
+        logits = 5 * torch.randn(6, 97)
+        chosen = sample_narrow(logits, everyone, 64, *state.tensors)
+        assert chosen[:4].equal(again.sample(logits, everyone, 64)[:4])
+        assert all(mine[:4].equal(plain[:4]) for mine, plain in zip(state.tensors, again.tensors))
+    assert sample_narrow(torch.full((1, 97), torch.nan), torch.tensor([0]), 64, *state.tensors).tolist() == [-1]
     # With keys and values in 8 bits: what plain PyTorch computes over such a pool.
     pool, other = (new_pool(partial(EightBitPool, torch.int8)) for _ in range(2))
     recorded, eager = RecordedWay(model, pool, state, most_blocks=8), EagerWay(model, other, state, None, 8)

@@ -108,6 +108,7 @@ def take_steps(kv_heads, *formats):
     from llama2_chat.engine.paged_attention import ATTENTION
     from llama2_chat.engine.sampler import SamplerState
     from llama2_chat.kernels.kv_codes import CODES
+    from llama2_chat.kernels.sampling import sample_narrow
 
     cpu = torch.device("cpu")
     config = LlamaConfig(
@@ -121,10 +122,11 @@ def take_steps(kv_heads, *formats):
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     model.set_attn_implementation(ATTENTION)
     join_projections(model)
+    sampler = SamplerState(8, 97, 512, cpu, sample_narrow)
     for name in formats:
         make = KVPool if name == "none" else partial(EightBitPool, CODES[name])
         pool = make(model, lambda: {cpu: 2**26}, context_length=512, max_batch=8)
-        recorded = RecordedWay(model, pool, SamplerState(8, 97, 512, cpu), most_blocks=8)
+        recorded = RecordedWay(model, pool, sampler, most_blocks=8)
         for kind, size in recorded._sizes if name == "none" else [("decode", 8), ("prefill", 512)]:
             recorded._step(kind, size)
 
