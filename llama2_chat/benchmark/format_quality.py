@@ -26,7 +26,7 @@ from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training.base_model import fetch_checkpoint
 
 NOISE = 0.1  # beside the spread of each matrix; a step of the grid is about a third of it
-TRAIN_S = 120
+TRAIN_S = 90
 WINDOW, BATCH, LEARNING_RATE, WARMUP_STEPS = 1024, 16, 3e-4, 50
 AT_ONCE = 4  # of a batch's windows, so that it fits on an A10G
 EVAL_TOKENS = 65_536  # of source that is not trained on
