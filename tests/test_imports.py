@@ -95,6 +95,7 @@ def test_a_file_imports_only_rooms_that_its_own_may_know(file):
         ("llama2_chat.engine.scheduler", {"torch", "transformers"}),
         ("model", {"torch", "transformers", "gradio"}),
         ("app", {"torch", "transformers"}),  # a page whose model is elsewhere needs neither
+        ("llama2_chat.engine.model_runner", {"numba"}),  # which only models in 8 bits on a CPU need
     ],
 )
 def test_importing_a_file_loads_nothing_heavy(module, heavy):

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
@@ -31,32 +33,50 @@ class Part(NamedTuple):
     tables: Tensor  # int64 [N, B]: the blocks of each request that span() takes, padded with block 0
 
 
+class Places(NamedTuple):
+    """Where the tokens of N chunks are, as block_attention.py takes it."""
+
+    firsts: NDArray[np.int64]  # [N]: the first token of each in the step
+    starts: NDArray[np.int64]  # [N]: its position
+    ends: NDArray[np.int64]  # [N]: the position behind the last
+    tables: NDArray[np.int64]  # [N, B]: the blocks of each request, padded with block 0
+
+
 @dataclass
 class CpuStep:
     """The tokens of a step, [1, T], and where their keys and values are."""
 
     pool: KVPool
-    positions: Tensor  # int64 [T]
-    parts: list[Part]
+    chunks: Sequence[Chunk]
     _masks: dict[tuple[int, int, Scoring], list[Tensor]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, pool: KVPool, chunks: Sequence[Chunk]) -> CpuStep:
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]."""
+        return torch.cat([torch.arange(chunk.start, chunk.end) for chunk in self.chunks])
+
+    @cached_property
+    def places(self) -> Places:
+        starts, ends = np.array([(chunk.start, chunk.end) for chunk in self.chunks]).T.copy()
+        tables = _tables([chunk.request for chunk in self.chunks], -(-ends.max() // BLOCK_SIZE) * BLOCK_SIZE)
+        return Places((ends - starts).cumsum() - ends + starts, starts, ends, tables.numpy())
+
+    @cached_property
+    def parts(self) -> list[Part]:
         pieces: defaultdict[tuple[int, int], list[tuple[int, Request]]] = defaultdict(list)
         first = 0  # token of the step
-        for chunk in chunks:
+        for chunk in self.chunks:
             start = chunk.start
             while start < chunk.end:
                 end = min(chunk.end, span(start))
                 pieces[end - start, span(start)].append((first, chunk.request))
                 first, start = first + end - start, end
-        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         parts = []
         for (count, length), alike in pieces.items():
             firsts, requests = zip(*alike, strict=True)
             tokens = torch.tensor(firsts)[:, None] + torch.arange(count)
-            parts.append(Part(tokens, positions[tokens], _tables(requests, length)))
-        return cls(pool, positions, parts)
+            parts.append(Part(tokens, self.positions[tokens], _tables(requests, length)))
+        return parts
 
     @cached_property
     def _kv_index(self) -> Tensor:
@@ -69,22 +89,13 @@ class CpuStep:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Writes key and value, and lets each token attend to its request so far."""
         self.pool.write(layer, key, value, self._kv_index)
-        queries = query.transpose(1, 2)  # [1, T, heads, head_dim]
-        return self._mixed(layer, queries, query.shape[1] // key.shape[1], scoring).to(query.dtype)
-
-    def attend_joined(self, layer: int, states: Tensor, heads: int, scoring: Scoring) -> Tensor:
-        """The same of query, key and value side by side, float32 [1, T, heads + 2 * kv_heads, head_dim]."""
-        self.pool.write_joined(layer, states[0, :, heads:], self._kv_index)
-        return self._mixed(layer, states[:, :, :heads], 2 * heads // (states.shape[2] - heads), scoring)
-
-    def _mixed(self, layer: int, queries: Tensor, group: int, scoring: Scoring) -> Tensor:
-        """What comes of queries [1, T, heads, head_dim], of which `group` share a head of keys: float32, as many."""
+        queries, group = query.transpose(1, 2), query.shape[1] // key.shape[1]  # [1, T, heads, head_dim]
         masks = self._masks_for(group, queries.shape[3], scoring)
         outputs = [
             self._attend_part(layer, part, queries, mask, scoring) for part, mask in zip(self.parts, masks, strict=True)
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])[self._order]
-        return output.reshape(queries.shape)
+        return output.reshape(queries.shape).to(query.dtype)
 
     def _attend_part(self, layer: int, part: Part, queries: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
         """[N, T, heads, head_dim], float32. queries: [1, T, heads, head_dim], of the whole step."""

@@ -1,19 +1,28 @@
-"""A Llama's layers in 8 bits on a CPU, with few calls of PyTorch: for one token these take longer than the products.
+"""A Llama's layers in 8 bits on a CPU: what lies between the products is compiled (kernels/int8_rows.py), for in
+PyTorch's many small calls one token spends more time than in the products.
 
 What is computed is what LlamaDecoderLayer computes, in float32 between the products.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama2_chat.engine.cpu_attention import CpuStep
-from llama2_chat.engine.paged_attention import AttentionStep, Scoring, attend
+from llama2_chat.engine.kv_pool import CpuPool
+from llama2_chat.engine.paged_attention import AttentionStep, attend
+from llama2_chat.kernels.block_attention import HEAD_MULTIPLE, attend_blocks
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
+from llama2_chat.kernels.int8_rows import Codes
+
+Numbers = NDArray[np.float32]
 
 
 def speed_up_llama(model: PreTrainedModel) -> None:
@@ -27,9 +36,7 @@ def speed_up_layers(body: Any) -> None:
     if all(map(_suits, body.layers)):
         body.rotary_emb.__class__ = CpuRotaryEmbedding
         for layer in body.layers:
-            layer.input_layernorm.float()
-            layer.post_attention_layernorm.float()
-            layer.scoring = Scoring(layer.self_attn.scaling)
+            layer.shape = Shape.of(layer)
             layer.__class__ = CpuLlamaLayer
 
 
@@ -39,68 +46,97 @@ def _suits(layer: Any) -> bool:
         type(layer) is LlamaDecoderLayer
         and all(isinstance(linear, JoinedInt8Linear) for linear in (attention.q_proj, mlp.gate_proj))
         and all(isinstance(linear, Int8Linear) for linear in (attention.o_proj, mlp.down_proj))
+        and mlp.config.hidden_act == "silu"
+        and attention.head_dim % HEAD_MULTIPLE == 0
     )
 
 
 class CpuRotaryEmbedding(LlamaRotaryEmbedding):
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As _turn() takes them: cosines, and sines that are negative in the first half; [N, T, 1, head_dim]."""
-        cos, sin = super().forward(x.float(), position_ids)
-        sin[..., : sin.shape[-1] // 2].neg_()
-        return cos[:, :, None], sin[:, :, None]
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        """Cosines and sines of N x T tokens, each a float32 array [N * T, head_dim]."""
+        cos, sin = super().forward(x.float(), position_ids.expand(x.shape[0], -1))
+        return cos.flatten(0, 1).numpy(), sin.flatten(0, 1).numpy()
+
+
+class Norm(NamedTuple):
+    weight: Numbers
+    epsilon: float
+
+    @classmethod
+    def of(cls, norm: Any) -> Norm | None:
+        """None of one that changes nothing."""
+        return (
+            None if isinstance(norm, nn.Identity) else cls(norm.weight.detach().float().numpy(), norm.variance_epsilon)
+        )
+
+
+class Shape(NamedTuple):
+    """What is known of a layer before it computes."""
+
+    number: int  # of the layer
+    heads: int
+    kv_heads: int
+    scale: float
+    norms: tuple[Norm | None, Norm | None]  # before attention, and before what follows it
+
+    @classmethod
+    def of(cls, layer: Any) -> Shape:
+        attention = layer.self_attn
+        heads = attention.o_proj.in_features // attention.head_dim
+        norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
+        return cls(attention.layer_idx, heads, heads // attention.num_key_value_groups, attention.scaling, norms)
 
 
 class CpuLlamaLayer(LlamaDecoderLayer):
-    """Of a model that attends by paged_attention.ATTENTION, with its norms in float32."""
+    """Of a model that attends by paged_attention.ATTENTION."""
 
-    scoring: Scoring
+    shape: Shape
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        N, T, width = hidden_states.shape
-        attention: Any = self.self_attn  # whose layers are Int8Linear
-        mlp: Any = self.mlp
-        hidden = hidden_states.float().view(-1, width)
-        projected = attention.q_proj.together(_normed(hidden, self.input_layernorm))
-        attended = self._attend(projected.view(N, T, -1, attention.head_dim), **kwargs)
-        hidden = attention.o_proj.of_rows(attended.reshape(N * T, -1), hidden)
-        gate, up = mlp.gate_proj.together(_normed(hidden, self.post_attention_layernorm)).chunk(2, -1)
-        return mlp.down_proj.of_rows(mlp.act_fn(gate).mul_(up), hidden).view(N, T, width)
+        # Where Python finds them at once: looking for modules of a module takes as long as what is compiled.
+        parts: Any = self._modules
+        of_attention, of_mlp = parts["self_attn"]._modules, parts["mlp"]._modules
+        output = hidden_states.to(torch.float32, copy=True)
+        hidden = output.detach().view(-1, output.shape[2]).numpy()
+
+        codes = _normed(hidden, self.shape.norms[0])
+        cos, sin = kwargs.pop("position_embeddings")  # from CpuRotaryEmbedding
+        turned = self.shape.heads + self.shape.kv_heads
+        states = codes.turned(of_attention["q_proj"].products(codes), cos, sin, turned)
+        attended = Codes.of(self._attend(states, output.shape[:2], **kwargs))
+        attended.add_to(hidden, of_attention["o_proj"].products(attended))
+
+        codes = _normed(hidden, self.shape.norms[1])
+        gated = codes.gated(of_mlp["gate_proj"].products(codes))
+        gated.add_to(hidden, of_mlp["down_proj"].products(gated))
+        return output
 
     def _attend(
         self,
-        projected: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
+        states: Numbers,
+        shape: torch.Size,
         attention_mask: Tensor | None,
         past_key_values: Any = None,
         step: AttentionStep | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """projected: [N, T, heads + 2 * kv_heads, head_dim], float32, of query, key and value, which change."""
-        attention = self.self_attn
-        kv_heads = projected.shape[2] // (attention.num_key_value_groups + 2)
-        _turn(projected[:, :, :-kv_heads], *position_embeddings)
-        heads = projected.shape[2] - 2 * kv_heads
-        if isinstance(step, CpuStep):
-            return step.attend_joined(attention.layer_idx, projected, heads, self.scoring)
-        states = projected.transpose(1, 2)
-        query, key, value = states.split([heads, kv_heads, kv_heads], 1)
+    ) -> Numbers:
+        """[N * T, heads * head_dim], of query, key and value [N * T, heads + 2 * kv_heads, head_dim]. shape: N, T."""
+        number, heads, kv_heads, scale, _ = self.shape
+        count, _, head_dim = states.shape
+        if isinstance(step, CpuStep) and isinstance(step.pool, CpuPool):
+            output = np.empty((count, heads, head_dim), np.float32)
+            attend_blocks(states, *step.places, *step.pool.bits[number], scale, output)
+            return output.reshape(count, -1)
+        split = torch.from_numpy(states).view(*shape, -1, head_dim).transpose(1, 2)
+        query, key, value = split.split([heads, kv_heads, kv_heads], 1)
         key, value = key.bfloat16(), value.bfloat16()
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
-        key, value = key.float(), value.float()
-        output, _ = attend(attention, query, key, value, attention_mask, attention.scaling, step=step, **kwargs)
-        return output
+            key, value = past_key_values.update(key, value, number)
+        if step is None:
+            key, value = key.float(), value.float()
+        attended, _ = attend(self.self_attn, query, key, value, attention_mask, scale, step=step, **kwargs)
+        return attended.float().reshape(count, -1).numpy()
 
 
-def _normed(hidden: Tensor, norm: LlamaRMSNorm | nn.Identity) -> Tensor:
-    if isinstance(norm, nn.Identity):
-        return hidden
-    squares = hidden.square().mean(1, keepdim=True)
-    return hidden.mul(norm.weight).mul_(squares.add_(norm.variance_epsilon).rsqrt_())
-
-
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Give states [N, T, heads, head_dim] the rotary positions that CpuRotaryEmbedding tells."""
-    rolled = states.roll(states.shape[-1] // 2, -1)
-    states.mul_(cos).addcmul_(rolled, sin)
+def _normed(hidden: Numbers, norm: Norm | None) -> Codes:
+    return Codes.of(hidden) if norm is None else Codes.normed(hidden, *norm)

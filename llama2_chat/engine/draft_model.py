@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llama2_chat.engine.cpu_llama import speed_up_layers, speed_up_llama
 from llama2_chat.engine.kv_pool import input_embeddings, probe_keys
 from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, attention_windows
 from llama2_chat.engine.request import Request
@@ -62,7 +61,9 @@ class HeadNet:
         output = model.get_output_embeddings()
         self._output = _some_rows(output, head.ids)
         self.weights = _weights(head) + _weights(self._output)
-        if self._embeddings.weight.device.type == "cpu":
+        if isinstance(self._output, Int8Linear):
+            from llama2_chat.engine.cpu_llama import speed_up_layers  # which compiles what nobody else needs
+
             speed_up_layers(head)
 
     def probe(self) -> list[Tensor]:
@@ -90,10 +91,11 @@ class ModelNet:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self.weights = model, _weights(model)
         attention_windows(model)
-        device = input_embeddings(model).weight.device
-        if device.type == "cpu":
+        if isinstance(model.get_output_embeddings(), Int8Linear):
+            from llama2_chat.engine.cpu_llama import speed_up_llama  # which compiles what nobody else needs
+
             speed_up_llama(model)
-        self._mask = torch.empty(1, 1, 1, 1, device=device)
+        self._mask = torch.empty(1, 1, 1, 1, device=input_embeddings(model).weight.device)
 
     def probe(self) -> list[Tensor]:
         return probe_keys(self._model)

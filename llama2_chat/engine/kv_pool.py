@@ -1,6 +1,6 @@
 """The memory for keys and values of all conversations, in blocks. Which block holds what is prefix_cache's to know.
 
-They are kept as the model computes them, on a CPU side by side (JoinedPool), or in 8 bits (EightBitPool). Another
+They are kept as the model computes them, on a CPU transposed (CpuPool), or in 8 bits (EightBitPool). Another
 format is a subclass with its own `allocate`, `write` and `read`; whoever computes a step asks for nothing else, apart
 from the kernels, which take the tensors as they lie.
 """
@@ -13,9 +13,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import cached_property
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -139,11 +142,6 @@ class KVPool:
         for states, new in zip(self.layers[layer], (key, value), strict=True):
             states.view(-1, *states.shape[2:]).index_copy_(0, kv_index.to(states.device), new[0].transpose(0, 1))
 
-    def write_joined(self, layer: int, states: Tensor, kv_index: Tensor) -> None:
-        """The same of new keys and values side by side, [T, 2 * kv_heads, head_dim]."""
-        key, value = states.to(self.dtype).transpose(0, 1)[None].chunk(2, 1)
-        self.write(layer, key, value, kv_index)
-
     def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of one request, [1, kv_heads, length, head_dim].
 
@@ -158,27 +156,41 @@ class KVPool:
         return keys, values
 
 
-class JoinedPool(KVPool):
-    """For each layer of a model on the CPU its keys and values side by side, [num_blocks, BLOCK_SIZE, 2 * kv_heads,
-    head_dim], so that one call of PyTorch writes or reads both; read in float32."""
+class CpuPool(KVPool):
+    """For each layer of a model on the CPU its keys, [num_blocks, kv_heads, head_dim, BLOCK_SIZE], and its values,
+    [num_blocks, kv_heads, BLOCK_SIZE, head_dim]: a query is multiplied with all keys of a block at once. Read in
+    float32."""
 
     def allocate(self, keys: Tensor) -> tuple[Tensor, ...]:
-        return (_zeros((self.num_blocks, BLOCK_SIZE, 2 * keys.shape[1], keys.shape[3]), keys.dtype, keys.device),)
+        blocks, kv_heads, head_dim = self.num_blocks, keys.shape[1], keys.shape[3]
+        shapes = (blocks, kv_heads, head_dim, BLOCK_SIZE), (blocks, kv_heads, BLOCK_SIZE, head_dim)
+        return tuple(_zeros(shape, keys.dtype, keys.device) for shape in shapes)
 
     def write(self, layer: int, key: Tensor, value: Tensor, kv_index: Tensor) -> None:
-        self.write_joined(layer, torch.cat([key, value], 1)[0].transpose(0, 1), kv_index)
-
-    def write_joined(self, layer: int, states: Tensor, kv_index: Tensor) -> None:
-        (kept,) = self.layers[layer]
-        kept.view(-1, *states.shape[1:]).index_copy_(0, kv_index, states.to(kept.dtype))
+        keys, values = self.layers[layer]
+        block, offset = kv_index // BLOCK_SIZE, kv_index % BLOCK_SIZE
+        keys[block, :, :, offset] = key[0].transpose(0, 1).to(keys.dtype)
+        values[block, :, offset] = value[0].transpose(0, 1).to(values.dtype)
 
     def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         keys, values = self.read_batch(layer, blocks[None])
         return keys[:, :, :length], values[:, :, :length]
 
     def read_batch(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = _gather_batch(self.layers[layer][0], tables).float().chunk(2, 1)
+        keys, values = self.layers[layer]
+        found = [states.index_select(0, tables.flatten()).unflatten(0, tables.shape) for states in (keys.mT, values)]
+        keys, values = (states.transpose(1, 2).flatten(2, 3).float() for states in found)
         return keys, values
+
+    @cached_property
+    def bits(self) -> list[tuple[NDArray[np.uint16], ...]]:
+        """Of each layer its keys and values, where they are bfloat16, as arrays for compiled functions."""
+        return [tuple(states.view(torch.uint16).numpy() for states in layer) for layer in self.layers]
+
+    def of_beside(self) -> KVPool:
+        pool = super().of_beside()
+        vars(pool).pop("bits", None)
+        return pool
 
 
 class EightBitPool(KVPool):
@@ -262,7 +274,7 @@ def make_pool(
         room = _fitting(free_bytes(), _block_bytes([*probe, *beside], KVPool.token_bytes)) * BLOCK_SIZE
     name = choose_format(kv_cache, gpus, room, enough_tokens(max_batch, context_length))
     if name is None:
-        kind = JoinedPool if all(device.type == "cpu" for device in devices) else KVPool
+        kind = CpuPool if all(device.type == "cpu" for device in devices) else KVPool
         return kind(model, free_bytes, context_length, max_batch, beside)
     return EightBitPool(CODES[name], model, free_bytes, context_length, max_batch, beside)
 

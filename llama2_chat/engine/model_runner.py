@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama2_chat.engine.adapters import add_adapters
-from llama2_chat.engine.cpu_llama import speed_up_llama
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, step_kernels
 from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
 from llama2_chat.engine.host_store import HostStore
@@ -34,6 +33,7 @@ from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, Ste
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
+from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.kernels.lora import AdapterRows, LoraWeights
 from llama2_chat.kernels.packed import PackedLinear, compile_products
 from llama2_chat.settings import CPU_BATCH, GPU_BATCH
@@ -414,7 +414,10 @@ def build_runner(
     windows = attention_windows(model)
     if not on_gpu:
         fix_rows(model)
-        speed_up_llama(model)
+        if isinstance(model.get_output_embeddings(), Int8Linear):
+            from llama2_chat.engine.cpu_llama import speed_up_llama  # which compiles what nobody else needs
+
+            speed_up_llama(model)
     if in_pieces:
         longest_chunk = PIECE_SIZE
     chunk = min(longest_chunk or GPU_CHUNK, context_length)

@@ -110,7 +110,7 @@ class EagerWay:
 
     def step(self, chunks: Sequence[Chunk]) -> AttentionStep:
         """Where the keys and values of these chunks are."""
-        return CpuStep.of(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+        return CpuStep(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
@@ -127,7 +127,7 @@ class EagerWay:
         return ModelStep([*requests], logits[rows], slots)
 
     def _cpu_decode(self, requests: Sequence[Request]) -> CpuStep:
-        return CpuStep.of(self._pool, [Chunk(request, request.computed, request.computed + 1) for request in requests])
+        return CpuStep(self._pool, [Chunk(request, request.computed, request.computed + 1) for request in requests])
 
     def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)

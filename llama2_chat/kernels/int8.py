@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,18 @@ from torch.nn import functional as F
 
 from llama2_chat.kernels.shared_product import SharedProduct
 
-HIGH_AND_WHOLE = torch.tensor([127.0, 127.0 * 128])[:, None, None]
+if TYPE_CHECKING:
+    from llama2_chat.kernels.int8_rows import Codes
+
 FEW_ROWS = 16  # of bytes: up to 8 tokens
-ROWS_MULTIPLE = 16
-ZERO = 128  # of bytes without a sign
-SIGN = torch.tensor(-ZERO, dtype=torch.int8)  # as a tensor: PyTorch takes longer to make one than to use it
+ZERO = 128  # of bytes without a sign: oneDNN has fast kernels without AMX for these alone
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are 8-bit integers with one scale per output channel.
 
-    Each row of what comes in becomes integers of 15 bits and a sign, with a scale of its own, as two bytes: a high and
-    a low one. Sums of integers are exact in any order, so a row comes out the same, bit for bit, alone and among
-    others, whichever kernel adds it up.
+    What comes in becomes integers, too (int8_rows.py). Sums of integers are exact in any order, so a row comes out the
+    same, bit for bit, alone and among others, whichever kernel adds it up.
     """
 
     MULTIPLE = 64  # of in_features: _weight_int8pack_mm reads past the end of a row of any other length
@@ -39,10 +39,14 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()  # [out, in]
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         codes = (weight / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", _packed(codes) if packed_products_are_exact() else codes)
+        packed = packed_products_are_exact()
+        self.register_buffer("weight", _packed(codes) if packed else codes)
         self.register_buffer("scale", scale / (127 * 128))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        # Where Python finds them at once: looking for buffers of a module takes as long as a small product.
+        self._packed = (self.weight, self.scale) if packed else None
+        self._bias = self.bias
 
     @property
     def codes(self) -> Tensor:
@@ -50,25 +54,23 @@ class Int8Linear(nn.Module):
         return self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.of_rows(x.reshape(-1, self.in_features).float())  # [..., in] -> [rows, in]
+        from llama2_chat.kernels.int8_rows import Codes  # compiled, which nobody needs without such layers
+
+        rows = x.detach().reshape(-1, self.in_features).float()
+        codes = Codes.of(rows.contiguous().numpy())
+        y = torch.from_numpy(codes.joined(self.products(codes)))
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def of_rows(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
-        """What comes of float32 [rows, in], and is added to float32 [rows, out] if that is given."""
-        largest = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30)
-        both = rows.mul(HIGH_AND_WHOLE / largest).round_()  # [2, rows, in]
-        high, whole = both.unbind()
-        whole.sub_(high, alpha=128)  # the low byte is what is left
-        products, count = self._product(_padded(both.to(torch.int8).view(-1, rows.shape[1]))), rows.shape[0]
-        y = products[count : 2 * count].add_(products[:count], alpha=128)
-        y = y.mul_(largest) if added is None else torch.addcmul(added, y, largest)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        """rows @ weight.T, times the scales, of int8 [rows, in]: float32. Changes rows."""
-        if self.weight.is_mkldnn:
-            return _packed_product(rows, self.weight, self.scale)
-        return self._sums(rows).float().mul_(self.scale)
+    def products(self, codes: Codes) -> Tensor:
+        """float32 [rows of bytes, out], of the bytes of rows [n, in]; what the rows are multiplied to joins them."""
+        rows = torch.from_numpy(codes.bytes)
+        if self._packed is not None:
+            products = _packed_product(rows, *self._packed)
+        else:
+            products = self._sums(rows.sub(ZERO).view(torch.int8)).float().mul_(self.scale)
+        if self._bias is not None:
+            codes.add_to_products(products, self._bias)
+        return products
 
     def _sums(self, rows: Tensor) -> Tensor:
         """rows @ weight.T of int8 [rows, in], in integers, or rounded to bfloat16 where only floats are fast."""
@@ -96,11 +98,15 @@ class JoinedInt8Linear(Int8Linear):
     def __init__(self, whole: Int8Linear, start: int, end: int, shared: SharedProduct) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = whole.in_features, end - start
-        self.together = whole.of_rows  # of all of them, side by side
+        self._whole = [whole]  # in a list, so that it is no module of this one
         self._shared, self._start, self._end = shared, start, end
 
     def forward(self, x: Tensor) -> Tensor:
         return self._shared.part(x, self._start, self._end)
+
+    def products(self, codes: Codes) -> Tensor:
+        """Of all of them, side by side."""
+        return self._whole[0].products(codes)
 
 
 def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
@@ -115,23 +121,16 @@ def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
     return [JoinedInt8Linear(joined, start, end, shared) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """oneDNN keeps a program for each number of rows it has met, so it shall meet few."""
-    multiple = 2 * ROWS_MULTIPLE if len(rows) > FEW_ROWS else 1
-    return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
-
-
 def _packed(codes: Tensor) -> Tensor:
     """Weights, int8 [out, in], as oneDNN reads them at once; to_dense() gives their transpose back."""
     return torch.ops.onednn.qlinear_prepack(codes, None)
 
 
 def _packed_product(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """rows @ packed, times a scale for each column: float32. rows: int8 [rows, in], which change."""
-    unsigned = rows.bitwise_xor_(SIGN).view(torch.uint8)  # oneDNN has fast kernels without AMX for these alone
-    zero_points = _zeros(len(scale))
+    """(rows - ZERO) @ packed, times a scale for each column: float32. rows: uint8 [rows, in]."""
+    zero_points = _zeros(scale.shape[0])
     return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, ZERO, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        rows, 1.0, ZERO, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -149,7 +148,8 @@ def packed_products_are_exact() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     largest = torch.full((64, 64), 127, dtype=torch.int8)
-    products = (_packed_product(largest[:rows].clone(), _packed(largest), torch.ones(64)) for rows in (1, 2, 8, 16, 64))
+    rows = torch.full((64, 64), ZERO + 127, dtype=torch.uint8)
+    products = (_packed_product(rows[:count], _packed(largest), torch.ones(64)) for count in (1, 2, 8, 16, 64))
     return all(bool((product == 64 * 127**2).all()) for product in products)
 
 

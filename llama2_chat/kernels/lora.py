@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama2_chat.kernels.fixed_rows import MANY_ROWS, ROWS
+
+if TYPE_CHECKING:
+    from llama2_chat.kernels.int8_rows import Codes
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class AdaptedLinear(nn.Module):
         self.base_layer: Any = base_layer
         self.lora, self._rows = lora, rows
         self.shared: Lora | None = None  # of all layers that have its input, at the first of them
-        self._widths: list[int] = []  # of what they give
+        self._widths: list[Any] = [self.base_layer.out_features]  # of what they give
 
     def forward(self, x: Tensor) -> Tensor:
         y, mask = self.base_layer(x), self._rows.mask
@@ -201,21 +204,15 @@ class AdaptedLinear(nn.Module):
         (added,) = self.lora(x, mask)
         return (y + added).to(y.dtype)
 
-    def of_rows(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
-        """As Int8Linear has it."""
-        y, mask = self.base_layer.of_rows(rows, added), self._rows.mask
-        if mask is None or self.lora is None:
-            return y
-        (more,) = self.lora(rows, mask)
-        return y.add_(more)
-
-    def together(self, rows: Tensor) -> Tensor:
-        """As JoinedInt8Linear has it."""
-        y, mask = self.base_layer.together(rows), self._rows.mask
-        if mask is not None and self.shared is not None:
-            for part, added in zip(y.split(self._widths, -1), self.shared(rows, mask), strict=True):
+    def products(self, codes: Codes) -> Tensor:
+        """As Int8Linear and JoinedInt8Linear have it."""
+        y, mask = self.base_layer.products(codes), self._rows.mask
+        lora = self.lora if self.shared is None else self.shared
+        if mask is not None and lora is not None:
+            parts = y.split(self._widths, -1)
+            for part, added in zip(parts, lora(torch.from_numpy(codes.rows), mask), strict=True):
                 if added is not None:
-                    part += added
+                    codes.add_to_products(part, added)
         return y
 
     def share(self, linears: Sequence[AdaptedLinear]) -> None:

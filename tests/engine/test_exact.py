@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from llama2_chat.engine.cpu_llama import CpuLlamaLayer, speed_up_llama
 from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.kernels import fixed_rows
@@ -70,7 +72,8 @@ def model(request):
 @contextmanager
 def running(model, **options):
     """With memory for as many tokens as eight prompts of 1,600 have."""
-    engine = Engine(build_runner(model, lambda: {CPU: 2**40}, context_length=1600, **options), set())
+    options = {"make_pool": partial(make_pool, "none"), "context_length": 1600} | options
+    engine = Engine(build_runner(model, lambda: {CPU: 2**40}, **options), set())
     try:
         yield engine
     finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llama2_chat.engine.kv_pool import BLOCK_SIZE, EightBitPool, JoinedPool, make_pool
+from llama2_chat.engine.kv_pool import BLOCK_SIZE, CpuPool, EightBitPool, make_pool
 from llama2_chat.engine.paged_attention import DecodeStep, Scoring
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.kv_codes import CODES, decode, encode
@@ -144,5 +144,5 @@ def test_a_model_with_windows_and_soft_caps_answers_as_with_exact_keys(kv_cache)
 
 def test_the_two_kinds_of_pool_are_told_apart(tiny_llama):
     kinds = [pool_of(tiny_llama, kv_cache) for kv_cache in ("none", "int8")]
-    assert [type(pool) for pool in kinds] == [JoinedPool, EightBitPool]
+    assert [type(pool) for pool in kinds] == [CpuPool, EightBitPool]
     assert [pool.is_exact for pool in kinds] == [True, False]

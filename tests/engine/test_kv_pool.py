@@ -66,15 +66,12 @@ def test_a_pool_on_a_cpu_takes_memory_once_conversations_fill_it(tiny_llama, kv_
 
 
 @pytest.mark.parametrize("kv_cache", ["none", "int8"])
-def test_keys_and_values_that_come_side_by_side_are_kept_as_those_that_come_apart(tiny_llama, kv_cache):
-    together, apart = (make_pool(kv_cache, tiny_llama, lambda: {CPU: 2**24}, 1000, max_batch=1) for _ in range(2))
+def test_keys_and_values_are_read_as_they_were_written(tiny_llama, kv_cache):
+    pool = make_pool(kv_cache, tiny_llama, lambda: {CPU: 2**24}, 1000, max_batch=1)
     config, index = tiny_llama.config, torch.tensor([70, 71, 200, 3, 64])
-    states = torch.randn(len(index), 2 * config.num_key_value_heads, config.head_dim)
-    key, value = states.to(together.dtype).transpose(0, 1)[None].chunk(2, 1)
-    together.write_joined(1, states, index)
-    apart.write(1, key, value, index)
-    for kept, same in zip(together.tensors, apart.tensors, strict=True):
-        assert torch.equal(kept, same)
-    found = together.read(1, torch.arange(4), 250)
-    for read, written in zip(found, together.as_kept(key, value), strict=True):
+    shape = 1, config.num_key_value_heads, len(index), config.head_dim
+    key, value = torch.randn(2, *shape, dtype=pool.dtype)
+    pool.write(1, key, value, index)
+    found = pool.read(1, torch.arange(4), 250)
+    for read, written in zip(found, pool.as_kept(key, value), strict=True):
         assert torch.equal(read[:, :, index], written.to(read.dtype))

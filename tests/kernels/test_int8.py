@@ -74,14 +74,6 @@ def test_processors_that_lose_nothing_give_the_same_bits_however_they_keep_weigh
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_may_be_added_to_what_is_there_before(bias):
-    torch.manual_seed(0)
-    layer, x, before = Int8Linear(random_linear(128, 48, bias)), torch.randn(9, 128), torch.randn(9, 48)
-    torch.testing.assert_close(layer.of_rows(x, before), before + layer(x))
-    assert torch.equal(layer.of_rows(x, before)[4:5], layer.of_rows(x[4:5], before[4:5]))
-
-
-@pytest.mark.parametrize("bias", [True, False])
 def test_joined_layers_compute_what_each_computes_alone(bias):
     torch.manual_seed(0)
     linears = [random_linear(128, width, bias) for width in (64, 32, 32)]

@@ -1,0 +1,160 @@
+"""Attention of a Llama on the CPU over the blocks of a KV pool, compiled: each token's comes out the same, bit for bit,
+whoever shares the step and in whatever chunks a prompt is read.
+
+A token goes through its keys block after block, and keeps what it has found so far beside the largest score. Four rows
+of queries at a time are multiplied with a block, each as it would be alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, fma, part
+
+BLOCK = 64  # tokens of a block, and dimensions of a head that are computed together
+ROWS = 4  # of queries that are multiplied at once
+HEAD_MULTIPLE = 4  # of head_dim, for as many numbers of a row are multiplied at once
+
+
+@part
+def add_product(left, right, output):
+    """output [ROWS, BLOCK] += left [ROWS, n] @ right [n, BLOCK], each as one row of numbers. n: of HEAD_MULTIPLE."""
+    n = len(right) // BLOCK
+    for quarter in range(n // 4):
+        a = 4 * quarter
+        b, c, d, at = a + n, a + 2 * n, a + 3 * n, a * BLOCK
+        a0, a1, a2, a3 = left[a], left[a + 1], left[a + 2], left[a + 3]
+        b0, b1, b2, b3 = left[b], left[b + 1], left[b + 2], left[b + 3]
+        c0, c1, c2, c3 = left[c], left[c + 1], left[c + 2], left[c + 3]
+        d0, d1, d2, d3 = left[d], left[d + 1], left[d + 2], left[d + 3]
+        for j in range(BLOCK):
+            r0, r1 = right[at + j], right[at + BLOCK + j]
+            r2, r3 = right[at + 2 * BLOCK + j], right[at + 3 * BLOCK + j]
+            output[j] = fma(a3, r3, fma(a2, r2, fma(a1, r1, fma(a0, r0, output[j]))))
+            output[BLOCK + j] = fma(b3, r3, fma(b2, r2, fma(b1, r1, fma(b0, r0, output[BLOCK + j]))))
+            output[2 * BLOCK + j] = fma(c3, r3, fma(c2, r2, fma(c1, r1, fma(c0, r0, output[2 * BLOCK + j]))))
+            output[3 * BLOCK + j] = fma(d3, r3, fma(d2, r2, fma(d1, r1, fma(d0, r0, output[3 * BLOCK + j]))))
+
+
+@part
+def turn_into_shares(scores, seen, before, totals):
+    """Let the scores of a row in one block become its shares there; totals are those of the row so far.
+
+    before: the highest score of the row so far. Returns the highest now, and by what earlier shares shrink.
+    """
+    highest = before
+    for j in range(seen):
+        highest = scores[j] if scores[j] > highest else highest
+    shrink = exp(before - highest)
+    for j in range(seen, BLOCK):
+        scores[j] = -np.inf
+    for j in range(BLOCK):
+        scores[j] = exp(scores[j] - highest) if j < seen else np.float32(0)
+        totals[j] = totals[j] * shrink + scores[j]
+    return highest, shrink
+
+
+@part
+def whole_sum(numbers):
+    """Of BLOCK numbers, which change, in pairs."""
+    width = BLOCK // 2
+    while width:
+        for j in range(width):
+            numbers[j] += numbers[width + j]
+        width //= 2
+    return numbers[0]
+
+
+@part
+def widened(bits):
+    """float32 of a bfloat16's bits."""
+    return float_of(np.uint32(np.uint32(bits) << np.uint32(16)))
+
+
+@part
+def rounded(number):
+    """The bits of the bfloat16 that is nearest, the even one of two."""
+    bits = bits_of(number)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@part
+def widen_keys(block, key_block):
+    head_dim = len(block)
+    for d in range(head_dim):
+        row, bits = key_block[d * BLOCK : (d + 1) * BLOCK], block[d]
+        for token in range(BLOCK):
+            row[token] = widened(bits[token])
+
+
+@part
+def widen_values(block, value_block):
+    for token in range(BLOCK):
+        bits = block[token]
+        for panel in range(len(value_block)):
+            row, at = value_block[panel, token * BLOCK : (token + 1) * BLOCK], panel * BLOCK
+            for d in range(min(BLOCK, len(bits) - at)):
+                row[d] = widened(bits[at + d])
+
+
+@compiled(
+    "void(float32[:, :, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
+    " uint16[:, :, :, ::1], uint16[:, :, :, ::1], float32, float32[:, :, ::1])"
+)
+def attend_blocks(states, firsts, starts, ends, tables, keys, values, scale, output):
+    """Write the keys and values of some chunks into their blocks, and let each token attend to its request so far.
+
+    states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. firsts: of each chunk its first row; starts,
+    ends: its positions; tables: [N, B], its request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads,
+    head_dim, BLOCK]; values: the same, [num_blocks, kv_heads, BLOCK, head_dim]. output: [T, heads, head_dim].
+    """
+    heads, head_dim = output.shape[1], output.shape[2]
+    kv_heads = keys.shape[1]
+    group, panels = heads // kv_heads, (head_dim + BLOCK - 1) // BLOCK
+    rows = (ends - starts).max() * group + ROWS
+    queries = np.zeros(rows * head_dim, np.float32)
+    mixed = np.zeros((panels, rows * BLOCK), np.float32)
+    totals, highest = np.zeros((rows, BLOCK), np.float32), np.zeros(rows, np.float32)
+    scores = np.zeros(ROWS * BLOCK, np.float32)
+    key_block = np.zeros(head_dim * BLOCK, np.float32)
+    value_block = np.zeros((panels, BLOCK * BLOCK), np.float32)
+    for chunk in range(len(firsts)):
+        first, start, end = firsts[chunk], starts[chunk], ends[chunk]
+        count = (end - start) * group
+        for head in range(kv_heads):
+            for token in range(end - start):
+                block, place = tables[chunk, (start + token) // BLOCK], (start + token) % BLOCK
+                key, value = states[first + token, heads + head], states[first + token, heads + kv_heads + head]
+                for d in range(head_dim):
+                    keys[block, head, d, place] = rounded(key[d])
+                    values[block, head, place, d] = rounded(value[d])
+                for member in range(group):
+                    query = states[first + token, head * group + member]
+                    at = (token * group + member) * head_dim
+                    for d in range(head_dim):
+                        queries[at + d] = query[d] * scale
+            mixed[:] = 0
+            totals[:] = 0
+            highest[:] = -np.inf
+            for index in range((end + BLOCK - 1) // BLOCK):
+                widen_keys(keys[tables[chunk, index], head], key_block)
+                widen_values(values[tables[chunk, index], head], value_block)
+                for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
+                    scores[:] = 0
+                    add_product(queries[at * head_dim : (at + ROWS) * head_dim], key_block, scores)
+                    for row in range(at, at + ROWS):
+                        seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
+                        shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
+                        highest[row], shrink = turn_into_shares(shares, seen, highest[row], totals[row])
+                        for panel in range(panels):
+                            shrunk = mixed[panel, row * BLOCK : (row + 1) * BLOCK]
+                            for d in range(BLOCK):
+                                shrunk[d] *= shrink
+                    for panel in range(panels):
+                        add_product(scores, value_block[panel], mixed[panel, at * BLOCK : (at + ROWS) * BLOCK])
+            for row in range(count):
+                total, found = whole_sum(totals[row]), output[first + row // group, head * group + row % group]
+                for panel in range(panels):
+                    at = panel * BLOCK
+                    for d in range(min(BLOCK, head_dim - at)):
+                        found[at + d] = mixed[panel, row * BLOCK + d] / total

@@ -1,0 +1,89 @@
+"""How functions on arrays of numbers are compiled for the CPU, by numba, and the parts that several of them have.
+
+Only where a model is on the CPU are they imported. They are compiled, or read from the disk, when they are imported,
+for arrays of just the kinds that their signatures name, so nobody's request waits for a compiler.
+
+Nothing here may depend on how many rows there are: each is computed by itself, in an order that its width alone
+decides. So numba's `fastmath` is given to sums of one row alone, and products are added by fma(), which rounds once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+log = logging.getLogger("llama2_chat")
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+part = njit(**OPTIONS)  # of a compiled function
+row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
+
+LOG2_E = np.float32(1.44269504)
+LN_2 = np.float32(0.693359375)  # a number of few bits, and what is left
+LN_2_REST = np.float32(-2.12194440e-4)
+LEAST, MOST = np.float32(-87), np.float32(88)  # whose exponentials float32 has
+
+
+def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for arguments of these kinds, and keep what came of it on the disk for later starts."""
+
+    def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, cache=True, **OPTIONS)(function)
+        except RuntimeError:  # there is no folder in which it could be kept
+            log.debug("%s is compiled at each start", function.__name__)
+            return njit(signature, **OPTIONS)(function)
+
+    return compile_one
+
+
+@intrinsic
+def float_of(context: Any, bits: Any) -> Any:
+    """The float32 that has these bits, uint32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def bits_of(context: Any, number: Any) -> Any:
+    """The bits of a float32, as uint32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@intrinsic
+def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32, rounded once."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+@part
+def exp(x):
+    """e ** x, float32. Source of the polynomial: Cephes' expf. Of NaN it is NaN."""
+    x = MOST if x > MOST else LEAST if x < LEAST else x
+    whole = np.rint(x * LOG2_E)
+    x = x - whole * LN_2 - whole * LN_2_REST
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1)
+    return y * float_of(np.uint32((np.int32(whole) + 127) << 23))
