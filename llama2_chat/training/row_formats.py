@@ -16,6 +16,7 @@ from llama2_chat.training.text_formats import TEXT_FORMATS, recognise_text, text
 # As ShareGPT, Gemma's data and, since it has a developer, OpenAI call them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
 SYSTEMS = {"system", "system_prompt"}  # columns for the system message, beside any format
+READ_ELSEWHERE = {"chosen", "rejected", "label", "kto_tag", "tools", "functions"}  # columns beside any format
 PLAIN_TEXT = "plain text"  # the format of what nobody says to anybody
 # What data sets write where there is no input.
 NO_INPUT = ("<noinput>", "nan")
@@ -62,7 +63,7 @@ def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 def _spelled(name: Any, columns: Mapping[str, Any]) -> Any:
     """A known name in small letters, however it is written."""
     plain = str(name).strip().lower()
-    return plain if plain in known_columns() and plain not in columns else name
+    return plain if plain in known_columns() | READ_ELSEWHERE and plain not in columns else name
 
 
 def _joined(first: Any, second: Any) -> Any:

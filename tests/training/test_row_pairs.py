@@ -29,6 +29,7 @@ PAIRS = {
         "chosen": "\n\nHuman: A joke?\n\nAssistant: Habit.",
         "rejected": "\n\nHuman: A joke?\n\nAssistant: No.",
     },
+    "in capitals": {"Prompt": "A joke?", "Chosen": "Habit.", "Rejected": "No."},
     "with generations": {"input": "A joke?", "generations": ["Habit.", "No."], "chosen": "Habit.", "rejected": "No."},
     "with a system text": {"system": "Be brief.", "question": "A joke?", "chosen": "Habit.", "rejected": "No."},
 }
