@@ -26,6 +26,7 @@ from llama2_chat.errors import (
     Subject,
     quoted,
 )
+from llama2_chat.process import share_cores
 from llama2_chat.settings import Settings
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
@@ -138,6 +139,7 @@ class ChatModel:
 
     def start(self) -> threading.Thread:
         """Load in a thread of its own; `status` tells how far it is."""
+        share_cores()
         thread = threading.Thread(target=self._load, name="load", daemon=True)
         thread.start()
         return thread

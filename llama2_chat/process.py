@@ -36,6 +36,16 @@ def python_command(function: str) -> list[str]:
     return [sys.executable, *optimized, "-P", "-c", code]
 
 
+def share_cores() -> None:
+    """Have threads that compute wait for each other asleep after some 0.1 ms. Before PyTorch is imported.
+
+    Else they wait awake for milliseconds, in which another program could compute and their own other thread cannot, at
+    each of a hundred products of a token.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # of GNU's OpenMP, which PyTorch brings on Linux
+
+
 def trim_memory() -> None:
     """Give the system back what was freed: glibc keeps most of it for later, hundreds of megabytes at times."""
     with suppress(AttributeError, TypeError):  # not glibc

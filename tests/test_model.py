@@ -1,6 +1,7 @@
 """What ChatModel and its replies promise: text as soon as it is whole, a model that is free when a reader leaves."""
 
 import asyncio
+import os
 import threading
 import time
 from dataclasses import replace
@@ -307,6 +308,22 @@ def test_memory_that_runs_out_after_loading_is_said_as_such(settings, chat_model
     # The operator read "an unexpected error".
     chat = FullGpu(replace(settings, model_id=str(chat_model))).load()
     assert "GPU memory ran out while" in chat.status.error
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing is set", "the operator's own", "the operator's policy"],
+)
+def test_beside_other_programs_threads_wait_asleep_for_each_other(settings, tmp_path, monkeypatch, own, found):
+    # Beside a few busy programs an answer came at one token a second.
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    ChatModel(replace(settings, model_id=str(tmp_path / "nothing here"))).load()
+    assert os.environ.get("GOMP_SPINCOUNT") == found
 
 
 def test_a_model_that_cannot_be_loaded_says_why_and_keeps_saying_it(settings, tmp_path):
