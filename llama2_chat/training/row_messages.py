@@ -18,7 +18,7 @@ from llama2_chat.types import Message, Tool
 LEARNED = ("weight", "train", "training", "loss", "loss_weight", "loss_scale")
 # The same of a whole row: KTO's of TRL and of LLaMA-Factory come first.
 ROW_LEARNED = ("label", "kto_tag", "weight", "train", "loss_weight")
-FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False, "-1.0": False}
 PAIR = {"chosen", "rejected"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 

@@ -86,6 +86,8 @@ def test_labels_say_which_answers_are_good(tmp_path):
     assert [(row.messages[-1]["content"], row.is_wanted) for row in data.train] == [("b", True), ("c", False)]
     assert "it does not say whether its answer is good" in data.faults[0]
     assert "Of the answers in train, 1 are good and 1 bad." in data.summary_lines()
+    minus = read(tmp_path, "kto", rows[0] | {"label": 1}, rows[1] | {"label": -1})
+    assert [row.is_wanted for row in minus.train] == [True, False]
     with pytest.raises(ChatError, match="needs good and bad answers"):
         read(tmp_path, "kto", rows[0])
 
