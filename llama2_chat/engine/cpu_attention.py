@@ -36,7 +36,8 @@ class Part(NamedTuple):
 class Places(NamedTuple):
     """Where the tokens of N chunks are, as block_attention.py takes it."""
 
-    firsts: NDArray[np.int64]  # [N]: the first token of each in the step
+    tokens: NDArray[np.int64]  # [T]: the block of each times BLOCK_SIZE, and its place there
+    firsts: NDArray[np.int64]  # [N]: the first token of each chunk in the step
     starts: NDArray[np.int64]  # [N]: its position
     ends: NDArray[np.int64]  # [N]: the position behind the last
     tables: NDArray[np.int64]  # [N, B]: the blocks of each request, padded with block 0
@@ -58,8 +59,11 @@ class CpuStep:
     @cached_property
     def places(self) -> Places:
         starts, ends = np.array([(chunk.start, chunk.end) for chunk in self.chunks]).T.copy()
-        tables = _tables([chunk.request for chunk in self.chunks], -(-ends.max() // BLOCK_SIZE) * BLOCK_SIZE)
-        return Places((ends - starts).cumsum() - ends + starts, starts, ends, tables.numpy())
+        lengths, positions = ends - starts, self.positions.numpy()
+        tables = _tables([chunk.request for chunk in self.chunks], -(-ends.max() // BLOCK_SIZE) * BLOCK_SIZE).numpy()
+        blocks = tables[np.arange(len(lengths)).repeat(lengths), positions // BLOCK_SIZE]
+        tokens = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        return Places(tokens, lengths.cumsum() - lengths, starts, ends, tables)
 
     @cached_property
     def parts(self) -> list[Part]:

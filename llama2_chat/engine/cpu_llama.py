@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.kv_pool import CpuPool
 from llama2_chat.engine.paged_attention import AttentionStep, attend
-from llama2_chat.kernels.block_attention import HEAD_MULTIPLE, attend_blocks
+from llama2_chat.kernels.block_attention import HEAD_MULTIPLE, attend_in_blocks
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 from llama2_chat.kernels.int8_rows import Codes
 
@@ -124,9 +124,7 @@ class CpuLlamaLayer(LlamaDecoderLayer):
         number, heads, kv_heads, scale, _ = self.shape
         count, _, head_dim = states.shape
         if isinstance(step, CpuStep) and isinstance(step.pool, CpuPool):
-            output = np.empty((count, heads, head_dim), np.float32)
-            attend_blocks(states, *step.places, *step.pool.bits[number], scale, output)
-            return output.reshape(count, -1)
+            return attend_in_blocks(states, *step.places, *step.pool.bits[number], scale).reshape(count, -1)
         split = torch.from_numpy(states).view(*shape, -1, head_dim).transpose(1, 2)
         query, key, value = split.split([heads, kv_heads, kv_heads], 1)
         key, value = key.bfloat16(), value.bfloat16()

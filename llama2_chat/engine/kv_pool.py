@@ -183,9 +183,10 @@ class CpuPool(KVPool):
         return keys, values
 
     @cached_property
-    def bits(self) -> list[tuple[NDArray[np.uint16], ...]]:
+    def bits(self) -> list[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
         """Of each layer its keys and values, where they are bfloat16, as arrays for compiled functions."""
-        return [tuple(states.view(torch.uint16).numpy() for states in layer) for layer in self.layers]
+        plain = [[states.view(torch.uint16).numpy() for states in layer] for layer in self.layers]
+        return [(keys, values) for keys, values in plain]
 
     def of_beside(self) -> KVPool:
         pool = super().of_beside()

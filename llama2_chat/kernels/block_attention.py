@@ -7,12 +7,26 @@ of queries at a time are multiplied with a block, each as it would be alone.
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, fma, part
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2_chat.kernels.compiled import (
+    bits_of,
+    compiled,
+    exp,
+    float_of,
+    fma,
+    over_rows,
+    part,
+    side_by_side,
+    threads_for,
+)
 
 BLOCK = 64  # tokens of a block, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
+PIECE = 32  # tokens of a chunk, where several threads share it: later ones attend to more
 HEAD_MULTIPLE = 4  # of head_dim, for as many numbers of a row are multiplied at once
 
 
@@ -97,17 +111,26 @@ def widen_values(block, value_block):
                 row[d] = widened(bits[at + d])
 
 
+@compiled("void(float32[:, :, ::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1], int64, int64)")
+def write_rows(states, places, keys, values, first, last):
+    """Write keys and values of rows from `first` to `last` to their places; attend_in_blocks() says what is taken."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    heads = states.shape[1] - 2 * kv_heads
+    for row in range(first, last):
+        block, place = places[row] // BLOCK, places[row] % BLOCK
+        for head in range(kv_heads):
+            key, value = states[row, heads + head], states[row, heads + kv_heads + head]
+            for d in range(head_dim):
+                keys[block, head, d, place] = rounded(key[d])
+                values[block, head, place, d] = rounded(value[d])
+
+
 @compiled(
     "void(float32[:, :, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
     " uint16[:, :, :, ::1], uint16[:, :, :, ::1], float32, float32[:, :, ::1])"
 )
-def attend_blocks(states, firsts, starts, ends, tables, keys, values, scale, output):
-    """Write the keys and values of some chunks into their blocks, and let each token attend to its request so far.
-
-    states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. firsts: of each chunk its first row; starts,
-    ends: its positions; tables: [N, B], its request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads,
-    head_dim, BLOCK]; values: the same, [num_blocks, kv_heads, BLOCK, head_dim]. output: [T, heads, head_dim].
-    """
+def attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, output):
+    """Let each token of N chunks attend to its request so far; attend_in_blocks() says what is taken."""
     heads, head_dim = output.shape[1], output.shape[2]
     kv_heads = keys.shape[1]
     group, panels = heads // kv_heads, (head_dim + BLOCK - 1) // BLOCK
@@ -123,11 +146,6 @@ def attend_blocks(states, firsts, starts, ends, tables, keys, values, scale, out
         count = (end - start) * group
         for head in range(kv_heads):
             for token in range(end - start):
-                block, place = tables[chunk, (start + token) // BLOCK], (start + token) % BLOCK
-                key, value = states[first + token, heads + head], states[first + token, heads + kv_heads + head]
-                for d in range(head_dim):
-                    keys[block, head, d, place] = rounded(key[d])
-                    values[block, head, place, d] = rounded(value[d])
                 for member in range(group):
                     query = states[first + token, head * group + member]
                     at = (token * group + member) * head_dim
@@ -158,3 +176,39 @@ def attend_blocks(states, firsts, starts, ends, tables, keys, values, scale, out
                     at = panel * BLOCK
                     for d in range(min(BLOCK, head_dim - at)):
                         found[at + d] = mixed[panel, row * BLOCK + d] / total
+
+
+def attend_in_blocks(
+    states: NDArray[np.float32],
+    places: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    keys: NDArray[np.uint16],
+    values: NDArray[np.uint16],
+    scale: float,
+) -> NDArray[np.float32]:
+    """Write the keys and values of N chunks into their blocks, and let each token attend to its request so far.
+
+    states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. places: [T], of each token block * BLOCK + its
+    place in the block. firsts: [N], of each chunk its first token; starts, ends: [N], its positions; tables: [N, B],
+    its request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads, head_dim, BLOCK]; values: the same,
+    [num_blocks, kv_heads, BLOCK, head_dim]. Returns [T, heads, head_dim].
+    """
+    count, all_heads, head_dim = states.shape
+    output = np.empty((count, all_heads - 2 * keys.shape[1], head_dim), np.float32)
+    over_rows(write_rows, count, states, places, keys, values)
+    if (threads := threads_for(count)) < 2:
+        attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, output)
+        return output
+    pieces = [
+        (first + at - start, at, min(at + PIECE, end), chunk)
+        for chunk, (first, start, end) in enumerate(zip(firsts, starts, ends, strict=True))
+        for at in range(start, end, PIECE)
+    ]
+    shares = [np.array(pieces[thread::threads]).T.copy() for thread in range(threads)]
+    side_by_side(
+        [partial(attend_chunks, states, *share[:3], tables[share[3]], keys, values, scale, output) for share in shares]
+    )
+    return output

@@ -10,16 +10,21 @@ decides. So numba's `fastmath` is given to sums of one row alone, and products a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 log = logging.getLogger("llama2_chat")
 
+FEW_ROWS = 64  # for fewer, waking another thread takes longer than it saves
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 part = njit(**OPTIONS)  # of a compiled function
 row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
@@ -41,6 +46,33 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             return njit(signature, **OPTIONS)(function)
 
     return compile_one
+
+
+def over_rows(function: Callable[..., None], count: int, *arguments: Any) -> None:
+    """function(*arguments, first, last) for all rows from 0 to `count`, on as many threads as PyTorch has."""
+    shares = threads_for(count)
+    if shares < 2:
+        function(*arguments, 0, count)
+    else:
+        ends = [count * share // shares for share in range(shares + 1)]
+        side_by_side([partial(function, *arguments, *rows) for rows in pairwise(ends)])
+
+
+def threads_for(rows: int) -> int:
+    return 1 if rows < 2 * FEW_ROWS else min(torch.get_num_threads(), rows // FEW_ROWS)
+
+
+def side_by_side(shares: Sequence[Callable[[], None]]) -> None:
+    """Compute each of these, which release the GIL, in a thread of its own; the last one in this thread."""
+    others = [_helpers().submit(share) for share in shares[:-1]]
+    shares[-1]()
+    for other in others:
+        other.result()
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "between-products")
 
 
 @intrinsic

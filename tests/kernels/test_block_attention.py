@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llama2_chat.kernels.block_attention import BLOCK, attend_blocks
+from llama2_chat.kernels.block_attention import BLOCK, attend_in_blocks
 
 SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 12), (2, 1, 128)]  # heads, kv_heads, head_dim
 
@@ -13,8 +13,8 @@ SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 12), (2, 1, 128)]  # heads, kv_heads, h
 class Memory:
     """Blocks for the keys and values of some requests, which lie backwards in them."""
 
-    def __init__(self, heads, kv_heads, head_dim, requests=3, blocks=4):
-        self.heads, self.scale = heads, head_dim**-0.5
+    def __init__(self, _heads, kv_heads, head_dim, requests=3, blocks=4):
+        self.scale = head_dim**-0.5
         shapes = (kv_heads, head_dim, BLOCK), (kv_heads, BLOCK, head_dim)
         self.kept = [np.full((1 + requests * blocks, *shape), 0x3F80, np.uint16) for shape in shapes]  # bfloat16's 1
         self.tables = np.arange(requests * blocks, 0, -1).reshape(requests, blocks)
@@ -23,10 +23,13 @@ class Memory:
         """chunks: of each its request, its start and its states; returns what comes of each."""
         requests, starts, states = zip(*chunks, strict=True)
         lengths, starts = np.array([len(each) for each in states]), np.array(starts)
-        whole = np.concatenate(states)
-        output = np.empty((len(whole), self.heads, whole.shape[2]), np.float32)
         firsts, tables = lengths.cumsum() - lengths, self.tables[list(requests)]
-        attend_blocks(whole, firsts, starts, starts + lengths, tables, *self.kept, self.scale, output)
+        positions = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
+        places = [table[at // BLOCK] * BLOCK + at % BLOCK for table, at in zip(tables, positions, strict=True)]
+        ends = starts + lengths
+        output = attend_in_blocks(
+            np.concatenate(states), np.concatenate(places), firsts, starts, ends, tables, *self.kept, self.scale
+        )
         return np.split(output, lengths.cumsum()[:-1])
 
 
@@ -47,10 +50,12 @@ def test_each_token_attends_to_those_before_it(shape):
     np.testing.assert_allclose(found, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_gets_the_same_bits_in_any_chunks_and_any_company(shape):
+def test_a_token_gets_the_same_bits_in_any_chunks_and_any_company(shape, threads, monkeypatch):
     states = random_states(200, *shape)
     (whole,) = Memory(*shape).attend((0, 0, states))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for size in (1, 7, 64, 150):
         memory, found = Memory(*shape), []
         others = {request: random_states(130, *shape, seed=request) for request in (1, 2)}
