@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -40,10 +41,19 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(signature, cache=True, **OPTIONS)(function)
-        except RuntimeError:  # there is no folder in which it could be kept
-            log.debug("%s is compiled at each start", function.__name__)
+            kept = njit(cache=True, **OPTIONS)(function)
+        except RuntimeError as error:  # there is no folder for it
+            log.debug("%s is compiled at each start: %s", function.__name__, error)
             return njit(signature, **OPTIONS)(function)
+        try:
+            kept.compile(signature)
+        except Exception as error:  # the disk is full, or what was kept there is damaged
+            log.warning("%s is compiled for this start only: %s", function.__name__, error)
+            with suppress(OSError):
+                kept.recompile()  # forgets what was kept
+            return njit(signature, **OPTIONS)(function)
+        kept.disable_compile()  # of other kinds
+        return kept
 
     return compile_one
 

@@ -1,6 +1,12 @@
 """How functions are compiled, and the exponential that they share."""
 
+import errno
+from typing import Any
+from unittest.mock import Mock
+
+import numba
 import numpy as np
+import pytest
 from numba.core import caching
 
 from llama2_chat.kernels.compiled import compiled, exp
@@ -14,6 +20,38 @@ def test_where_nothing_can_be_kept_a_function_is_compiled_nevertheless(monkeypat
     # A package that belongs to root, in a container whose user has no home: nothing could be loaded.
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
     assert compiled("int64(int64)")(twice)(4) == 8
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where numba keeps what it compiles."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("ending", "left"),
+    [(".nbi", b""), (".nbi", bytes(300)), (".nbc", bytes(300))],
+    ids=["an empty index", "zeros for an index", "zeros for what was compiled"],
+)
+def test_what_was_kept_and_is_damaged_is_compiled_anew(kept, caplog, ending, left):
+    # After a power cut in a first start every other one failed.
+    compiled("int64(int64)")(twice)
+    for file in kept.rglob(f"*{ending}"):
+        file.write_bytes(left)
+    assert compiled("int64(int64)")(twice)(4) == 8
+    assert "compiled for this start only" in caplog.text
+    compiled("int64(int64)")(twice)
+    again: Any = compiled("int64(int64)")(twice)
+    assert (again(4), sum(again.stats.cache_hits.values())) == (8, 1)
+
+
+def test_a_full_disk_keeps_nothing_from_being_compiled(kept, caplog, monkeypatch):
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_open_for_write", full)
+    assert compiled("int64(int64)")(twice)(4) == 8
+    assert full.called
+    assert "No space left on device" in caplog.text
 
 
 def test_the_exponential_is_right_to_the_last_bits_and_keeps_nan():
