@@ -10,6 +10,14 @@ from typing import Any
 from llama2_chat.errors import ChatError, quoted
 
 
+def in_home(path: str | Path) -> Path:
+    """The path with its ~ written out; as it is where nobody knows of such a home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def read_text(setting: str, path: Path, remedy: str) -> str:
     """The text in UTF-8, without the mark that editors of Windows put before it.
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from llama2_chat.api_keys import ApiKeys
 from llama2_chat.errors import ChatError
+from llama2_chat.named_files import in_home
 from llama2_chat.types import RANGES, WHOLE_NUMBERS, SamplingParams
 
 CHAT_FORMATS = ("auto", "llama-2", "none")
@@ -402,7 +403,12 @@ def _completed(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
     files = [name for name, kind in OPTIONAL.items() if kind is Path]
     for name in ("cache_dir", "documents_dir", "history_dir", *files):
         if values[name] is not None:
-            values[name] = values[name].expanduser()  # a shell leaves the ~ of --flag=~/folder
+            given, values[name] = values[name], in_home(values[name])  # a shell leaves the ~ of --flag=~/folder
+            if str(values[name]).startswith("~"):
+                raise ChatError(
+                    f"{given} begins in a home folder, and nobody knows where that is. Set HOME to a folder that this "
+                    "user may write to, or write the folder out."
+                )
     api_keys: Collection[str] = _split(environ.get("API_KEY", ""))
     if environ.get("API_KEY") and not api_keys:
         raise ChatError("API_KEY contains no key. Set one, or unset API_KEY to let everybody in.")

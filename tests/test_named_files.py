@@ -1,11 +1,13 @@
 """Files that an operator names in a setting, as editors of any system leave them."""
 
+from pathlib import Path
+
 import pytest
 
 from llama2_chat.agent import read_mcp_servers
 from llama2_chat.api_keys import ApiKeys
 from llama2_chat.errors import ChatError
-from llama2_chat.named_files import read_json, read_text
+from llama2_chat.named_files import in_home, read_json, read_text
 from llama2_chat.presets import read_presets
 from llama2_chat.server.login import hash_password, read_users
 
@@ -28,6 +30,12 @@ def test_a_mark_before_the_text_belongs_to_no_key_and_no_name(saved):
     assert list(read_users(saved(f"anna:{hash_password('x')}\n"))._hashes) == ["anna"]
     assert [server.name for server in read_mcp_servers(saved('{"mcpServers": {"a": {"command": "b"}}}'))] == ["a"]
     assert [preset.name for preset in read_presets(saved('{"presets": [{"name": "a"}]}')).all] == ["a"]
+
+
+def test_a_home_folder_that_nobody_knows_is_left_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert in_home("~/models") == tmp_path / "models"
+    assert in_home("~nobody-here/models") == Path("~nobody-here/models")
 
 
 @pytest.mark.parametrize(

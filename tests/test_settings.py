@@ -137,6 +137,14 @@ def test_a_tilde_is_the_home_folder_in_every_path():
     assert read.cache_dir == Path.home() / "models"
 
 
+@pytest.mark.parametrize("name", ["--cache-dir", "--documents-dir", "--certfile"])
+def test_a_home_folder_that_nobody_knows_is_refused(name, capsys):
+    # In a container whose user has no home folder, a start ended in a traceback.
+    with pytest.raises(SystemExit):
+        Settings.read([f"{name}=~nobody-here/kept"], {})
+    assert "Set HOME to a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keys", [",", " ", ", ,"])
 def test_an_api_key_that_is_none_does_not_let_everybody_in(keys, capsys):
     with pytest.raises(SystemExit):

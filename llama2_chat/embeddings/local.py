@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 from llama2_chat.errors import ChatError, ModelUnavailable, without_folders
+from llama2_chat.named_files import in_home
 from llama2_chat.process import python_command
 from llama2_chat.types import Embedded, EmbeddingPurpose
 
@@ -56,8 +57,8 @@ class LocalEmbedder:
     def __init__(self, source: str, cache_dir: Path | None = None) -> None:
         """source: a folder, or a Hub id, perhaps with a revision. cache_dir: None is huggingface_hub's own place."""
         self._source, self._cache_dir = source, cache_dir
-        is_folder = source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
-        self.name = Path(source).expanduser().resolve().name if is_folder else source.partition("@")[0]
+        is_folder = source.startswith((".", "/", "~")) or in_home(source).is_dir()
+        self.name = in_home(source).resolve().name if is_folder else source.partition("@")[0]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = itertools.count()

@@ -22,6 +22,7 @@ from llama2_chat.loading.config import read_generation_config
 from llama2_chat.loading.hub import fetch_weights
 from llama2_chat.loading.memory import visible_gpus
 from llama2_chat.loading.read import load_tokenizer
+from llama2_chat.named_files import in_home
 from llama2_chat.training.base_model import fetch_checkpoint, no_progress
 from llama2_chat.training.resources import free_memory
 from llama2_chat.training.run_json import Run, read_run
@@ -51,7 +52,7 @@ class Subject:
 
 def find_runs(models: Sequence[str]) -> dict[str, Run]:
     """What sft_trainer.py wrote about each of the models that it trained."""
-    folders = {model: Path(model).expanduser() for model in models}
+    folders = {model: in_home(model) for model in models}
     return {model: _known_run(folder) for model, folder in folders.items() if (folder / "run.json").is_file()}
 
 

@@ -31,6 +31,7 @@ from llama2_chat.loading.meta import prepare
 from llama2_chat.loading.meta_folder import is_chat, is_metas
 from llama2_chat.loading.parts import Part
 from llama2_chat.loading.small_model import fetch_embedded
+from llama2_chat.named_files import in_home
 from llama2_chat.prompt import NO_FORMAT
 from llama2_chat.settings import Settings
 
@@ -123,7 +124,7 @@ def choose(settings: Settings, has_gpu: bool | None = None) -> Plan:
         EMBEDDED,
         "",
         settings.quantization,
-        settings.cache_dir.expanduser(),
+        in_home(settings.cache_dir),
         settings.hub_cache_dir,
         settings.base_model,
         None if settings.chat_format == "auto" else settings.chat_format,

@@ -28,8 +28,8 @@ def keep_compiled(cache_dir: Path) -> None:
     """
     defaults = {
         "TORCHINDUCTOR_CACHE_DIR": cache_dir / "compiled",
-        "TRITON_CACHE_DIR": Path("~/.triton/cache").expanduser(),
-        "HUMMING_CACHE_DIR": Path("~/.humming/cache").expanduser(),
+        "TRITON_CACHE_DIR": Path("~/.triton/cache"),
+        "HUMMING_CACHE_DIR": Path("~/.humming/cache"),
     }
     folders = {name: Path(os.environ.get(name) or folder) for name, folder in defaults.items()}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folders["TORCHINDUCTOR_CACHE_DIR"])
@@ -53,9 +53,10 @@ def keep_compiled(cache_dir: Path) -> None:
 
 def _has_room(folder: Path) -> bool:
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"written")
         return shutil.disk_usage(folder).free >= NEEDED_BYTES
-    except OSError:
+    except (OSError, RuntimeError):  # or there is no home folder
         return False

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from llama2_chat.errors import ModelUnavailable, quoted
 from llama2_chat.loading.disk import POLL_S, Files, check_free_space, not_writable
+from llama2_chat.named_files import in_home
 
 # Phase, done bytes, total bytes (0 while unknown). May raise, which ends what it reports on.
 Progress = Callable[[Literal["download", "convert", "load"], int, int], None]
@@ -54,7 +55,7 @@ def fetch_small_files(
 
 def find_folder(source: str) -> Path | None:
     """The folder that a source means, be it there or not; None if it means a repository of the Hub."""
-    folder = Path(source).expanduser()
+    folder = in_home(source)
     return folder if folder.is_dir() or source.startswith((".", "/", "~")) or folder.is_absolute() else None
 
 

@@ -19,6 +19,7 @@ from llama2_chat.loading.config import read_generation_config
 from llama2_chat.loading.disk import translate_parse_errors
 from llama2_chat.loading.memory import compute_dtype, visible_gpus
 from llama2_chat.loading.read import load_tokenizer
+from llama2_chat.named_files import in_home
 from llama2_chat.settings import Settings
 from llama2_chat.text import first_line
 from llama2_chat.training.options import Options
@@ -52,7 +53,7 @@ def fetch_base(model_name: str, chats: bool = True) -> BaseModel:
 def fetch_checkpoint(model_name: str) -> Checkpoint:
     """The files of a model or an adapter, but not their weights."""
     settings = Settings.read([])
-    plan = Plan(model_name, "", "none", settings.cache_dir.expanduser(), settings.hub_cache_dir)
+    plan = Plan(model_name, "", "none", in_home(settings.cache_dir), settings.hub_cache_dir)
     return choose.fetch(plan, no_progress)
 
 

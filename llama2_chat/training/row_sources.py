@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
+from llama2_chat.named_files import in_home
 from llama2_chat.text import first_line
 from llama2_chat.training.row_files import Row, can_read, numbered, read_file, suffixes
 
@@ -42,13 +43,13 @@ class Part(NamedTuple):
 
 def check_is_for_hub(names: Sequence[str], reading: Reading) -> None:
     """Raise ChatError if the reading is for data sets on the Hub, and none of these is there."""
-    if (reading.config or reading.split) and all(Path(name).expanduser().exists() for name in names):
+    if (reading.config or reading.split) and all(in_home(name).exists() for name in names):
         raise ChatError(f"--dataset_config and --split are for data sets on the Hub, and none is: {', '.join(names)}.")
 
 
 def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
     """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read."""
-    path = Path(name).expanduser()
+    path = in_home(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
         if not files:

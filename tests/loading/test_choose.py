@@ -110,6 +110,12 @@ def test_a_model_that_was_trained_to_chat_may_lie_in_a_folder_of_its_bases_name(
     assert fetch(choose(asking_for(tmp_path / "Llama-2-7b-hf")), ignore).chat_format is None
 
 
+def test_a_model_in_the_home_of_nobody_is_not_there():
+    # "The model could not be loaded because of an unexpected error."
+    sentence = refusal(fetch, choose(asking_for("~nobody-here/llama")), ignore)
+    assert sentence.startswith("There is no folder '~nobody-here/llama'")
+
+
 def test_in_the_folder_of_a_model_a_dot_is_enough_and_its_name_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert choose(asking_for(".")).name == tmp_path.name
