@@ -14,9 +14,9 @@ ALIKE, LEAST_ALIKE, MOST_ALIKE = 3, 2, 8
 LENGTH, LEAST_LENGTH, MOST_LENGTH = 4, 1, 16  # ids of a guess: the same
 PLACES = 8  # that are compared, the latest ones
 COMPARED = 16  # ids before each
-# Of a model's guesses: what is believed of them at first, how much of the past is kept at each step, how many times as
-# fast an answer must become, and after how many steps without guesses one is made nevertheless.
-FIRST_TRUE, FIRST_MADE, FORGETTING, LEAST_GAIN, PAUSE = 1.2, 2.0, 0.95, 1.03, 24
+# Of a model's guesses: what is believed of them at first, how much of the past is kept at each step, and after how many
+# steps without guesses one is made nevertheless.
+FIRST_TRUE, FIRST_MADE, FORGETTING, PAUSE = 1.2, 2.0, 0.98, 24
 
 
 class Drafts:
@@ -65,17 +65,17 @@ class Confidence:
         self._steps_without = 0
 
     def length(self, most: int, cost: float) -> int:
-        """How many guesses make the answer come fastest, or 0.
+        """How many guesses may be made: all, of which the model makes as many as it is sure of, if as many as pay make
+        the answer come faster; else none, but for a single one now and then.
 
         cost: of making a guess and checking it, for a token of each answer costs 1 without.
         """
-        chance, tokens, best, longest = self._true / self._made, 1.0, LEAST_GAIN, 0
+        chance, tokens, pay = self._true / self._made, 1.0, False
         for length in range(1, most + 1):
             tokens += chance**length
-            if (gain := tokens / (1 + cost * length)) > best:
-                best, longest = gain, length
-        self._steps_without = 0 if longest else self._steps_without + 1
-        return min(1, most) if self._steps_without > PAUSE else longest
+            pay |= tokens > 1 + cost * length
+        self._steps_without = 0 if pay else self._steps_without + 1
+        return most if pay else min(1, most) if self._steps_without > PAUSE else 0
 
     def judge(self, guessed: int, kept: int) -> None:
         """Of so many guesses in a row the first ones came true, so many."""

@@ -44,7 +44,7 @@ CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no lo
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
 GPU_DRAFT_TOKENS = 16  # of a step of so many rows all linear products take about as long as those of one
-ROW_COST = 0.04  # of a row more in a step of few rows, where one row costs 1
+ROW_COST = 0.05  # of a row more in a step of few rows, where one row costs 1
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "

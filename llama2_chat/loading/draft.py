@@ -31,6 +31,7 @@ def check_draft(checkpoint: Checkpoint) -> None:
     with translate_parse_errors(files):
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
         size, hidden = (int(config[name]) for name in ("vocab_size", "hidden_size"))
+        layers = [int(behind) for behind in config.get("feature_layers", [])]
     served: Any = read_config(checkpoint.base)
     text = served.get_text_config()
     if size != text.vocab_size:
@@ -43,6 +44,8 @@ def check_draft(checkpoint: Checkpoint) -> None:
         raise _does_not_fit(
             files, f"it goes on from {hidden:,} numbers a token, and the model has {text.hidden_size:,}"
         )
+    elif odd := [behind for behind in layers if not 0 < behind <= text.num_hidden_layers]:
+        raise _does_not_fit(files, f"it goes on from layer {odd[0]}, and the model has {text.num_hidden_layers}")
 
 
 def has_tokenizer(files: Files) -> bool:

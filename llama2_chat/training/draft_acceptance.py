@@ -27,7 +27,7 @@ def acceptance(
     ids = torch.arange(model.config.vocab_size) if head.ids is None else head.ids
     ids = ids.to(model.device)
     for answer in answers:
-        batch = make_batch(model, [answer], max_length)
+        batch = make_batch(model, head, [answer], min(len(answer.ids), max_length))
         text = batch.ids[0]
         first, end = answer.prompt_tokens - 1, len(text) - guesses
         if first >= end:
@@ -37,7 +37,8 @@ def acceptance(
         penalty = torch.tensor(answer.params.repetition_penalty, device=text.device)
         likely = LikelyTokens(seen, penalty.expand(len(places), 1))
         alive = torch.ones(len(places), dtype=torch.bool, device=text.device)
-        steps = unrolled(head, embeddings(model, batch.ids), batch.features.float(), guesses)
+        fused = head.fused(*batch.states_for(head))
+        steps = unrolled(head, embeddings(model, batch.ids), fused, guesses)
         for step, features in enumerate(steps):
             at = places + step
             best, _ = likely.choose(features[0, at] @ output.T, at - at[:1])

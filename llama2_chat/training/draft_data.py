@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 from zipfile import BadZipFile
 
@@ -22,6 +23,12 @@ from llama2_chat.types import Message, SamplingParams
 
 QUESTION = SamplingParams(max_new_tokens=96, temperature=1, top_p=0.95, top_k=NARROW, repetition_penalty=1)
 LIKELIEST_SHARE = 4  # of so many answers one is the likeliest, as programs ask for it; the others as the page does
+# Left to itself a model makes up long tasks, and few of the short questions that people ask.
+BEGINNINGS = (
+    *("What is", "What are", "What was", "Which", "Who", "When", "Where", "Why", "Is", "Are", "Can", "Should I"),
+    *("How do I", "How can I", "How does", "How many", "Tell me", "Explain", "Describe", "Compare", "List", "Give me"),
+    *("Write a", "Write a short", "Write me", "Help me", "Can you", "Make", "Suggest", "I want to", "I have", "My"),
+)
 FOLLOW_UPS = 0.25  # of the answers are to a second question
 
 
@@ -70,8 +77,10 @@ def _round(
 ) -> tuple[list[Answer], list[list[Message]]]:
     """One more question and answer of each conversation; what failed is left out."""
     tokenizer = writing.base.tokenizer
-    before = [_before_a_question(writing, talk) for talk in talks]
-    questions = _write(writing, before, [replace(QUESTION, seed=seed + n) for n in range(len(talks))])
+    begun = [_beginning(writing, seed + n) for n in range(len(talks))]
+    before = [_before_a_question(writing, talk) + ids for talk, ids in zip(talks, begun, strict=True)]
+    rest = _write(writing, before, [replace(QUESTION, seed=seed + n) for n in range(len(talks))])
+    questions = [[*ids, *more] for ids, more in zip(begun, rest, strict=True)]
     prompts, asked = [], []
     for talk, ids in zip(talks, questions, strict=True):
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -92,6 +101,14 @@ def _round(
             text = str(tokenizer.decode(said, skip_special_tokens=True))
             longer.append([*talk, Message(role="assistant", content=text)])
     return answers, longer
+
+
+def _beginning(writing: Writing, seed: int) -> list[int]:
+    """The first words of a question; of every second one none."""
+    random = Random(seed)
+    text = random.choice(BEGINNINGS) if random.random() < 0.5 else ""
+    ids: list[int] = writing.base.tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def _before_a_question(writing: Writing, talk: list[Message]) -> list[int]:

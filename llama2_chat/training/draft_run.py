@@ -9,8 +9,10 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -38,7 +40,7 @@ from llama2_chat.training.draft_options import DraftOptions
 from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head, share_that_it_says
 from llama2_chat.types import SamplingParams
 
-ON_CPU, ON_GPU = 256, 1024  # answers at once, at most
+ON_CPU, ON_GPU = 256, 2048  # answers at once, at most
 MEMORY_SHARE = 0.4  # of what is free, for their keys and values
 ANSWERS, HALF_TRAINED = "answers.npz", "training.pt"
 SAVE_EVERY_S = 120.0
@@ -64,7 +66,7 @@ def train_draft(options: DraftOptions) -> None:
         raise ChatError("There are no answers to learn from beside those that are held out. Make more --answers.")
     head = begun or new_head(model, learned, options.vocabulary)
     said = share_that_it_says(head, learned)
-    batches = make_batches(model, learned, options)
+    batches = make_batches(model, head, learned, options)
     print(f"{len(learned):,} answers in {len(batches):,} batches; the head can say {said:.1%} of their tokens.")
     _train(model, head, batches, options)
     save_head(head, options.output_dir)
@@ -102,7 +104,19 @@ def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
     if model.config.model_type != "llama":
         raise ChatError(f"A head can be trained for a Llama, and {options.model} is a {model.config.model_type}.")
     attention_windows(model)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    _round_as_served(model)
+    return model
+
+
+def _round_as_served(model: PreTrainedModel) -> None:
+    """Round the layers' weights as Int8Linear does: a head guesses on a CPU, where the model is in 8 bits by itself."""
+    body: Any = model.model
+    for module in body.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.float()
+            scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+            module.weight.copy_((weight / scale).round() * scale)
 
 
 def _make_answers(

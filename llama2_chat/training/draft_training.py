@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,27 @@ from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_options import DraftOptions
 
 STEP_WEIGHT = 0.85  # of each guess in a row, times that of the one before
+FIRST_GUESS_SHARE = 0.5  # of all steps in which only the first guess is learned: they take a fraction of the time
 WARMUP_STEPS = 50
 HIDDEN = -1e9  # as an attention score
+FEATURE_PARTS = (0.1, 0.5)  # of the model's layers: behind so many the head takes in what they have computed, too
+KEPT_FREE = 0.4  # of the GPU's memory; what is computed for more batches is kept in the host's
+GPU_MULTIPLE = 128  # tokens, of lengths of batches
+PLACES_MULTIPLE = 1024  # tokens of a batch behind which guesses are looked at
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Answers behind their prompts, filled up with id 0, and what the model computes for them."""
 
     ids: Tensor  # int64 [B, T]
-    learned: Tensor  # bool [B, T]: whether the token after it is one of an answer
-    features: Tensor  # [B, T, H]
+    states: Tensor  # [B, T, n * H], behind each of the head's feature_layers, and of what the output head gets
+    at: Tensor  # int64 [n], of the B * T: tokens behind which guesses are looked at
+    weights: Tensor  # float32 [n], of what is learned there; together 1
+
+    def states_for(self, head: EagleHead) -> tuple[list[Tensor], Tensor]:
+        """Behind each of its feature_layers, and features, float32 [B, T, H]."""
+        *of_layers, features = self.states.float().chunk(len(head.feature_layers) + 1, -1)
+        return of_layers, features
 
 
 def new_head(model: PreTrainedModel, answers: Sequence[Answer], size: int) -> EagleHead:
@@ -43,11 +52,22 @@ def new_head(model: PreTrainedModel, answers: Sequence[Answer], size: int) -> Ea
 
     size: of its vocabulary, the tokens that these answers have most often; 0 for all.
     """
-    config = LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": 1})
+    body: Any = model.model
+    deep, norm, embedded = len(body.layers), body.norm.weight.float(), body.embed_tokens.weight.float()
+    behind = sorted({round(deep * part) for part in FEATURE_PARTS} - {0, deep})
+    own = {"num_hidden_layers": 1, "output_norm": True, "feature_layers": behind}
+    # Embeddings are small beside features: a head would hardly read in them which token is the newest one.
+    own["embedding_scale"] = float(norm.square().mean().sqrt() / embedded.square().mean().sqrt())
+    config = LlamaConfig.from_dict(model.config.to_dict() | own)
     vocabulary = None
     if 0 < size < config.vocab_size:
         vocabulary = _counts(answers, config.vocab_size).topk(size).indices.sort().values
-    return EagleHead(config, vocabulary=vocabulary).to(model.device, torch.float32)
+    head = EagleHead(config, input_norm=True, vocabulary=vocabulary)
+    with torch.no_grad():
+        head.norm.weight.copy_(norm)
+        if behind:
+            head.fuse.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size)
+    return head.to(model.device, torch.float32)
 
 
 def share_that_it_says(head: EagleHead, answers: Sequence[Answer]) -> float:
@@ -64,69 +84,118 @@ def _counts(answers: Sequence[Answer], size: int) -> Tensor:
     return counts
 
 
-def make_batches(model: PreTrainedModel, answers: Sequence[Answer], options: DraftOptions) -> list[Batch]:
-    """Answers of about the same length side by side. Raises ChatError if none fits into options.max_length."""
+def make_batches(
+    model: PreTrainedModel, head: EagleHead, answers: Sequence[Answer], options: DraftOptions
+) -> list[Batch]:
+    """Answers of about the same length side by side; on a GPU of few shapes, for each of which steps are recorded.
+
+    Raises ChatError if none fits into options.max_length.
+    """
     batches: list[Batch] = []
     rows: list[Answer] = []
+    multiple = 1 if model.device.type == "cpu" else min(GPU_MULTIPLE, options.max_length)
     fitting = [answer for answer in answers if answer.prompt_tokens < options.max_length]
     if not fitting:
         raise ChatError(f"No prompt is shorter than {options.max_length} tokens, with its answer: raise --max_length.")
+
+    def finish() -> None:
+        T = min(options.max_length, -(-max(len(answer.ids) for answer in rows) // multiple) * multiple)
+        computed = len(rows) if multiple == 1 else options.batch_tokens // T
+        batches.append(_kept(make_batch(model, head, rows, T, computed)))
+        rows.clear()
+
     for answer in sorted(fitting, key=lambda answer: len(answer.ids)):
-        if rows and min(len(answer.ids), options.max_length) * (len(rows) + 1) > options.batch_tokens:
-            batches.append(make_batch(model, rows, options.max_length))
-            rows = []
+        T = min(options.max_length, -(-len(answer.ids) // multiple) * multiple)
+        if rows and T * (len(rows) + 1) > options.batch_tokens:
+            finish()
         rows.append(answer)
-    return [*batches, make_batch(model, rows, options.max_length)]
+    finish()
+    return batches
+
+
+def _kept(batch: Batch) -> Batch:
+    """On the GPU as long as much of its memory is free."""
+    if batch.ids.is_cuda:
+        free, total = torch.cuda.mem_get_info(batch.ids.device)
+        if free < KEPT_FREE * total:
+            return Batch(*(each.cpu() for each in batch))
+    return batch
 
 
 @torch.no_grad()
-def make_batch(model: Any, answers: Sequence[Answer], max_length: int) -> Batch:
-    T = min(max_length, max(len(answer.ids) for answer in answers))
-    ids = torch.zeros(len(answers), T, dtype=torch.long)
-    learned = torch.zeros(len(answers), T, dtype=torch.bool)
+def make_batch(model: Any, head: EagleHead, answers: Sequence[Answer], T: int, B: int = 0) -> Batch:
+    """As many tokens of each answer as fit into T. B: rows, if more than there are answers shall be computed."""
+    ids = torch.zeros(B or len(answers), T, dtype=torch.long)
+    learned = torch.zeros(len(ids), T, dtype=torch.bool)
     for row, answer in enumerate(answers):
         kept = answer.ids[:T]
         ids[row, : len(kept)] = torch.tensor(kept)
         learned[row, answer.prompt_tokens - 1 : len(kept) - 1] = True
     ids = ids.to(model.device)
-    features = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    return Batch(ids, learned.to(model.device), features.to(torch.bfloat16))
+    output = model.model(input_ids=ids, use_cache=False, output_hidden_states=bool(head.feature_layers))
+    states = [*(output.hidden_states[n] for n in head.feature_layers), output.last_hidden_state]
+    at = learned.flatten().nonzero()[:, 0]
+    weights = torch.full((len(at),), 1 / max(len(at), 1))
+    if B and model.device.type != "cpu":  # of few sizes
+        padding = (0, -len(at) % PLACES_MULTIPLE)
+        at, weights = F.pad(at, padding), F.pad(weights, padding)
+    return Batch(ids, torch.cat(states, -1).to(torch.bfloat16), at.to(model.device), weights.to(model.device))
 
 
 def unrolled(head: EagleHead, embedded: Tensor, features: Tensor, guesses: int) -> Iterator[Tensor]:
     """The head's features [B, T, H], first from the model's, then so many times in all from its own: those at t stand
     for what the model would compute at t.
 
-    embedded, features: [B, T, H], of the tokens. In the n-th pass a token sees what was known when guessing began n
-    tokens before it, and the guesses since.
+    embedded, features: [B, T, H], of the tokens; features are fused. In the n-th pass a token sees what was known when
+    guessing began n tokens before it, and the guesses since.
     """
-    B, T, _ = features.shape
-    layer = head.layers[0]
-    attention = layer.self_attn
-    cos, sin = (turn[:, None] for turn in head.rotary_emb(features, torch.arange(T, device=features.device)[None]))
-    causal = torch.ones(T, T, dtype=torch.bool, device=features.device)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    for step in range(guesses):
+    places = torch.arange(features.shape[1], device=features.device)
+    turns = head.rotary_emb(features, places[None])
+    layers = [_UnrolledLayer(layer, turns) for layer in head.layers]
+    for _ in range(guesses):
         # Behind each token stand the features of the one before; the first one's stand in for what is not there.
-        hidden = head.fc(torch.cat((embedded, torch.cat((features[:, :1], features[:, :-1]), 1)), -1))
+        hidden = head.joined(embedded, torch.cat((features[:, :1], features[:, :-1]), 1))
+        for layer in layers:
+            hidden = layer.forward(hidden)
+        features = head.norm(hidden)
+        yield features
+
+
+class _UnrolledLayer:
+    """A layer of a head in one pass after the other, with the keys and values of all of them."""
+
+    def __init__(self, layer: Any, turns: tuple[Tensor, Tensor]) -> None:
+        self._layer, (self._cos, self._sin) = layer, (turn[:, None] for turn in turns)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, T, H]."""
+        B, T, _ = hidden.shape
+        layer, attention, keys, values, step = (
+            self._layer,
+            self._layer.self_attn,
+            self._keys,
+            self._values,
+            len(self._keys),
+        )
         normed = layer.input_layernorm(hidden)
         q, k, v = (
             project(normed).view(B, T, -1, attention.head_dim).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q, k = (states * cos + rotate_half(states) * sin for states in (q, k))
+        q, k = (states * self._cos + rotate_half(states) * self._sin for states in (q, k))
         keys.append(k.repeat_interleave(attention.num_key_value_groups, 1))
         values.append(v.repeat_interleave(attention.num_key_value_groups, 1))
-        scores = (q @ keys[0].transpose(2, 3)).masked_fill(~causal.tril(-step), HIDDEN)
+        unseen = torch.ones(T, T, dtype=torch.bool, device=hidden.device).triu(1 - step)
+        scores = (q @ keys[0].transpose(2, 3)).masked_fill(unseen, HIDDEN)
         own = [(q * _later(keys[n], step - n)).sum(-1, keepdim=True) for n in range(1, step + 1)]
         weights = (torch.cat((scores, *own), -1) * attention.scaling).softmax(-1)
         mixed = weights[..., :T] @ values[0]
         for n in range(1, step + 1):
             mixed = mixed + weights[..., T + n - 1, None] * _later(values[n], step - n)
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))
-        features = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        yield features
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _later(states: Tensor, tokens: int) -> Tensor:
@@ -142,9 +211,14 @@ class Training:
         self, model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions
     ) -> None:
         self._model, self.head, self._batches, self._options = model, head, batches, options
+        self._on_gpu = model.device.type == "cuda"
+        rate: Any = torch.tensor(0.0, device=model.device) if self._on_gpu else 0.0  # a recorded step takes no number
         self._optimizer = torch.optim.AdamW(
-            head.parameters(), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+            head.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, capturable=self._on_gpu
         )
+        self._recorded: dict[
+            tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]
+        ] = {}  # of each shape of a batch
         self.steps, self.total = 0, max(1, round(options.epochs * len(batches)))
         self._seconds = 0.0  # that earlier runs took
 
@@ -155,14 +229,43 @@ class Training:
         while (spent := self._spent) < 1:
             rate = options.learning_rate * min(1, (self.steps + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * spent)) / 2
             for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            loss = _loss(self._model, self.head, self._batches[self._next], options.guesses)
-            self._optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
-            self._optimizer.step()
+                if self._on_gpu:
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            batch = self._batches[self._next]
+            guesses = 1 if spent < FIRST_GUESS_SHARE else options.guesses
+            loss = self._replay(batch, guesses) if self._on_gpu else self._step(batch, guesses)
             self.steps, self._seconds = self.steps + 1, before + time.monotonic() - started
             yield self.steps, loss.item(), self._spent
+
+    def _step(self, batch: Batch, guesses: int) -> Tensor:
+        loss = _loss(self._model, self.head, batch, guesses)
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        self._optimizer.step()
+        return loss.detach()
+
+    def _replay(self, batch: Batch, guesses: int) -> Tensor:
+        """A step as a CUDA graph: its thousands of small kernels take longer to launch than to run."""
+        shape = (*batch.ids.shape, len(batch.at), guesses)
+        if shape not in self._recorded:
+            own, stream = Batch(*(each.to(self._model.device, copy=True) for each in batch)), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step(own, guesses)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=next((g.pool() for g, *_ in self._recorded.values()), None)):
+                loss = self._step(own, guesses)
+            self._recorded[shape] = graph, own, loss
+        graph, own, loss = self._recorded[shape]
+        for kept, new in zip(own, batch, strict=True):
+            kept.copy_(new)
+        graph.replay()
+        return loss
 
     @property
     def _spent(self) -> float:
@@ -209,14 +312,15 @@ class Training:
 
 def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -> Tensor:
     """Of all guesses in a row: how unlike the model's own their chances of tokens are."""
-    at, features, weight, total = batch.learned, batch.features.float(), 1.0, 0.0
-    embedded, output = embeddings(model, batch.ids), output_rows(model, head)
-    loss = torch.zeros((), device=features.device)
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        chances = F.softmax((features[at] @ output.T).float(), -1)
-        for guessed in unrolled(head, embedded, features, guesses):
-            logits = (guessed[at] @ output.T).float()
-            loss = loss - weight * (chances * F.log_softmax(logits, -1)).sum(-1).mean()
+    embedded, output, weight, total = embeddings(model, batch.ids), output_rows(model, head), 1.0, 0.0
+    of_layers, features = batch.states_for(head)
+    loss = torch.zeros((), device=embedded.device)
+    with torch.autocast(embedded.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        chances = F.softmax((features.flatten(0, 1)[batch.at] @ output.T).float(), -1)
+        for states in unrolled(head, embedded, head.fused(of_layers, features), guesses):
+            logits = (states.flatten(0, 1)[batch.at] @ output.T).float()
+            choice = -(chances * F.log_softmax(logits, -1)).sum(-1)
+            loss = loss + weight * (batch.weights * choice).sum()
             total, weight = total + weight, weight * STEP_WEIGHT
     return loss / total
 

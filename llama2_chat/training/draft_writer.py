@@ -19,6 +19,7 @@ from llama2_chat.engine.sampler import NARROW, SamplerState, draws, is_narrow
 from llama2_chat.types import SamplingParams
 
 LOOK_EVERY = 16  # tokens: then answers that have ended leave
+GPU_MULTIPLE = 128  # columns, that a recorded step attends to
 
 
 @torch.inference_mode()
@@ -38,8 +39,9 @@ def write(
     written = torch.full((B, most), min(stop_ids), device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
+    tokens = sampler.sample(rows.read(model, ids), slots, kept)
+    step = _Step(model, rows, sampler, kept, slots, tokens)
     for n in range(most):
-        tokens = sampler.sample(rows.forward(model, ids), slots, kept)
         written[slots, n] = tokens
         ended |= torch.isin(tokens, stops) | (tokens < 0)
         if n % LOOK_EVERY == LOOK_EVERY - 1:
@@ -49,13 +51,49 @@ def write(
             if len(going) <= len(slots) * 3 / 4:
                 rows.keep(going)
                 slots, tokens, ended = slots[going], tokens[going], ended[going]
-        ids = tokens[:, None].clamp(min=0)
+                step = _Step(model, rows, sampler, kept, slots, tokens)
+        if n < most - 1:
+            tokens = step.next()
     limits = [each.max_new_tokens for each in params]
     return [_until(row[:limit], stop_ids) for row, limit in zip(written.tolist(), limits, strict=True)]
 
 
 def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:
     return ids[: next((n for n, id in enumerate(ids) if id in stop_ids or id < 0), len(ids))]
+
+
+class _Step:
+    """The next token of each row, again and again; on a GPU as a CUDA graph, whose many small kernels would take longer
+    to launch than to run."""
+
+    def __init__(
+        self, model: Any, rows: _Rows, sampler: SamplerState, kept: int, slots: Tensor, tokens: Tensor
+    ) -> None:
+        self._model, self._rows, self._sampler, self._kept, self._slots = model, rows, sampler, kept, slots
+        self._tokens = tokens.clone()  # the newest ones
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of steps that attend to so many columns
+
+    def next(self) -> Tensor:
+        """int64 [B]; -1 where the logits are not finite."""
+        rows = self._rows
+        rows.end += 1
+        if not self._tokens.is_cuda:
+            self._compute(rows.end)
+            return self._tokens
+        width = min(-(-rows.end // GPU_MULTIPLE) * GPU_MULTIPLE, rows.columns)
+        if width in self._graphs:
+            self._graphs[width].replay()
+        else:
+            self._compute(width)  # as it is, which makes ready what cannot be recorded
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=next((each.pool() for each in self._graphs.values()), None)):
+                self._compute(width)
+            self._graphs[width] = graph
+        return self._tokens
+
+    def _compute(self, width: int) -> None:
+        logits = self._rows.go_on(self._model, self._tokens.clamp(min=0)[:, None], width)
+        self._tokens.copy_(self._sampler.sample(logits, self._slots, self._kept))
 
 
 @dataclass
@@ -67,26 +105,40 @@ class _Rows:
 
     padding: Tensor  # int64 [B, 1]
     layers: list[list[Tensor]]  # keys and values of each, [B, kv_heads, columns, head_dim]
-    start: int = 0  # the columns that are computed now
-    end: int = 0
+    columns: int
+    column: Tensor  # int64 [1], the one that is computed now
+    end: int = 0  # of the columns that have been computed
 
     @classmethod
     def of(cls, model: PreTrainedModel, padding: Sequence[int], columns: int) -> _Rows:
         probe = probe_keys(model)
         shapes = [(len(padding), keys.shape[1], columns, keys.shape[3]) for keys in probe]
         layers = [[keys.new_zeros(shape) for _ in range(2)] for keys, shape in zip(probe, shapes, strict=True)]
-        return cls(torch.tensor(padding, device=probe[0].device)[:, None], layers)
+        device = probe[0].device
+        return cls(torch.tensor(padding, device=device)[:, None], layers, columns, torch.zeros(1, device=device).long())
 
-    def forward(self, model: Any, ids: Tensor) -> Tensor:
-        """Logits [B, V] after the next columns, int64 [B, T]."""
-        self.start, self.end = self.end, self.end + ids.shape[1]
+    def read(self, model: Any, ids: Tensor) -> Tensor:
+        """Logits [B, V] after the first columns, int64 [B, T]."""
+        self.end = ids.shape[1]
+        self.column.fill_(self.end)
         columns = torch.arange(self.end, device=ids.device)
         # What is padding attends to padding, for nothing at all would be NaN, and is attended to by nothing else.
-        may = (columns >= self.padding)[:, None] | (columns < self.padding)[:, self.start :, None]
-        self._seen = (may & (columns <= columns[self.start :, None]))[:, None]
+        may = (columns >= self.padding)[:, None] | (columns < self.padding)[:, :, None]
+        self._at, self._seen = columns, (may & (columns <= columns[:, None]))[:, None]
+        return self._forward(model, ids, columns - self.padding)
+
+    def go_on(self, model: Any, ids: Tensor, width: int) -> Tensor:
+        """The same after the next column, int64 [B, 1]. width: of columns that are looked at, at least to that one."""
+        columns = torch.arange(width, device=ids.device)
+        self._at, self._seen = self.column, ((columns >= self.padding) & (columns <= self.column))[:, None, None]
+        logits = self._forward(model, ids, self.column - self.padding)
+        self.column += 1
+        return logits
+
+    def _forward(self, model: Any, ids: Tensor, positions: Tensor) -> Tensor:
         output = model.base_model(
             input_ids=ids,
-            position_ids=(columns[self.start :] - self.padding).clamp(min=0),
+            position_ids=positions.clamp(min=0),
             attention_mask=torch.empty(1, 1, 1, 1, device=ids.device),  # transformers makes none when it is given one
             use_cache=False,
             step=self,
@@ -96,9 +148,9 @@ class _Rows:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         query = query.to(key.dtype)  # layers in 8 bits have it in float32
         for states, new in zip(self.layers[layer], (key, value), strict=True):
-            states[:, :, self.start : self.end] = new
-        keys, values = (states[:, :, : self.end] for states in self.layers[layer])
-        if self.end - self.start > 1:
+            states.index_copy_(2, self._at, new.to(states.dtype))
+        keys, values = (states[:, :, : self._seen.shape[-1]] for states in self.layers[layer])
+        if query.shape[2] > 1:
             return scoring.mix(query, keys, values, self._seen).transpose(1, 2)
         # Queries that share a head of keys stand where the tokens of one query would: no key is repeated.
         shared = query.reshape(len(query), key.shape[1], -1, query.shape[3])

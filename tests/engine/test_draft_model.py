@@ -7,6 +7,7 @@ import torch
 
 from llama2_chat.engine.drafts import PAUSE, Confidence, Drafts
 from llama2_chat.engine.sampler import LikelyTokens
+from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
 from tests.support.drafts import random_head, random_model
@@ -15,6 +16,7 @@ from tests.support.engines import answer, running, start
 DRAFTS = {
     "head": random_head,
     "head of few tokens": lambda model: random_head(model, vocabulary=torch.arange(0, VOCABULARY, 2)),
+    "head as it is trained here": lambda model: new_head(model, [], 0).to(model.dtype).eval().requires_grad_(False),
     "head that others wrote": lambda model: random_head(model, bias=False, input_norm=True),
     "small model": lambda model: random_model(VOCABULARY),
     "the model itself": copy.deepcopy,
@@ -25,6 +27,7 @@ DRAFTS = {
 def obstinate(monkeypatch):
     """Three guesses at a time, however wrong they are: models of random weights are."""
     monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
+    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
 
 
 def compare(model, kind, prompts):
@@ -47,7 +50,7 @@ def test_each_kind_of_answer_is_the_same_with_a_models_guesses_and_without(tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["head of few tokens", "small model"])
+@pytest.mark.parametrize("kind", ["head as it is trained here", "small model"])
 def test_200_prompts_have_the_same_answers_with_a_models_guesses_and_without(tiny_llama, obstinate, kind):
     compare(tiny_llama, kind, [prompt(number) for number in range(200)])
 
@@ -115,8 +118,8 @@ def test_guesses_reckon_with_the_penalty_of_what_was_said_and_of_each_other():
 
 
 def test_no_guess_is_made_behind_some_that_hardly_come_true(tiny_llama, obstinate, monkeypatch):
-    for least, most in ((0.0, 3), (1.0, 1)):
-        monkeypatch.setattr("llama2_chat.engine.draft_model.LEAST_CHANCE", least)
+    for least, most in ((0.0, 3), (1e9, 1)):
+        monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", least)
         with running(tiny_llama, draft=random_head(tiny_llama)) as engine:
             lengths = []
             draft = engine.runner.draft

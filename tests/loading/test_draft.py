@@ -78,6 +78,8 @@ def test_other_sizes_are_refused_before_any_weights_are_fetched(tiny, model, tmp
     assert "it knows 65 tokens, and the model 64" in refusal(start, tiny, other)
     wide = published(head, tmp_path / "wide", hidden_size=128)
     assert "it goes on from 128 numbers a token, and the model has 64" in refusal(start, tiny, wide)
+    deep = published(head, tmp_path / "deep", feature_layers=[1, 99])
+    assert "it goes on from layer 99, and the model has " in refusal(start, tiny, deep)
 
 
 def test_a_small_model_with_other_tokens_is_refused(tiny, tmp_path):

@@ -32,6 +32,7 @@ from tests.support.small_tokenizer import chatml
 PARAMS = SamplingParams(repetition_penalty=1)
 WRITER = Writer("a model", "a1b2c3")
 SHORT = DraftOptions(epochs=3, batch_tokens=24, max_length=20, guesses=2)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_training_teaches_a_head_what_the_model_says(model):
     options = DraftOptions(epochs=30, learning_rate=1e-2, batch_tokens=200, max_length=40, guesses=3)
     head = new_head(model, answers, 0)
     before = acceptance(model, head, answers, 3, 40)
-    losses = [loss for _, loss, _ in Training(model, head, make_batches(model, answers, options), options).run()]
+    losses = [loss for _, loss, _ in Training(model, head, make_batches(model, head, answers, options), options).run()]
     after = acceptance(model, head, answers, 3, 40)
     assert losses[-1] < losses[0]
     assert after[0] > before[0] + 0.2
@@ -89,7 +90,7 @@ def test_training_teaches_a_head_what_the_model_says(model):
 def test_training_that_was_cut_off_goes_on_as_if_it_had_not_been(model, tmp_path):
     answers = [Answer([n, *range(n, n + 9)], 2, PARAMS) for n in range(6)]
     options, heads = SHORT, []
-    batches = make_batches(model, answers, options)
+    batches = make_batches(model, new_head(model, answers, 0), answers, options)
     for cut_off in (False, True):
         torch.manual_seed(0)
         training = Training(model, new_head(model, answers, 0), batches, options)
@@ -138,7 +139,8 @@ def test_a_writer_is_known_by_its_files_whatever_their_folder_is_called(chat_mod
 @pytest.mark.parametrize("kept", [0, 9, 1000, -30])
 def test_a_half_trained_head_whose_file_is_damaged_is_said_to_be(model, tmp_path, kept):
     answers, file = [Answer([1, 2, 3], 2, PARAMS)], tmp_path / "training.pt"
-    training = Training(model, new_head(model, answers, 0), make_batches(model, answers, SHORT), SHORT)
+    head = new_head(model, answers, 0)
+    training = Training(model, head, make_batches(model, head, answers, SHORT), SHORT)
     training.save(file)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ChatError, match="is damaged"):
@@ -156,7 +158,7 @@ def test_answers_whose_file_is_damaged_are_said_to_be(tmp_path, kept):
 
 def test_answers_of_which_none_fits_are_no_batches(model):
     with pytest.raises(ChatError, match="raise --max_length"):
-        make_batches(model, [Answer([1, 2, 3, 4], 3, PARAMS)], DraftOptions(max_length=3))
+        make_batches(model, new_head(model, [], 0), [Answer([1, 2, 3, 4], 3, PARAMS)], DraftOptions(max_length=3))
 
 
 def test_an_answer_that_is_shorter_than_its_guesses_counts_for_none(model):
@@ -178,10 +180,17 @@ def test_a_saved_head_is_read_as_it_is_in_8_bits(model, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
-def test_the_engine_guesses_what_training_foresees(model, monkeypatch):
+@pytest.mark.parametrize("kind", ["as others publish it", "as it is trained here"])
+def test_the_engine_guesses_what_training_foresees(model, kind, monkeypatch):
     monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
     monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    head = random_head(model, vocabulary=torch.arange(1, 50, 3))
+    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    if kind == "as others publish it":
+        head = random_head(model, vocabulary=torch.arange(1, 50, 3))
+    else:
+        torch.manual_seed(1)
+        head = new_head(model, [], 17).eval().requires_grad_(False)
+        assert head.feature_layers == [1]
     guesses = []
     with running(model, draft=copy.deepcopy(head)) as engine:
         draft = engine.runner.draft
@@ -197,10 +206,37 @@ def test_the_engine_guesses_what_training_foresees(model, monkeypatch):
     for ids, guessed in guesses:
         text = torch.tensor([[*ids, *guessed]])
         with torch.no_grad():
-            features = model.model(text).last_hidden_state
+            computed = model.model(text, output_hidden_states=True)
+            of_layers = [computed.hidden_states[behind] for behind in head.feature_layers]
+            features = head.fused(of_layers, computed.last_hidden_state)
             passes = unrolled(head, model.model.embed_tokens(text), features, len(guessed))
             logits = [model.lm_head(hidden[0, len(ids) - 1 + n])[head.ids] for n, hidden in enumerate(passes)]
         assert [head.ids[each.argmax()].item() for each in logits] == guessed
+
+
+@needs_gpu
+def test_steps_that_a_gpu_records_write_and_teach_what_others_do(model, monkeypatch):
+    monkeypatch.setattr(draft_writer, "LOOK_EVERY", 8)
+    monkeypatch.setattr(draft_writer, "GPU_MULTIPLE", 16)
+    recorded = copy.deepcopy(model).to("cuda")
+    attention_windows(recorded)
+    prompts = [[n, 9, *range(n)] for n in range(40)]
+    params = [SamplingParams(max_new_tokens=20 + n, seed=n, temperature=0 if n % 3 == 0 else 1) for n in range(40)]
+    said = write(recorded, prompts, params, {7, 20})
+    assert said == write(model, prompts, params, {7, 20})
+    answers = [
+        Answer([*prompt, *ids], len(prompt), each)
+        for prompt, ids, each in zip(prompts, said, params, strict=True)
+        if ids
+    ]
+    options = DraftOptions(epochs=20, learning_rate=1e-2, batch_tokens=256, max_length=128, guesses=3)
+    head = new_head(recorded, answers, 0)
+    before = acceptance(recorded, head, answers, 3, 128)
+    losses = [
+        loss for _, loss, _ in Training(recorded, head, make_batches(recorded, head, answers, options), options).run()
+    ]
+    assert losses[-1] < losses[0]
+    assert acceptance(recorded, head, answers, 3, 128)[0] > before[0] + 0.1
 
 
 @pytest.mark.parametrize(
