@@ -22,6 +22,8 @@ from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.kernels.fixed_rows import attend_fixed_rows, block_rows, fixed_rows_mask
 
 SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE, 6 * BLOCK_SIZE)  # tokens
+MANY_TOKENS = 64  # of a step: for fewer, waking another thread takes longer than it saves
+PIECE = 32  # tokens that a thread computes at a time: later ones of a chunk attend to more than earlier ones
 LONG_SPANS = 4 * BLOCK_SIZE  # and its multiples, so that few answers of a step are apart
 
 
@@ -33,14 +35,20 @@ class Part(NamedTuple):
     tables: Tensor  # int64 [N, B]: the blocks of each request that span() takes, padded with block 0
 
 
-class Places(NamedTuple):
-    """Where the tokens of N chunks are, as block_attention.py takes it."""
+class Pieces(NamedTuple):
+    """Tokens in a row of N requests, which one thread computes, as block_attention.py takes them."""
 
-    tokens: NDArray[np.int64]  # [T]: the block of each times BLOCK_SIZE, and its place there
-    firsts: NDArray[np.int64]  # [N]: the first token of each chunk in the step
+    firsts: NDArray[np.int64]  # [N]: the first token of each piece in the step
     starts: NDArray[np.int64]  # [N]: its position
     ends: NDArray[np.int64]  # [N]: the position behind the last
     tables: NDArray[np.int64]  # [N, B]: the blocks of each request, padded with block 0
+
+
+class Places(NamedTuple):
+    """Where the tokens of a step are, as block_attention.py takes it."""
+
+    tokens: NDArray[np.int64]  # [T]: the block of each times BLOCK_SIZE, and its place there
+    shares: list[Pieces]  # for each thread
 
 
 @dataclass
@@ -58,12 +66,21 @@ class CpuStep:
 
     @cached_property
     def places(self) -> Places:
-        starts, ends = np.array([(chunk.start, chunk.end) for chunk in self.chunks]).T.copy()
-        lengths, positions = ends - starts, self.positions.numpy()
-        tables = _tables([chunk.request for chunk in self.chunks], -(-ends.max() // BLOCK_SIZE) * BLOCK_SIZE).numpy()
-        blocks = tables[np.arange(len(lengths)).repeat(lengths), positions // BLOCK_SIZE]
+        chunks, positions = self.chunks, self.positions.numpy()
+        length = -(-max(chunk.end for chunk in chunks) // BLOCK_SIZE) * BLOCK_SIZE
+        tables = _tables([chunk.request for chunk in chunks], length).numpy()
+        threads = torch.get_num_threads() if len(positions) >= MANY_TOKENS else 1
+        size = length if threads == 1 else PIECE
+        pieces, first = [], 0
+        for number, (start, end) in enumerate((chunk.start, chunk.end) for chunk in chunks):
+            pieces += [(first + at - start, at, min(at + size, end), number) for at in range(start, end, size)]
+            first += end - start
+        shares = [np.array(pieces[thread::threads]).T.copy() for thread in range(min(threads, len(pieces)))]
+        blocks = tables[
+            np.repeat(np.arange(len(chunks)), [chunk.end - chunk.start for chunk in chunks]), positions // BLOCK_SIZE
+        ]
         tokens = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        return Places(tokens, lengths.cumsum() - lengths, starts, ends, tables)
+        return Places(tokens, [Pieces(share[0], share[1], share[2], tables[share[3]]) for share in shares])
 
     @cached_property
     def parts(self) -> list[Part]:

@@ -7,6 +7,7 @@ of queries at a time are multiplied with a block, each as it would be alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -18,15 +19,12 @@ from llama2_chat.kernels.compiled import (
     exp,
     float_of,
     fma,
-    over_rows,
     part,
     side_by_side,
-    threads_for,
 )
 
 BLOCK = 64  # tokens of a block, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
-PIECE = 32  # tokens of a chunk, where several threads share it: later ones attend to more
 HEAD_MULTIPLE = 4  # of head_dim, for as many numbers of a row are multiplied at once
 
 
@@ -93,31 +91,35 @@ def rounded(number):
 
 
 @part
-def widen_keys(block, key_block):
-    head_dim = len(block)
-    for d in range(head_dim):
+def widen_keys(block, held, key_block):
+    """The first `held` tokens of a block, and zeros: what lies behind them may be anything, and 0 * NaN is NaN."""
+    for d in range(len(block)):
         row, bits = key_block[d * BLOCK : (d + 1) * BLOCK], block[d]
-        for token in range(BLOCK):
+        for token in range(held):
             row[token] = widened(bits[token])
+        for token in range(held, BLOCK):
+            row[token] = 0
 
 
 @part
-def widen_values(block, value_block):
-    for token in range(BLOCK):
+def widen_values(block, held, value_block):
+    """The same."""
+    for token in range(held):
         bits = block[token]
         for panel in range(len(value_block)):
             row, at = value_block[panel, token * BLOCK : (token + 1) * BLOCK], panel * BLOCK
             for d in range(min(BLOCK, len(bits) - at)):
                 row[d] = widened(bits[at + d])
+    value_block[:, held * BLOCK :] = 0
 
 
-@compiled("void(float32[:, :, ::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1], int64, int64)")
-def write_rows(states, places, keys, values, first, last):
-    """Write keys and values of rows from `first` to `last` to their places; attend_in_blocks() says what is taken."""
+@compiled("void(float32[:, :, ::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1])")
+def write_rows(states, tokens, keys, values):
+    """Write keys and values to their places; attend_in_blocks() says what is taken."""
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     heads = states.shape[1] - 2 * kv_heads
-    for row in range(first, last):
-        block, place = places[row] // BLOCK, places[row] % BLOCK
+    for row in range(len(states)):
+        block, place = tokens[row] // BLOCK, tokens[row] % BLOCK
         for head in range(kv_heads):
             key, value = states[row, heads + head], states[row, heads + kv_heads + head]
             for d in range(head_dim):
@@ -129,8 +131,8 @@ def write_rows(states, places, keys, values, first, last):
     "void(float32[:, :, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
     " uint16[:, :, :, ::1], uint16[:, :, :, ::1], float32, float32[:, :, ::1])"
 )
-def attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, output):
-    """Let each token of N chunks attend to its request so far; attend_in_blocks() says what is taken."""
+def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, output):
+    """Let each token of N pieces attend to its request so far; attend_in_blocks() says what is taken."""
     heads, head_dim = output.shape[1], output.shape[2]
     kv_heads = keys.shape[1]
     group, panels = heads // kv_heads, (head_dim + BLOCK - 1) // BLOCK
@@ -141,8 +143,8 @@ def attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, out
     scores = np.zeros(ROWS * BLOCK, np.float32)
     key_block = np.zeros(head_dim * BLOCK, np.float32)
     value_block = np.zeros((panels, BLOCK * BLOCK), np.float32)
-    for chunk in range(len(firsts)):
-        first, start, end = firsts[chunk], starts[chunk], ends[chunk]
+    for piece in range(len(firsts)):
+        first, start, end = firsts[piece], starts[piece], ends[piece]
         count = (end - start) * group
         for head in range(kv_heads):
             for token in range(end - start):
@@ -155,8 +157,9 @@ def attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, out
             totals[:] = 0
             highest[:] = -np.inf
             for index in range((end + BLOCK - 1) // BLOCK):
-                widen_keys(keys[tables[chunk, index], head], key_block)
-                widen_values(values[tables[chunk, index], head], value_block)
+                held = min(BLOCK, end - index * BLOCK)
+                widen_keys(keys[tables[piece, index], head], held, key_block)
+                widen_values(values[tables[piece, index], head], held, value_block)
                 for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
                     scores[:] = 0
                     add_product(queries[at * head_dim : (at + ROWS) * head_dim], key_block, scores)
@@ -180,35 +183,21 @@ def attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, out
 
 def attend_in_blocks(
     states: NDArray[np.float32],
-    places: NDArray[np.int64],
-    firsts: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    tables: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    shares: Iterable[tuple[NDArray[np.int64], ...]],
     keys: NDArray[np.uint16],
     values: NDArray[np.uint16],
     scale: float,
 ) -> NDArray[np.float32]:
-    """Write the keys and values of N chunks into their blocks, and let each token attend to its request so far.
+    """Write the keys and values of some tokens into their blocks, and let each token attend to its request so far.
 
-    states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. places: [T], of each token block * BLOCK + its
-    place in the block. firsts: [N], of each chunk its first token; starts, ends: [N], its positions; tables: [N, B],
-    its request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads, head_dim, BLOCK]; values: the same,
-    [num_blocks, kv_heads, BLOCK, head_dim]. Returns [T, heads, head_dim].
+    states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. tokens: [T], of each block * BLOCK + its place
+    in the block. shares: for each thread N pieces of requests: [N], the first token of each; [N] and [N], its position
+    and that behind the last; [N, B], the request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads, head_dim,
+    BLOCK]; values: the same, [num_blocks, kv_heads, BLOCK, head_dim]. Returns [T, heads, head_dim].
     """
     count, all_heads, head_dim = states.shape
     output = np.empty((count, all_heads - 2 * keys.shape[1], head_dim), np.float32)
-    over_rows(write_rows, count, states, places, keys, values)
-    if (threads := threads_for(count)) < 2:
-        attend_chunks(states, firsts, starts, ends, tables, keys, values, scale, output)
-        return output
-    pieces = [
-        (first + at - start, at, min(at + PIECE, end), chunk)
-        for chunk, (first, start, end) in enumerate(zip(firsts, starts, ends, strict=True))
-        for at in range(start, end, PIECE)
-    ]
-    shares = [np.array(pieces[thread::threads]).T.copy() for thread in range(threads)]
-    side_by_side(
-        [partial(attend_chunks, states, *share[:3], tables[share[3]], keys, values, scale, output) for share in shares]
-    )
+    write_rows(states, tokens, keys, values)
+    side_by_side([partial(attend_pieces, states, *share, keys, values, scale, output) for share in shares])
     return output

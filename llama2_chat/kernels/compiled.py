@@ -13,8 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from numba.extending import intrinsic
 
 log = logging.getLogger("llama2_chat")
 
-FEW_ROWS = 64  # for fewer, waking another thread takes longer than it saves
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 part = njit(**OPTIONS)  # of a compiled function
 row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
@@ -56,20 +54,6 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         return kept
 
     return compile_one
-
-
-def over_rows(function: Callable[..., None], count: int, *arguments: Any) -> None:
-    """function(*arguments, first, last) for all rows from 0 to `count`, on as many threads as PyTorch has."""
-    shares = threads_for(count)
-    if shares < 2:
-        function(*arguments, 0, count)
-    else:
-        ends = [count * share // shares for share in range(shares + 1)]
-        side_by_side([partial(function, *arguments, *rows) for rows in pairwise(ends)])
-
-
-def threads_for(rows: int) -> int:
-    return 1 if rows < 2 * FEW_ROWS else min(torch.get_num_threads(), rows // FEW_ROWS)
 
 
 def side_by_side(shares: Sequence[Callable[[], None]]) -> None:
@@ -120,12 +104,11 @@ def exp(x):
     """e ** x, float32. Source of the polynomial: Cephes' expf. Of NaN it is NaN."""
     x = MOST if x > MOST else LEAST if x < LEAST else x
     whole = np.rint(x * LOG2_E)
-    x = x - whole * LN_2 - whole * LN_2_REST
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
-    y = y * x * x + x + np.float32(1)
+    x = fma(-whole, LN_2_REST, fma(-whole, LN_2, x))
+    y = fma(np.float32(1.9875691500e-4), x, np.float32(1.3981999507e-3))
+    y = fma(y, x, np.float32(8.3334519073e-3))
+    y = fma(y, x, np.float32(4.1665795894e-2))
+    y = fma(y, x, np.float32(1.6666665459e-1))
+    y = fma(y, x, np.float32(5.0000001201e-1))
+    y = fma(y, x * x, x + np.float32(1))
     return y * float_of(np.uint32((np.int32(whole) + 127) << 23))

@@ -45,7 +45,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Where Python finds them at once: looking for buffers of a module takes as long as a small product.
-        self._packed = (self.weight, self.scale) if packed else None
+        zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self._packed = (self.weight, self.scale, zero_points) if packed else None
         self._bias = self.bias
 
     @property
@@ -126,17 +127,11 @@ def _packed(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes, None)
 
 
-def _packed_product(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """(rows - ZERO) @ packed, times a scale for each column: float32. rows: uint8 [rows, in]."""
-    zero_points = _zeros(scale.shape[0])
-    return torch.ops.onednn.qlinear_pointwise(
+def _packed_product(rows: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor) -> Tensor:
+    """(rows - ZERO) @ packed, times a scale for each column: float32. rows: uint8 [rows, in]; zero_points: zeros."""
+    return torch.ops.onednn.qlinear_pointwise.default(
         rows, 1.0, ZERO, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
-
-
-@cache
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32)
 
 
 @cache
@@ -149,7 +144,8 @@ def packed_products_are_exact() -> bool:
         return False
     largest = torch.full((64, 64), 127, dtype=torch.int8)
     rows = torch.full((64, 64), ZERO + 127, dtype=torch.uint8)
-    products = (_packed_product(rows[:count], _packed(largest), torch.ones(64)) for count in (1, 2, 8, 16, 64))
+    scale, zero_points = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+    products = (_packed_product(rows[:count], _packed(largest), scale, zero_points) for count in (1, 2, 8, 16, 64))
     return all(bool((product == 64 * 127**2).all()) for product in products)
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, over_rows, part, row_sum
+from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, part, row_sum
 
 ZERO = 128  # of bytes without a sign, of which alone oneDNN has fast products where there is no AMX
 WHOLE = 127 * 128  # the largest number of two bytes
@@ -64,53 +64,48 @@ def joined(high, low, largest):
     return (high * np.float32(128) + low) * largest
 
 
-@compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1], int64, int64)")
-def split_rows(rows, codes, largest, first, last):
-    """rows: [n, width]. codes: [2 n or more, width], the high bytes of all rows and then the low ones. largest: [n].
-
-    Here and below rows from `first` to `last` are computed.
-    """
-    for row in range(first, last):
+@compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1])")
+def split_rows(rows, codes, largest):
+    """rows: [n, width]. codes: [2 n or more, width], the high bytes of all rows and then the low ones. largest: [n]."""
+    for row in range(len(rows)):
         largest[row] = split(rows[row], codes[row], codes[len(rows) + row])
 
 
-@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], int64, int64)")
-def join_rows(products, largest, output, first, last):
+@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1])")
+def join_rows(products, largest, output):
     """products: [2 n or more, width], of the codes of n rows. output: [n, width]."""
-    for row in range(first, last):
+    for row in range(len(output)):
         high, low, joint = products[row], products[len(output) + row], output[row]
         for i in range(len(joint)):
             joint[i] = joined(high[i], low[i], largest[row])
 
 
-@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], int64, int64)")
-def add_rows(products, largest, hidden, first, last):
+@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1])")
+def add_rows(products, largest, hidden):
     """The same, added to hidden, [n, width]."""
-    for row in range(first, last):
+    for row in range(len(hidden)):
         high, low, joint = products[row], products[len(hidden) + row], hidden[row]
         for i in range(len(joint)):
             joint[i] += joined(high[i], low[i], largest[row])
 
 
-@compiled("void(float32[:, ::1], float32[::1], float32, float32[:, ::1], uint8[:, ::1], float32[::1], int64, int64)")
-def norm_rows(hidden, weight, epsilon, rows, codes, largest, first, last):
+@compiled("void(float32[:, ::1], float32[::1], float32, float32[:, ::1], uint8[:, ::1], float32[::1])")
+def norm_rows(hidden, weight, epsilon, rows, codes, largest):
     """RMSNorm of hidden, [n, width]: as rows, and as split_rows() writes them."""
-    for row in range(first, last):
+    for row in range(len(hidden)):
         normed(hidden[row], weight, epsilon, rows[row])
         largest[row] = split(rows[row], codes[row], codes[len(hidden) + row])
 
 
-@compiled(
-    "void(float32[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, float32[:, :, ::1], int64, int64)"
-)
-def turn_rows(products, largest, cos, sin, turned, states, first, last):
+@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, float32[:, :, ::1])")
+def turn_rows(products, largest, cos, sin, turned, states):
     """The joined products, states [n, heads, head_dim], of which the first `turned` heads get their rotary positions.
 
     cos, sin: [n, head_dim].
     """
     count, heads, head_dim = states.shape
     half = head_dim // 2
-    for row in range(first, last):
+    for row in range(count):
         for head in range(heads):
             at = head * head_dim
             high, low = products[row, at : at + head_dim], products[count + row, at : at + head_dim]
@@ -125,11 +120,11 @@ def turn_rows(products, largest, cos, sin, turned, states, first, last):
                     state[d] = joined(high[d], low[d], size)
 
 
-@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], float32[::1], int64, int64)")
-def gate_rows(products, largest, rows, codes, codes_largest, first, last):
+@compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], float32[::1])")
+def gate_rows(products, largest, rows, codes, codes_largest):
     """SiLU of the first half of what joins, times the second: as rows, [n, width], and as split_rows() writes them."""
     count, width = rows.shape
-    for row in range(first, last):
+    for row in range(count):
         high, low, gated = products[row], products[count + row], rows[row]
         for i in range(width):
             gate = joined(high[i], low[i], largest[row])
@@ -155,20 +150,20 @@ class Codes(NamedTuple):
     def of(cls, rows: NDArray[np.float32]) -> Codes:
         """Of rows [n, width]."""
         codes = cls.empty(rows)
-        over_rows(split_rows, len(rows), *codes)
+        split_rows(*codes)
         return codes
 
     @classmethod
     def normed(cls, hidden: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> Codes:
         """Of RMSNorm of hidden [n, width]."""
         codes = cls.empty(np.empty_like(hidden))
-        over_rows(norm_rows, len(hidden), hidden, weight, epsilon, *codes)
+        norm_rows(hidden, weight, epsilon, *codes)
         return codes
 
     def gated(self, products: Tensor) -> Codes:
         """Of SiLU of the first half of what these codes were multiplied to, times the second half."""
         codes = self.empty(np.empty((len(self.rows), products.shape[1] // 2), np.float32))
-        over_rows(gate_rows, len(self.rows), products.numpy(), self.largest, *codes)
+        gate_rows(products.numpy(), self.largest, *codes)
         return codes
 
     def turned(
@@ -180,18 +175,18 @@ class Codes(NamedTuple):
         """
         count, head_dim = cos.shape
         states = np.empty((count, products.shape[1] // head_dim, head_dim), np.float32)
-        over_rows(turn_rows, count, products.numpy(), self.largest, cos, sin, heads, states)
+        turn_rows(products.numpy(), self.largest, cos, sin, heads, states)
         return states
 
     def joined(self, products: Tensor) -> NDArray[np.float32]:
         """What these codes were multiplied to, [n, out]."""
         rows = np.empty((len(self.rows), products.shape[1]), np.float32)
-        over_rows(join_rows, len(rows), products.numpy(), self.largest, rows)
+        join_rows(products.numpy(), self.largest, rows)
         return rows
 
     def add_to(self, hidden: NDArray[np.float32], products: Tensor) -> None:
         """The same, added to hidden [n, out]."""
-        over_rows(add_rows, len(hidden), products.numpy(), self.largest, hidden)
+        add_rows(products.numpy(), self.largest, hidden)
 
     def add_to_products(self, products: Tensor, added: Tensor) -> None:
         """Let what joins be as much more, [n, out]."""

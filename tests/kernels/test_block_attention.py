@@ -1,10 +1,14 @@
 """The compiled attention of a Llama on the CPU, against PyTorch's, and against itself in other chunks and company."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from llama2_chat.engine.cpu_attention import CpuStep
+from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.kernels.block_attention import BLOCK, attend_in_blocks
 
 SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 12), (2, 1, 128)]  # heads, kv_heads, head_dim
@@ -18,19 +22,14 @@ class Memory:
         shapes = (kv_heads, head_dim, BLOCK), (kv_heads, BLOCK, head_dim)
         self.kept = [np.full((1 + requests * blocks, *shape), 0x3F80, np.uint16) for shape in shapes]  # bfloat16's 1
         self.tables = np.arange(requests * blocks, 0, -1).reshape(requests, blocks)
+        self.requests = [SimpleNamespace(blocks=SimpleNamespace(blocks=table.tolist())) for table in self.tables]
 
     def attend(self, *chunks):
         """chunks: of each its request, its start and its states; returns what comes of each."""
-        requests, starts, states = zip(*chunks, strict=True)
-        lengths, starts = np.array([len(each) for each in states]), np.array(starts)
-        firsts, tables = lengths.cumsum() - lengths, self.tables[list(requests)]
-        positions = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
-        places = [table[at // BLOCK] * BLOCK + at % BLOCK for table, at in zip(tables, positions, strict=True)]
-        ends = starts + lengths
-        output = attend_in_blocks(
-            np.concatenate(states), np.concatenate(places), firsts, starts, ends, tables, *self.kept, self.scale
-        )
-        return np.split(output, lengths.cumsum()[:-1])
+        states = np.concatenate([states for *_, states in chunks])
+        places = CpuStep(self, [Chunk(self.requests[n], at, at + len(states)) for n, at, states in chunks]).places
+        output = attend_in_blocks(states, *places, *self.kept, self.scale)
+        return np.split(output, np.cumsum([len(states) for *_, states in chunks])[:-1])
 
 
 def random_states(count, heads, kv_heads, head_dim, seed=0):

