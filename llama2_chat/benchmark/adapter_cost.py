@@ -1,10 +1,11 @@
 """What four adapters cost: eight users of the embedded model with none of them, and two of each, in turns.
 
-On a GPU a recorded step adds all adapters, whoever takes them: there a shape is loaded without them, then with them.
+On a GPU a recorded step adds all adapters, whoever takes them: there a shape is loaded without them, then with some.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,16 +27,16 @@ from model import ChatModel
 USERS, ADAPTERS, RANK = 8, 4, 16
 PROMPT_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS_OF_SHAPES = 64, 64, 256
 ROUNDS = 7  # the first warms up
+TARGETS: tuple[list[str] | str, ...] = (["q_proj", "v_proj"], "all-linear")
 
 
 def measure() -> Iterator[Figures]:
     base = fetch_checkpoint(EMBEDDED).base.folder
     with tempfile.TemporaryDirectory() as folder:
-        for targets in (["q_proj", "v_proj"], "all-linear"):
+        for targets in TARGETS:
             chat = load(_new_adapters(base, Path(folder), targets))
             time_full_answers(chat)
-            what = targets if isinstance(targets, str) else " and ".join(targets)
-            yield {f"rank {RANK}, {what}: {name}": figure for name, figure in _in_turns(chat).items()}
+            yield {f"rank {RANK}, {_named(targets)}: {name}": figure for name, figure in _in_turns(chat).items()}
             chat.close()
 
 
@@ -44,14 +45,21 @@ def measure_shape(shape: str, tokenizer: str, checkpoint: Path | None, quantizat
     check_gpu(shape)
     with checkpoint_folder(checkpoint) as base, tempfile.TemporaryDirectory() as folder:
         run_in_process(make_checkpoint, shape, tokenizer, base)
-        flags = ["--model-id", str(base), "--quantization", quantization]
+        # No steps for more users are recorded, which takes seconds for each number of them.
+        flags = ["--model-id", str(base), "--quantization", quantization, "--max-batch", str(USERS)]
         alone = run_in_process(_of_shape, flags)
         yield {"shape": shape, "quantization": quantization, f"{USERS} users without adapters, tokens/s": alone}
-        adapted = run_in_process(_of_shape, [*flags, *_new_adapters(base, Path(folder), "all-linear")])
-        yield {
-            f"{USERS} users of {ADAPTERS} adapters of rank {RANK} on all linear layers, tokens/s": adapted,
-            "adapters / without": adapted / alone,
-        }
+        for targets in TARGETS:
+            adapters = _new_adapters(base, Path(folder) / _named(targets), targets)
+            adapted, what = run_in_process(_of_shape, [*flags, *adapters]), f"rank {RANK}, {_named(targets)}"
+            yield {
+                f"{what}: {USERS} users of {ADAPTERS} adapters, tokens/s": adapted,
+                f"{what}: adapters / without": adapted / alone,
+            }
+
+
+def _named(targets: list[str] | str) -> str:
+    return targets if isinstance(targets, str) else " and ".join(targets)
 
 
 def _of_shape(flags: Sequence[str]) -> float:
@@ -80,8 +88,9 @@ def _tokens_per_s(chat: ChatModel, names: list[str], answer_tokens: int) -> floa
 
 
 def _new_adapters(base: Path, folder: Path, targets: list[str] | str) -> list[str]:
-    """Flags of app.py that name them."""
-    folders = [_save_adapter(base, folder / f"{number}", targets) for number in range(ADAPTERS)]
+    """Flags of app.py that name them. They are the same, which changes nothing of what they cost."""
+    first = _save_adapter(base, folder / "0", targets)
+    folders = [first, *(Path(shutil.copytree(first, folder / f"{number}")) for number in range(1, ADAPTERS))]
     return ["--adapters", ",".join(f"{path.name}={path}" for path in folders)]
 
 
