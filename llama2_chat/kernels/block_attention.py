@@ -163,7 +163,7 @@ def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, out
                 for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
                     scores[:] = 0
                     add_product(queries[at * head_dim : (at + ROWS) * head_dim], key_block, scores)
-                    for row in range(at, at + ROWS):
+                    for row in range(at, min(at + ROWS, count)):
                         seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
                         shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
                         highest[row], shrink = turn_into_shares(shares, seen, highest[row], totals[row])
