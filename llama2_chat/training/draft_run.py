@@ -9,10 +9,8 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -104,19 +102,7 @@ def _load(base: BaseModel, options: DraftOptions) -> PreTrainedModel:
     if model.config.model_type != "llama":
         raise ChatError(f"A head can be trained for a Llama, and {options.model} is a {model.config.model_type}.")
     attention_windows(model)
-    model.eval().requires_grad_(False)
-    _round_as_served(model)
-    return model
-
-
-def _round_as_served(model: PreTrainedModel) -> None:
-    """Round the layers' weights as Int8Linear does: a head guesses on a CPU, where the model is in 8 bits by itself."""
-    body: Any = model.model
-    for module in body.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.float()
-            scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-            module.weight.copy_((weight / scale).round() * scale)
+    return model.eval().requires_grad_(False)
 
 
 def _make_answers(

@@ -24,7 +24,6 @@ from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_options import DraftOptions
 
 STEP_WEIGHT = 0.85  # of each guess in a row, times that of the one before
-FIRST_GUESS_SHARE = 0.5  # of all steps in which only the first guess is learned: they take a fraction of the time
 WARMUP_STEPS = 50
 HIDDEN = -1e9  # as an attention score
 FEATURE_PARTS = (0.1, 0.5)  # of the model's layers: behind so many the head takes in what they have computed, too
@@ -234,32 +233,31 @@ class Training:
                 else:
                     group["lr"] = rate
             batch = self._batches[self._next]
-            guesses = 1 if spent < FIRST_GUESS_SHARE else options.guesses
-            loss = self._replay(batch, guesses) if self._on_gpu else self._step(batch, guesses)
+            loss = self._replay(batch) if self._on_gpu else self._step(batch)
             self.steps, self._seconds = self.steps + 1, before + time.monotonic() - started
             yield self.steps, loss.item(), self._spent
 
-    def _step(self, batch: Batch, guesses: int) -> Tensor:
-        loss = _loss(self._model, self.head, batch, guesses)
+    def _step(self, batch: Batch) -> Tensor:
+        loss = _loss(self._model, self.head, batch, self._options.guesses)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self._optimizer.step()
         return loss.detach()
 
-    def _replay(self, batch: Batch, guesses: int) -> Tensor:
+    def _replay(self, batch: Batch) -> Tensor:
         """A step as a CUDA graph: its thousands of small kernels take longer to launch than to run."""
-        shape = (*batch.ids.shape, len(batch.at), guesses)
+        shape = (*batch.ids.shape, len(batch.at))
         if shape not in self._recorded:
             own, stream = Batch(*(each.to(self._model.device, copy=True) for each in batch)), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._step(own, guesses)
+                    self._step(own)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=next((g.pool() for g, *_ in self._recorded.values()), None)):
-                loss = self._step(own, guesses)
+                loss = self._step(own)
             self._recorded[shape] = graph, own, loss
         graph, own, loss = self._recorded[shape]
         for kept, new in zip(own, batch, strict=True):
