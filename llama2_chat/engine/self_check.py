@@ -74,10 +74,11 @@ class SelfCheck:
                 request.computed = len(request.ids)
             token = requests[0].ids[0]
             found = [prefilled, decode(requests, token)]
-            if any(len(logits) != len(requests) for logits in found):
+            rows = len(input_embeddings(self._model).weight)
+            if any(len(logits) != len(requests) or logits.shape[1] < rows for logits in found):
                 raise ModelUnavailable(
-                    f"{type(self._model).__name__} scores other tokens than those it is asked for. Choose a Llama 2, "
-                    "or a model that answers as it does."
+                    f"{type(self._model).__name__} scores other tokens than those it reads and is asked for. "
+                    "Choose a Llama 2, or a model that answers as it does."
                 )
             expected = [self._alone(request, steps, token, self._pool) for request in requests]
             exact = expected

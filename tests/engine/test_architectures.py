@@ -136,6 +136,7 @@ def test_a_model_that_cannot_be_computed_over_blocks_is_refused_with_the_reason(
     [
         ("JetMoe", {"kv_channels": 8, "num_key_value_heads": 2}, "is built in a way that visitors cannot share here"),
         ("Whisper", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, "scores other tokens than"),
+        ("Moshi", {"vocab_size": 96, "max_position_embeddings": 64, "ffn_dim": 64}, "scores other tokens than"),
     ],
 )
 def test_a_model_that_fails_in_its_first_step_is_refused_by_name(name, config, reason):
