@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-SPARE_BLOCKS = (
-    16  # kept free, where the host takes what they held: so many can be handed out without waiting for copies
-)
+# Kept free, where the host takes what they held: so many can be handed out without waiting for copies.
+SPARE_BLOCKS = 16
 
 
 @dataclass(eq=False)

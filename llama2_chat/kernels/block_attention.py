@@ -13,17 +13,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2_chat.kernels.compiled import (
-    bits_of,
-    compiled,
-    exp,
-    float_of,
-    fma,
-    part,
-    side_by_side,
-)
+from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, fma, part, side_by_side
 
-BLOCK = 64  # tokens of a block, and dimensions of a head that are computed together
+BLOCK = 64  # tokens of a block of the pool, BLOCK_SIZE there, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
 HEAD_MULTIPLE = 4  # of head_dim, for as many numbers of a row are multiplied at once
 

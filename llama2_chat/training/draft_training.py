@@ -171,13 +171,8 @@ class _UnrolledLayer:
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [B, T, H]."""
         B, T, _ = hidden.shape
-        layer, attention, keys, values, step = (
-            self._layer,
-            self._layer.self_attn,
-            self._keys,
-            self._values,
-            len(self._keys),
-        )
+        layer, attention = self._layer, self._layer.self_attn
+        keys, values, step = self._keys, self._values, len(self._keys)
         normed = layer.input_layernorm(hidden)
         q, k, v = (
             project(normed).view(B, T, -1, attention.head_dim).transpose(1, 2)
@@ -215,9 +210,8 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             head.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, capturable=self._on_gpu
         )
-        self._recorded: dict[
-            tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]
-        ] = {}  # of each shape of a batch
+        # Of each shape of a batch a step, the batch that it reads, and its loss.
+        self._recorded: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.steps, self.total = 0, max(1, round(options.epochs * len(batches)))
         self._seconds = 0.0  # that earlier runs took
 
