@@ -395,12 +395,17 @@ def test_what_is_typed_and_not_sent_is_there_after_a_reload_in_mid_word(visit, s
 
 
 @pytest.mark.slow
-def test_a_message_is_answered_though_the_page_is_reloaded_in_the_moment_it_is_sent(visit, site, echo):
+def test_a_message_is_answered_once_though_the_page_is_reloaded_in_the_moment_it_is_sent(visit, site, echo):
     page = visit(site)
-    for text in ("In a new chat", "And in one that has begun"):
+    at_once = "location.reload()"
+    hears = "new BroadcastChannel('llama2-chat').onmessage"
+    once_kept = f"{hears} = ({{ data }}) => data.kind === 'message' && location.reload()"
+    texts = []
+    for leave in [at_once, once_kept] * 3:
+        texts.append(text := f"Message {len(texts)}")
         box(page).fill(text)
         with page.expect_navigation():
-            page.evaluate("document.querySelector('#composer form').requestSubmit(); location.reload()")
+            page.evaluate(f"() => {{ document.querySelector('#composer form').requestSubmit(); {leave} }}")
         in_box = "document.querySelector('#composer textarea')?.value === text"
         sent = "[...document.querySelectorAll('article.user .body')].at(-1)?.textContent === text"
         page.wait_for_function(f"(text) => {in_box} || {sent}", arg=text)
@@ -409,7 +414,42 @@ def test_a_message_is_answered_though_the_page_is_reloaded_in_the_moment_it_is_s
         expect(answers(page).last).to_have_text(f"You said {text}")
         expect_unlocked(page)
         expect(box(page)).to_have_value("")
-    assert [messages[-1]["content"] for messages, _ in echo.asked] == ["In a new chat", "And in one that has begun"]
+    expect(questions(page)).to_have_text(texts)
+    assert [messages[-1]["content"] for messages, _ in echo.asked] == texts
+
+
+HOLD_DATABASE = """async () => {
+  const opening = indexedDB.open("llama2-chat");
+  await new Promise((resolve) => (opening.onsuccess = resolve));
+  const held = opening.result.transaction(["conversations", "messages", "known"], "readwrite").objectStore("known");
+  let isHeld = true;
+  (function hold() { if (isHeld) held.get("none").onsuccess = hold; })();
+  window.releaseDatabase = () => (isHeld = false);
+}"""
+
+
+@pytest.mark.slow
+def test_an_answer_can_be_stopped_before_it_was_asked_for_and_before_the_server_hears_of_it(visit, perform):
+    page = visit(perform(ScriptedChat(say=lambda messages: Scripted("Never", gate=lambda: False))))
+    page.evaluate(HOLD_DATABASE)  # as slow as a phone's can be
+    send(page, "One")
+    page.get_by_role("button", name="Stop").click()
+    page.evaluate("releaseDatabase()")
+    expect(remarks(page)).to_contain_text(["stopped"])
+    expect_unlocked(page)
+    held = []
+
+    def hold(route):
+        held.append(route) if route.request.method == "PUT" else route.fallback()
+
+    page.route("**/page/answers/*", hold)
+    send(page, "Two")
+    expect(waiting(page)).to_be_visible()
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(300)  # in which the server might hear of the end before the beginning
+    held[0].fallback()
+    expect(remarks(page)).to_contain_text(["stopped", "stopped"])
+    expect_unlocked(page)
 
 
 @pytest.mark.slow

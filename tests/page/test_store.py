@@ -82,6 +82,27 @@ def test_what_is_written_is_there_after_a_reload(tab):
     assert read[2] is True
 
 
+def test_messages_and_their_conversation_are_written_together_or_not_at_all(tab):
+    kept, gone, torn = tab.evaluate("""async () => {
+      const { store, conversation, message, id } = await use();
+      const write = async (name, conversationId, change) => {
+        const pair = [message(name, `${name} asks`), message(name, `${name} answers`, { createdAt: 2 })];
+        const written = await store.putMessages(pair, id(conversationId), change).catch((error) => error.message);
+        return [written, (await store.messages(id(name))).map(({ text }) => text)];
+      };
+      await store.putConversation(conversation("a"));
+      return [
+        await write("a", "a", (kept) => { kept.leafId = "the answer"; }),
+        await write("gone", "gone", () => {}),
+        await write("torn", "a", () => { throw new Error("no"); }),
+      ];
+    }""")
+    assert kept[0]["leafId"] == "the answer"
+    assert kept[1] == ["a asks", "a answers"]
+    assert gone == [None, []]
+    assert torn == ["no", []]
+
+
 def test_pinned_conversations_come_first_and_then_the_newest(tab):
     tab.evaluate("""async () => {
       const { store, conversation } = await use();
@@ -420,13 +441,14 @@ def test_a_chat_goes_on_when_the_disk_is_full_and_is_saved_once_there_is_room(co
       await t.store.putConversation(t.conversation("a"));
       await t.store.putMessage(t.message("a", "before"));
       full = true;
-      await t.store.putMessage(t.message("a", "during", { createdAt: 2 }));
+      await t.store.putMessages([t.message("a", "during", { createdAt: 2 })], t.id("a"), (c) => { c.updatedAt = 7; });
       await t.store.updateMessage(t.id("before"), (m) => { m.text = "changed"; });
       await t.store.updateConversation(t.id("a"), (c) => { c.leafId = t.id("during"); });
       return [[await t.store.conversation(t.id("a")), await t.store.messages(t.id("a")), t.store.persistent], said];
     }""")
     assert [message["text"] for message in while_full[1]] == ["changed", "during"]
     assert while_full[0]["leafId"] == while_full[1][1]["id"]
+    assert while_full[0]["updatedAt"] == 7
     assert while_full[2] is False
     assert said == [False]
     said = tab.evaluate("""async () => {

@@ -137,6 +137,17 @@ def until_kept(server, page, *expected):
     until(has)
 
 
+def until_told(page, problem):
+    """Until the page says what is wrong; or, with "", that nothing is any more."""
+
+    def is_told():
+        page.wait_for_timeout(50)
+        told = do(page, "return t.store.problem")
+        return problem in told if problem else not told
+
+    until(is_told)
+
+
 def test_what_a_browser_held_before_is_taken_over_and_every_device_has_all_of_it_once(device, server):
     laptop = device()
     laptop.evaluate("() => use({ profile: 'anna' })")  # as with HISTORY=browser
@@ -180,12 +191,12 @@ def test_what_two_devices_write_while_the_line_is_down_is_all_kept(device, serve
     # The same message, too: no turn gives way to another.
     do(laptop, "await t.edit('hello', { text: 'hello, said the laptop' })")
     do(phone, "await t.edit('hello', { text: 'hello, said the phone' })")
-    until(lambda: laptop.wait_for_timeout(50) or "cannot be reached" in do(laptop, "return t.store.problem"))
+    until_told(laptop, "cannot be reached")
     server.is_up = True
     texts = ["from the laptop", "from the phone", "hello, said the laptop", "hello, said the phone"]
     for page in (laptop, phone):
         until_on(page, {"Renamed": texts})
-    assert do(laptop, "return t.store.problem") == ""
+    until_told(laptop, "")
     assert [do(page, "return (await t.store.conversation(t.id('a'))).pinned") for page in (laptop, phone)] == [True] * 2
 
 
@@ -246,21 +257,21 @@ def test_where_the_server_has_no_room_the_browsers_copy_stays_and_deleting_helps
     do(laptop, "await t.talk('a'); await t.say('a', 'x'.repeat(1500))")
     until_kept(server, laptop, "a", "x" * 1500)
     do(laptop, "await t.talk('b'); await t.say('b', 'y'.repeat(1000))")
-    until(lambda: laptop.wait_for_timeout(50) or "stay in this browser" in do(laptop, "return t.store.problem"))
+    until_told(laptop, "stay in this browser")
     assert all_of(laptop) == {"a": ["x" * 1500], "b": ["y" * 1000]}
     do(laptop, "await t.store.deleteConversation(t.id('a'))")
     until_kept(server, laptop, "b", "y" * 1000)
-    until(lambda: laptop.wait_for_timeout(50) or do(laptop, "return t.store.problem") == "")
+    until_told(laptop, "")
     monkeypatch.setattr(database.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     do(laptop, "await t.say('b', 'z')")
-    until(lambda: laptop.wait_for_timeout(50) or "disk of this server is full" in do(laptop, "return t.store.problem"))
+    until_told(laptop, "disk of this server is full")
 
 
 def test_a_message_too_large_for_the_server_holds_back_no_other(device, server):
     laptop = device()
     do(laptop, "await t.talk('a'); await t.say('a', 'x'.repeat(4_000_100)); await t.say('a', 'little')")
     until_kept(server, laptop, "a", "little")
-    assert "more than 4 MB" in do(laptop, "return t.store.problem")
+    until_told(laptop, "more than 4 MB")
     assert len(all_of(laptop)["a"]) == 2
 
 
@@ -274,7 +285,7 @@ def test_private_chats_and_other_logins_send_nothing(device, server):
     }""")
     server.client = HistoryClient(server.histories, "bert")  # somebody else has logged in in another tab
     do(laptop, "await t.talk('b')")
-    until(lambda: laptop.wait_for_timeout(50) or "Somebody else" in do(laptop, "return t.store.problem"))
+    until_told(laptop, "Somebody else")
     assert server.records() == ["a"]
     assert not server.histories.of("login bert").path.exists()
     server.client = server.anna

@@ -10,6 +10,8 @@ const GIVE_UP_MS = 10 * 60 * 1000; // as long as the server keeps an answer that
 const HIDDEN_MS = 500; // that a tab in the background reads
 const AWAY_MS = 5000; // and then leaves the line to others; the server takes longer to think that nobody reads
 
+const reaching = new Map(); // id of an answer -> resolves once the server has the question, or is asked no longer
+
 /** What the server refused, in its own sentence. */
 export class Refused extends Error {
   constructor(status, sentence) {
@@ -19,14 +21,35 @@ export class Refused extends Error {
 }
 
 /**
- * The events of an answer until its end: {text} all of it so far, {more}, {waiting}, {offline: true} while the line is
- * down, and at last {end} or, where the server no longer knows of it, {lost: true}.
+ * The events of an answer, which can be stopped from now on, until its end: {text} all of it so far, {more}, {waiting},
+ * {offline: true} while the line is down, and at last {end} or, where the server no longer knows of it, {lost: true}.
  *
  * @param {string} id 32 hexadecimal digits of the asker's own choice
  * @param {object|null} question to ask for it; null to read one that was asked for before
  * @param {AbortSignal} signal ends the reading, and not the answer
  */
-export async function* follow(id, question, signal) {
+export function follow(id, question, signal) {
+  const events = eventsOf(id, question, signal);
+  return question === null ? events : reachingBy(events, id);
+}
+
+/** The events of one that is asked for; stop() hears when the server has it, or when nobody asks for it any more. */
+function reachingBy(events, id) {
+  let settle;
+  reaching.set(id, new Promise((resolve) => (settle = () => (reaching.delete(id), resolve()))));
+  return (async function* () {
+    try {
+      for await (const event of events) {
+        if (!event.offline) settle();
+        yield event;
+      }
+    } finally {
+      settle();
+    }
+  })();
+}
+
+async function* eventsOf(id, question, signal) {
   let known = question === null; // whether the server has it
   let failures = 0;
   let downSince = 0;
@@ -65,10 +88,11 @@ export async function* follow(id, question, signal) {
 }
 
 /**
- * End the answer on the server; its readers see it end.
+ * End the answer on the server; its readers see it end. One that the server does not have yet, ends as soon as it has it.
  * @returns {Promise<Refused | null>} why it did not, where whoever asks is not who asked for the answer
  */
 export async function stop(id) {
+  await reaching.get(id);
   const giveUpAt = Date.now() + GIVE_UP_MS;
   for (let failures = 0; Date.now() < giveUpAt; failures += 1) {
     try {

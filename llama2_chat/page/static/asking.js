@@ -1,7 +1,7 @@
 // From a message to its answer, in the tree of messages that is kept: what chat.js builds on. How an answer is read is told
 // in reading.js. What is on the screen is transcript.js's and composer.js's, what is kept is store.js's.
 
-import { turnsOf } from "./answers.js";
+import { stop, turnsOf } from "./answers.js";
 import { toast } from "./dialog.js";
 import { today } from "./files.js";
 import { offerBox } from "./focus.js";
@@ -50,15 +50,20 @@ export class Asking extends Reading {
   }
 
   _giveBack(talk, text) {
-    Object.assign(talk, { isAsking: false, queued: null });
+    Object.assign(talk, { isAsking: false, isStopped: false, queued: null });
     if (text && talk === this.talk && !this.composer.text) this.composer.text = text;
   }
 
-  /** @param onKept once the message is in the store */
-  async _ask(talk, text, parentId, onKept = () => {}) {
-    const question = await this._addMessage(talk, { role: "user", text, parentId });
-    onKept();
-    await this._answer(talk, question);
+  /** What a visitor says, to be kept with the answer that it waits for. */
+  _questionOf(talk, text, parentId) {
+    return { id: newId(), conversationId: talk.conversation.id, createdAt: Date.now(), role: "user", text, parentId };
+  }
+
+  /** As _questionOf, of what stands in the box of the conversation: it stays there until it is kept as a message. */
+  _fromBox(talk, text, parentId) {
+    const question = this._questionOf(talk, text, parentId);
+    this.drafts.put(talk.conversation.id, "draft", text, question.id);
+    return question;
   }
 
   /** What stood in the box is kept as a message. rest: what stands in it now, where another conversation has it */
@@ -92,8 +97,8 @@ export class Asking extends Reading {
     if (this.documents.isBringing(talk)) return this._waitFor(talk, text);
     if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
     if (isOpen && this.composer.text === text) this.composer.text = ""; // else another tab's text is sent
-    this.drafts.put(conversationId, "draft", text); // until it is kept as a message
-    await this._begin(talk, () => this._ask(talk, text, id, () => this._sent(talk, "")), text);
+    const question = this._fromBox(talk, text, id);
+    await this._begin(talk, () => this._answer(talk, question, { onKept: () => this._sent(talk, "") }), text);
   }
 
   /** It waited for an answer and now does for files. */
@@ -122,12 +127,13 @@ export class Asking extends Reading {
     await this.store.putConversation(talk.conversation);
   }
 
-  async _addMessage(talk, fields) {
-    const message = { id: newId(), conversationId: talk.conversation.id, createdAt: Date.now(), ...fields };
-    talk.messages.set(message.id, message);
-    await this.store.putMessage(message);
-    await this._setLeaf(talk, message.id);
-    return message;
+  /** Keeps messages that follow each other and stand at the end of the conversation from now on, all of them or none. */
+  async _addMessages(talk, messages) {
+    const { conversation } = talk;
+    const moved = { leafId: messages.at(-1).id, updatedAt: Date.now() };
+    await this.store.putMessages(messages, conversation.id, (kept) => Object.assign(kept, moved));
+    for (const message of messages) talk.messages.set(message.id, message);
+    Object.assign(conversation, moved);
   }
 
   async _setLeaf({ conversation }, leafId) {
@@ -136,16 +142,22 @@ export class Asking extends Reading {
     await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  async _answer(talk, question, { seed, settings = settingsOf(talk, this.settings.readFirst()), documents = talk.documents } = {}) {
+  /** @param onKept once the question is in the store, with the answer that it waits for */
+  async _answer(talk, question, { seed, settings = settingsOf(talk, this.settings.readFirst()), documents = talk.documents, onKept = () => {} } = {}) {
     const first = seed ?? (settings.seed === "" ? newSeed() : settings.seed);
     const about = this.documents.known(documents);
     const asked = { answerId: newId(), unasked: true, settings, seed: first, ...(about.length && { documents: about }) };
-    const message = await this._addMessage(talk, { role: "assistant", text: "", parentId: question.id, ...asked });
+    const { id: parentId, conversationId, createdAt } = question;
+    const age = { createdAt: Math.max(Date.now(), createdAt + 1) };
+    const message = { id: newId(), conversationId, ...age, role: "assistant", text: "", parentId, ...asked };
+    await this._addMessages(talk, talk.messages.has(parentId) ? [message] : [question, message]);
+    onKept();
     await this._run(talk, message, { seed: first, settings });
   }
 
   async _run(talk, message, { seed, settings }) {
-    talk.isAsking = false;
+    const { isStopped } = talk; // before there was an answer to stop
+    Object.assign(talk, { isAsking: false, isStopped: false });
     if (talk.queued && !talk.queued.after) {
       talk.queued.after = message.id;
       this._keepQueue(talk);
@@ -153,7 +165,15 @@ export class Asking extends Reading {
     if (talk === this.talk) this.transcript.scrollToEnd();
     this.hooks.onSaid(T.live.begun);
     const unasked = { ...message, seed: message.seed ?? seed, unasked: true };
-    await this._read(unasked, this._question(talk, message, { seed, settings }));
+    const reading = this._read(unasked, this._question(talk, message, { seed, settings }));
+    if (isStopped) await this._stop(unasked);
+    await reading;
+  }
+
+  async _stop(message) {
+    if (this.offline.has(message.id)) this._stopHere(message);
+    const refused = await stop(message.answerId);
+    if (refused) explain(refused);
   }
 
   /** All before the answer, and of one that is to be continued what there is of it. */

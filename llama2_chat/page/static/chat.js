@@ -97,9 +97,9 @@ export class Chat extends Asking {
     this.beside = null;
     const lead = async () => {
       const made = this._ensureConversation(talk, text);
-      this.drafts.put(this.id, "draft", text); // until it is kept as a message
+      const question = this._fromBox(talk, text, talk.conversation.leafId);
       await made;
-      await this._ask(talk, text, talk.conversation.leafId, () => this._sent(talk, rest, isNew));
+      await this._answer(talk, question, { onKept: () => this._sent(talk, rest, isNew) });
     };
     await this._begin(talk, lead, text);
   }
@@ -206,12 +206,13 @@ export class Chat extends Asking {
   edit({ role, parentId, steps, sources }, text) {
     const { talk } = this;
     if (role === "assistant") {
-      this._addMessage(talk, { role, text, parentId, edited: true, ...(steps && { steps }), ...(sources && { sources }) }).then(() => this.render());
+      const edited = { id: newId(), conversationId: this.id, createdAt: Date.now(), role, text, parentId, edited: true };
+      this._addMessages(talk, [{ ...edited, ...(steps && { steps }), ...(sources && { sources }) }]).then(() => this.render());
     } else if (this._isBusy(talk)) {
       toast(T.actions.busy);
       return false;
     } else {
-      this._begin(talk, () => this._ask(talk, text, parentId), text);
+      this._begin(talk, () => this._answer(talk, this._questionOf(talk, text, parentId)), text);
     }
     return true;
   }
@@ -250,10 +251,8 @@ export class Chat extends Asking {
 
   async stop() {
     const message = this._runningHere();
-    if (!message?.answerId) return;
-    if (this.offline.has(message.id)) this._stopHere(message);
-    const refused = await stop(message.answerId);
-    if (refused) explain(refused);
+    if (message?.answerId) await this._stop(message);
+    else if (this.talk.isAsking) this.talk.isStopped = true;
   }
 
   editLast() {

@@ -73,6 +73,22 @@ export class Database {
   }
 
   /**
+   * Writes messages and changes their conversation, with nobody in between: a page that is left meanwhile has done all of it
+   * or nothing. change(conversation) returns what is written.
+   * @returns {Promise<object | undefined>} the conversation as it was written; undefined if it is gone, and then nothing was
+   */
+  changeWith(messages, conversationId, change) {
+    return this.#transaction("readwrite", async (stores) => {
+      const old = await done(stores.conversations.get(conversationId));
+      if (!old) return undefined;
+      const conversation = change(old);
+      stores.conversations.put(conversation);
+      for (const message of messages) stores.messages.put(message);
+      return conversation;
+    });
+  }
+
+  /**
    * Adds what is not there; a conversation that was deleted counts as not there, and so do its messages.
    * @returns {Promise<{ conversations: number, messages: number }>} how many were added
    */

@@ -8,7 +8,7 @@ const KEPT = "llama2-chat.unwritten";
 const KEEP_AFTER_MS = 300; // without a key
 
 export class Drafts {
-  #unwritten = new Map(); // place -> { id of the conversation, where in it, text }
+  #unwritten = new Map(); // place -> { id of the conversation, where in it, text, as }
   #timer = null;
   #listening = new AbortController();
 
@@ -21,9 +21,13 @@ export class Drafts {
     addEventListener("pageshow", ({ persisted }) => persisted && this.recover(), { signal });
   }
 
-  /** @param where "draft" of the conversation, or the id of the message that is edited; text: null where nothing is any more */
-  put(id, where, text) {
-    this.#unwritten.set(`${id} ${where}`, { id, where, text });
+  /**
+   * @param where "draft" of the conversation, or the id of the message that is edited
+   * @param text null where nothing is any more
+   * @param as id of the message that it is about to become: once that is kept, it is no draft any more
+   */
+  put(id, where, text, as) {
+    this.#unwritten.set(`${id} ${where}`, { id, where, text, ...(as && { as }) });
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.flush(), KEEP_AFTER_MS);
   }
@@ -37,7 +41,10 @@ export class Drafts {
   async recover() {
     const left = unwritten(this.keptAs);
     let homeless = "";
-    for (const typed of left) if (!(await this.#write(typed)) && typed.where === "draft") homeless = typed.text;
+    for (const typed of left) {
+      if (typed.as && (await this.store.hasMessage(typed.as))) await this.#takeAway(typed);
+      else if (!(await this.#write(typed)) && typed.where === "draft") homeless = typed.text;
+    }
     const later = unwritten(this.keptAs).slice(left.length); // another tab's, meanwhile
     keep(this.keptAs, later.length ? JSON.stringify(later) : "");
     return homeless;
@@ -50,6 +57,11 @@ export class Drafts {
 
   #write({ id, where, text }) {
     return this.store.updateConversation(id, (kept) => setText(kept, where, text));
+  }
+
+  /** It was sent; what was typed since, in another tab, stays. */
+  #takeAway({ id, text }) {
+    return this.store.updateConversation(id, (kept) => kept.draft === text && (kept.draft = ""));
   }
 
   #written(place, typed) {

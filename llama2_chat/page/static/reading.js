@@ -50,13 +50,14 @@ export class Reading {
     else if (question) ["steps", "sources"].forEach((name) => delete message[name]); // it is asked anew
     this.running.set(message.id, abort);
     this._put(message);
+    const events = follow(message.answerId, question, abort.signal);
     await this.store.putMessage(message);
     this.render();
     let keptAt = 0;
     let waiting = "";
     let refusal = null;
     try {
-      for await (const event of follow(message.answerId, question, abort.signal)) {
+      for await (const event of events) {
         const isNews = Boolean(message.unasked && !event.offline); // the server has it
         if (isNews) delete message.unasked;
         if (event.text !== undefined) message.text = before + event.text;

@@ -76,6 +76,24 @@ export class Records {
     return record;
   }
 
+  /** As Database.changeWith. */
+  async changeWith(messages, conversationId, change) {
+    if (this.persistent) {
+      try {
+        return await this.#database.changeWith(messages, conversationId, change);
+      } catch (error) {
+        if (!isFull(error)) throw error;
+      }
+    }
+    const old = await this.record("conversations", conversationId);
+    if (!old) return undefined;
+    const conversation = change(old);
+    this.#memory.conversations.set(conversationId, structuredClone(conversation));
+    for (const message of messages) this.#memory.messages.set(message.id, structuredClone(message));
+    await this.#save();
+    return conversation;
+  }
+
   /** As Database.add; rejects when the disk is full. */
   async add(conversation, messages) {
     if (this.#database) return this.#database.add(conversation, messages);

@@ -139,6 +139,24 @@ class Store {
     return this.#change("message", message.id, message.conversationId, () => message);
   }
 
+  /**
+   * Creates messages of a conversation and changes it as updateConversation does, in one step: whoever leaves the page
+   * meanwhile finds all of it or nothing.
+   * @returns {Promise<object | undefined>} the conversation as it is then; undefined if it is gone, and nothing was written
+   */
+  async putMessages(messages, conversationId, change) {
+    const conversation = await this.#records.changeWith(messages, conversationId, (old) => changed(old, change));
+    if (!conversation) return undefined;
+    for (const { id } of messages) this.#tell({ kind: "message", id, conversationId });
+    this.#tell({ kind: "conversation", id: conversationId, conversationId });
+    return conversation;
+  }
+
+  /** Whether it is kept. */
+  async hasMessage(id) {
+    return Boolean(await this.#records.record("messages", id));
+  }
+
   /** As updateConversation. */
   async updateMessage(id, change) {
     const message = await this.#records.record("messages", id);
