@@ -9,11 +9,13 @@ decides. So numba's `fastmath` is given to sums of one row alone, and products a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,10 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 part = njit(**OPTIONS)  # of a compiled function
 row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
 
+# Part of the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
+# with what an earlier version of the parts below has become in it.
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
 LOG2_E = np.float32(1.44269504)
 LN_2 = np.float32(0.693359375)  # a number of few bits, and what is left
 LN_2_REST = np.float32(-2.12194440e-4)
@@ -38,6 +44,7 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Compile a function for arguments of these kinds, and keep what came of it on the disk for later starts."""
 
     def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__qualname__ = f"{function.__name__}_{VERSION}"
         try:
             kept = njit(cache=True, **OPTIONS)(function)
         except RuntimeError as error:  # there is no folder for it

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numba.core import caching
 
+from llama2_chat.kernels import compiled as shared
 from llama2_chat.kernels.compiled import compiled, exp
 
 
@@ -44,6 +45,14 @@ def test_what_was_kept_and_is_damaged_is_compiled_anew(kept, caplog, ending, lef
     compiled("int64(int64)")(twice)
     again: Any = compiled("int64(int64)")(twice)
     assert (again(4), sum(again.stats.cache_hits.values())) == (8, 1)
+
+
+def test_what_was_kept_of_an_earlier_version_of_the_shared_parts_is_not_taken(kept, monkeypatch):
+    # After an update of compiled.py alone, functions in other files went on with the old exponential for ever.
+    compiled("int64(int64)")(twice)
+    monkeypatch.setattr(shared, "VERSION", "another")
+    anew: Any = compiled("int64(int64)")(twice)
+    assert (anew(4), sum(anew.stats.cache_hits.values())) == (8, 0)
 
 
 def test_a_full_disk_keeps_nothing_from_being_compiled(kept, caplog, monkeypatch):
