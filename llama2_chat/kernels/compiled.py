@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 part = njit(**OPTIONS)  # of a compiled function
 row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
 
-# Part of the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
+# In the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
 # with what an earlier version of the parts below has become in it.
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 

@@ -42,7 +42,7 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
         yield from READERS[_kind(path)](path, name)
     except UnicodeDecodeError as error:
         raise ChatError(
-            f"{path} is not in UTF-8 ({first_line(error)}). Save it so; Excel calls that CSV UTF-8."
+            f"{path} is not in UTF-8 ({first_line(error)}). Save it in UTF-8, which Excel calls CSV UTF-8."
         ) from error
     except (OSError, ValueError, RecursionError, EOFError, zlib.error, csv.Error) as error:  # pyarrow's are among them
         raise ChatError(f"{path} cannot be read ({first_line(error)}).") from error
@@ -90,15 +90,17 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
 def _read_csv(path: Path, name: str) -> Iterator[Row]:
     """A row with a stray quote costs itself alone: what follows it on other lines is read anew.
 
-    As spreadsheets write it, too: with semicolons or tabs, in UTF-16, with a line "sep=;", and with empty cells behind
-    and below the table.
+    As spreadsheets write it, too: with semicolons or tabs, in UTF-16, with a line "sep=;", and with empty cells around
+    the table.
     """
     csv.field_size_limit(2**30)  # 128 KB otherwise, which a long conversation exceeds
     with _open(path) as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
         lines = _Lines(io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline=""))
-        reader = csv.reader(lines, delimiter=_delimiter(lines), strict=True)
+        reader = csv.reader(
+            lines, delimiter=_delimiter(lines, "\t" if _kind(path) == ".tsv" else DELIMITERS), strict=True
+        )
         head = _filled([cell.strip() for cell in next(reader, [])])
         while True:
             place = f"{name}, line {lines.begin()}"
@@ -119,14 +121,17 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
                 yield Row(place, dict(zip(head, values, strict=True)))
 
 
-def _delimiter(lines: _Lines) -> str:
-    """That of the columns which the first line names; a line that says which it is, as Excel takes it, is taken off."""
+def _delimiter(lines: _Lines, delimiters: str) -> str:
+    """That of these by which the first line with text names most columns. A line that says which it is, as Excel takes
+    it, and lines without text before the table are taken off."""
     first = next(lines, "")
-    if first.lower().startswith("sep=") and len(first.strip()) == 5:
-        return first.strip()[4]
-    lines.ahead.append(first)
-    lines.number -= 1
-    return max(DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
+    if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:
+        return first[4]
+    while first and not first.strip(f"{DELIMITERS} \r\n"):
+        first = next(lines, "")
+    if first:
+        lines.take_back(first)
+    return max(delimiters, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
 
 
 def _filled(cells: list[str], least: int = 0) -> list[str]:
@@ -158,6 +163,11 @@ class _Lines:
         """A row begins. Returns the number of its first line."""
         self.taken = []
         return self.number + 1
+
+    def take_back(self, line: str) -> None:
+        """Let the latest line be the next one again."""
+        self.ahead.appendleft(line)
+        self.number -= 1
 
     def give_back(self) -> None:
         self.ahead.extendleft(reversed(self.taken[1:]))

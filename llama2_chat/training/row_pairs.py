@@ -12,13 +12,8 @@ from llama2_chat.training.row_formats import is_empty, recognise
 from llama2_chat.training.row_messages import PAIR, RowMessages, read_row
 from llama2_chat.types import Message
 
-ASKED = (
-    "conversations",
-    "messages",
-    "question",
-    "prompt",
-    "input",
-)  # columns that hold what was asked, the best of them first
+# Columns that hold what was asked, the best of them first.
+ASKED = ("conversations", "messages", "question", "prompt", "input")
 STARTERS = {"system", "developer", "human", "user"}  # roles with which a whole conversation begins
 
 

@@ -138,8 +138,10 @@ TABLE = 'Question; Answer \r\n"What is\r\n""a""; and b?";It is c.\r\n'
 SPREADSHEETS = {
     "semicolons, where commas are for decimals": TABLE.encode("utf-8-sig"),
     "a line that names the delimiter": ("sep=;\r\n" + TABLE).encode("utf-8-sig"),
+    "a line that names tabs": ("sep=\t\r\n" + TABLE.replace(";", "\t").replace("\t and", "; and")).encode(),
     "Unicode text": TABLE.replace(";", "\t").replace("\t and", "; and").encode("utf-16"),
     "line ends of old Macs": TABLE.replace("\n", "").encode(),
+    "empty lines above": (";;;\r\n\r\n" + TABLE).encode(),
     "empty cells behind and below": (TABLE.replace("c.", "c.;;").replace("wer ", "wer;;") + ";;;\r\n" * 3).encode(),
 }
 
@@ -151,6 +153,12 @@ def test_a_table_is_read_as_spreadsheets_write_it(tmp_path, name):
     asked, answered = (message["content"] for message in data.train[0].messages)
     assert asked.split() == ["What", "is", '"a";', "and", "b?"]
     assert (answered, data.faults) == ("It is c.", [])
+
+
+def test_a_comma_in_a_column_that_tabs_divide_divides_nothing(tmp_path):
+    (tmp_path / "some.tsv").write_text("question\tanswer\tnotes, if any\na\tb\tc\n")
+    data = chat_data.read(str(tmp_path / "some.tsv"))
+    assert [message["content"] for message in data.train[0].messages] == ["a", "b"]
 
 
 def test_rows_may_lie_under_data(tmp_path):
