@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.kv_pool import CpuPool
 from llama2_chat.engine.paged_attention import AttentionStep, attend
-from llama2_chat.kernels.block_attention import HEAD_MULTIPLE, attend_in_blocks
+from llama2_chat.kernels.block_attention import attend_in_blocks
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 from llama2_chat.kernels.int8_rows import Codes
 
@@ -47,7 +47,6 @@ def _suits(layer: Any) -> bool:
         and all(isinstance(linear, JoinedInt8Linear) for linear in (attention.q_proj, mlp.gate_proj))
         and all(isinstance(linear, Int8Linear) for linear in (attention.o_proj, mlp.down_proj))
         and mlp.config.hidden_act == "silu"
-        and attention.head_dim % HEAD_MULTIPLE == 0
     )
 
 

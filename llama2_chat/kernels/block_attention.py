@@ -9,35 +9,68 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, fma, part, side_by_side
+from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, part, side_by_side
 
 BLOCK = 64  # tokens of a block of the pool, BLOCK_SIZE there, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
-HEAD_MULTIPLE = 4  # of head_dim, for as many numbers of a row are multiplied at once
+LANES = 16  # numbers of a vector; a processor that has none so long takes several
+TILE = BLOCK if torch.backends.cpu.get_cpu_capability() == "AVX512" else LANES  # columns whose sums fit into registers
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
+SIZE, INDEX = ir.IntType(64), ir.IntType(32)
 
 
-@part
-def add_product(left, right, output):
-    """output [ROWS, BLOCK] += left [ROWS, n] @ right [n, BLOCK], each as one row of numbers. n: of HEAD_MULTIPLE."""
-    n = len(right) // BLOCK
-    for quarter in range(n // 4):
-        a = 4 * quarter
-        b, c, d, at = a + n, a + 2 * n, a + 3 * n, a * BLOCK
-        a0, a1, a2, a3 = left[a], left[a + 1], left[a + 2], left[a + 3]
-        b0, b1, b2, b3 = left[b], left[b + 1], left[b + 2], left[b + 3]
-        c0, c1, c2, c3 = left[c], left[c + 1], left[c + 2], left[c + 3]
-        d0, d1, d2, d3 = left[d], left[d + 1], left[d + 2], left[d + 3]
-        for j in range(BLOCK):
-            r0, r1 = right[at + j], right[at + BLOCK + j]
-            r2, r3 = right[at + 2 * BLOCK + j], right[at + 3 * BLOCK + j]
-            output[j] = fma(a3, r3, fma(a2, r2, fma(a1, r1, fma(a0, r0, output[j]))))
-            output[BLOCK + j] = fma(b3, r3, fma(b2, r2, fma(b1, r1, fma(b0, r0, output[BLOCK + j]))))
-            output[2 * BLOCK + j] = fma(c3, r3, fma(c2, r2, fma(c1, r1, fma(c0, r0, output[2 * BLOCK + j]))))
-            output[3 * BLOCK + j] = fma(d3, r3, fma(d2, r2, fma(d1, r1, fma(d0, r0, output[3 * BLOCK + j]))))
+@intrinsic
+def add_product(typing: Any, left: Any, right: Any, output: Any) -> Any:
+    """output [ROWS, BLOCK] += left [ROWS, n] @ right [n, BLOCK], each as one row of numbers.
+
+    A sum stays in a register until all of its n products are added, by fma, from the first to the last.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        arrays = [
+            context.make_array(kind)(context, builder, argument)
+            for kind, argument in zip(signature.args, arguments, strict=True)
+        ]
+        left, right, output = (array.data for array in arrays)
+        n = builder.udiv(builder.extract_value(arrays[0].shape, 0), SIZE(ROWS))
+        fma = get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), "llvm.fma.v16f32")
+
+        def vector(start: Any, at: int) -> Any:
+            return builder.bitcast(builder.gep(start, [SIZE(at)]), VECTOR.as_pointer())
+
+        def in_all_lanes(number: Any) -> Any:
+            one = builder.insert_element(VECTOR(ir.Undefined), number, INDEX(0))
+            return builder.shuffle_vector(one, one, ir.VectorType(INDEX, LANES)([0] * LANES))
+
+        for first in range(0, BLOCK, TILE):
+            columns = range(first, first + TILE, LANES)
+            sums = {(row, column): alloca_once(builder, VECTOR) for row in range(ROWS) for column in columns}
+            for (row, column), kept in sums.items():
+                builder.store(builder.load(vector(output, row * BLOCK + column), align=4), kept)
+            with for_range(builder, n) as loop:
+                of_right = builder.gep(right, [builder.mul(loop.index, SIZE(BLOCK))])
+                factors = {column: builder.load(vector(of_right, column), align=4) for column in columns}
+                for row in range(ROWS):
+                    of_left = builder.gep(left, [builder.add(builder.mul(n, SIZE(row)), loop.index)])
+                    number = in_all_lanes(builder.load(of_left))
+                    for column in columns:
+                        kept = sums[row, column]
+                        builder.store(builder.call(fma, [number, factors[column], builder.load(kept)]), kept)
+            for (row, column), kept in sums.items():
+                builder.store(builder.load(kept), vector(output, row * BLOCK + column), align=4)
+        return context.get_dummy_value()
+
+    return types.void(left, right, output), build
 
 
 @part
@@ -46,16 +79,31 @@ def turn_into_shares(scores, seen, before, totals):
 
     before: the highest score of the row so far. Returns the highest now, and by what earlier shares shrink.
     """
-    highest = before
-    for j in range(seen):
-        highest = scores[j] if scores[j] > highest else highest
-    shrink = exp(before - highest)
     for j in range(seen, BLOCK):
         scores[j] = -np.inf
+    order = ordinal(before)
+    for j in range(BLOCK):
+        each = ordinal(scores[j])
+        order = each if each > order else order
+    highest = of_ordinal(order)
+    shrink = exp(before - highest)
     for j in range(BLOCK):
         scores[j] = exp(scores[j] - highest) if j < seen else np.float32(0)
         totals[j] = totals[j] * shrink + scores[j]
     return highest, shrink
+
+
+@part
+def ordinal(number):
+    """A whole number, int32, that is larger where the float32 is: of whole ones LLVM compares many at once."""
+    bits = np.int32(bits_of(number))
+    return np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@part
+def of_ordinal(order):
+    """The float32 whose ordinal it is."""
+    return float_of(np.uint32(order ^ ((order >> 31) & np.int32(0x7FFFFFFF))))
 
 
 @part
