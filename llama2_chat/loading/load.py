@@ -26,7 +26,7 @@ from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.kv_cache import check_format
 from llama2_chat.loading.adapters import check_stays_beside, load_adapter, merge_adapter, said_of_base
 from llama2_chat.loading.choose import Checkpoint
-from llama2_chat.loading.compiled import keep_compiled
+from llama2_chat.loading.compile_cache import keep_compiled
 from llama2_chat.loading.config import made_from, read_config, read_generation_config, translate_config_errors
 from llama2_chat.loading.dequantize import check_readable, comes_in_nf4, method_of, quantization_of
 from llama2_chat.loading.disk import Files

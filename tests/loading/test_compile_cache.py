@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama2_chat.loading import compiled
+from llama2_chat.loading import compile_cache
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HUMMING_CACHE_DIR")
 
@@ -17,7 +17,7 @@ def folders(tmp_path, monkeypatch):
     for name in NAMES:
         monkeypatch.setenv(name, str(tmp_path / name))
     (memory := tmp_path / "memory").mkdir()
-    monkeypatch.setattr(compiled, "MEMORY", memory)
+    monkeypatch.setattr(compile_cache, "MEMORY", memory)
     return {name: tmp_path / name for name in NAMES}
 
 
@@ -36,7 +36,7 @@ def now():
 
 def test_folders_with_room_stay_where_they_are(folders, tmp_path, monkeypatch, caplog):
     fill(monkeypatch)
-    compiled.keep_compiled(tmp_path)
+    compile_cache.keep_compiled(tmp_path)
     assert now() == folders
     assert not caplog.records
 
@@ -51,9 +51,9 @@ def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(
         fill(monkeypatch, blocked)
     else:
         blocked.write_text("")
-    compiled.keep_compiled(tmp_path)
+    compile_cache.keep_compiled(tmp_path)
     found = now()
-    assert found.pop("TRITON_CACHE_DIR").is_relative_to(compiled.MEMORY)
+    assert found.pop("TRITON_CACHE_DIR").is_relative_to(compile_cache.MEMORY)
     assert found == {name: folder for name, folder in folders.items() if name != "TRITON_CACHE_DIR"}
     (line,) = caplog.messages
     assert str(blocked) in line
@@ -62,7 +62,7 @@ def test_what_is_compiled_goes_elsewhere_for_once_where_a_folder_cannot_hold_it(
 
 def test_a_start_goes_on_where_no_disk_has_room(folders, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))
-    compiled.keep_compiled(tmp_path)
+    compile_cache.keep_compiled(tmp_path)
     assert now() == folders
     assert "free some space" in caplog.text
 
@@ -70,5 +70,5 @@ def test_a_start_goes_on_where_no_disk_has_room(folders, tmp_path, monkeypatch, 
 def test_what_pytorch_compiles_is_kept_in_cache_dir(folders, tmp_path, monkeypatch):
     fill(monkeypatch)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compiled.keep_compiled(tmp_path)
+    compile_cache.keep_compiled(tmp_path)
     assert now()["TORCHINDUCTOR_CACHE_DIR"] == tmp_path / "compiled"
