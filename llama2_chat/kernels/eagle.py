@@ -33,8 +33,8 @@ class EagleHead(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.config = config
-        self.embedding_scale: float = getattr(config, "embedding_scale", 1.0)
-        self.feature_layers: list[int] = getattr(config, "feature_layers", [])
+        self.embedding_scale: float = float(getattr(config, "embedding_scale", 1.0))
+        self.feature_layers = [int(behind) for behind in getattr(config, "feature_layers", [])]
         if self.feature_layers:
             self.fuse = nn.Linear((len(self.feature_layers) + 1) * H, H)
         self.fc = nn.Linear(2 * H, H, bias=bias)

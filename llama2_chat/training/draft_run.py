@@ -91,7 +91,9 @@ def _begun(model: PreTrainedModel, options: DraftOptions) -> EagleHead | None:
     files, config = Files(options.start_from), model.config
     with translate_errors(files):
         head = read_head(files)
-    if (head.config.hidden_size, head.config.vocab_size) != (config.hidden_size, config.vocab_size):
+    sizes = (head.config.hidden_size, head.config.vocab_size)
+    has_layers = all(0 < behind <= config.num_hidden_layers for behind in head.feature_layers)
+    if sizes != (config.hidden_size, config.vocab_size) or not has_layers:
         raise ChatError(f"{options.start_from} is a head for another model than {options.model}.")
     return head.to(model.device, torch.float32)
 

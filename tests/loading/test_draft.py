@@ -104,6 +104,8 @@ def test_a_head_of_another_kind_is_refused(tiny, model, tmp_path, name):
         ({"num_attention_heads": 0}, "transformers makes no model of the config.json"),
         ({"num_attention_heads": 3}, "transformers makes no model of the config.json"),
         ({"num_hidden_layers": 0}, "transformers makes no model of the config.json"),
+        ({"embedding_scale": "large"}, "transformers makes no model of the config.json"),
+        ({"feature_layers": ["the first"]}, "is damaged or not in a format"),
         ({"intermediate_size": 7}, "layers.0.mlp.gate_proj.weight has another shape than its config.json says"),
     ],
 )

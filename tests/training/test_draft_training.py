@@ -14,7 +14,7 @@ from llama2_chat.errors import ChatError
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_head
-from llama2_chat.training import draft_data, draft_writer
+from llama2_chat.training import draft_data, draft_run, draft_writer
 from llama2_chat.training.base_model import BaseModel, fetch_base
 from llama2_chat.training.draft_acceptance import acceptance
 from llama2_chat.training.draft_data import Answer, Writer, Writing, make_answers, read_answers, save_answers
@@ -178,6 +178,15 @@ def test_a_saved_head_is_read_as_it_is_in_8_bits(model, tmp_path):
     weights = sum(states.numel() for states in head.parameters())
     assert (tmp_path / "model.safetensors").stat().st_size < 1.5 * weights + 2000
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize("layer", [0, 99])
+def test_a_head_that_takes_in_a_layer_which_the_model_has_not_is_not_trained_further(model, tmp_path, layer):
+    head = new_head(model, [], 0)
+    head.config.feature_layers = [layer]
+    save_head(head, tmp_path)
+    with pytest.raises(ChatError, match="is a head for another model"):
+        draft_run._begun(model, DraftOptions(start_from=tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["as others publish it", "as it is trained here"])
