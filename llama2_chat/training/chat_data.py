@@ -169,7 +169,11 @@ def _conversations(rows: Iterable[Row], data: Data, reading: Reading) -> Iterato
             columns = rename(row.columns, reading.columns)
             check_columns(columns, pairs=reading.method != "sft")
             if reading.method != "sft" and is_pair(columns):
-                yield from _compared(read_pair(columns), row.place, data, reading.method)
+                pair = read_pair(columns)
+                if pair.chosen.is_wanted:
+                    yield from _compared(pair, row.place, data, reading.method)
+                else:
+                    data.unwanted += 1
                 continue
             if reading.method == "dpo":
                 raise ChatError("it is no pair of a chosen and a rejected answer, which --method dpo needs.")

@@ -14,6 +14,7 @@ from llama2_chat.types import Message
 
 # Columns that hold what was asked, the best of them first.
 ASKED = ("conversations", "messages", "question", "prompt", "input")
+LABELS = {"label", "kto_tag"}  # which say of a single answer whether it is good: of two the columns' names do
 STARTERS = {"system", "developer", "human", "user"}  # roles with which a whole conversation begins
 
 
@@ -27,7 +28,7 @@ def is_pair(columns: dict[str, Any]) -> bool:
 
 
 def read_pair(columns: dict[str, Any]) -> RowPair:
-    """Raises ChatError if the answers are not two to the same question."""
+    """Raises ChatError if the answers are not two to the same question. A row may say that it is not to be learned."""
     chosen, rejected = (_read(columns, name) for name in ("chosen", "rejected"))
     if chosen.messages[:-1] != rejected.messages[:-1]:
         raise ChatError("its chosen and its rejected conversation differ before the last answer.")
@@ -38,7 +39,7 @@ def read_pair(columns: dict[str, Any]) -> RowPair:
 
 def _read(columns: dict[str, Any], name: str) -> RowMessages:
     row = _with_answer(columns, name)
-    found = read_row(row, recognise(row))
+    found = read_row(row, recognise(row), keep_unwanted=True)
     if found.messages[-1]["role"] != "assistant" or len(found.messages) - 1 in found.context:
         raise ChatError(f"its {name} conversation does not end with an answer to learn from.")
     return found
@@ -47,7 +48,7 @@ def _read(columns: dict[str, Any], name: str) -> RowMessages:
 def _with_answer(columns: dict[str, Any], name: str) -> dict[str, Any]:
     """The row as it would be if this were its only answer."""
     answer = columns[name]
-    others = {column: value for column, value in columns.items() if column not in PAIR}
+    others = {column: value for column, value in columns.items() if column not in PAIR | LABELS}
     spoken = answer[0] if isinstance(answer, list) and answer else answer
     if isinstance(spoken, dict) and spoken.get("role", spoken.get("from")) in STARTERS:
         return {"conversations": answer, **_without(others, *ASKED)}

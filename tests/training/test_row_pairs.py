@@ -80,6 +80,16 @@ def test_what_is_no_pair_is_named(tmp_path, fault):
     assert sentence in data.faults[0]
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_pair_may_have_a_label_and_be_left_out_by_its_weight(tmp_path, method):
+    # A pair with a label that is 0 ended the run in a traceback.
+    row = PAIRS["texts"]
+    data = read(tmp_path, method, row, row | {"prompt": "b", "label": 0}, row | {"prompt": "c", "weight": 0})
+    assert [each.messages[0]["content"] for each in data.train if each.is_wanted] == ["A joke?", "b"]
+    assert data.unwanted == 1
+    assert not data.faults
+
+
 def test_labels_say_which_answers_are_good(tmp_path):
     rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": "false"}]
     data = read(tmp_path, "kto", *rows, {"prompt": "d", "completion": "e"}, conversation("f", "g") | {"kto_tag": False})
