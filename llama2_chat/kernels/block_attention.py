@@ -19,13 +19,20 @@ from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, part, side_by_side
+from llama2_chat.kernels.compiled import (
+    LANES,
+    VECTOR,
+    bits_of,
+    compiled,
+    exp,
+    float_of,
+    part,
+    side_by_side,
+)
 
 BLOCK = 64  # tokens of a block of the pool, BLOCK_SIZE there, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
-LANES = 16  # numbers of a vector; a processor that has none so long takes several
 TILE = BLOCK if torch.backends.cpu.get_cpu_capability() == "AVX512" else LANES  # columns whose sums fit into registers
-VECTOR = ir.VectorType(ir.FloatType(), LANES)
 SIZE, INDEX = ir.IntType(64), ir.IntType(32)
 
 

@@ -27,8 +27,10 @@ from numba.extending import intrinsic
 log = logging.getLogger("llama2_chat")
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-part = njit(**OPTIONS)  # of a compiled function
-row_sum = njit(**OPTIONS, fastmath={"reassoc", "contract", "nsz"})  # may add up one row in any order, always the same
+# Part of a compiled function. Called and not inlined, it would count who refers to each array, by atomic instructions.
+part = njit(**OPTIONS, forceinline=True)
+# The same, which may add up one row in any order, always the same.
+row_sum = njit(**OPTIONS, forceinline=True, fastmath={"reassoc", "contract", "nsz"})
 
 # In the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
 # with what an earlier version of the parts below has become in it.
@@ -38,6 +40,9 @@ LOG2_E = np.float32(1.44269504)
 LN_2 = np.float32(0.693359375)  # a number of few bits, and what is left
 LN_2_REST = np.float32(-2.12194440e-4)
 LEAST, MOST = np.float32(-87), np.float32(88)  # whose exponentials float32 has
+
+LANES = 16  # numbers of a vector; a processor that has none so long takes several
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,14 +6,18 @@ Each row becomes integers of 15 bits and a sign, with a scale of its own, as two
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import for_range, for_range_slice
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, part, row_sum
+from llama2_chat.kernels.compiled import LANES, VECTOR, bits_of, compiled, exp, float_of, part, row_sum
 
 ZERO = 128  # of bytes without a sign, of which alone oneDNN has fast products where there is no AMX
 WHOLE = 127 * 128  # the largest number of two bytes
@@ -97,27 +101,56 @@ def norm_rows(hidden, weight, epsilon, rows, codes, largest):
         largest[row] = split(rows[row], codes[row], codes[len(hidden) + row])
 
 
+@intrinsic
+def turn(typing: Any, states: Any, heads: Any, cos: Any, sin: Any) -> Any:
+    """Give the first heads of states, [heads or more, head_dim], rotary positions. cos, sin: [head_dim].
+
+    For so few numbers LLVM would ask longer whether they overlap than it would compute.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = zip(signature.args, arguments, strict=True)
+        states, cos, sin = (
+            context.make_array(kind)(context, builder, argument) for kind, argument in kinds if kind != types.int64
+        )
+        head_dim = builder.extract_value(states.shape, 1)
+        half = builder.udiv(head_dim, head_dim.type(2))
+        of_vectors = builder.and_(half, half.type(-LANES))
+
+        def turn_some(kind: Any, head: Any, at: Any) -> None:
+            def places(start: Any) -> list[Any]:
+                each = (builder.gep(start, [place]) for place in (at, builder.add(at, half)))
+                return [builder.bitcast(place, kind.as_pointer()) for place in each]
+
+            of_state = places(builder.gep(states.data, [builder.mul(head, head_dim)]))
+            (a, b), x, y = (
+                [builder.load(place, align=4) for place in each]
+                for each in (of_state, places(cos.data), places(sin.data))
+            )
+            turned = builder.fsub(builder.fmul(a, x[0]), builder.fmul(b, y[0]))
+            builder.store(turned, of_state[0], align=4)
+            turned = builder.fadd(builder.fmul(b, x[1]), builder.fmul(a, y[1]))
+            builder.store(turned, of_state[1], align=4)
+
+        with for_range(builder, arguments[1]) as loop:
+            with for_range_slice(builder, half.type(0), of_vectors, half.type(LANES)) as (at, _):
+                turn_some(VECTOR, loop.index, at)
+            with for_range_slice(builder, of_vectors, half, half.type(1)) as (at, _):
+                turn_some(ir.FloatType(), loop.index, at)
+        return context.get_dummy_value()
+
+    return types.void(states, heads, cos, sin), build
+
+
 @compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, float32[:, :, ::1])")
 def turn_rows(products, largest, cos, sin, turned, states):
     """The joined products, states [n, heads, head_dim], of which the first `turned` heads get their rotary positions.
 
     cos, sin: [n, head_dim].
     """
-    count, heads, head_dim = states.shape
-    half = head_dim // 2
-    for row in range(count):
-        for head in range(heads):
-            at = head * head_dim
-            high, low = products[row, at : at + head_dim], products[count + row, at : at + head_dim]
-            state, size, x, y = states[row, head], largest[row], cos[row], sin[row]
-            if head < turned:
-                for d in range(half):
-                    a, b = joined(high[d], low[d], size), joined(high[half + d], low[half + d], size)
-                    state[d] = a * x[d] - b * y[d]
-                    state[half + d] = b * x[half + d] + a * y[half + d]
-            else:
-                for d in range(head_dim):
-                    state[d] = joined(high[d], low[d], size)
+    join_rows(products, largest, states.reshape(len(states), -1))
+    for row in range(len(states)):
+        turn(states[row], turned, cos[row], sin[row])
 
 
 @compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], float32[::1])")

@@ -54,12 +54,14 @@ def test_what_is_compiled_computes_what_pytorch_computes(width):
     np.testing.assert_array_equal(hidden, both + 1)
 
 
-def test_rotary_positions_are_given_to_the_first_heads_alone():
-    rows, angles = random_rows(5, 4 * 10), np.linspace(-3, 3, 50, dtype=np.float32).reshape(5, 10)
+@pytest.mark.parametrize("head_dim", [10, 72])  # halves of 5, and of two vectors and 4
+def test_rotary_positions_are_given_to_the_first_heads_alone(head_dim):
+    rows, half = random_rows(5, 4 * head_dim), head_dim // 2
+    angles = np.linspace(-3, 3, 5 * head_dim, dtype=np.float32).reshape(5, head_dim)
     codes, products = products_of(rows)
     cos, sin = np.cos(angles), np.sin(angles)
-    states = rows.reshape(5, 4, 10)
-    rotated = np.concatenate([-states[..., 5:], states[..., :5]], -1)
+    states = rows.reshape(5, 4, head_dim)
+    rotated = np.concatenate([-states[..., half:], states[..., :half]], -1)
     expected = states * cos[:, None] + rotated * sin[:, None]
     turned = codes.turned(products, cos, sin, 3)
     np.testing.assert_allclose(turned[:, :3], expected[:, :3], rtol=1e-5, atol=1e-4)
