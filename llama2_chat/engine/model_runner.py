@@ -407,6 +407,8 @@ def build_runner(
     on_gpu = weight.device.type == "cuda"
     max_batch = max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
     kernel, sample_narrow = step_kernels(model) or (None, None)
+    if not on_gpu:
+        from llama2_chat.kernels.cpu_sampling import sample_narrow  # compiled, which nobody else needs
     sampler = SamplerState(max_batch, weight.shape[0], context_length, weight.device, sample_narrow)
     in_pieces = deterministic and on_gpu
     if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:

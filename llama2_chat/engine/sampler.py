@@ -17,7 +17,6 @@ from torch import Tensor
 from llama2_chat.types import SamplingParams
 
 LEAST_LOGPROB = -9999.0  # which OpenAI writes; JSON has no infinity
-PART = 128  # of the vocabulary
 NARROW = 64  # requests that keep no more candidates than this are sorted by topk(), the others whole
 # Every setting that sample() reads, with the value that padding has: greedy, nothing penalised.
 NEUTRAL = {
@@ -105,22 +104,10 @@ class LikelyTokens:
         return best[:, 0], 1 / (scores - highest).exp().sum(-1)
 
 
-def highest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest of scores [N, V] in descending order, [N, count], and where they are; NaN sorts first."""
-    N, V = scores.shape
-    if scores.device.type != "cpu" or V % PART or 2 * count * PART > V:
-        return scores.topk(count)
-    # A CPU looks at one number after another: few are left in the parts in which the highest numbers are the highest.
-    parts = scores.view(N, -1, PART)
-    which = parts.amax(2).topk(count).indices
-    found, at = parts.gather(1, which[:, :, None].expand(-1, -1, PART)).flatten(1).topk(count)
-    return found, which.gather(1, at // PART) * PART + at % PART
-
-
 class SamplerState:
     """The state of up to `slots` requests. One slot more takes what padding computes, and is never read.
 
-    sample_narrow: kernels.sampling.sample_narrow, where it runs.
+    sample_narrow: of kernels/sampling.py or kernels/cpu_sampling.py, where it runs.
     """
 
     def __init__(
@@ -176,7 +163,7 @@ class SamplerState:
         params = dict(zip(NEUTRAL, self._params[slots, :, None].unbind(1), strict=True))  # each [N, 1]
         temperature = params["temperature"]
         scores = self._penalise(logits[:, : self.vocab_size].float(), slots, params)
-        scores, ids = highest_scores(scores, min(kept, self.vocab_size))
+        scores, ids = scores.topk(min(kept, self.vocab_size))
         highest = scores[:, :1]
         ranks = torch.arange(scores.shape[1], device=scores.device)
         scores = torch.where(ranks < params["top_k"], scores, -torch.inf)

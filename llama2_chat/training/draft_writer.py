@@ -5,7 +5,7 @@ It is faster than the engine at answers by the hundreds, for nobody joins, leave
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,10 @@ def write(
     B, T, most = len(prompts), max(map(len, prompts)), max(each.max_new_tokens for each in params)
     embeddings = input_embeddings(model).weight
     device, V = embeddings.device, embeddings.shape[0]
-    sampler = SamplerState(B, V, most, device)
+    sample_narrow: Callable[..., Tensor] | None = None
+    if device.type == "cpu":
+        from llama2_chat.kernels.cpu_sampling import sample_narrow  # compiled, which nobody else needs
+    sampler = SamplerState(B, V, most, device, sample_narrow)
     for slot, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
         sampler.join(slot, prompt, 0, each, draws(each, each.max_new_tokens))
     kept = NARROW if all(map(is_narrow, params)) else V

@@ -1,5 +1,7 @@
 """What the sampler promises: tokens with the probabilities that generate uses, whoever else is in the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -11,32 +13,34 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama2_chat.engine.sampler import NARROW, NEUTRAL, SamplerState, draws, highest_scores, is_narrow
+from llama2_chat.engine.sampler import NARROW, NEUTRAL, SamplerState, draws, is_narrow
+from llama2_chat.kernels.cpu_sampling import sample_narrow
 from llama2_chat.types import RANGES, SamplingParams
 
 CPU = torch.device("cpu")
 
 
-def state_of(logits, params, prompt=()):
+def state_of(logits, params, prompt=(), kernel=None):
     """A slot for each of logits [N, V], all with the same settings."""
-    state = SamplerState(len(logits), logits.shape[1], max_new_tokens=4096, device=CPU)
+    state = SamplerState(len(logits), logits.shape[1], 4096, CPU, kernel)
     for slot in range(len(logits)):
         state.join(slot, [*prompt], 0, params, draws(params, params.max_new_tokens))
     return state
 
 
-def sampled(logits, params, prompt=(), times=4000):
+def sampled(logits, params, prompt=(), times=4000, kernel=None):
     """How often each token is drawn as the first of an answer, as a share."""
     params = SamplingParams(**params, seed=1, max_new_tokens=times)
-    state = SamplerState(times, len(logits), max_new_tokens=1, device=CPU)
+    state = SamplerState(times, len(logits), 1, CPU, kernel)
     numbers = draws(params, params.max_new_tokens)
     for slot in range(times):
         state.join(slot, [*prompt], 0, params, numbers[slot : slot + 1])
-    kept = 64 if is_narrow(params) else len(logits)
+    kept = NARROW if is_narrow(params) else len(logits)
     tokens = state.sample(logits.expand(times, -1), torch.arange(times), kept)
     return tokens.bincount(minlength=len(logits)) / times
 
 
+@pytest.mark.parametrize("kernel", [None, sample_narrow], ids=["PyTorch", "compiled"])
 @pytest.mark.parametrize(
     "params",
     [
@@ -44,11 +48,11 @@ def sampled(logits, params, prompt=(), times=4000):
         {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
         {"temperature": 2, "top_k": 0, "top_p": 0.7, "repetition_penalty": 0.7},
         {"temperature": 0.8, "top_k": 1000, "top_p": 0.95, "repetition_penalty": 2},
-        {"temperature": 1.2, "top_k": 0, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1},
+        {"temperature": 1.2, "top_k": 64, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1},
     ],
     ids=str,
 )
-def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
+def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params, kernel):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
     prompt = [1, 5, 7]
     warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(params["repetition_penalty"]))])
@@ -58,11 +62,12 @@ def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
     warpers.append(TopPLogitsWarper(params["top_p"]))
     warpers.append(MinPLogitsWarper(params.get("min_p", 0)))
     expected = warpers(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
-    found = sampled(logits, params, prompt)
+    found = sampled(logits, params, prompt, kernel=kernel)
     assert not found[expected == 0].any()
     assert torch.allclose(found, expected, atol=0.03)
 
 
+@pytest.mark.parametrize("kernel", [None, sample_narrow], ids=["PyTorch", "compiled"])
 @pytest.mark.parametrize(
     "params",
     [
@@ -76,9 +81,9 @@ def test_tokens_are_drawn_with_the_probabilities_that_generate_uses(params):
     ],
     ids=str,
 )
-def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params):
+def test_the_likeliest_token_is_taken_when_nothing_else_is_left(params, kernel):
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 9
-    assert sampled(logits, params, times=50)[logits.argmax()] == 1
+    assert sampled(logits, params, times=50, kernel=kernel)[logits.argmax()] == 1
 
 
 def test_no_setting_is_forgotten():
@@ -108,13 +113,42 @@ def test_slots_with_other_settings_draw_what_they_draw_alone():
         assert together.sample(logits, torch.tensor([0, 1, 2]), 200).tolist() == expected
 
 
-@pytest.mark.parametrize("vocabulary", [32000, 32001], ids=["in parts", "whole"])
-def test_the_highest_scores_of_a_vocabulary_are_those_that_topk_finds(vocabulary):
-    scores = torch.randn(4, vocabulary)
-    scores[1, 5:] = -torch.inf  # as a grammar leaves few
-    scores[2, 31000] = torch.nan
-    scores[3, :300] += 9  # in few of the parts
-    found, ids = highest_scores(scores, NARROW)
-    torch.testing.assert_close(found, scores.topk(NARROW).values, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(found, scores.gather(1, ids), rtol=0, atol=0, equal_nan=True)
-    assert all(len(row.unique()) == NARROW for row in ids)
+SETTINGS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0, repetition_penalty=1, frequency_penalty=1),
+    SamplingParams(temperature=0.7, top_k=50, top_p=0.9),
+    SamplingParams(temperature=2, top_k=NARROW, top_p=1, repetition_penalty=0.7, presence_penalty=1.5),
+    SamplingParams(temperature=1, top_k=3, top_p=1, min_p=0.2, repetition_penalty=1),
+]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 97, 32000])
+def test_what_is_compiled_chooses_and_remembers_what_pytorch_does(vocabulary):
+    plain, compiled = (SamplerState(len(SETTINGS), vocabulary, 64, CPU, kernel) for kernel in (None, sample_narrow))
+    for slot, params in enumerate(SETTINGS):
+        params = replace(params, seed=slot, max_new_tokens=64)
+        for state in (plain, compiled):
+            state.join(slot, [1, 2, 3], 1, params, draws(params, 64))
+    slots = torch.tensor([3, 0, 4, 1, 2])
+    for step in range(40):
+        logits = torch.randn(len(slots), vocabulary + step % 2, generator=torch.Generator().manual_seed(step)) * 4
+        logits[:, 4:2000] = -torch.inf  # as a grammar leaves few
+        assert compiled.sample(logits, slots, NARROW).tolist() == plain.sample(logits, slots, NARROW).tolist()
+    assert all(mine.equal(other) for mine, other in zip(compiled.tensors, plain.tensors, strict=True))
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=range(len(SETTINGS)))
+def test_what_is_compiled_says_where_logits_are_not_finite_and_takes_nothing_that_is_ruled_out(params):
+    none = torch.full((300,), -torch.inf)
+    one, nan, infinite = none.clone(), torch.zeros(300), torch.zeros(300)
+    one[299], nan[7], infinite[8] = -3e38, -torch.nan, torch.inf
+    logits = torch.stack([none, one, nan, infinite, torch.zeros(300)])
+    chosen = state_of(logits, params, kernel=sample_narrow).sample(logits, torch.arange(5), NARROW).tolist()
+    assert chosen[:4] == [-1, 299, -1, -1]
+    assert 0 <= chosen[4] < NARROW  # of equal ones those with the lower ids
+
+
+def test_logits_of_fewer_tokens_than_the_vocabulary_has_are_refused():
+    state = state_of(torch.zeros(1, 300), SETTINGS[0], kernel=sample_narrow)
+    with pytest.raises(ValueError, match="300 tokens"):
+        state.sample(torch.zeros(1, 299), torch.tensor([0]), NARROW)
