@@ -592,6 +592,31 @@ def test_two_tabs_see_each_others_conversations_and_overwrite_nothing(context, s
 
 
 @pytest.mark.slow
+def test_five_tabs_that_send_at_once_come_to_rest(context, site, echo):
+    # A tab that read more slowly wrote over the end of an answer, which others then read again, and so on for ever.
+    tabs = [open_page(context.new_page(), site)]
+    ask(tabs[0], "First")
+    tabs += [open_page(context.new_page(), tabs[0].url) for _ in range(4)]
+    for number, tab in enumerate(tabs):
+        expect(answers(tab)).to_have_count(1)
+        box(tab).fill(f"From tab {number}")
+    for tab in tabs:  # as soon as the last of them has been told
+        tab.evaluate("""() => {
+          new BroadcastChannel("start").onmessage = () => document.querySelector("#composer form").requestSubmit();
+        }""")
+    reads = []
+    context.on("request", lambda request: "/page/answers/" in request.url and reads.append(request))
+    tabs[0].evaluate("new BroadcastChannel('start').postMessage('now')")
+    for tab in tabs:
+        expect(answers(tab)).to_have_count(2)
+        expect(answers(tab).last).to_contain_text("You said From tab")
+        expect_unlocked(tab)
+    sent = [f"From tab {number}" for number in range(5)]
+    assert sorted(messages[-1]["content"] for messages, _ in echo.asked) == ["First", *sent]
+    assert len(reads) <= 100  # of five answers in five tabs: most tabs read each of them once
+
+
+@pytest.mark.slow
 def test_the_gauge_says_what_would_be_left_out_before_it_is_and_the_transcript_marks_it(visit, site, echo):
     echo.context_length = 30
     page = visit(site)

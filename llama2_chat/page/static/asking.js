@@ -152,10 +152,11 @@ export class Asking extends Reading {
     const message = { id: newId(), conversationId, ...age, role: "assistant", text: "", parentId, ...asked };
     await this._addMessages(talk, talk.messages.has(parentId) ? [message] : [question, message]);
     onKept();
-    await this._run(talk, message, { seed: first, settings });
+    await this._run(talk, message, { seed: first, settings, isKept: true });
   }
 
-  async _run(talk, message, { seed, settings }) {
+  /** @param isKept whether the message is in the store as it is asked for */
+  async _run(talk, message, { seed, settings, isKept = false }) {
     const { isStopped } = talk; // before there was an answer to stop
     Object.assign(talk, { isAsking: false, isStopped: false });
     if (talk.queued && !talk.queued.after) {
@@ -166,6 +167,7 @@ export class Asking extends Reading {
     this.hooks.onSaid(T.live.begun);
     const unasked = { ...message, seed: message.seed ?? seed, unasked: true };
     const reading = this._read(unasked, this._question(talk, message, { seed, settings }));
+    if (!isKept) await this.store.putMessage({ ...unasked });
     if (isStopped) await this._stop(unasked);
     await reading;
   }

@@ -51,7 +51,6 @@ export class Reading {
     this.running.set(message.id, abort);
     this._put(message);
     const events = follow(message.answerId, question, abort.signal);
-    await this.store.putMessage(message);
     this.render();
     let keptAt = 0;
     let waiting = "";
@@ -74,7 +73,7 @@ export class Reading {
         this._show(message);
         if ((isNews || event.step || Date.now() - keptAt > KEEP_EVERY_MS) && message.answerId) {
           keptAt = Date.now();
-          this.store.putMessage({ ...message });
+          this._keepSoFar({ ...message });
         }
       }
     } catch (error) {
@@ -106,6 +105,11 @@ export class Reading {
     const model = message.settings?.adapter || this.hooks.state().model;
     message.end = { ...end, model, ...(message.seed !== undefined && { seed: message.seed }) };
     for (const passing of ["answerId", "unasked", "base", "seed"]) delete message[passing];
+  }
+
+  /** Unless another tab has kept its end, or has asked for it anew: who reads more slowly takes nothing back. */
+  _keepSoFar(message) {
+    return this.store.putMessage(message, (kept) => kept?.answerId === message.answerId);
   }
 
   _put(message) {

@@ -133,10 +133,11 @@ class Store {
 
   /**
    * Creates or replaces a message. Its conversation must be there: nothing is written to one that is gone meanwhile.
+   * @param replaces given the message as it is kept, or undefined, says whether this one takes its place
    * @returns {Promise<object | undefined>} undefined if nothing was written
    */
-  putMessage(message) {
-    return this.#change("message", message.id, message.conversationId, () => message);
+  putMessage(message, replaces = () => true) {
+    return this.#change("message", message.id, message.conversationId, (kept) => (replaces(kept) ? message : undefined));
   }
 
   /**
