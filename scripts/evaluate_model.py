@@ -26,6 +26,7 @@ from llama2_chat.evaluation.options import Options
 from llama2_chat.evaluation.questions import SHEET_QUESTIONS
 from llama2_chat.loading import EMBEDDED
 from llama2_chat.loading.load import UNQUANTIZED
+from llama2_chat.named_files import in_home
 from llama2_chat.training.base_model import full_precision
 from llama2_chat.training.options import add_reading_flags, parse_known
 from llama2_chat.training.resources import translate_resource_errors
@@ -83,7 +84,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if fault := _fault(args):
         parser.error(fault)
     if args.models and not args.output_dir:
-        folder = Path(args.models[0]).expanduser()
+        folder = in_home(args.models[0])
         args.output_dir = (folder if folder.is_dir() else Path("trained") / folder.name) / "evaluation"
     args.precisions = list(dict.fromkeys(args.precisions or [full_precision(), "nf4"]))
     return args

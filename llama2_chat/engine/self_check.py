@@ -77,8 +77,8 @@ class SelfCheck:
             rows = len(input_embeddings(self._model).weight)
             if any(len(logits) != len(requests) or logits.shape[1] < rows for logits in found):
                 raise ModelUnavailable(
-                    f"{type(self._model).__name__} scores other tokens than those it reads and is asked for. "
-                    "Choose a Llama 2, or a model that answers as it does."
+                    f"{type(self._model).__name__} scores other tokens than it reads, so it cannot go on with what it "
+                    "has written. Choose a Llama 2, or another model that continues text."
                 )
             expected = [self._alone(request, steps, token, self._pool) for request in requests]
             exact = expected

@@ -52,6 +52,8 @@ def test_without_flags_it_measures_in_full_precision_and_nf4_and_writes_beside_t
     assert args.precisions == [evaluate_model.full_precision(), "nf4"]
     assert args.output_dir == tmp_path / "evaluation"
     assert evaluate_model.read_arguments(["someone/model"]).output_dir == Path("trained/model/evaluation")
+    # A home folder that nobody knows ended it in a traceback; that there is no such model is said later.
+    assert evaluate_model.read_arguments(["~nobody-here/model"]).output_dir == Path("trained/model/evaluation")
 
 
 def test_data_of_other_columns_is_read_as_in_training(chat_model, tmp_path):
