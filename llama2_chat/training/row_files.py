@@ -102,6 +102,8 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
             lines, delimiter=_delimiter(lines, "\t" if _kind(path) == ".tsv" else DELIMITERS), strict=True
         )
         head = _filled([cell.strip() for cell in next(reader, [])])
+        if twice := [column for column in head if column and head.count(column) > 1]:
+            raise ChatError(f"{path} has two columns called {twice[0]!r:.60}. Rename one of them.")
         while True:
             place = f"{name}, line {lines.begin()}"
             try:

@@ -56,7 +56,11 @@ def rename(columns: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
             continue
         value = columns[name]
         renamed[new] = _joined(renamed[new], value) if new in renamed else value
-    others = {_spelled(name, columns): value for name, value in columns.items() if name not in names}
+    others: dict[str, Any] = {}
+    for name, value in columns.items():
+        if name not in names:
+            spelled = _spelled(name, columns)
+            others[name if spelled in others else spelled] = value
     return renamed | {f"{name} (its own)" if name in renamed else name: value for name, value in others.items()}
 
 

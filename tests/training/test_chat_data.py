@@ -161,6 +161,12 @@ def test_a_comma_in_a_column_that_tabs_divide_divides_nothing(tmp_path):
     assert [message["content"] for message in data.train[0].messages] == ["a", "b"]
 
 
+def test_of_one_name_in_two_spellings_the_first_is_read_and_the_other_named(tmp_path):
+    data = chat_data.read(write_rows(tmp_path / "some.jsonl", {"Question": "a", "QUESTION": "b", "answer": "c"}))
+    assert data.train[0].messages[0]["content"] == "a"
+    assert data.unread == {"QUESTION"}
+
+
 def test_rows_may_lie_under_data(tmp_path):
     (tmp_path / "some.json").write_text(json.dumps({"version": 1, "data": [ROWS["question and answer"]]}))
     assert chat_data.read(str(tmp_path / "some.json")).train[0].messages == MESSAGES
@@ -263,6 +269,7 @@ def test_a_file_given_by_itself_is_the_train_split_whatever_it_is_called(tmp_pat
         ("some.json", "[" * 100_000, "cannot be read"),
         ("some.csv", "messages\n" + "[" * 100_000, "its messages are not a list"),
         ("some.parquet", "a", "cannot be read"),
+        ("some.csv", "prompt,prompt,completion\na,b,c", "has two columns called 'prompt'"),
         ("some.csv", b"prompt,completion\na,\xfc", "is not in UTF-8"),
     ],
 )
