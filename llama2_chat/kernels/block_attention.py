@@ -32,28 +32,38 @@ from llama2_chat.kernels.compiled import (
 
 BLOCK = 64  # tokens of a block of the pool, BLOCK_SIZE there, and dimensions of a head that are computed together
 ROWS = 4  # of queries that are multiplied at once
+FEW_ROWS = 32  # for fewer, widening a block beforehand takes longer than widening it for each ROWS
 TILE = BLOCK if torch.backends.cpu.get_cpu_capability() == "AVX512" else LANES  # columns whose sums fit into registers
 SIZE, INDEX = ir.IntType(64), ir.IntType(32)
 
 
 @intrinsic
-def add_product(typing: Any, left: Any, right: Any, output: Any) -> Any:
-    """output [ROWS, BLOCK] += left [ROWS, n] @ right [n, BLOCK], each as one row of numbers.
+def add_product(typing: Any, left: Any, right: Any, n: Any, width: Any, output: Any) -> Any:
+    """output [ROWS, BLOCK] += left [ROWS, :n] @ right [:n, :BLOCK], each as one row of numbers.
 
-    A sum stays in a register until all of its n products are added, by fma, from the first to the last.
+    right: float32, or bfloat16 as uint16; its rows are `width` apart. A sum stays in a register until all of its n
+    products are added, by fma, from the first to the last.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = [
-            context.make_array(kind)(context, builder, argument)
-            for kind, argument in zip(signature.args, arguments, strict=True)
-        ]
-        left, right, output = (array.data for array in arrays)
-        n = builder.udiv(builder.extract_value(arrays[0].shape, 0), SIZE(ROWS))
+        left_array, right, output = (
+            context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 1, 4)
+        )
+        n, width = arguments[2:4]
+        in_row = builder.udiv(builder.extract_value(left_array.shape, 0), SIZE(ROWS))
+        left, right, output = left_array.data, right.data, output.data
         fma = get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), "llvm.fma.v16f32")
 
         def vector(start: Any, at: int) -> Any:
             return builder.bitcast(builder.gep(start, [SIZE(at)]), VECTOR.as_pointer())
+
+        def numbers(start: Any, at: int) -> Any:
+            if signature.args[1].dtype == types.float32:
+                return builder.load(vector(start, at), align=4)
+            halves, wholes = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 32))
+            place = builder.bitcast(builder.gep(start, [SIZE(at)]), halves.as_pointer())
+            bits = builder.zext(builder.load(place, align=2), wholes)
+            return builder.bitcast(builder.shl(bits, wholes([16] * LANES)), VECTOR)
 
         def in_all_lanes(number: Any) -> Any:
             one = builder.insert_element(VECTOR(ir.Undefined), number, INDEX(0))
@@ -65,10 +75,10 @@ def add_product(typing: Any, left: Any, right: Any, output: Any) -> Any:
             for (row, column), kept in sums.items():
                 builder.store(builder.load(vector(output, row * BLOCK + column), align=4), kept)
             with for_range(builder, n) as loop:
-                of_right = builder.gep(right, [builder.mul(loop.index, SIZE(BLOCK))])
-                factors = {column: builder.load(vector(of_right, column), align=4) for column in columns}
+                of_right = builder.gep(right, [builder.mul(loop.index, width)])
+                factors = {column: numbers(of_right, column) for column in columns}
                 for row in range(ROWS):
-                    of_left = builder.gep(left, [builder.add(builder.mul(n, SIZE(row)), loop.index)])
+                    of_left = builder.gep(left, [builder.add(builder.mul(in_row, SIZE(row)), loop.index)])
                     number = in_all_lanes(builder.load(of_left))
                     for column in columns:
                         kept = sums[row, column]
@@ -77,7 +87,7 @@ def add_product(typing: Any, left: Any, right: Any, output: Any) -> Any:
                 builder.store(builder.load(kept), vector(output, row * BLOCK + column), align=4)
         return context.get_dummy_value()
 
-    return types.void(left, right, output), build
+    return types.void(left, right, types.intp, types.intp, output), build
 
 
 @part
@@ -193,6 +203,7 @@ def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, out
     for piece in range(len(firsts)):
         first, start, end = firsts[piece], starts[piece], ends[piece]
         count = (end - start) * group
+        direct = count <= FEW_ROWS and head_dim % BLOCK == 0  # the block is multiplied as it is kept
         for head in range(kv_heads):
             for token in range(end - start):
                 for member in range(group):
@@ -205,11 +216,17 @@ def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, out
             highest[:] = -np.inf
             for index in range((end + BLOCK - 1) // BLOCK):
                 held = min(BLOCK, end - index * BLOCK)
-                widen_keys(keys[tables[piece, index], head], held, key_block)
-                widen_values(values[tables[piece, index], head], held, value_block)
+                key_bits, value_bits = keys[tables[piece, index], head], values[tables[piece, index], head]
+                if not direct:
+                    widen_keys(key_bits, held, key_block)
+                    widen_values(value_bits, held, value_block)
                 for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
                     scores[:] = 0
-                    add_product(queries[at * head_dim : (at + ROWS) * head_dim], key_block, scores)
+                    some = queries[at * head_dim : (at + ROWS) * head_dim]
+                    if direct:
+                        add_product(some, key_bits.reshape(-1), head_dim, BLOCK, scores)
+                    else:
+                        add_product(some, key_block, head_dim, BLOCK, scores)
                     for row in range(at, min(at + ROWS, count)):
                         seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
                         shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
@@ -219,7 +236,11 @@ def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, out
                             for d in range(BLOCK):
                                 shrunk[d] *= shrink
                     for panel in range(panels):
-                        add_product(scores, value_block[panel], mixed[panel, at * BLOCK : (at + ROWS) * BLOCK])
+                        found_so_far = mixed[panel, at * BLOCK : (at + ROWS) * BLOCK]
+                        if direct:
+                            add_product(scores, value_bits.reshape(-1)[panel * BLOCK :], held, head_dim, found_so_far)
+                        else:
+                            add_product(scores, value_block[panel], BLOCK, BLOCK, found_so_far)
             for row in range(count):
                 total, found = whole_sum(totals[row]), output[first + row // group, head * group + row % group]
                 for panel in range(panels):
