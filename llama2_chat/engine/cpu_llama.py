@@ -58,7 +58,9 @@ class CpuRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Norm(NamedTuple):
-    weight: Numbers
+    """An RMSNorm, as Codes.normed() takes it."""
+
+    weight: Numbers  # [width]
     epsilon: float
 
     @classmethod

@@ -49,6 +49,7 @@ def split(row, high, low):
 
 @part
 def normed(row, weight, epsilon, output):
+    """RMSNorm of one row. Source: LlamaRMSNorm of transformers, here in float32 throughout."""
     factor = np.float32(1) / np.sqrt(sum_of_squares(row) / np.float32(len(row)) + epsilon)
     for i in range(len(row)):
         output[i] = row[i] * weight[i] * factor
@@ -167,7 +168,10 @@ def gate_rows(products, largest, rows, codes, codes_largest):
 
 
 class Codes(NamedTuple):
-    """Rows and the bytes that stand for them."""
+    """Rows and the bytes that stand for them.
+
+    products, below: of these bytes and a layer's weights, float32 [rows of bytes, out], as Int8Linear.products() says.
+    """
 
     rows: NDArray[np.float32]  # [n, width]
     bytes: NDArray[np.uint8]  # [2 n or more, width]: ZERO more than the high bytes of all rows, then than the low ones
@@ -188,7 +192,7 @@ class Codes(NamedTuple):
 
     @classmethod
     def normed(cls, hidden: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> Codes:
-        """Of RMSNorm of hidden [n, width]."""
+        """Of RMSNorm of hidden [n, width]; weight: [width]."""
         codes = cls.empty(np.empty_like(hidden))
         norm_rows(hidden, weight, epsilon, *codes)
         return codes
