@@ -453,6 +453,79 @@ def test_an_answer_can_be_stopped_before_it_was_asked_for_and_before_the_server_
 
 
 @pytest.mark.slow
+def test_what_was_on_its_way_to_be_kept_and_what_was_typed_since_are_both_there_after_a_reload(visit, site, echo):
+    page = visit(site)
+    ask(page, "First")
+    page.evaluate(HOLD_DATABASE)
+    send(page, "Sent")
+    box(page).fill("Typed since")
+    page.reload()
+    expect(box(page)).to_have_value("Sent\n\nTyped since")
+    expect(questions(page)).to_have_text(["First"])
+
+
+@pytest.mark.slow
+def test_a_message_to_a_conversation_that_is_deleted_in_another_tab_comes_back_into_the_box(context, site):
+    one = open_page(context.new_page(), site)
+    ask(one, "First")
+    two = open_page(context.new_page(), one.url)
+    expect(answers(two)).to_have_count(1)
+    one.evaluate(HOLD_DATABASE)
+    delete = "(store) => void store.deleteConversation(location.hash.slice(1))"
+    one.evaluate(f"import('/page/store.js').then(({{ openStore }}) => openStore()).then({delete})")
+    send(two, "Not to be lost")
+    one.evaluate("releaseDatabase()")
+    expect(toast(two)).to_contain_text("deleted in another tab")
+    expect(box(two)).to_have_value("Not to be lost")
+    expect(questions(two)).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_first_message_that_could_not_be_kept_begins_a_conversation_when_it_is_sent_again(context, site):
+    page = open_page(context.new_page(), site)
+    page.evaluate(FAIL_ONCE)
+    send(page, "Hello")
+    expect(toast(page)).to_contain_text("not this time")
+    expect(box(page)).to_have_value("Hello")
+    ask(page, "Hello")
+    page.reload()
+    expect(answers(page)).to_have_text("You said Hello")
+
+
+FAIL_ONCE = """() => {
+  const { put } = IDBObjectStore.prototype;
+  IDBObjectStore.prototype.put = () => {
+    IDBObjectStore.prototype.put = put;
+    throw new DOMException("not this time", "InvalidStateError");
+  };
+}"""
+
+
+@pytest.mark.slow
+def test_of_what_waits_in_two_tabs_for_one_answer_the_newest_is_sent_and_the_other_stays(context, site, echo):
+    one = open_page(context.new_page(), site)
+    send(one, "long")
+    expect(answers(one)).to_contain_text("word2")
+    two = open_page(context.new_page(), one.url)
+    expect(answers(two)).to_contain_text("word2")
+    for tab, text in ((one, "From one"), (two, "From two")):
+        send(tab, text)
+        tab.wait_for_function(IS_DRAFT, arg=text)
+    echo.gate.open()
+    for tab in (one, two):
+        expect(answers(tab).last).to_have_text("You said From two")
+        expect_unlocked(tab)
+    expect(box(one)).to_have_value("From one")
+    expect(box(two)).to_have_value("")
+
+
+IS_DRAFT = """async (text) => {
+  const store = await (await import("/page/store.js")).openStore();
+  return (await store.conversations())[0].draft === text;
+}"""
+
+
+@pytest.mark.slow
 def test_a_question_that_the_line_swallowed_is_asked_by_the_page_that_comes_back(visit, site, echo):
     page = visit(site)
     page.route("**/page/answers/*", lambda route: route.abort())

@@ -83,24 +83,32 @@ def test_what_is_written_is_there_after_a_reload(tab):
 
 
 def test_messages_and_their_conversation_are_written_together_or_not_at_all(tab):
-    kept, gone, torn = tab.evaluate("""async () => {
+    kept, gone, torn, begun, deleted = tab.evaluate("""async () => {
       const { store, conversation, message, id } = await use();
-      const write = async (name, conversationId, change) => {
+      const write = async (name, conversationId, change, begun) => {
         const pair = [message(name, `${name} asks`), message(name, `${name} answers`, { createdAt: 2 })];
-        const written = await store.putMessages(pair, id(conversationId), change).catch((error) => error.message);
+        const writing = store.putMessages(pair, id(conversationId), change, begun);
+        const written = await writing.catch((error) => error.message);
         return [written, (await store.messages(id(name))).map(({ text }) => text)];
       };
       await store.putConversation(conversation("a"));
+      await store.putConversation(conversation("deleted"));
+      await store.deleteConversation(id("deleted"));
       return [
         await write("a", "a", (kept) => { kept.leafId = "the answer"; }),
         await write("gone", "gone", () => {}),
         await write("torn", "a", () => { throw new Error("no"); }),
+        await write("begun", "begun", (kept) => { kept.leafId = "the answer"; }, conversation("begun")),
+        await write("deleted", "deleted", () => {}),
       ];
     }""")
     assert kept[0]["leafId"] == "the answer"
     assert kept[1] == ["a asks", "a answers"]
     assert gone == [None, []]
     assert torn == ["no", []]
+    assert begun[0]["leafId"] == "the answer"
+    assert begun[1] == ["begun asks", "begun answers"]
+    assert deleted == [None, []]
 
 
 def test_pinned_conversations_come_first_and_then_the_newest(tab):

@@ -49,9 +49,14 @@ export class Asking extends Reading {
     }
   }
 
+  /** A conversation that was to begin with it has not begun; one that is open no more may have been deleted in another tab. */
   _giveBack(talk, text) {
-    Object.assign(talk, { isAsking: false, isStopped: false, queued: null });
-    if (text && talk === this.talk && !this.composer.text) this.composer.text = text;
+    const { isNew } = talk;
+    Object.assign(talk, { isAsking: false, isStopped: false, queued: null }, isNew && { isNew: false, conversation: null });
+    if (isNew && talk === this.talk) this.hooks.onOpened(null);
+    if (!text || this.composer.text || (talk !== this.talk && this.id)) return;
+    this.composer.text = text;
+    this.id ? this.drafts.put(this.id, "draft", text) : this.hooks.onDraft(text);
   }
 
   /** What a visitor says, to be kept with the answer that it waits for. */
@@ -59,18 +64,17 @@ export class Asking extends Reading {
     return { id: newId(), conversationId: talk.conversation.id, createdAt: Date.now(), role: "user", text, parentId };
   }
 
-  /** As _questionOf, of what stands in the box of the conversation: it stays there until it is kept as a message. */
-  _fromBox(talk, text, parentId) {
+  /** Ask what stood in the box of the conversation: it is a draft until it is kept as a message. rest: what is left in the box */
+  async _answerBox(talk, text, parentId, rest) {
+    const { isNew } = talk;
     const question = this._questionOf(talk, text, parentId);
-    this.drafts.put(talk.conversation.id, "draft", text, question.id);
-    return question;
+    const sent = () => this.drafts.sent(question.id);
+    this.drafts.send(talk.conversation.id, text, question.id);
+    await this._answer(talk, question, { draft: rest, onKept: () => (sent(), isNew && this._hasBegun()) }).finally(sent);
   }
 
-  /** What stood in the box is kept as a message. rest: what stands in it now, where another conversation has it */
-  _sent(talk, rest, isNew = false) {
-    this.drafts.put(talk.conversation.id, "draft", talk === this.talk ? this.composer.text : rest);
-    this.drafts.flush();
-    if (!isNew) return;
+  /** What an empty conversation had is that of a kept one now. */
+  _hasBegun() {
     this.hooks.onDraft("");
     this.hooks.onDraftDocuments([]);
     this.hooks.onDraftStart(null);
@@ -87,18 +91,18 @@ export class Asking extends Reading {
     let text = "";
     const conversation = await this.store.updateConversation(conversationId, (kept) => {
       if (kept.queuedAfter !== id) return;
-      text = kept.draft;
-      Object.assign(kept, { queuedAfter: null, draft: "" });
+      text = kept.draft; // and stays that until it is kept as a message
+      kept.queuedAfter = null;
     });
-    if (!text) return this._sentElsewhere(id);
+    if (!text) return this._sentElsewhere(id, conversation);
     const isOpen = conversationId === this.id;
     const talk = isOpen ? this.talk : talkOf(conversation, await this.store.messages(conversationId));
     talk.queued = null;
     if (this.documents.isBringing(talk)) return this._waitFor(talk, text);
-    if (this._isBusy(talk)) return this.keepDraft(text); // another answer was asked for at this very moment
+    if (this._isBusy(talk)) return this.render(); // another answer was asked for at this very moment
     if (isOpen && this.composer.text === text) this.composer.text = ""; // else another tab's text is sent
-    const question = this._fromBox(talk, text, id);
-    await this._begin(talk, () => this._answer(talk, question, { onKept: () => this._sent(talk, "") }), text);
+    const rest = isOpen ? this.composer.text : "";
+    await this._begin(talk, () => this._answerBox(talk, text, id, rest), text);
   }
 
   /** It waited for an answer and now does for files. */
@@ -108,30 +112,42 @@ export class Asking extends Reading {
     this.render();
   }
 
-  /** What waited here for this answer, another tab has sent. */
-  _sentElsewhere(id) {
-    const { queued } = this.talk;
-    if (queued?.after !== id) return;
-    if (this.composer.text === queued.text) this.composer.text = "";
-    this.talk.queued = null;
+  /** What waited for this answer, another tab has sent: what waited here, or there. In the latter case this stays in the box. */
+  async _sentElsewhere(id, conversation) {
+    const { talk } = this;
+    if (talk.queued?.after !== id) return;
+    const { text } = talk.queued;
+    talk.queued = null;
+    const messages = await this.store.messages(conversation?.id);
+    const isSent = conversation?.draft === text || messages.some((each) => each.parentId === id && each.text === text);
+    if (talk === this.talk && this.composer.text === text) {
+      if (isSent) this.composer.text = "";
+      else this.keepDraft(text);
+    }
     this.render();
   }
 
-  async _ensureConversation(talk, text) {
-    if (talk.conversation) return;
+  /** It is kept with its first message. */
+  _beginConversation(talk, text) {
     const now = Date.now();
     const { documents, start, adapter } = talk;
     const kind = { renamed: false, pinned: false, ...(documents.length && { documents }), ...(start && { start }), ...(adapter && { adapter }) };
     talk.conversation = { id: newId(), title: titleOf(text), ...kind, createdAt: now, updatedAt: now, leafId: null };
+    talk.isNew = true;
     if (talk === this.talk) this.hooks.onOpened(talk.conversation); // a reload at this moment comes back to it
-    await this.store.putConversation(talk.conversation);
   }
 
-  /** Keeps messages that follow each other and stand at the end of the conversation from now on, all of them or none. */
-  async _addMessages(talk, messages) {
-    const { conversation } = talk;
-    const moved = { leafId: messages.at(-1).id, updatedAt: Date.now() };
-    await this.store.putMessages(messages, conversation.id, (kept) => Object.assign(kept, moved));
+  /**
+   * Keeps messages that follow each other and stand at the end of the conversation from now on, all of them or none.
+   * @param draft what stands in its box from now on; undefined leaves that as it is
+   */
+  async _addMessages(talk, messages, draft) {
+    const { conversation, isNew } = talk;
+    const moved = { leafId: messages.at(-1).id, updatedAt: Date.now(), ...(draft !== undefined && { draft }) };
+    const change = (kept) => Object.assign(kept, moved);
+    const kept = await this.store.putMessages(messages, conversation.id, change, isNew ? conversation : undefined);
+    if (!kept) throw new Error(T.box.gone);
+    talk.isNew = false;
     for (const message of messages) talk.messages.set(message.id, message);
     Object.assign(conversation, moved);
   }
@@ -142,15 +158,18 @@ export class Asking extends Reading {
     await this.store.updateConversation(conversation.id, (kept) => Object.assign(kept, moved));
   }
 
-  /** @param onKept once the question is in the store, with the answer that it waits for */
-  async _answer(talk, question, { seed, settings = settingsOf(talk, this.settings.readFirst()), documents = talk.documents, onKept = () => {} } = {}) {
+  /**
+   * @param draft as _addMessages takes it
+   * @param onKept once the question is in the store, with the answer that it waits for
+   */
+  async _answer(talk, question, { seed, settings = settingsOf(talk, this.settings.readFirst()), documents = talk.documents, draft, onKept = () => {} } = {}) {
     const first = seed ?? (settings.seed === "" ? newSeed() : settings.seed);
     const about = this.documents.known(documents);
     const asked = { answerId: newId(), unasked: true, settings, seed: first, ...(about.length && { documents: about }) };
     const { id: parentId, conversationId, createdAt } = question;
     const age = { createdAt: Math.max(Date.now(), createdAt + 1) };
     const message = { id: newId(), conversationId, ...age, role: "assistant", text: "", parentId, ...asked };
-    await this._addMessages(talk, talk.messages.has(parentId) ? [message] : [question, message]);
+    await this._addMessages(talk, talk.messages.has(parentId) ? [message] : [question, message], draft);
     onKept();
     await this._run(talk, message, { seed: first, settings, isKept: true });
   }

@@ -93,13 +93,10 @@ export class Chat extends Asking {
       this.composer.text = [text, rest].filter(Boolean).join("\n\n");
       return this.queue(true);
     }
-    const isNew = !talk.conversation;
     this.beside = null;
-    const lead = async () => {
-      const made = this._ensureConversation(talk, text);
-      const question = this._fromBox(talk, text, talk.conversation.leafId);
-      await made;
-      await this._answer(talk, question, { onKept: () => this._sent(talk, rest, isNew) });
+    const lead = () => {
+      if (!talk.conversation) this._beginConversation(talk, text);
+      return this._answerBox(talk, text, talk.conversation.leafId, rest);
     };
     await this._begin(talk, lead, text);
   }
@@ -207,7 +204,8 @@ export class Chat extends Asking {
     const { talk } = this;
     if (role === "assistant") {
       const edited = { id: newId(), conversationId: this.id, createdAt: Date.now(), role, text, parentId, edited: true };
-      this._addMessages(talk, [{ ...edited, ...(steps && { steps }), ...(sources && { sources }) }]).then(() => this.render());
+      const added = this._addMessages(talk, [{ ...edited, ...(steps && { steps }), ...(sources && { sources }) }]);
+      added.then(() => this.render(), ({ message }) => toast(message));
     } else if (this._isBusy(talk)) {
       toast(T.actions.busy);
       return false;

@@ -74,14 +74,13 @@ export class Database {
 
   /**
    * Writes messages and changes their conversation, with nobody in between: a page that is left meanwhile has done all of it
-   * or nothing. change(conversation) returns what is written.
-   * @returns {Promise<object | undefined>} the conversation as it was written; undefined if it is gone, and then nothing was
+   * or nothing. change(old conversation) returns what is written; undefined writes nothing, no messages either.
+   * @returns {Promise<object | undefined>} the conversation as it was written
    */
   changeWith(messages, conversationId, change) {
     return this.#transaction("readwrite", async (stores) => {
-      const old = await done(stores.conversations.get(conversationId));
-      if (!old) return undefined;
-      const conversation = change(old);
+      const conversation = change(await done(stores.conversations.get(conversationId)));
+      if (!conversation) return undefined;
       stores.conversations.put(conversation);
       for (const message of messages) stores.messages.put(message);
       return conversation;

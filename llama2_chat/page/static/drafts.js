@@ -8,7 +8,8 @@ const KEPT = "llama2-chat.unwritten";
 const KEEP_AFTER_MS = 300; // without a key
 
 export class Drafts {
-  #unwritten = new Map(); // place -> { id of the conversation, where in it, text, as }
+  #unwritten = new Map(); // place -> { id of the conversation, where in it, text }
+  #sending = new Map(); // id of the message that it is about to become -> { id of the conversation, where: "draft", text, as: that id }
   #timer = null;
   #listening = new AbortController();
 
@@ -24,12 +25,22 @@ export class Drafts {
   /**
    * @param where "draft" of the conversation, or the id of the message that is edited
    * @param text null where nothing is any more
-   * @param as id of the message that it is about to become: once that is kept, it is no draft any more
    */
-  put(id, where, text, as) {
-    this.#unwritten.set(`${id} ${where}`, { id, where, text, ...(as && { as }) });
+  put(id, where, text) {
+    this.#unwritten.set(`${id} ${where}`, { id, where, text });
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.flush(), KEEP_AFTER_MS);
+  }
+
+  /** What stood in the box of the conversation is about to be kept as the message with the id `as`, in place of the draft. */
+  send(id, text, as) {
+    this.#unwritten.delete(`${id} draft`);
+    this.#sending.set(as, { id, where: "draft", text, as });
+  }
+
+  /** It is kept, or was not. */
+  sent(as) {
+    this.#sending.delete(as);
   }
 
   /** Write at once what was typed last. */
@@ -37,17 +48,22 @@ export class Drafts {
     for (const [place, typed] of this.#unwritten) this.#write(typed).then(() => this.#written(place, typed));
   }
 
-  /** Write what a page that was left could not. Returns a draft whose conversation was not kept. */
+  /**
+   * Write what a page that was left could not.
+   * @returns {Promise<{ homeless: string, sent: string[] }>} drafts whose conversation was not kept, and what is a message now
+   */
   async recover() {
     const left = unwritten(this.keptAs);
     let homeless = "";
+    const sent = [];
     for (const typed of left) {
-      if (typed.as && (await this.store.hasMessage(typed.as))) await this.#takeAway(typed);
-      else if (!(await this.#write(typed)) && typed.where === "draft") homeless = typed.text;
+      const { where, text, as } = typed;
+      if (as && (await this.store.hasMessage(as))) sent.push(text);
+      else if (!(await this.#write(typed)) && where === "draft") homeless = as ? joined(text, homeless) : text;
     }
     const later = unwritten(this.keptAs).slice(left.length); // another tab's, meanwhile
     keep(this.keptAs, later.length ? JSON.stringify(later) : "");
-    return homeless;
+    return { homeless, sent };
   }
 
   close() {
@@ -55,13 +71,8 @@ export class Drafts {
     this.#listening.abort();
   }
 
-  #write({ id, where, text }) {
-    return this.store.updateConversation(id, (kept) => setText(kept, where, text));
-  }
-
-  /** It was sent; what was typed since, in another tab, stays. */
-  #takeAway({ id, text }) {
-    return this.store.updateConversation(id, (kept) => kept.draft === text && (kept.draft = ""));
+  #write({ id, where, text, as }) {
+    return this.store.updateConversation(id, (kept) => setText(kept, where, as ? joined(text, kept.draft) : text));
   }
 
   #written(place, typed) {
@@ -71,7 +82,7 @@ export class Drafts {
   #leave() {
     this.flush();
     // What was sent or given up at this moment had better come back than be lost.
-    const texts = [...this.#unwritten.values()].filter(({ text }) => text !== null);
+    const texts = [...this.#unwritten.values(), ...this.#sending.values()].filter(({ text }) => text !== null);
     if (texts.length) keep(this.keptAs, JSON.stringify([...unwritten(this.keptAs), ...texts]));
   }
 }
@@ -80,6 +91,12 @@ export class Drafts {
 export function setText(conversation, where, text) {
   if (where === "draft") conversation.draft = text ?? "";
   else conversation.editing = withOrWithout(conversation.editing, where, text);
+}
+
+/** What was to be sent, and what has been typed since; each may have been kept with the other, or a part of it. */
+function joined(sent, since = "") {
+  if (sent.startsWith(since)) return sent;
+  return since.startsWith(sent) ? since : `${sent}\n\n${since}`;
 }
 
 /** texts by the ids of their messages, with another text for one of them, or none. */

@@ -186,8 +186,9 @@ async function start() {
     onNew: () => (leavePrivate(), composer.focus()),
     onSettings: () => parts.sides.toggle("settings"),
   });
-  const homeless = await chat.drafts.recover().catch(() => "");
-  if (homeless && !hooks.newDraft()) hooks.onDraft(homeless);
+  const { homeless, sent } = await chat.drafts.recover().catch(() => ({ homeless: "", sent: [] }));
+  if (sent.includes(hooks.newDraft())) hooks.onDraft("");
+  if (homeless.startsWith(hooks.newDraft())) hooks.onDraft(homeless);
   await openLinked().catch((error) => {
     console.error(error);
     chat.startNew();

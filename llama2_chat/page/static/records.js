@@ -85,9 +85,8 @@ export class Records {
         if (!isFull(error)) throw error;
       }
     }
-    const old = await this.record("conversations", conversationId);
-    if (!old) return undefined;
-    const conversation = change(old);
+    const conversation = change(await this.record("conversations", conversationId));
+    if (!conversation) return undefined;
     this.#memory.conversations.set(conversationId, structuredClone(conversation));
     for (const message of messages) this.#memory.messages.set(message.id, structuredClone(message));
     await this.#save();

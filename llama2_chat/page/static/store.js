@@ -143,10 +143,12 @@ class Store {
   /**
    * Creates messages of a conversation and changes it as updateConversation does, in one step: whoever leaves the page
    * meanwhile finds all of it or nothing.
-   * @returns {Promise<object | undefined>} the conversation as it is then; undefined if it is gone, and nothing was written
+   * @param begun the conversation, where it begins with them
+   * @returns {Promise<object | undefined>} the conversation as it is then; undefined if it is deleted, and nothing was written
    */
-  async putMessages(messages, conversationId, change) {
-    const conversation = await this.#records.changeWith(messages, conversationId, (old) => changed(old, change));
+  async putMessages(messages, conversationId, change, begun) {
+    const changeAlive = (old = begun && { ...begun }) => (old?.deletedAt ? undefined : changed(old, change));
+    const conversation = await this.#records.changeWith(messages, conversationId, changeAlive);
     if (!conversation) return undefined;
     for (const { id } of messages) this.#tell({ kind: "message", id, conversationId });
     this.#tell({ kind: "conversation", id: conversationId, conversationId });

@@ -47,6 +47,7 @@ export const T = {
     stop: "Stopp",
     queued: "Wird gesendet, sobald diese Antwort fertig ist.",
     queuedForFile: "Wird gesendet, sobald alles hochgeladen ist.",
+    gone: "Dieser Chat wurde in einem anderen Tab gelöscht.",
     toBottom: "Zur neuesten Nachricht",
   },
   completion: {

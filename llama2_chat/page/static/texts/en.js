@@ -48,6 +48,7 @@ export const T = {
     stop: "Stop",
     queued: "Sent as soon as this answer ends.",
     queuedForFile: "Sent as soon as the upload ends.",
+    gone: "This conversation has been deleted in another tab.",
     toBottom: "To the newest message",
   },
   completion: {

@@ -47,6 +47,7 @@ export const T = {
     stop: "Detener",
     queued: "Se enviará cuando termine esta respuesta.",
     queuedForFile: "Se enviará cuando termine la subida.",
+    gone: "Este chat se ha eliminado en otra pestaña.",
     toBottom: "Ir al mensaje más reciente",
   },
   completion: {

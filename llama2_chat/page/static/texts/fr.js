@@ -47,6 +47,7 @@ export const T = {
     stop: "Arrêter",
     queued: "Sera envoyé dès que cette réponse sera terminée.",
     queuedForFile: "Sera envoyé dès que le fichier sera téléversé.",
+    gone: "Cette discussion a été supprimée dans un autre onglet.",
     toBottom: "Aller au dernier message",
   },
   completion: {

@@ -47,6 +47,7 @@ export const T = {
     stop: "停止",
     queued: "この回答が終わりしだい送信されます。",
     queuedForFile: "アップロードが終わりしだい送信されます。",
+    gone: "このチャットは別のタブで削除されました。",
     toBottom: "最新のメッセージへ",
   },
   completion: {

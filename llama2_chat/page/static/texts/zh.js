@@ -42,6 +42,7 @@ export const T = {
     stop: "停止",
     queued: "当前回答结束后立即发送。",
     queuedForFile: "上传完成后立即发送。",
+    gone: "此对话已在另一个标签页中删除。",
     toBottom: "跳到最新消息",
   },
   completion: {
