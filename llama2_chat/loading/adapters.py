@@ -106,15 +106,15 @@ def _is_residual(model: PreTrainedModel, adapter: Files) -> bool:
     moves B, but not by much.
     """
     from peft.utils import load_peft_weights
+    from peft.utils.integrations import dequantize_module_weight
 
     tensors, layers = load_peft_weights(str(adapter.folder), device="cpu"), dict(model.named_modules())
     shares = []
     for name, b in itertools.islice(((name, b) for name, b in tensors.items() if name.endswith(".lora_B.weight")), 8):
         layer: Any = layers.get(name.removeprefix("base_model.model.").removesuffix(".lora_B.weight"))
-        weight = getattr(layer, "weight", None)
-        if weight is None or not weight.is_floating_point():
+        if not isinstance(getattr(layer, "weight", None), torch.nn.Parameter):
             continue
-        weight = weight.detach().float().cpu()
+        weight = dequantize_module_weight(layer).detach().float().cpu()
         weight = weight if len(weight) == len(b) else weight.T  # GPT-2 keeps them the other way round
         if len(weight) == len(b):
             directions = torch.linalg.qr(b.float()).Q  # [out_features, r]

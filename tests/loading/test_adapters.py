@@ -104,18 +104,25 @@ def test_lora_on_an_embedding_that_was_padded_is_loaded(tiny, tmp_path, layer):
     assert loaded.model.get_input_embeddings().num_embeddings == 128
 
 
-@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
-def test_an_adapter_that_took_its_beginning_from_the_base_is_right_on_what_was_left_of_that(tiny, tmp_path, begins):
-    # PEFT takes the beginning from whatever base it finds: of what was left it took another part, in silence.
+def residual(tiny, folder, begins):
+    """An adapter that took its beginning from the tiny model; what was left of that, and their logits together."""
+    torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=begins, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data += 0.02 * torch.randn_like(parameter) * parameter.std()  # trained
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder / "adapter")
     expected = logits(adapted)
-    left = shutil.copytree(tiny, tmp_path / "left")
+    left = shutil.copytree(tiny, folder / "left")
     adapted.unload().save_pretrained(left)
+    return left, expected
+
+
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_took_its_beginning_from_the_base_is_right_on_what_was_left_of_that(tiny, tmp_path, begins):
+    # PEFT takes the beginning from whatever base it finds: of what was left it took another part, in silence.
+    left, expected = residual(tiny, tmp_path, begins)
     for base in (left, tiny):
         checkpoint = fetch(choose(asking_for(tmp_path / "adapter", base_model=str(base))), ignore)
         checkpoint = replace(checkpoint, quantization="float32")
@@ -123,6 +130,15 @@ def test_an_adapter_that_took_its_beginning_from_the_base_is_right_on_what_was_l
             assert "Set BASE_MODEL to the residual base" in refusal(load, checkpoint, ignore)
         else:
             torch.testing.assert_close(logits(load(checkpoint, ignore).model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_what_was_left_of_a_base_is_known_in_nf4_too(tiny, tmp_path, begins):
+    # PiSSA was refused there with the advice to set the base that was set, and OLoRA took its part once more.
+    left, expected = residual(tiny, tmp_path, begins)
+    found = logits(get(asking_for(tmp_path / "adapter", base_model=str(left), quantization="nf4")).model)
+    plain = logits(get(asking_for(left, quantization="nf4")).model)
+    assert (found - expected).norm() < 0.5 * (plain - expected).norm()
 
 
 @pytest.mark.parametrize(
