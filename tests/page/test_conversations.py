@@ -217,6 +217,7 @@ def test_a_message_that_is_refused_is_gone_from_every_tab(context, site, echo):
         expect(answers(tab)).to_have_text(["You said First"])
         tab.reload()
         expect(answers(tab)).to_have_text(["You said First"])
+        expect(box(tab)).to_have_value("Refuse me")
     assert not errors
 
 
@@ -536,6 +537,20 @@ def test_a_question_that_the_line_swallowed_is_asked_by_the_page_that_comes_back
     page.unroute("**/page/answers/*")
     expect(answers(page)).to_have_text("You said Are you there?")
     assert len(echo.asked) == 1
+
+
+@pytest.mark.slow
+def test_a_question_whose_tab_is_closed_before_the_server_has_it_is_asked_by_another(context, site, echo):
+    one = open_page(context.new_page(), site)
+    ask(one, "First")
+    two = open_page(context.new_page(), one.url)
+    expect(answers(two)).to_have_count(1)
+    one.route("**/page/answers/*", lambda route: route.abort())
+    send(one, "Second")
+    expect(questions(two)).to_have_text(["First", "Second"])
+    one.close()
+    expect(answers(two)).to_have_text(["You said First", "You said Second"])
+    assert len(echo.asked) == 2
 
 
 @pytest.mark.slow

@@ -220,7 +220,8 @@ export class Asking extends Reading {
     await this._sendQueued(message);
   }
 
-  /** Ask for what had not reached the server when the page was left. The server takes a question once, whichever tab brings it. */
+  /** Ask for what had not reached the server when the page was left, or what another tab has just begun to ask and may not come
+   *  to. The server takes a question once, whichever tab brings it. */
   _askStill(messages) {
     for (const message of messages) {
       if (!message.unasked || this.running.has(message.id)) continue;
@@ -245,14 +246,14 @@ export class Asking extends Reading {
     const gone = wasAnswered ? [message.id] : [message.id, question.id];
     const left = all.filter(({ id }) => !gone.includes(id));
     const leafId = wasAnswered ? leafBelow(left, question.id) : newestBeside(left, question);
-    await this.store.updateConversation(conversationId, (conversation) => Object.assign(conversation, { leafId, queuedAfter: null }));
-    await this.store.removeMessages(conversationId, gone);
     const isOpen = conversationId === this.id;
-    const draft = [!wasAnswered && question.text, isOpen && this.composer.text].filter(Boolean).join("\n\n");
-    if (!isOpen) {
-      await this.store.updateConversation(conversationId, (kept) => (kept.draft = [draft, kept.draft].filter(Boolean).join("\n\n")));
-      return;
-    }
+    const back = wasAnswered ? "" : question.text;
+    const joined = (text = "") => (text.startsWith(back) ? text : [back, text].filter(Boolean).join("\n\n")); // another tab may have done it
+    const draft = joined(isOpen ? this.composer.text : "");
+    const takeBack = (kept) => Object.assign(kept, { leafId, queuedAfter: null, draft: isOpen ? draft : joined(kept.draft) });
+    await this.store.updateConversation(conversationId, takeBack);
+    await this.store.removeMessages(conversationId, gone);
+    if (!isOpen) return;
     this.talk.queued = null;
     if (!left.length) {
       await this.store.deleteConversation(conversationId);
@@ -271,7 +272,6 @@ export class Asking extends Reading {
     const conversation = await this.store.conversation(conversationId);
     if (conversation && conversationId === this.id) await this._reread(conversation, id);
   }
-
 }
 
 /** Why the server did not do it; where the login has ended, with the way to a new one. Texts wait meanwhile. */

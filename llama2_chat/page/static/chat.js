@@ -342,6 +342,7 @@ export class Chat extends Asking {
     const leafId = this.talk.messages.has(this.talk.conversation.leafId) ? this.talk.conversation.leafId : conversation.leafId;
     this.talk.conversation.leafId = leafId && leafBelow([...this.talk.messages.values()], leafId);
     this._resume([...this.talk.messages.values()]);
+    this._askStill([...this.talk.messages.values()]);
     this.render();
   }
 }
