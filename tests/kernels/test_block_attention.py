@@ -11,7 +11,7 @@ from llama2_chat.engine.cpu_attention import CpuStep
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.kernels.block_attention import BLOCK, attend_in_blocks
 
-SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 10), (2, 1, 128)]  # heads, kv_heads, head_dim
+SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 10), (2, 1, 128), (3, 1, 130)]  # heads, kv_heads, head_dim
 
 
 class Memory:
