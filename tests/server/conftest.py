@@ -1,5 +1,6 @@
 """What the tests of a file share: two servers, one with the embedded model and one with a small one; certificates."""
 
+import time
 from dataclasses import replace
 
 import httpx
@@ -19,10 +20,16 @@ SMALL_CONTEXT = 4096
 
 @pytest.fixture(scope="session")
 def small(chat, settings):
-    """The embedded model's tokenizer and few random weights: one answer and one in line."""
+    """The embedded model's tokenizer and few random weights: one answer and one in line.
+
+    A long answer takes some seconds, so that a test can do something before it ends.
+    """
     small = ChatModel(replace(settings, max_batch=1, queue_limit=1))
     small.status = Status(model="small")
-    yield small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, SMALL_CONTEXT))
+    small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, SMALL_CONTEXT))
+    runner = small.serving.engine.runner
+    decode, runner.decode = runner.decode, lambda requests: (time.sleep(0.002), decode(requests))[1]
+    yield small
     small.close()
 
 
