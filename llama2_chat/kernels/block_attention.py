@@ -26,6 +26,8 @@ from llama2_chat.kernels.compiled import (
     compiled,
     exp,
     float_of,
+    of_ordinal,
+    ordinal,
     part,
     side_by_side,
 )
@@ -108,19 +110,6 @@ def turn_into_shares(scores, seen, before, totals):
         scores[j] = exp(scores[j] - highest) if j < seen else np.float32(0)
         totals[j] = totals[j] * shrink + scores[j]
     return highest, shrink
-
-
-@part
-def ordinal(number):
-    """A whole number, int32, that is larger where the float32 is: of whole ones LLVM compares many at once."""
-    bits = np.int32(bits_of(number))
-    return np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
-
-
-@part
-def of_ordinal(order):
-    """The float32 whose ordinal it is."""
-    return float_of(np.uint32(order ^ ((order >> 31) & np.int32(0x7FFFFFFF))))
 
 
 @part

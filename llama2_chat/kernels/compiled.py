@@ -112,6 +112,19 @@ def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @part
+def ordinal(number):
+    """A whole number, int32, that is larger where the float32 is: of whole ones LLVM compares many at once."""
+    bits = np.int32(bits_of(number))
+    return np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@part
+def of_ordinal(order):
+    """The float32 whose ordinal it is."""
+    return float_of(np.uint32(order ^ ((order >> 31) & np.int32(0x7FFFFFFF))))
+
+
+@part
 def exp(x):
     """e ** x, float32. Source of the polynomial: Cephes' expf. Of NaN it is NaN."""
     x = MOST if x > MOST else LEAST if x < LEAST else x

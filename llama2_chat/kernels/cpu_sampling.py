@@ -10,23 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2_chat.kernels.compiled import bits_of, compiled, exp, float_of, part
+from llama2_chat.kernels.compiled import LEAST, compiled, exp, of_ordinal, ordinal, part
 
 PART = 64  # ids of which the highest score is known
 ABOVE_ALL = np.int32(0x7FFFFFFF)  # where a score is NaN
-LEAST = np.float32(-87)  # a smaller one's exponential counts as 0
 
 
 @part
 def order_of(score):
     """A whole number, int32, that is ordered as scores are, NaN above all."""
-    bits = np.int32(bits_of(score))
-    return np.int32(bits ^ ((bits >> 31) & ABOVE_ALL)) if score == score else ABOVE_ALL
-
-
-@part
-def score_of(order):
-    return float_of(np.uint32(order ^ ((order >> 31) & ABOVE_ALL)))
+    return ordinal(score) if score == score else ABOVE_ALL
 
 
 @part
@@ -87,10 +80,10 @@ def choose(best, chances, settings, draw):
     temperature, top_k, top_p, min_p = settings[0], settings[1], settings[2], settings[3]
     if temperature == 0:
         return 0
-    highest, total = score_of(best[0]), np.float32(0)
+    highest, total = of_ordinal(best[0]), np.float32(0)
     temperature = max(temperature, np.float32(1e-6))
     for rank in range(len(best)):
-        gap = (score_of(best[rank]) - highest) / temperature
+        gap = (of_ordinal(best[rank]) - highest) / temperature
         chances[rank] = exp(gap) if rank < top_k and gap > LEAST else np.float32(0)
         total += chances[rank]
     so_far, candidates, first = np.float32(0), 0, chances[0] / total
@@ -142,7 +135,7 @@ def sample_rows(
         found = find_likeliest(orders, highest, best, ids)
         answered = answer_tokens[slot]
         token = np.int64(ids[choose(best[:found], chances, settings, draws[slot, answered])])
-        chosen[row] = token if np.isfinite(score_of(best[0])) else -1
+        chosen[row] = token if np.isfinite(of_ordinal(best[0])) else -1
         tokens[slot] = token
         positions[slot] = 0 if slot == padding else positions[slot] + 1
         answer_tokens[slot] = min(answered + 1, draws.shape[1] - 1)

@@ -28,7 +28,13 @@ def small(chat, settings):
     small.status = Status(model="small")
     small.serve(chat.serving.tokenizer, untrained(chat.serving.tokenizer, SMALL_CONTEXT))
     runner = small.serving.engine.runner
-    decode, runner.decode = runner.decode, lambda requests: (time.sleep(0.002), decode(requests))[1]
+    decode = runner.decode
+
+    def decode_slowly(requests):
+        time.sleep(0.002)
+        return decode(requests)
+
+    runner.decode = decode_slowly
     yield small
     small.close()
 

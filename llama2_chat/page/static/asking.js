@@ -118,7 +118,7 @@ export class Asking extends Reading {
     if (talk.queued?.after !== id) return;
     const { text } = talk.queued;
     talk.queued = null;
-    const messages = await this.store.messages(conversation?.id);
+    const messages = conversation ? await this.store.messages(conversation.id) : [];
     const isSent = conversation?.draft === text || messages.some((each) => each.parentId === id && each.text === text);
     if (talk === this.talk && this.composer.text === text) {
       if (isSent) this.composer.text = "";
