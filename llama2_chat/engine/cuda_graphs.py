@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -31,6 +31,7 @@ from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.step_ways import ModelStep, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.lora import AdapterRows
+from llama2_chat.kernels.rank_sum import SummedLinear
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -89,7 +90,7 @@ def step_kernels(model: PreTrainedModel) -> StepKernels | None:
     if not on_gpus or model.dtype != torch.bfloat16 or head_dim.bit_count() != 1:
         return None
     try:
-        from llama2_chat.kernels import attention, prefill_attention, sampling  # noqa: F401
+        from llama2_chat.kernels import attention, prefill_attention, sampling, sum_and_norm  # noqa: F401
     except ImportError:  # no Triton here
         return None
     return StepKernels(attention.decode_attention, sampling.sample_narrow)
@@ -383,10 +384,11 @@ class RecordedWay:
         kv_index = self._table[slots, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         hidden, cos_sin = self._embed(torch.where(ahead > 0, guesses, state.tokens[slots]), positions)
         mask = self._mask(self._adapters[slots])
-        for layer, kept in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+        normed = self._model.model.layers[0].input_layernorm(hidden)
+        for layer, following, kept in self._layers():
             where = kv_index, slots, positions, self._table
-            hidden = self._decode_layer(layer, hidden, *cos_sin, mask, kept, *where)
-        return self._model.lm_head(self._model.model.norm(hidden))[0]
+            hidden, normed = self._decode_layer(layer, following, hidden, normed, *cos_sin, mask, kept, *where)
+        return self._model.lm_head(normed)[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
         """Logits [slots, V] after the last token of each chunk of a pack of so many tokens, laid out by _packed()."""
@@ -398,10 +400,17 @@ class RecordedWay:
         kv_index = torch.where(offset < counts[:, None], block * BLOCK_SIZE + positions % BLOCK_SIZE, offset).flatten()
         hidden, cos_sin = self._embed(ids, positions.flatten())
         mask = self._mask(self._adapters[slots].repeat_interleave(TILE_SIZE))
-        for layer, kept in zip(self._model.model.layers, self._kv_pool.layers, strict=True):
+        normed = self._model.model.layers[0].input_layernorm(hidden)
+        for layer, following, kept in self._layers():
             where = kv_index, slots, starts, counts, self._table
-            hidden = self._prefill_layer(layer, hidden, *cos_sin, mask, kept, *where)
-        return self._model.lm_head(self._model.model.norm(hidden[:, last]))[0]
+            hidden, normed = self._prefill_layer(layer, following, hidden, normed, *cos_sin, mask, kept, *where)
+        return self._model.lm_head(normed[:, last])[0]
+
+    def _layers(self) -> Iterator[tuple[LlamaDecoderLayer, nn.Module, tuple[Tensor, ...]]]:
+        """Each layer, the norm of what it gives, which is that of the next one, and its keys and values."""
+        layers, model = [*self._model.model.layers], self._model.model
+        norms = [*(layer.input_layernorm for layer in layers[1:]), model.norm]
+        return zip(layers, norms, self._kv_pool.layers, strict=True)
 
     def _mask(self, adapters: Tensor) -> Tensor | None:
         """As project() takes it, of the adapter of each row, int64 [T]."""
@@ -423,7 +432,9 @@ def _log_out_of_memory(kind: Kind, size: int, error: Exception) -> None:
 
 def _decode_layer(
     layer: LlamaDecoderLayer,
+    following: nn.Module,
     hidden: Tensor,
+    normed: Tensor,
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
@@ -432,18 +443,20 @@ def _decode_layer(
     slots: Tensor,
     positions: Tensor,
     table: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ops = torch.ops.llama2_chat
         attend_over = ops.decode_attention if len(kept) == 2 else ops.decode_attention_in_8_bits
         return attend_over(query, key, value, cos, sin, kv_index, slots, positions, table, scale, *kept)
 
-    return _layer(layer, hidden, mask, attend)
+    return _layer(layer, following, hidden, normed, mask, attend)
 
 
 def _prefill_layer(
     layer: LlamaDecoderLayer,
+    following: nn.Module,
     hidden: Tensor,
+    normed: Tensor,
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
@@ -453,25 +466,46 @@ def _prefill_layer(
     starts: Tensor,
     counts: Tensor,
     table: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ops = torch.ops.llama2_chat
         attend_over = ops.prefill_attention if len(kept) == 2 else ops.prefill_attention_in_8_bits
         return attend_over(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
 
-    return _layer(layer, hidden, mask, attend)
+    return _layer(layer, following, hidden, normed, mask, attend)
 
 
-def _layer(layer: LlamaDecoderLayer, hidden: Tensor, mask: Tensor | None, attend: Callable[..., Tensor]) -> Tensor:
-    """hidden: [1, T, hidden_size]; mask: of adapters, as project() takes it."""
+def _layer(
+    layer: LlamaDecoderLayer,
+    following: nn.Module,
+    hidden: Tensor,
+    normed: Tensor,
+    mask: Tensor | None,
+    attend: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """hidden: [1, T, hidden_size]; normed: what the layer's first norm makes of it; both again for the layer behind it,
+    whose norm is `following`. mask: of adapters, as project() takes it.
+
+    A norm belongs to the sum before it: as one kernel they are faster, however many GPUs have a part of the sum.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     inputs = attention.q_proj, attention.k_proj, attention.v_proj
-    projected = project(layer.input_layernorm(hidden), *inputs, mask=mask)
+    projected = project(normed, *inputs, mask=mask)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
     attended = attend(query, key, value, attention.scaling).flatten(2)
-    hidden = hidden + project(attended, attention.o_proj, mask=mask)[0]
-    gate, up = project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj, mask=mask)
-    return hidden + project(mlp.act_fn(gate) * up, mlp.down_proj, mask=mask)[0]
+    hidden, normed = _add_and_norm(hidden, attended, attention.o_proj, layer.post_attention_layernorm, mask)
+    gate, up = project(normed, mlp.gate_proj, mlp.up_proj, mask=mask)
+    return _add_and_norm(hidden, mlp.act_fn(gate) * up, mlp.down_proj, following, mask)
+
+
+def _add_and_norm(
+    hidden: Tensor, x: Tensor, linear: nn.Module, norm: Any, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """hidden and what `linear` makes of x, and the norm of their sum."""
+    if isinstance(linear, SummedLinear):
+        return torch.ops.llama2_chat.sum_and_norm(linear.part(x), hidden, norm.weight, norm.variance_epsilon)
+    hidden = hidden + project(x, linear, mask=mask)[0]
+    return hidden, norm(hidden)
 
 
 def _padded(chunk: Chunk) -> int:

@@ -1,4 +1,7 @@
-"""Sums over the processes that compute one model together, each with a part of its heads and of its MLP."""
+"""Sums over the processes that compute one model together, each with a part of its heads and of its MLP.
+
+Recorded steps add them to the residual stream and normalise that at once: kernels/sum_and_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,10 @@ def together() -> Iterator[None]:
         _this_thread.together = False
 
 
+def is_together() -> bool:
+    return getattr(_this_thread, "together", False)
+
+
 class SummedLinear(nn.Module):
     """A linear layer of whose input each process has a part: what they make of it is summed.
 
@@ -48,7 +55,7 @@ class SummedLinear(nn.Module):
 @torch.library.custom_op("llama2_chat::rank_sum_", mutates_args=("x",))
 def rank_sum_(x: Tensor) -> None:
     """Make x its sum over all processes, within together(). A custom operator: torch.compile takes it as it is."""
-    if getattr(_this_thread, "together", False):
+    if is_together():
         dist.all_reduce(x)
 
 

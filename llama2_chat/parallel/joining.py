@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llama2_chat.context import context_window
+from llama2_chat.engine.cuda_graphs import step_kernels
 from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import RunnerT, build_runner
 from llama2_chat.engine.ranks import sum_products
@@ -64,6 +65,10 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
     with _warning_after(MEETING_S) if part.rank == 0 else nullcontext():  # it comes last, when all have loaded
         _meet(work.meeting, part, device)
     sum_products(loaded.model)
+    if step_kernels(loaded.model) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0":
+        from llama2_chat.kernels import sum_and_norm  # which needs Triton
+
+        sum_and_norm.connect(loaded.model.config.hidden_size, device)
     return build_runner(
         loaded.model,
         lambda: _least(free_bytes(work.checkpoint.headroom_gb, part.rank), device),
@@ -74,6 +79,15 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
         **vars(work.options),
         runner_type=runner_type,
     )
+
+
+def leave() -> None:
+    """Give back what meeting the others took, once they have ended. May wait for ever if one of them did so too soon."""
+    if dist.get_backend() == "nccl":
+        from llama2_chat.kernels import sum_and_norm
+
+        sum_and_norm.disconnect()
+    dist.destroy_process_group()
 
 
 def _meet(meeting: Path, part: Part, device: torch.device) -> None:

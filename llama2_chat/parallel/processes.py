@@ -23,7 +23,7 @@ from llama2_chat.errors import ModelUnavailable
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.load import Loaded
 from llama2_chat.loading.parts import Part
-from llama2_chat.parallel.joining import RunnerOptions, Work, join
+from llama2_chat.parallel.joining import RunnerOptions, Work, join, leave
 from llama2_chat.process import python_command
 
 log = logging.getLogger("llama2_chat")
@@ -131,9 +131,9 @@ class Workers:
         if self._runner:
             self._runner.forget_recorded()  # NCCL keeps what is in them, and would wait for their end
         if dist.is_initialized():
-            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            leaving = threading.Thread(target=leave, daemon=True)
             leaving.start()
-            leaving.join(timeout_s)  # NCCL may wait for processes that have ended
+            leaving.join(timeout_s)  # a sum may wait for processes that have ended
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- As the first rank's runner sees them ----

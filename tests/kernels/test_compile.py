@@ -74,6 +74,7 @@ def test_every_triton_kernel_compiles(compiled, capability):
     copy_blocks()
     if capability >= 80:
         multiply_nf4()
+        add_and_normalise()
         in_8_bits = ["fp8", "int8"] if capability >= 89 else ["int8"]
         take_steps(2, *in_8_bits, "none")
         take_steps(4, *in_8_bits)  # a head of keys and values for each head
@@ -98,6 +99,16 @@ def multiply_nf4():
     absmax_scale, offset = torch.zeros(N * K // 64 // 256 + 1), torch.zeros(())
     for rows in (2, 8, 32, 512):
         nf4_linear(torch.zeros(1, rows, K, dtype=torch.bfloat16), packed, absmax, code, absmax_scale, offset, N)
+
+
+def add_and_normalise():
+    from llama2_chat.kernels.sum_and_norm import Boxes, add_and_norm
+
+    cpu = torch.device("cpu")
+    for width, ranks in ((5120, 2), (8192, 8)):
+        states = torch.zeros(1, 2, width, dtype=torch.bfloat16)
+        for boxes in (None, Boxes(width, ranks - 1, [0] * ranks, cpu)):
+            add_and_norm(states, states, states[0, 0], 1e-5, boxes)
 
 
 @torch.inference_mode()
