@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,24 +45,28 @@ class PeerMemory:
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # there is a context from here on
             handles = memory._agree(memory._lend)
-            connected = handles is not None
-            connected = connected and memory._agree(lambda: memory._open(handles)) is not None
             # What is written there has to arrive, too: where it does not, a kernel would wait for ever.
-            connected = connected and memory._agree(memory._write) is not None
-            connected = connected and memory._agree(memory._read) is not None
+            steps = partial(memory._open, handles or []), memory._write, memory._read
+            connected = handles is not None and all(memory._agree(step) is not None for step in steps)
             if not connected:
+                memory._agree(memory._close_others)  # before any is freed
                 memory.close()
         return memory if connected else None
 
     def close(self) -> None:
-        """Once no kernel of any rank writes there any more."""
+        """Free this rank's, once the others have ended."""
         with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            for rank, address in enumerate(self.addresses):
-                if address:
-                    free = self._driver.cuMemFree_v2 if rank == self._rank else self._driver.cuIpcCloseMemHandle
-                    free(ctypes.c_uint64(address))
-        self.addresses = [0] * len(self.addresses)
+            torch.cuda.synchronize()  # the driver frees in a thread that has a context
+            self._close_others()
+            if self.addresses[self._rank]:
+                self._driver.cuMemFree_v2(ctypes.c_uint64(self.addresses[self._rank]))
+                self.addresses[self._rank] = 0
+
+    def _close_others(self) -> None:
+        for rank, address in enumerate(self.addresses):
+            if address and rank != self._rank:
+                self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(address))
+                self.addresses[rank] = 0
 
     def _agree(self, act: Callable[[], Any]) -> list[Any] | None:
         """What act() gave on each rank, once all are done; None if it failed on one."""

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,11 +64,11 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
     assert part is not None
     with _warning_after(MEETING_S) if part.rank == 0 else nullcontext():  # it comes last, when all have loaded
         _meet(work.meeting, part, device)
-    sum_products(loaded.model)
-    if step_kernels(loaded.model) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0":
-        from llama2_chat.kernels import sum_and_norm  # which needs Triton
+        if step_kernels(loaded.model) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0":
+            from llama2_chat.kernels import sum_and_norm  # which needs Triton
 
-        sum_and_norm.connect(loaded.model.config.hidden_size, device)
+            sum_and_norm.connect(loaded.model.config.hidden_size, device)
+    sum_products(loaded.model)
     return build_runner(
         loaded.model,
         lambda: _least(free_bytes(work.checkpoint.headroom_gb, part.rank), device),
@@ -79,15 +79,6 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
         **vars(work.options),
         runner_type=runner_type,
     )
-
-
-def leave() -> None:
-    """Give back what meeting the others took, once they have ended. May wait for ever if one of them did so too soon."""
-    if dist.get_backend() == "nccl":
-        from llama2_chat.kernels import sum_and_norm
-
-        sum_and_norm.disconnect()
-    dist.destroy_process_group()
 
 
 def _meet(meeting: Path, part: Part, device: torch.device) -> None:
@@ -106,6 +97,15 @@ def _meet(meeting: Path, part: Part, device: torch.device) -> None:
     met = torch.zeros(1, device=device)
     dist.all_reduce(met)  # what NCCL keeps from now on is no room for keys and values
     met.item()
+
+
+def leave() -> None:
+    """Give back what meeting the others took, once they have ended. May wait for ever for one that ended too soon."""
+    with suppress(ImportError):  # no Triton here
+        from llama2_chat.kernels import sum_and_norm
+
+        sum_and_norm.disconnect()
+    dist.destroy_process_group()
 
 
 @contextmanager

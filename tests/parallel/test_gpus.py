@@ -1,14 +1,19 @@
 """What only two CUDA GPUs can show: steps that several processes record and compute together."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama2_chat import ROOT
 from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.loading.choose import Checkpoint
 from llama2_chat.loading.disk import Files
@@ -48,16 +53,22 @@ def compiled(engine):
 
 
 @pytest.mark.parametrize(
-    ("precision", "compile", "same"),
-    [("float32", False, 24), ("bfloat16", True, 4), ("int8", True, 4), ("int4", True, 4)],
+    ("precision", "kv_cache", "compile", "same"),
+    [
+        ("float32", "none", False, 24),
+        *((precision, "none", True, 4) for precision in ("bfloat16", "int8", "int4")),
+        ("bfloat16", "int8", True, 2),
+    ],
 )
-def test_two_gpus_answer_as_one_does(files, tmp_path, precision, compile, same):
+def test_two_gpus_answer_as_one_does(files, tmp_path, precision, kv_cache, compile, same):
     """same: tokens that are; rounding may choose another behind them."""
-    checkpoint = Checkpoint("small", "", precision, files, tmp_path, tensor_parallel="2")
+    checkpoint = Checkpoint("small", "", precision, files, tmp_path, tensor_parallel="2", kv_cache=kv_cache)
     model = load(checkpoint, ignore).model
     torch.compiler.reset()  # else what other models compiled counts towards its limit for a function
-    one = Engine(build_runner(model, lambda: {model.device: 2**30}, 4096, max_batch=BATCH, compile=compile), set())
+    options = {"max_batch": BATCH, "compile": compile, "make_pool": partial(make_pool, kv_cache)}
+    one = Engine(build_runner(model, lambda: {model.device: 2**30}, 4096, **options), set())
     expected = [answer(one if not compile else compiled(one), ids, GREEDY)[0] for ids in prompts()]
+    likely = [likeliest(one, ids) for ids in prompts()]
     one.close()
     first = divided(checkpoint)
     torch.compiler.reset()
@@ -70,8 +81,36 @@ def test_two_gpus_answer_as_one_does(files, tmp_path, precision, compile, same):
         two.submit(ids, replace(GREEDY, cache_prompt=False), streamer)
     together = [streamer.rest() for streamer in streamers]
     alone = [answer(two, ids, GREEDY)[0] for ids in prompts()]
+    apart = max(
+        abs(a - b)
+        for ids, found in zip(prompts(), likely, strict=True)
+        for a, b in zip(likeliest(two, ids), found, strict=True)
+    )
     two.close()
     workers.close()
     for found in (together, alone):
         equal = sum(a[:same] == b[:same] for a, b in zip(found, expected, strict=True))
         assert equal >= len(expected) - (1 if compile else 0)
+    assert compile or apart < 2e-2
+
+
+def likeliest(engine, ids):
+    """The logarithms of the probabilities of the likeliest tokens of an answer's beginning."""
+    request = answer(engine, ids, replace(GREEDY, logprobs=5, max_new_tokens=4))[1]
+    return [logprob for likelihood in request.logprobs for _, logprob in likelihood.top]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_each_of_20_000_sums_is_right_and_the_same_on_all_gpus(tmp_path, ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    command = [sys.executable, "-m", "tests.support.rank_sums"]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(ranks), str(tmp_path / "meeting")], cwd=ROOT)
+        for rank in range(ranks)
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
