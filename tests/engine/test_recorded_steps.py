@@ -178,6 +178,95 @@ def test_recorded_steps_compute_what_the_model_computes():
     assert run.stdout == "equal\n", run.stderr
 
 
+# ---- A layer of which each of several processes has a part ----
+
+DIVIDED = r"""
+import copy, os, signal, sys, torch
+sys.path.insert(0, {root!r})
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from llama2_chat.engine.cuda_graphs import _layer
+from llama2_chat.engine.join_projections import join_projections
+from llama2_chat.engine.ranks import sum_products
+from llama2_chat.kernels import sum_and_norm
+from llama2_chat.kernels.rank_sum import together
+from llama2_chat.kernels.sum_and_norm import EMPTY, Boxes
+
+RANKS, WIDTH = 2, 64
+config = LlamaConfig(vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=4, head_dim=16, initializer_range=0.2)
+torch.manual_seed(0)
+whole = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+for name, weight in whole.named_parameters():
+    if "norm" in name:
+        weight.normal_(1, 0.3)
+
+def attend(query, key, value, scale):
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=True).transpose(1, 2)
+
+def compute(model, tokens):
+    hidden = model.model.embed_tokens(torch.arange(tokens)[None])
+    first, last = model.model.layers
+    hidden, normed = _layer(first, last.input_layernorm, hidden, first.input_layernorm(hidden), None, attend)
+    return torch.cat(_layer(last, model.model.norm, hidden, normed, None, attend))
+
+def part(rank):
+    config_of_part = copy.deepcopy(config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(config_of_part, name, getattr(config, name) // RANKS)
+    weights = whole.state_dict()
+    for name in weights:
+        if any(row in name for row in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            weights[name] = weights[name].chunk(RANKS)[rank]
+        elif "o_proj" in name or "down_proj" in name:
+            weights[name] = weights[name].chunk(RANKS, 1)[rank]
+    model = LlamaForCausalLM(config_of_part).to(torch.bfloat16).eval().requires_grad_(False)
+    model.load_state_dict(weights)
+    sum_products(model)
+    join_projections(model)
+    return model
+
+SIZES = (1, 70, 3)  # 70 tokens go the other way
+expected = [compute(whole, tokens) for tokens in SIZES]
+found = [[torch.zeros_like(states).share_memory_() for states in expected] for _ in range(RANKS)]
+memories = [torch.full((Boxes.numbers(WIDTH, RANKS),), EMPTY.value, dtype=torch.int16) for _ in range(RANKS)]
+memories = [memory.share_memory_() for memory in memories]
+children = []
+for rank in range(RANKS):
+    if not (child := os.fork()):
+        signal.alarm(100)
+        sum_and_norm._boxes = Boxes(WIDTH, rank, [memory.data_ptr() for memory in memories], torch.device("cpu"))
+        sum_and_norm.dist.init_process_group(
+            "gloo", store=sum_and_norm.dist.FileStore(sys.argv[1], RANKS), rank=rank, world_size=RANKS
+        )
+        model = part(rank)
+        compute(model, 3)  # as it is compiled: nobody waits for anybody
+        with together():
+            for place, tokens in zip(found[rank], SIZES):
+                place.copy_(compute(model, tokens))
+        sum_and_norm.dist.barrier()
+        os._exit(0)
+    children.append(child)
+assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+for one, other, right in zip(*found, expected):
+    assert one.equal(other)
+    error = (one.float() - right.float()).norm() / right.float().norm()
+    assert 0 < error < 0.02, error
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="comes with PyTorch for CUDA, or by itself")
+def test_layers_in_parts_compute_what_whole_layers_compute(tmp_path):
+    script = DIVIDED.format(root=str(Path(__file__).parents[2]))
+    env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "meeting")]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=150)
+    assert run.stdout == "equal\n", run.stderr
+
+
 # ---- Steps as the engine asks for them, with attention in plain PyTorch ----
 
 

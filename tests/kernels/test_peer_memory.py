@@ -1,5 +1,6 @@
 """How ranks agree on whether their GPUs write to each other's memory, with shared memory in place of a GPU's driver."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,5 +94,6 @@ print("agreed")
 @pytest.mark.parametrize("trouble", ["none", "no memory", "no handle", "no access", "not opened", "lost"])
 def test_all_gpus_write_to_each_others_memory_or_none_does(trouble, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT.format(root=str(Path(__file__).parents[2]))]
-    run = subprocess.run([*command, trouble, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.run([*command, trouble, str(tmp_path)], capture_output=True, text=True, env=env, timeout=100)
     assert run.stdout == "agreed\n", run.stderr
