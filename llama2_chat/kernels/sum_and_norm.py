@@ -26,7 +26,9 @@ from torch import Tensor
 from llama2_chat.kernels.peer_memory import PeerMemory
 from llama2_chat.kernels.rank_sum import is_together
 
-ROWS = 64  # of a step, at most, for which GPUs write to each other's memory
+# Rows of a step, at most, for which GPUs write to each other's memory. All of them run at once: none waits for a row of
+# another GPU that in turn waits for a place to run.
+ROWS = 64
 EMPTY = tl.constexpr(-0x8000)  # the bits of -0.0 in bfloat16, of which a part is 0.0 instead
 TURNS = tl.constexpr(3)
 
@@ -109,7 +111,7 @@ def add_and_norm(
     """
     width = part.shape[-1]
     rows = part.numel() // width
-    hidden, normed = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for _ in range(2))
+    hidden, normed = part.new_empty(part.shape), part.new_empty(part.shape)
     with torch.cuda.device_of(part):  # Triton launches on the current one
         _sum_and_norm_kernel[(rows,)](
             part,
@@ -171,4 +173,4 @@ def sum_and_norm(part: Tensor, residual: Tensor, weight: Tensor, epsilon: float)
 
 @sum_and_norm.register_fake
 def _(part: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(part), torch.empty_like(part)
+    return part.new_empty(part.shape), part.new_empty(part.shape)
