@@ -19,7 +19,7 @@ from llama2_chat.kernels import sum_and_norm
 from llama2_chat.kernels.rank_sum import together
 from llama2_chat.kernels.sum_and_norm import EMPTY, ROWS, Boxes, add_and_norm
 
-STEPS = (1, 64, 3, 1, 1, 7, 2, 5, 64, 1)  # rows: those of one step go on where those of another ended
+STEPS = (1, 64, 3, *(1, 2) * 25, 7, 64, 1)  # rows: those of one step go on where those of another ended
 EPSILON = 1e-5
 
 def numbers(seed, *shape):
@@ -36,7 +36,7 @@ def compute(rank, ranks, width, memories, found):
         part = numbers(100 * step + rank, 1, rows, width)
         part[0, 0, :5] = -0.0  # whose bits mean that nothing has come
         part[0, -1, 5] = torch.inf if rank == 0 and step == 2 else 0
-        time.sleep(random.random() / 50)
+        time.sleep(random.random() / 50 if step % 10 == 0 else 0)
         given = add_and_norm(part, numbers(step + 1, 1, rows, width), numbers(0, width), EPSILON, boxes)
         for place, states in zip(found[step], given):
             place.copy_(states)
@@ -88,5 +88,5 @@ def test_ranks_add_up_through_each_others_memory_however_long_one_lets_others_wa
     script = SCRIPT.format(root=str(Path(__file__).parents[2]))
     env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", script]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert run.stdout == "equal\n", run.stderr
