@@ -142,6 +142,7 @@ def return_from_host(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int
     """Seconds to the first token of conversations that had left the GPU, beside prompts as long, and the gaps of others
     meanwhile. Nothing where the host keeps no two of them."""
     engine, name = chat.serving.engine, f"{new_tokens} after {cached_tokens:,}"
+    users = _users_beside_a_newcomer(chat, users)
     rounds = min(ROUNDS, engine.occupancy.host_capacity_tokens // cached_tokens - 1)
     if rounds < 1:
         return {}
@@ -179,13 +180,18 @@ def return_from_host(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int
 
 def inter_token_latency(chat: ChatModel, users: int = 8, prompt_tokens: int = 3500) -> dict[str, float]:
     """The gaps between the tokens of users who are being answered while long prompts, one after another, are read."""
-    users = min(users, chat.serving.engine.runner.max_batch - 1)  # leaves room in the batch for the long prompt
+    users = _users_beside_a_newcomer(chat, users)
     gaps_s, waits_s = asyncio.run(_join(chat, users, [fresh_ids(chat, prompt_tokens) for _ in range(ROUNDS)]))
     name = f"{users} users while a prompt of {prompt_tokens:,} joins"
     return {
         **{f"{name}, {gap}": value for gap, value in gap_figures(gaps_s).items()},
         f"prompt {prompt_tokens:,} among {users} users, time to first token, s": statistics.median(waits_s),
     }
+
+
+def _users_beside_a_newcomer(chat: ChatModel, users: int) -> int:
+    """So many at most that there is room for one more in the batch: else the newcomer waits until one has ended."""
+    return min(users, chat.serving.engine.runner.max_batch - 1)
 
 
 async def _join(chat: ChatModel, users: int, prompts: Sequence[list[int]]) -> tuple[list[float], list[float]]:

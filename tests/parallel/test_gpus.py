@@ -53,15 +53,16 @@ def compiled(engine):
 
 
 @pytest.mark.parametrize(
-    ("precision", "kv_cache", "compile", "same"),
+    ("precision", "kv_cache", "compile"),
     [
-        ("float32", "none", False, 24),
-        *((precision, "none", True, 4) for precision in ("bfloat16", "int8", "int4")),
-        ("bfloat16", "int8", True, 2),
+        ("float32", "none", False),
+        *((precision, "none", True) for precision in ("bfloat16", "int8", "int4")),
+        ("bfloat16", "int8", True),
     ],
 )
-def test_two_gpus_answer_as_one_does(files, tmp_path, precision, kv_cache, compile, same):
-    """same: tokens that are; rounding may choose another behind them."""
+def test_two_gpus_answer_as_one_does(files, tmp_path, precision, kv_cache, compile):
+    """In float32 token by token; in 16 bits random weights say another one for the last bit of a number, and how likely
+    the likeliest are tells what was computed."""
     checkpoint = Checkpoint("small", "", precision, files, tmp_path, tensor_parallel="2", kv_cache=kv_cache)
     model = load(checkpoint, ignore).model
     torch.compiler.reset()  # else what other models compiled counts towards its limit for a function
@@ -81,22 +82,21 @@ def test_two_gpus_answer_as_one_does(files, tmp_path, precision, kv_cache, compi
         two.submit(ids, replace(GREEDY, cache_prompt=False), streamer)
     together = [streamer.rest() for streamer in streamers]
     alone = [answer(two, ids, GREEDY)[0] for ids in prompts()]
-    apart = max(
-        abs(a - b)
-        for ids, found in zip(prompts(), likely, strict=True)
-        for a, b in zip(likeliest(two, ids), found, strict=True)
-    )
+    found = [likeliest(two, ids) for ids in prompts()]
     two.close()
     workers.close()
-    for found in (together, alone):
-        equal = sum(a[:same] == b[:same] for a, b in zip(found, expected, strict=True))
-        assert equal >= len(expected) - (1 if compile else 0)
-    assert compile or apart < 2e-2
+    apart = (torch.tensor(likely) - torch.tensor(found)).abs().max()
+    if compile:
+        assert apart < 0.2
+        assert all(len(ids) == GREEDY.max_new_tokens for ids in together + alone)
+    else:
+        assert apart < 2e-2
+        assert together == alone == expected
 
 
 def likeliest(engine, ids):
-    """The logarithms of the probabilities of the likeliest tokens of an answer's beginning."""
-    request = answer(engine, ids, replace(GREEDY, logprobs=5, max_new_tokens=4))[1]
+    """The logarithms of the probabilities of an answer's likeliest first tokens, the likeliest one first."""
+    request = answer(engine, ids, replace(GREEDY, logprobs=5, max_new_tokens=1))[1]
     return [logprob for likelihood in request.logprobs for _, logprob in likelihood.top]
 
 
