@@ -144,14 +144,31 @@ class SamplerState:
         self.positions[slot] = len(ids) - 1
         self._answer_tokens[slot] = answer_tokens
         self._draws[slot, : len(draws)] = draws.to(self.device)
-        values = vars(params) | {"top_k": params.top_k or self.vocab_size}
-        self._params[slot] = torch.tensor([values[name] for name in NEUTRAL], dtype=torch.float32, device=self.device)
+        self._params[slot] = self._settings([params])[0]
         known = torch.tensor(ids, dtype=torch.long, device=self.device)
         self._seen[slot] = False
         self._seen[slot].index_fill_(0, known, True)
         self._counts[slot] = 0
         if answer_tokens:
             self._counts[slot] = known[-answer_tokens:].bincount(minlength=self.vocab_size)[: self.vocab_size].int()
+
+    def join_all(
+        self, slots: Tensor, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], draws: Tensor
+    ) -> None:
+        """join() of many requests that have no answer yet. slots: int64 [n]. draws: [n, max_new_tokens]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self.positions[slots], self._answer_tokens[slots] = lengths - 1, 0
+        self._draws[slots] = draws.to(self.device)
+        self._params[slots] = self._settings(params)
+        self._seen[slots], self._counts[slots] = False, 0
+        known = torch.tensor([id for prompt in prompts for id in prompt], device=self.device)
+        self._seen.index_put_((slots.repeat_interleave(lengths), known), self._true)
+
+    def _settings(self, params: Sequence[SamplingParams]) -> Tensor:
+        """A row for each, as _params has it."""
+        rows = [vars(each) | {"top_k": each.top_k or self.vocab_size} for each in params]
+        values = [[row[name] for name in NEUTRAL] for row in rows]
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def sample(self, logits: Tensor, slots: Tensor, kept: int) -> Tensor:
         """The next token of each slot, int64 [N], which the slots now hold; -1 where the logits are not finite.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.training.draft_data import Answer
-from llama2_chat.training.draft_training import embeddings, make_batch, output_rows, unrolled
+from llama2_chat.training.draft_training import embeddings, output_rows, parts_of, states_of, unrolled
 
 
 @torch.no_grad()
@@ -27,8 +27,7 @@ def acceptance(
     ids = torch.arange(model.config.vocab_size) if head.ids is None else head.ids
     ids = ids.to(model.device)
     for answer in answers:
-        batch = make_batch(model, head, [answer], min(len(answer.ids), max_length))
-        text = batch.ids[0]
+        text = torch.tensor(answer.ids[:max_length], device=model.device)
         first, end = answer.prompt_tokens - 1, len(text) - guesses
         if first >= end:
             continue
@@ -37,8 +36,8 @@ def acceptance(
         penalty = torch.tensor(answer.params.repetition_penalty, device=text.device)
         likely = LikelyTokens(seen, penalty.expand(len(places), 1))
         alive = torch.ones(len(places), dtype=torch.bool, device=text.device)
-        fused = head.fused(*batch.states_for(head))
-        steps = unrolled(head, embeddings(model, batch.ids), fused, guesses)
+        fused = head.fused(*parts_of(states_of(model, head, text[None]), head))
+        steps = unrolled(head, embeddings(model, text[None]), fused, guesses)
         for step, features in enumerate(steps):
             at = places + step
             best, _ = likely.choose(features[0, at] @ output.T, at - at[:1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from random import Random
@@ -12,13 +13,13 @@ from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama2_chat import prompt
 from llama2_chat.engine.sampler import NARROW
 from llama2_chat.errors import ChatError
 from llama2_chat.training.base_model import BaseModel
-from llama2_chat.training.draft_writer import write
+from llama2_chat.training.draft_writer import Asked, Desk
 from llama2_chat.types import Message, SamplingParams
 
 QUESTION = SamplingParams(max_new_tokens=96, temperature=1, top_p=0.95, top_k=NARROW, repetition_penalty=1)
@@ -54,81 +55,98 @@ class Writer(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """Who answers, and how many at once."""
+    """Who answers, how many at once, and how long prompts are with their answers."""
 
     base: BaseModel
     model: PreTrainedModel
     at_once: int
+    max_length: int
 
 
-def make_answers(writing: Writing, count: int, params: SamplingParams, seed: int = 0) -> list[Answer]:
-    """So many answers to questions that the model makes up itself; a part of them are second ones.
+def make_answers(writing: Writing, count: int, params: SamplingParams, seed: int = 0) -> Iterator[Answer]:
+    """So many answers, as they end, to questions that the model makes up itself; a part of them are second ones.
 
-    params: what they are sampled with; each has a seed of its own. The same call gives the same answers on a CPU.
+    params: what they are sampled with; each has a seed of its own. The same call gives the same answers on a CPU. Some
+    fail, and are left out.
     """
     first = round(count * (1 - FOLLOW_UPS))
-    answers, talks = _round(writing, [[] for _ in range(first)], params, seed)
-    again, _ = _round(writing, talks[: count - first], params, seed + first)
-    return answers + again
+    most = max(QUESTION.max_new_tokens, params.max_new_tokens)
+    desk = Desk(writing.model, min(writing.at_once, first), writing.max_length, most, writing.base.stop_ids)
+    talks = [_Talk(writing.base.tokenizer, number, seed + number) for number in range(first)]
+    questions = (talk.question() for talk in talks)
+    for number, said in desk.answers(asked for asked in questions if len(asked.prompt) < desk.columns):
+        talk, asked = talks[number], None
+        if talk.asks:
+            asked = talk.answer(said, params)
+        elif said:
+            yield Answer([*talk.prompt, *said], len(talk.prompt), talk.params)
+            if number < count - first and len(talk.messages) == 1:
+                talk.go_on(said, seed + first + number)
+                asked = talk.question()
+        if asked and len(asked.prompt) < desk.columns:
+            desk.ask(asked)
 
 
-def _round(
-    writing: Writing, talks: Sequence[list[Message]], params: SamplingParams, seed: int
-) -> tuple[list[Answer], list[list[Message]]]:
-    """One more question and answer of each conversation; what failed is left out."""
-    tokenizer = writing.base.tokenizer
-    begun = [_beginning(writing, seed + n) for n in range(len(talks))]
-    before = [_before_a_question(writing, talk) + ids for talk, ids in zip(talks, begun, strict=True)]
-    rest = _write(writing, before, [replace(QUESTION, seed=seed + n) for n in range(len(talks))])
-    questions = [[*ids, *more] for ids, more in zip(begun, rest, strict=True)]
-    prompts, asked = [], []
-    for talk, ids in zip(talks, questions, strict=True):
-        text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        if not text:
-            continue
-        asking = [*talk, Message(role="user", content=text)]
+@dataclass
+class _Talk:
+    """A conversation that a model has with itself."""
+
+    tokenizer: PreTrainedTokenizerBase
+    number: int
+    seed: int
+    messages: list[Message] = field(default_factory=list)
+    asks: bool = True  # or else answers
+    begun: list[int] = field(default_factory=list)  # with what a question begins
+    prompt: list[int] = field(default_factory=list)  # of an answer
+    params: SamplingParams = QUESTION  # the same
+
+    def question(self) -> Asked:
+        """What a user's next words follow."""
+        self.asks, random = True, Random(self.seed)
+        text = random.choice(BEGINNINGS) if random.random() < 0.5 else ""
+        self.begun = self.tokenizer.encode(text, add_special_tokens=False)
+        before = _before_a_question(self.tokenizer, self.messages) + self.begun
+        return Asked(self.number, before, replace(QUESTION, seed=self.seed))
+
+    def answer(self, said: list[int], params: SamplingParams) -> Asked | None:
+        """What an answer to this question follows; None if it is none."""
+        text = _text(self.tokenizer, [*self.begun, *said]).strip()
+        self.messages.append(Message(role="user", content=text))
         try:
-            prompts.append(prompt.encode(tokenizer, asking))
+            self.prompt = prompt.encode(self.tokenizer, self.messages)
         except ChatError:
-            continue
-        asked.append(asking)
-    settings = [replace(params, seed=seed + n) for n in range(len(prompts))]
-    settings[::LIKELIEST_SHARE] = [replace(each, temperature=0) for each in settings[::LIKELIEST_SHARE]]
-    answers, longer = [], []
-    for talk, ids, said, setting in zip(asked, prompts, _write(writing, prompts, settings), settings, strict=True):
-        if said:
-            answers.append(Answer([*ids, *said], len(ids), setting))
-            text = str(tokenizer.decode(said, skip_special_tokens=True))
-            longer.append([*talk, Message(role="assistant", content=text)])
-    return answers, longer
+            return None
+        self.asks = False
+        heat = params.temperature if self.seed % LIKELIEST_SHARE else 0
+        self.params = replace(params, seed=self.seed, temperature=heat)
+        return Asked(self.number, self.prompt, self.params) if text else None
+
+    def go_on(self, said: list[int], seed: int) -> None:
+        self.messages.append(Message(role="assistant", content=_text(self.tokenizer, said)))
+        self.seed = seed
 
 
-def _beginning(writing: Writing, seed: int) -> list[int]:
-    """The first words of a question; of every second one none."""
-    random = Random(seed)
-    text = random.choice(BEGINNINGS) if random.random() < 0.5 else ""
-    ids: list[int] = writing.base.tokenizer.encode(text, add_special_tokens=False)
-    return ids
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _before_a_question(writing: Writing, talk: list[Message]) -> list[int]:
-    """What stands before the user's next words: what conversations have in common that go on with different ones."""
-    one, other = (
-        prompt.encode(writing.base.tokenizer, [*talk, Message(role="user", content=words)]) for words in ("One", "What")
-    )
-    return [id for id, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+def _before_a_question(tokenizer: PreTrainedTokenizerBase, talk: list[Message]) -> list[int]:
+    """What stands before the user's next words."""
+    if not talk:
+        return [*_opening(tokenizer)]
+    behind = len(_with(tokenizer, [], "One")) - len(_opening(tokenizer))
+    return _with(tokenizer, talk, "One")[:-behind]
 
 
-def _write(writing: Writing, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
-    """Prompts of about the same length go side by side."""
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), writing.at_once):
-        some = order[start : start + writing.at_once]
-        said = write(writing.model, [prompts[n] for n in some], [params[n] for n in some], writing.base.stop_ids)
-        for n, ids in zip(some, said, strict=True):
-            answers[n] = ids
-    return answers
+@cache
+def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What conversations have in common that begin with different words."""
+    one, other = (_with(tokenizer, [], words) for words in ("One", "What"))
+    return tuple(id for id, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _with(tokenizer: PreTrainedTokenizerBase, talk: list[Message], words: str) -> list[int]:
+    return prompt.encode(tokenizer, [*talk, Message(role="user", content=words)])
 
 
 def save_answers(answers: Sequence[Answer], writer: Writer, file: Path) -> None:

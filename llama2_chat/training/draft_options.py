@@ -17,7 +17,8 @@ HELP = {
     "--start_from": "folder of a head that is trained further, instead of a new one",
     "--max_new_tokens": "of each of these answers",
     "--max_batch": "answers made at once; 0 for as many as there is memory for, up to 2,048 on a GPU and 256 on a CPU",
-    "--minutes": "of making answers, and of training, at most; 0 for no limit",
+    "--answer_minutes": "of making answers, at most; 0 for no limit",
+    "--minutes": "of training, at most; 0 for no limit",
     "--vocabulary": "tokens among which the head guesses, the most frequent ones in the answers; 0 for all",
     "--epochs": "times that all answers are learned from",
     "--learning_rate": "at its highest",
@@ -40,6 +41,7 @@ class DraftOptions:
     start_from: Path | None = None
     max_new_tokens: int = 320
     max_batch: int = 0
+    answer_minutes: float = 0.0
     minutes: float = 0.0
     vocabulary: int = 6144
     epochs: float = 8.0
@@ -51,7 +53,7 @@ class DraftOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "minutes", "vocabulary", "seed"):
+        for name in ("max_batch", "answer_minutes", "minutes", "vocabulary", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ChatError(f"--{name} must be 0 or more; it was {getattr(self, name)}.")
         for name in ("max_new_tokens", "epochs", "learning_rate", "guesses", "held_out"):

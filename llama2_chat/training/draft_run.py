@@ -25,7 +25,6 @@ from llama2_chat.loading.read import translate_errors
 from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
 from llama2_chat.training.draft_data import (
-    FOLLOW_UPS,
     Answer,
     Writer,
     Writing,
@@ -41,7 +40,8 @@ from llama2_chat.types import SamplingParams
 ON_CPU, ON_GPU = 256, 2048  # answers at once, at most
 MEMORY_SHARE = 0.4  # of what is free, for their keys and values
 ANSWERS, HALF_TRAINED = "answers.npz", "training.pt"
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S = 60.0
+MEASURED_SHARE = 0.05  # of the time of training, in which it is looked how many guesses come true
 
 
 def train_draft(options: DraftOptions) -> None:
@@ -66,7 +66,7 @@ def train_draft(options: DraftOptions) -> None:
     said = share_that_it_says(head, learned)
     batches = make_batches(model, head, learned, options)
     print(f"{len(learned):,} answers in {len(batches):,} batches; the head can say {said:.1%} of their tokens.")
-    _train(model, head, batches, options)
+    _train(model, head, batches, held_out, options)
     save_head(head, options.output_dir)
     true = acceptance(model, head, held_out, options.guesses, options.max_length)
     figures = {"come true of 1, 2, ... guesses in a row": true, "tokens that it can say": said}
@@ -113,23 +113,27 @@ def _make_answers(
     """As many as are wanted, or as there is time for; those that an earlier run has saved are among them."""
     file, writer = options.output_dir / ANSWERS, Writer.of(base)
     answers = read_answers(file, params, writer) if file.is_file() else []
-    writing = Writing(base, model, options.max_batch or _at_once(model, options))
-    round_size, started, before = round(writing.at_once / (1 - FOLLOW_UPS)), time.monotonic(), len(answers)
     if answers:
         print(f"{len(answers):,} answers are there already, in {file}.")
-    if (options.output_dir / HALF_TRAINED).is_file():
-        return answers  # from which a head was learning
-    while len(answers) < options.answers and not 0 < options.minutes * 60 < time.monotonic() - started:
-        seed = random.Random(f"{options.seed} {len(answers)}").randrange(2**31)
-        answers += make_answers(writing, min(round_size, options.answers - len(answers)), params, seed)
-        if not answers:
-            raise ChatError(
-                f"{options.model} makes up no questions that it answers, so there is nothing to learn from."
-            )
-        save_answers(answers, writer, file)
-        tokens = sum(len(answer.ids) - answer.prompt_tokens for answer in answers[before:])
-        seconds = time.monotonic() - started
-        print(f"{len(answers):,} answers; {tokens:,} tokens in {seconds:.0f} s.", flush=True)
+    if (options.output_dir / HALF_TRAINED).is_file() or len(answers) >= options.answers:
+        return answers  # from which a head was learning, or can
+    writing = Writing(base, model, options.max_batch or _at_once(model, options), options.max_length)
+    seed = random.Random(f"{options.seed} {len(answers)}").randrange(2**31)
+    tokens, started, saved = 0, time.monotonic(), time.monotonic()
+    for answer in make_answers(writing, options.answers - len(answers), params, seed):
+        answers.append(answer)
+        tokens += len(answer.ids) - answer.prompt_tokens
+        now = time.monotonic()
+        is_late = 0 < options.answer_minutes * 60 < now - started
+        if is_late or now - saved > SAVE_EVERY_S:
+            save_answers(answers, writer, file)
+            print(f"{len(answers):,} answers; {tokens:,} tokens in {now - started:.0f} s.", flush=True)
+            saved = time.monotonic()
+        if is_late:
+            break
+    if not answers:
+        raise ChatError(f"{options.model} makes up no questions that it answers, so there is nothing to learn from.")
+    save_answers(answers, writer, file)
     return answers
 
 
@@ -138,17 +142,23 @@ def _at_once(model: PreTrainedModel, options: DraftOptions) -> int:
     on_cpu = model.device.type == "cpu"
     free = free_host_bytes() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
     token_bytes = sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
-    fitting = int(MEMORY_SHARE * free / token_bytes / (options.max_length + options.max_new_tokens))
+    fitting = int(MEMORY_SHARE * free / token_bytes / options.max_length)
     return max(1, min(ON_CPU if on_cpu else ON_GPU, fitting))
 
 
-def _train(model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], options: DraftOptions) -> None:
-    """Go on with what an earlier run has left, if it was cut off."""
+def _train(
+    model: PreTrainedModel,
+    head: EagleHead,
+    batches: Sequence[Batch],
+    held_out: Sequence[Answer],
+    options: DraftOptions,
+) -> None:
+    """Go on with what an earlier run has left, if it was cut off. On the way the head is saved, too."""
     training, half = Training(model, head, batches, options), options.output_dir / HALF_TRAINED
     if half.is_file():
         training.go_on(half)
         print(f"Going on after {training.steps:,} steps.")
-    losses, saved = options.output_dir / "losses.csv", time.monotonic()
+    losses, saved, measuring_due = options.output_dir / "losses.csv", time.monotonic(), 0.0
     with (
         losses.open("a" if training.steps else "w", newline="") as file,
         tqdm(total=100, unit="%", disable=None) as bar,
@@ -162,5 +172,10 @@ def _train(model: PreTrainedModel, head: EagleHead, batches: Sequence[Batch], op
             bar.set_postfix(loss=f"{loss:.3f}", step=step)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 training.save(half)
+                save_head(head, options.output_dir)
                 saved = time.monotonic()
+                if saved > measuring_due:
+                    true = acceptance(model, head, held_out, options.guesses, options.max_length)
+                    print(f"After {step:,} steps, {spent:.0%}: loss {loss:.3f}, come true {true}.", flush=True)
+                    measuring_due = saved + (time.monotonic() - saved) / MEASURED_SHARE
     half.unlink(missing_ok=True)

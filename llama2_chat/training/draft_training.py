@@ -22,28 +22,23 @@ from llama2_chat.errors import ChatError
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.training.draft_data import Answer
 from llama2_chat.training.draft_options import DraftOptions
+from llama2_chat.training.draft_writer import Prompts, run
 
 STEP_WEIGHT = 0.85  # of each guess in a row, times that of the one before
 WARMUP_STEPS = 50
 HIDDEN = -1e9  # as an attention score
 FEATURE_PARTS = (0.1, 0.5)  # of the model's layers: behind so many the head takes in what they have computed, too
-KEPT_FREE = 0.4  # of the GPU's memory; what is computed for more batches is kept in the host's
 GPU_MULTIPLE = 128  # tokens, of lengths of batches
-PLACES_MULTIPLE = 1024  # tokens of a batch behind which guesses are looked at
+PLACES_MULTIPLE = 2048  # tokens of a batch behind which guesses are looked at
 
 
 class Batch(NamedTuple):
-    """Answers behind their prompts, filled up with id 0, and what the model computes for them."""
+    """Answers behind their prompts, filled up with id 0."""
 
     ids: Tensor  # int64 [B, T]
-    states: Tensor  # [B, T, n * H], behind each of the head's feature_layers, and of what the output head gets
     at: Tensor  # int64 [n], of the B * T: tokens behind which guesses are looked at
     weights: Tensor  # float32 [n], of what is learned there; together 1
-
-    def states_for(self, head: EagleHead) -> tuple[list[Tensor], Tensor]:
-        """Behind each of its feature_layers, and features, float32 [B, T, H]."""
-        *of_layers, features = self.states.float().chunk(len(head.feature_layers) + 1, -1)
-        return of_layers, features
+    states: Tensor | None = None  # what states_of() computes for them, where that is kept
 
 
 def new_head(model: PreTrainedModel, answers: Sequence[Answer], size: int) -> EagleHead:
@@ -100,7 +95,10 @@ def make_batches(
     def finish() -> None:
         T = min(options.max_length, -(-max(len(answer.ids) for answer in rows) // multiple) * multiple)
         computed = len(rows) if multiple == 1 else options.batch_tokens // T
-        batches.append(_kept(make_batch(model, head, rows, T, computed)))
+        batch = make_batch(rows, T, computed, 1 if multiple == 1 else PLACES_MULTIPLE)
+        if model.device.type == "cpu":  # a GPU has computed them again sooner than they would come from the host's memory
+            batch = batch._replace(states=states_of(model, head, batch.ids))
+        batches.append(Batch(*(each if each is None else each.to(model.device) for each in batch)))
         rows.clear()
 
     for answer in sorted(fitting, key=lambda answer: len(answer.ids)):
@@ -112,33 +110,33 @@ def make_batches(
     return batches
 
 
-def _kept(batch: Batch) -> Batch:
-    """On the GPU as long as much of its memory is free."""
-    if batch.ids.is_cuda:
-        free, total = torch.cuda.mem_get_info(batch.ids.device)
-        if free < KEPT_FREE * total:
-            return Batch(*(each.cpu() for each in batch))
-    return batch
-
-
-@torch.no_grad()
-def make_batch(model: Any, head: EagleHead, answers: Sequence[Answer], T: int, B: int = 0) -> Batch:
-    """As many tokens of each answer as fit into T. B: rows, if more than there are answers shall be computed."""
-    ids = torch.zeros(B or len(answers), T, dtype=torch.long)
-    learned = torch.zeros(len(ids), T, dtype=torch.bool)
+def make_batch(answers: Sequence[Answer], T: int, B: int, multiple: int = 1) -> Batch:
+    """As many tokens of each answer as fit into T, in so many rows. multiple: of tokens behind which is looked."""
+    ids = torch.zeros(B, T, dtype=torch.long)
+    learned = torch.zeros(B, T, dtype=torch.bool)
     for row, answer in enumerate(answers):
         kept = answer.ids[:T]
         ids[row, : len(kept)] = torch.tensor(kept)
         learned[row, answer.prompt_tokens - 1 : len(kept) - 1] = True
-    ids = ids.to(model.device)
-    output = model.model(input_ids=ids, use_cache=False, output_hidden_states=bool(head.feature_layers))
-    states = [*(output.hidden_states[n] for n in head.feature_layers), output.last_hidden_state]
     at = learned.flatten().nonzero()[:, 0]
     weights = torch.full((len(at),), 1 / max(len(at), 1))
-    if B and model.device.type != "cpu":  # of few sizes
-        padding = (0, -len(at) % PLACES_MULTIPLE)
-        at, weights = F.pad(at, padding), F.pad(weights, padding)
-    return Batch(ids, torch.cat(states, -1).to(torch.bfloat16), at.to(model.device), weights.to(model.device))
+    padding = (0, -len(at) % multiple)
+    return Batch(ids, F.pad(at, padding), F.pad(weights, padding))
+
+
+@torch.no_grad()
+def states_of(model: PreTrainedModel, head: EagleHead, ids: Tensor) -> Tensor:
+    """[B, T, n * H] in 16 bits: what the model computes for ids [B, T] behind each of the head's feature_layers, and
+    what its output head gets."""
+    output = run(model, ids, Prompts(), output_hidden_states=bool(head.feature_layers))
+    states = [*(output.hidden_states[n] for n in head.feature_layers), output.last_hidden_state]
+    return torch.cat(states, -1).to(torch.bfloat16)
+
+
+def parts_of(states: Tensor, head: EagleHead) -> tuple[list[Tensor], Tensor]:
+    """Of states_of(): behind each of the head's feature_layers, and features, float32 [B, T, H]."""
+    *of_layers, features = states.float().chunk(len(head.feature_layers) + 1, -1)
+    return of_layers, features
 
 
 def unrolled(head: EagleHead, embedded: Tensor, features: Tensor, guesses: int) -> Iterator[Tensor]:
@@ -243,7 +241,7 @@ class Training:
         """A step as a CUDA graph: its thousands of small kernels take longer to launch than to run."""
         shape = (*batch.ids.shape, len(batch.at))
         if shape not in self._recorded:
-            own, stream = Batch(*(each.to(self._model.device, copy=True) for each in batch)), torch.cuda.Stream()
+            own, stream = Batch(*(each.clone() for each in batch[:3])), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
@@ -254,7 +252,7 @@ class Training:
                 loss = self._step(own)
             self._recorded[shape] = graph, own, loss
         graph, own, loss = self._recorded[shape]
-        for kept, new in zip(own, batch, strict=True):
+        for kept, new in zip(own[:3], batch[:3], strict=True):
             kept.copy_(new)
         graph.replay()
         return loss
@@ -305,7 +303,8 @@ class Training:
 def _loss(model: PreTrainedModel, head: EagleHead, batch: Batch, guesses: int) -> Tensor:
     """Of all guesses in a row: how unlike the model's own their chances of tokens are."""
     embedded, output, weight, total = embeddings(model, batch.ids), output_rows(model, head), 1.0, 0.0
-    of_layers, features = batch.states_for(head)
+    states = states_of(model, head, batch.ids) if batch.states is None else batch.states
+    of_layers, features = parts_of(states, head)
     loss = torch.zeros((), device=embedded.device)
     with torch.autocast(embedded.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         chances = F.softmax((features.flatten(0, 1)[batch.at] @ output.T).float(), -1)

@@ -45,21 +45,21 @@ def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(mo
     tokenizer = chatml()
     model = untrained(tokenizer, 2048).model
     attention_windows(model)
-    writing = Writing(BaseModel(None, tokenizer, {0}), model, at_once=5)
+    writing = Writing(BaseModel(None, tokenizer, {0}), model, at_once=5, max_length=320)
     params = SamplingParams(max_new_tokens=6)
-    answers = make_answers(writing, 8, params)
-    assert answers == make_answers(writing, 8, params)
+    answers = [*make_answers(writing, 8, params)]
+    assert answers == [*make_answers(writing, 8, params)]
     assert 6 <= len(answers) <= 8  # some questions are nothing but spaces
     prompts = [tokenizer.decode(answer.ids[: answer.prompt_tokens]) for answer in answers]
     turns = [prompt.count("<|im_start|>user") for prompt in prompts]
     assert set(turns) == {1, 2}
-    assert turns == sorted(turns)
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
     assert {answer.params.temperature for answer in answers} == {0, params.temperature}
 
 
+@pytest.mark.parametrize("at_once", [9, 4, 1])
 @pytest.mark.parametrize("top_k", [50, 0])
-def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, monkeypatch):
+def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, at_once, monkeypatch):
     monkeypatch.setattr(draft_writer, "LOOK_EVERY", 3)
     prompts = [[n, 9, *range(n)] for n in range(9)]
     params = [
@@ -68,7 +68,7 @@ def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, monk
     with running(model, speculate=False) as engine:
         said = [answer(engine, *each)[0] for each in zip(prompts, params, strict=True)]
     stop_ids = {ids[10] for ids in said[:7]}
-    assert write(model, prompts, params, stop_ids) == [[*takewhile(lambda id: id not in stop_ids, ids)] for ids in said]
+    assert write(model, prompts, params, stop_ids, at_once) == [[*takewhile(lambda id: id not in stop_ids, ids)] for ids in said]
 
 
 def test_training_teaches_a_head_what_the_model_says(model):
@@ -226,13 +226,12 @@ def test_the_engine_guesses_what_training_foresees(model, kind, monkeypatch):
 @needs_gpu
 def test_steps_that_a_gpu_records_write_and_teach_what_others_do(model, monkeypatch):
     monkeypatch.setattr(draft_writer, "LOOK_EVERY", 8)
-    monkeypatch.setattr(draft_writer, "GPU_MULTIPLE", 16)
     recorded = copy.deepcopy(model).to("cuda")
     attention_windows(recorded)
     prompts = [[n, 9, *range(n)] for n in range(40)]
     params = [SamplingParams(max_new_tokens=20 + n, seed=n, temperature=0 if n % 3 == 0 else 1) for n in range(40)]
-    said = write(recorded, prompts, params, {7, 20})
-    assert said == write(model, prompts, params, {7, 20})
+    said = write(recorded, prompts, params, {7, 20}, 16)
+    assert said == write(model, prompts, params, {7, 20}, 16)
     answers = [
         Answer([*prompt, *ids], len(prompt), each)
         for prompt, ids, each in zip(prompts, said, params, strict=True)
