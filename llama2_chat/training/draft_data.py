@@ -72,19 +72,27 @@ def make_answers(writing: Writing, count: int, params: SamplingParams, seed: int
     first = round(count * (1 - FOLLOW_UPS))
     most = max(QUESTION.max_new_tokens, params.max_new_tokens)
     desk = Desk(writing.model, min(writing.at_once, first), writing.max_length, most, writing.base.stop_ids)
-    talks = [_Talk(writing.base.tokenizer, number, seed + number) for number in range(first)]
-    questions = (talk.question() for talk in talks)
-    for number, said in desk.answers(asked for asked in questions if len(asked.prompt) < desk.columns):
+    talks: dict[int, _Talk] = {}
+
+    def questions() -> Iterator[Asked]:
+        for number in range(first):
+            talks[number] = _Talk(writing.base.tokenizer, number, seed + number)
+            yield talks[number].question()
+
+    for number, said in desk.answers(asked for asked in questions() if len(asked.prompt) < desk.columns):
         talk, asked = talks[number], None
         if talk.asks:
             asked = talk.answer(said, params)
         elif said:
             yield Answer([*talk.prompt, *said], len(talk.prompt), talk.params)
-            if number < count - first and len(talk.messages) == 1:
+            again = (number + 1) * (count - first) // first > number * (count - first) // first
+            if again and len(talk.messages) == 1:
                 talk.go_on(said, seed + first + number)
                 asked = talk.question()
         if asked and len(asked.prompt) < desk.columns:
             desk.ask(asked)
+        else:
+            del talks[number]
 
 
 @dataclass

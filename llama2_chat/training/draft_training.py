@@ -72,10 +72,8 @@ def share_that_it_says(head: EagleHead, answers: Sequence[Answer]) -> float:
 
 def _counts(answers: Sequence[Answer], size: int) -> Tensor:
     """How often each token is in these answers, int64 [V]."""
-    counts = torch.zeros(size, dtype=torch.long)
-    for answer in answers:
-        counts += torch.tensor(answer.ids[answer.prompt_tokens :]).bincount(minlength=size)
-    return counts
+    ids = [id for answer in answers for id in answer.ids[answer.prompt_tokens :]]
+    return torch.tensor(ids, dtype=torch.long).bincount(minlength=size)
 
 
 def make_batches(
@@ -96,7 +94,9 @@ def make_batches(
         T = min(options.max_length, -(-max(len(answer.ids) for answer in rows) // multiple) * multiple)
         computed = len(rows) if multiple == 1 else options.batch_tokens // T
         batch = make_batch(rows, T, computed, 1 if multiple == 1 else PLACES_MULTIPLE)
-        if model.device.type == "cpu":  # a GPU has computed them again sooner than they would come from the host's memory
+        if (
+            model.device.type == "cpu"
+        ):  # a GPU has computed them again sooner than they would come from the host's memory
             batch = batch._replace(states=states_of(model, head, batch.ids))
         batches.append(Batch(*(each if each is None else each.to(model.device) for each in batch)))
         rows.clear()

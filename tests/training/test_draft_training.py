@@ -68,7 +68,9 @@ def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, at_o
     with running(model, speculate=False) as engine:
         said = [answer(engine, *each)[0] for each in zip(prompts, params, strict=True)]
     stop_ids = {ids[10] for ids in said[:7]}
-    assert write(model, prompts, params, stop_ids, at_once) == [[*takewhile(lambda id: id not in stop_ids, ids)] for ids in said]
+    assert write(model, prompts, params, stop_ids, at_once) == [
+        [*takewhile(lambda id: id not in stop_ids, ids)] for ids in said
+    ]
 
 
 def test_training_teaches_a_head_what_the_model_says(model):
