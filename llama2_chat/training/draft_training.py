@@ -93,12 +93,12 @@ def make_batches(
     def finish() -> None:
         T = min(options.max_length, -(-max(len(answer.ids) for answer in rows) // multiple) * multiple)
         computed = len(rows) if multiple == 1 else options.batch_tokens // T
-        batch = make_batch(rows, T, computed, 1 if multiple == 1 else PLACES_MULTIPLE)
+        batch = make_batch(rows, T, computed, 1 if multiple == 1 else PLACES_MULTIPLE, model.device)
         if (
             model.device.type == "cpu"
         ):  # a GPU has computed them again sooner than they would come from the host's memory
             batch = batch._replace(states=states_of(model, head, batch.ids))
-        batches.append(Batch(*(each if each is None else each.to(model.device) for each in batch)))
+        batches.append(batch)
         rows.clear()
 
     for answer in sorted(fitting, key=lambda answer: len(answer.ids)):
@@ -110,7 +110,7 @@ def make_batches(
     return batches
 
 
-def make_batch(answers: Sequence[Answer], T: int, B: int, multiple: int = 1) -> Batch:
+def make_batch(answers: Sequence[Answer], T: int, B: int, multiple: int, device: torch.device) -> Batch:
     """As many tokens of each answer as fit into T, in so many rows. multiple: of tokens behind which is looked."""
     ids = torch.zeros(B, T, dtype=torch.long)
     learned = torch.zeros(B, T, dtype=torch.bool)
@@ -121,7 +121,7 @@ def make_batch(answers: Sequence[Answer], T: int, B: int, multiple: int = 1) -> 
     at = learned.flatten().nonzero()[:, 0]
     weights = torch.full((len(at),), 1 / max(len(at), 1))
     padding = (0, -len(at) % multiple)
-    return Batch(ids, F.pad(at, padding), F.pad(weights, padding))
+    return Batch(ids.to(device), F.pad(at, padding).to(device), F.pad(weights, padding).to(device))
 
 
 @torch.no_grad()

@@ -55,7 +55,9 @@ class Desk:
         """at_once: rows. columns: tokens of a prompt with its answer, at most. most: tokens of an answer, at most."""
         embeddings = input_embeddings(model).weight
         self._device, self._vocab_size, self._stop_ids = embeddings.device, embeddings.shape[0], stop_ids
-        self._kernel, sample_narrow = step_kernels(model) or (None, None)
+        kernels = step_kernels(model)
+        self._kernel = kernels.decode_attention if kernels else None
+        sample_narrow = kernels.sample_narrow if kernels else None
         if self._device.type == "cpu":
             from llama2_chat.kernels.cpu_sampling import sample_narrow  # compiled, which nobody else needs
         self._model, self._most = model, most
@@ -115,16 +117,16 @@ class Desk:
     def _read(self, begun: Sequence[tuple[int, Asked]]) -> None:
         for row, asked in begun:
             self._rows[row] = asked
-        rows, asked = torch.tensor([row for row, _ in begun], device=self._device), [each for _, each in begun]
-        ids = pad_sequence([torch.tensor(each.prompt) for each in asked], batch_first=True).to(self._device)
-        lengths = [len(each.prompt) for each in asked]
-        ends = [min(len(each.prompt) + each.params.max_new_tokens, self.columns) - 1 for each in asked]
+        rows = torch.tensor([row for row, _ in begun], device=self._device)
+        prompts, settings = [asked.prompt for _, asked in begun], [asked.params for _, asked in begun]
+        ids = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True).to(self._device)
+        limits = zip(prompts, settings, strict=True)
+        ends = [min(len(prompt) + each.max_new_tokens, self.columns) - 1 for prompt, each in limits]
         self._last[rows], self._ended[rows] = torch.tensor(ends, device=self._device), False
-        settings = [each.params for each in asked]
         numbers = torch.stack([draws(each, self._most) for each in settings])
-        self._sampler.join_all(self._slots[rows], [each.prompt for each in asked], settings, numbers)
+        self._sampler.join_all(self._slots[rows], prompts, settings, numbers)
         hidden = run(self._model, ids, Prompts(self._layers, rows)).last_hidden_state
-        last = torch.tensor(lengths, device=self._device) - 1
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
         kept = NARROW if all(map(is_narrow, settings)) else self._vocab_size
         self._choose(hidden[torch.arange(len(rows), device=self._device), last], rows, kept)
 
@@ -148,7 +150,7 @@ class Desk:
         at = torch.where(self._ended, 0, self._sampler.positions[self._slots])
         ids = self._sampler.tokens[self._slots]
         width = self.columns if self._device.type != "cpu" else int(at.max()) + 1
-        step = _NextTokens(self._layers, at, width, self._kernel)
+        step = NextTokens(self._layers, at, width, self._kernel)
         hidden = run(self._model, ids[:, None], step, at[:, None]).last_hidden_state
         self._choose(hidden[:, -1], torch.arange(len(at), device=self._device), kept)
 
@@ -208,13 +210,13 @@ class Prompts:
         self._layers, self._rows = layers, rows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        if self._layers:
+        if self._rows is not None:
             for states, new in zip(self._layers[layer], (key, value), strict=True):
                 states[:, : key.shape[2]].index_copy_(0, self._rows, new.transpose(1, 2))
         return scoring.mix(query, key, value, None, is_causal=True).transpose(1, 2)
 
 
-class _NextTokens:
+class NextTokens:
     """The same, of the token that comes next in each row.
 
     at: int64 [B], where it stands. width: columns of which it sees those up to itself. kernel: decode_attention.
@@ -233,10 +235,10 @@ class _NextTokens:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         B, kv_heads, _, head_dim = key.shape
         if self._kernel is not None and scoring.is_plain:
-            states = (each.transpose(0, 2) for each in (query, key, value))  # as of one text with B tokens
+            of_tokens = (each.transpose(0, 2) for each in (query, key, value))  # as of one text with B tokens
             kept = (each.view(-1, BLOCK_SIZE, kv_heads, head_dim) for each in self._layers[layer])
             places = self._cells, self._rows, self._at, self._table
-            return self._kernel(*states, None, None, *places, scoring.scale, *kept).transpose(0, 1)
+            return self._kernel(*of_tokens, None, None, *places, scoring.scale, *kept).transpose(0, 1)
         for states, new in zip(self._layers[layer], (key, value), strict=True):
             states[self._rows, self._at] = new[:, :, 0]
         width = self._seen.shape[-1]

@@ -1,9 +1,13 @@
 """A head for guesses: its data, its training, its file, and that the engine makes of it what training did."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice, takewhile
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +75,38 @@ def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, at_o
     assert write(model, prompts, params, stop_ids, at_once) == [
         [*takewhile(lambda id: id not in stop_ids, ids)] for ids in said
     ]
+
+
+SCRIPT = r"""
+import sys, torch
+from contextlib import nullcontext
+sys.path.insert(0, {root!r})
+torch.cuda.device_of = lambda _: nullcontext()
+from llama2_chat.engine.paged_attention import Scoring
+from llama2_chat.kernels.attention import decode_attention
+from llama2_chat.training.draft_writer import NextTokens
+
+torch.manual_seed(0)
+at, layer = torch.tensor([0, 70, 127]), [torch.randn(3, 128, 2, 16) for _ in "kv"]
+query, key, value = (torch.randn(3, 1, heads, 16).transpose(1, 2) for heads in (6, 2, 2))
+found = []
+for kernel in (None, decode_attention):
+    own = [states.clone() for states in layer]
+    mixed = NextTokens([own], at, 128, kernel).attend(0, query, key, value, Scoring(0.3))
+    found.append([mixed, *own])
+for plain, others in zip(*found, strict=True):
+    torch.testing.assert_close(plain, others)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_rows_side_by_side_attend_by_the_kernel_as_they_do_without():
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, or by itself")
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]))
+    env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=env)
+    assert ran.stdout == "equal\n", ran.stderr
 
 
 def test_training_teaches_a_head_what_the_model_says(model):
