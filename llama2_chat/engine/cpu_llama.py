@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from llama2_chat.engine.cpu_attention import CpuStep
+from llama2_chat.engine.cuda_graphs import STATIC_ROPE
 from llama2_chat.engine.kv_pool import CpuPool
 from llama2_chat.engine.paged_attention import AttentionStep, attend
 from llama2_chat.kernels.block_attention import attend_in_blocks
+from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 from llama2_chat.kernels.int8_rows import Codes
 
@@ -29,6 +31,13 @@ def speed_up_llama(model: PreTrainedModel) -> None:
     """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls."""
     if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
         speed_up_layers(model.model)
+
+
+def speed_up_head(head: EagleHead) -> None:
+    """The same for the layers of a head, and for its norm."""
+    speed_up_layers(head)
+    if type(head.norm) is LlamaRMSNorm:
+        head.norm.__class__ = CpuNorm
 
 
 def speed_up_layers(body: Any) -> None:
@@ -51,10 +60,29 @@ def _suits(layer: Any) -> bool:
 
 
 class CpuRotaryEmbedding(LlamaRotaryEmbedding):
+    turns = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)  # of places from 0 on
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """Cosines and sines of N x T tokens, each a float32 array [N * T, head_dim]."""
-        cos, sin = super().forward(x.float(), position_ids.expand(x.shape[0], -1))
+        places = position_ids.expand(x.shape[0], -1)
+        if self.rope_type not in STATIC_ROPE:
+            return self._turns(places)
+        at = places.numpy().ravel()
+        if (length := int(at.max(initial=0)) + 1) > len(self.turns[0]):
+            self.turns = self._turns(torch.arange(2 * length)[None])
+        return self.turns[0].take(at, 0), self.turns[1].take(at, 0)
+
+    def _turns(self, places: Tensor) -> tuple[Numbers, Numbers]:
+        cos, sin = super().forward(torch.empty(0), places)
         return cos.flatten(0, 1).numpy(), sin.flatten(0, 1).numpy()
+
+
+class CpuNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.detach().float().reshape(-1, hidden_states.shape[-1]).contiguous()
+        weight = self.weight.detach().float().numpy()
+        normed = torch.from_numpy(Codes.normed(rows.numpy(), weight, self.variance_epsilon).rows)
+        return normed.to(hidden_states.dtype).view(hidden_states.shape)
 
 
 class Norm(NamedTuple):

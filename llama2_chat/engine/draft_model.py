@@ -70,9 +70,9 @@ class HeadNet:
         self.weights = _weights(head) + _weights(self._output)
         self.feature_layers = head.feature_layers
         if isinstance(self._output, Int8Linear):
-            from llama2_chat.engine.cpu_llama import speed_up_layers  # which compiles what nobody else needs
+            from llama2_chat.engine.cpu_llama import speed_up_head  # which compiles what nobody else needs
 
-            speed_up_layers(head)
+            speed_up_head(head)
 
     def probe(self) -> list[Tensor]:
         config: Any = self._head.config

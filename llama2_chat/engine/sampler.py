@@ -96,6 +96,10 @@ class LikelyTokens:
 
     def choose(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Their places in the vocabulary, int64 [n], and chances, [n]. logits: [n, v]. rows: int64 [n], of the N."""
+        if logits.device.type == "cpu":
+            from llama2_chat.kernels.cpu_sampling import choose_best  # compiled, which nobody else needs
+
+            return choose_best(logits, rows, self.seen, self.repetition)
         scores, repetition = logits.float(), self.repetition[rows]
         pushed = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(self.seen[rows], pushed, scores)
@@ -203,7 +207,7 @@ class SamplerState:
 
     def likely(self, slots: Tensor, ids: Tensor | None) -> LikelyTokens:
         """What a model that guesses would have these slots, int64 [N], say. ids: as LikelyTokens takes them."""
-        seen = self._seen[slots] if ids is None else self._seen[slots][:, ids]
+        seen = self._seen[slots] if ids is None else self._seen[slots[:, None], ids]
         return LikelyTokens(seen, self._params[slots, list(NEUTRAL).index("repetition_penalty"), None])
 
     def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:

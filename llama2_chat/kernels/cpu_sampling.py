@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2_chat.kernels.compiled import LEAST, compiled, exp, of_ordinal, ordinal, part
+from llama2_chat.kernels.compiled import LEAST, compiled, exp, of_ordinal, ordinal, part, row_sum
 
 PART = 64  # ids of which the highest score is known
 ABOVE_ALL = np.int32(0x7FFFFFFF)  # where a score is NaN
@@ -158,3 +158,45 @@ def sample_narrow(logits: Tensor, slots: Tensor, kept: int, *state: Tensor) -> T
     arrays = (tensor.numpy() for tensor in (rows, slots, *state))
     sample_rows(*arrays, orders, highest, *likeliest, chosen.numpy())
     return chosen
+
+
+@part
+def order_repeated(logits, seen, repetition, orders):
+    for id in range(len(orders)):
+        logit = logits[id]
+        pushed = logit / repetition if logit > 0 else logit * repetition
+        orders[id] = order_of(pushed if seen[id] else logit)
+
+
+@row_sum
+def sum_of_chances(orders, highest):
+    """Of all scores, where the highest one has a chance of 1."""
+    total = np.float32(0)
+    for id in range(len(orders)):
+        total += exp(of_ordinal(orders[id]) - highest)
+    return total
+
+
+@compiled(
+    "void(float32[:, ::1], int64[::1], boolean[:, ::1], float32[:, ::1], int32[::1], int32[::1], int64[::1],"
+    " float32[::1])"
+)
+def find_best(logits, rows, seen, repetition, orders, highest, best, chances):
+    for n in range(len(rows)):
+        order_repeated(logits[n], seen[rows[n]], repetition[rows[n], 0], orders)
+        find_highest(orders, highest)
+        most, id = highest.max(), highest.argmax() * PART
+        while orders[id] != most:
+            id += 1
+        best[n], chances[n] = id, np.float32(1) / sum_of_chances(orders, of_ordinal(most))
+        seen[rows[n], id] = True
+
+
+def choose_best(logits: Tensor, rows: Tensor, seen: Tensor, repetition: Tensor) -> tuple[Tensor, Tensor]:
+    """LikelyTokens.choose(), of what LikelyTokens has."""
+    orders, highest = np.empty(logits.shape[1], np.int32), np.empty(-(-logits.shape[1] // PART), np.int32)
+    best, chances = torch.empty(len(rows), dtype=torch.long), torch.empty(len(rows))
+    scores = logits.detach().float().contiguous()
+    kept = rows, seen, repetition.contiguous()
+    find_best(*(each.numpy() for each in (scores, *kept)), orders, highest, best.numpy(), chances.numpy())
+    return best, chances

@@ -117,6 +117,17 @@ def test_guesses_reckon_with_the_penalty_of_what_was_said_and_of_each_other():
     assert torch.allclose(chances, penalised.softmax(-1).amax(-1))
 
 
+def test_what_a_cpu_guesses_is_what_other_devices_do():
+    torch.manual_seed(0)
+    logits, rows = torch.randn(3, 200), torch.tensor([2, 0, 3])
+    seen, repetition = torch.rand(4, 200) > 0.5, torch.tensor([[1.1], [1.3], [1.0], [2.0]])
+    pushed = torch.where(logits > 0, logits / repetition[rows], logits * repetition[rows])
+    chances = torch.where(seen[rows], pushed, logits).softmax(-1)
+    best, chance = LikelyTokens(seen, repetition).choose(logits, rows)
+    assert best.tolist() == chances.argmax(-1).tolist()
+    torch.testing.assert_close(chance, chances.amax(-1))
+
+
 def test_no_guess_is_made_behind_some_that_hardly_come_true(tiny_llama, obstinate, monkeypatch):
     for least, most in ((0.0, 3), (1e9, 1)):
         monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", least)
