@@ -62,7 +62,7 @@ class CpuStep:
     @cached_property
     def positions(self) -> Tensor:
         """int64 [T]."""
-        return torch.cat([torch.arange(chunk.start, chunk.end) for chunk in self.chunks])
+        return torch.from_numpy(np.concatenate([np.arange(chunk.start, chunk.end) for chunk in self.chunks]))
 
     @cached_property
     def places(self) -> Places:
@@ -151,8 +151,8 @@ def span(position: int) -> int:
 
 def _tables(requests: Sequence[Request], length: int) -> Tensor:
     width = length // BLOCK_SIZE
-    tables = torch.zeros(len(requests), width, dtype=torch.long)
+    tables = np.zeros((len(requests), width), np.int64)
     for table, request in zip(tables, requests, strict=True):
         blocks = request.blocks.blocks[:width]
-        table[: len(blocks)] = torch.tensor(blocks)
-    return tables
+        table[: len(blocks)] = blocks
+    return torch.from_numpy(tables)

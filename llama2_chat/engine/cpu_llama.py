@@ -34,8 +34,9 @@ def speed_up_llama(model: PreTrainedModel) -> None:
 
 
 def speed_up_head(head: EagleHead) -> None:
-    """The same for the layers of a head, and for its norm."""
+    """The same for the layers of a head, and for its norms."""
     speed_up_layers(head)
+    head.__class__ = CpuHead
     if type(head.norm) is LlamaRMSNorm:
         head.norm.__class__ = CpuNorm
 
@@ -79,10 +80,19 @@ class CpuRotaryEmbedding(LlamaRotaryEmbedding):
 
 class CpuNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        rows = hidden_states.detach().float().reshape(-1, hidden_states.shape[-1]).contiguous()
         weight = self.weight.detach().float().numpy()
-        normed = torch.from_numpy(Codes.normed(rows.numpy(), weight, self.variance_epsilon).rows)
-        return normed.to(hidden_states.dtype).view(hidden_states.shape)
+        return _norm(hidden_states, weight, self.variance_epsilon).to(hidden_states.dtype)
+
+
+class CpuHead(EagleHead):
+    def evened(self, states: Tensor) -> Tensor:
+        return _norm(states, np.ones(states.shape[-1], np.float32), torch.finfo(torch.float32).eps)
+
+
+def _norm(states: Tensor, weight: Numbers, epsilon: float) -> Tensor:
+    """RMSNorm of states [..., width], in float32."""
+    rows = states.detach().float().reshape(-1, states.shape[-1]).contiguous().numpy()
+    return torch.from_numpy(Codes.normed(rows, weight, epsilon).rows).view(states.shape)
 
 
 class Norm(NamedTuple):

@@ -54,8 +54,11 @@ class EagleHead(nn.Module):
         """
         if not self.feature_layers:
             return features
-        even = [F.rms_norm(each.float(), each.shape[-1:]).to(features.dtype) for each in of_layers]
-        return self.fuse(torch.cat((*even, features), -1))
+        return self.fuse(torch.cat((*(self.evened(each).to(features.dtype) for each in of_layers), features), -1))
+
+    def evened(self, states: Tensor) -> Tensor:
+        """What was computed behind a layer, [..., H], in float32: there some numbers are far larger than others."""
+        return F.rms_norm(states.float(), states.shape[-1:])
 
     def joined(self, embedded: Tensor, features: Tensor) -> Tensor:
         """What its layers get: of tokens' embeddings, and of features behind which they come; all [..., H]."""

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama2_chat.engine.cpu_llama import CpuLlamaLayer, speed_up_llama
+from llama2_chat.engine.cpu_llama import CpuLlamaLayer, CpuRotaryEmbedding, speed_up_head, speed_up_llama
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.kernels import fixed_rows
+from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import block_rows
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.quantize import quantize_int8
@@ -212,3 +214,33 @@ def test_each_question_has_one_answer_cold_cached_and_in_a_batch_that_comes_and_
             for index, streamer in enumerate(streamers):
                 answers[index].add(tuple(streamer.rest()))
     assert [len(found) for found in answers.values()] == [1] * len(prompts)
+
+
+# ---- What is computed between a Llama's products ----
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_positions_are_turned_by_the_same_bits_whichever_were_asked_for_before(rope):
+    kinds = {"default": {}, "dynamic": {"factor": 2.0}}
+    parameters = {"rope_type": rope, "rope_theta": 10_000.0} | kinds[rope]
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=parameters)
+    plain, fast = LlamaRotaryEmbedding(config), LlamaRotaryEmbedding(config)
+    fast.__class__ = CpuRotaryEmbedding
+    for places in ([5], [0, 1, 2], [700, 3], [*range(90, 200)], [2047]):
+        at = torch.tensor([places])
+        for found, wanted in zip(fast(torch.empty(1), at), plain(torch.empty(1), at), strict=True):
+            assert found.tolist() == wanted[0].tolist()
+
+
+def test_a_heads_norms_on_a_cpu_are_those_of_other_devices():
+    torch.manual_seed(0)
+    model = random_llama()
+    config = LlamaConfig.from_dict(model.config.to_dict() | {"output_norm": True, "feature_layers": [1]})
+    head = EagleHead(config, input_norm=True).eval().requires_grad_(False)
+    head.norm.weight.copy_(torch.rand(192))
+    states, features = torch.randn(2, 1, 5, 192)
+    wanted = head.norm(states), head.fused([states], features)
+    speed_up_head(head)
+    found = head.norm(states), head.fused([states], features)
+    assert type(head) is not EagleHead
+    torch.testing.assert_close(found, wanted)
