@@ -34,7 +34,7 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[LoraWeights]) -> Ada
     for name in sorted({name for adapter in adapters for name in adapter.layers}):
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        lora = _lora(stack(adapters, name, rank, rows.columns), linear, dtype)
+        lora = _lora(stack(adapters, name, rank, rows.columns), linear, dtype, rank)
         setattr(model.get_submodule(parent), child, AdaptedLinear(linear, lora, rows))
     for module in list(model.modules()):
         for names in TOGETHER:
@@ -43,12 +43,24 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[LoraWeights]) -> Ada
     return rows
 
 
-def _lora(stacked: tuple[Tensor, Tensor], linear: nn.Module, dtype: torch.dtype) -> Lora:
+def _lora(stacked: tuple[Tensor, Tensor], linear: nn.Module, dtype: torch.dtype, rank: int) -> Lora:
     if isinstance(linear, Int8Linear):
         return Int8Lora.of(*stacked)
     device = next(itertools.chain(linear.parameters(), linear.buffers())).device
     down, up = (states.to(device, dtype) for states in stacked)
-    return Lora(down, [up])
+    kernels = _kernels(device, dtype)
+    return kernels.GpuLora(down, [up], up, rank) if kernels else Lora(down, [up])
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """kernels/gpu_lora.py, where it runs."""
+    if device.type == "cpu":
+        return None
+    try:
+        from llama2_chat.kernels import gpu_lora
+    except ImportError:  # no Triton here
+        return None
+    return gpu_lora if gpu_lora.can_add(device, dtype) else None
 
 
 def _share(parent: nn.Module, names: Sequence[str], rows: AdapterRows) -> None:

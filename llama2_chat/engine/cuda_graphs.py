@@ -30,7 +30,7 @@ from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.step_ways import ModelStep, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.kernels.lora import AdapterRows
+from llama2_chat.kernels.lora import AdapterRows, Taken
 from llama2_chat.kernels.rank_sum import SummedLinear
 from llama2_chat.text import first_line, is_out_of_memory
 
@@ -165,13 +165,13 @@ class RecordedWay:
     def _rows_alike(self) -> bool:
         """Whether a row of a full batch comes out the same wherever it stands: some GPU may share them otherwise."""
         layer, rows = self._model.model.layers[0], self._sampler.padding
-        mask = self._mask(torch.ones_like(self._adapters[:rows]))
+        taken = self._taken(torch.ones_like(self._adapters[:rows]))
         attention, mlp = layer.self_attn, layer.mlp
         groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
         for linears in (*groups, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj], [self._model.lm_head]):
             base: Any = getattr(linears[0], "base_layer", linears[0])
             x = torch.randn(base.in_features, device=self._sampler.device, dtype=self._model.dtype)
-            for y in project(x.expand(1, rows, -1).contiguous(), *linears, mask=mask):
+            for y in project(x.expand(1, rows, -1).contiguous(), *linears, taken=taken):
                 if not bool((y == y[:, :1]).all()):
                     self.mode = f"{self._ready()}; rows of a product are not alike on this GPU"
                     return False
@@ -383,11 +383,11 @@ class RecordedWay:
         positions = state.positions[slots] + ahead
         kv_index = self._table[slots, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         hidden, cos_sin = self._embed(torch.where(ahead > 0, guesses, state.tokens[slots]), positions)
-        mask = self._mask(self._adapters[slots])
+        taken = self._taken(self._adapters[slots])
         normed = self._model.model.layers[0].input_layernorm(hidden)
         for layer, following, kept in self._layers():
             where = kv_index, slots, positions, self._table
-            hidden, normed = self._decode_layer(layer, following, hidden, normed, *cos_sin, mask, kept, *where)
+            hidden, normed = self._decode_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
         return self._model.lm_head(normed)[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
@@ -399,11 +399,11 @@ class RecordedWay:
         # What only fills a tile goes to block 0.
         kv_index = torch.where(offset < counts[:, None], block * BLOCK_SIZE + positions % BLOCK_SIZE, offset).flatten()
         hidden, cos_sin = self._embed(ids, positions.flatten())
-        mask = self._mask(self._adapters[slots].repeat_interleave(TILE_SIZE))
+        taken = self._taken(self._adapters[slots].repeat_interleave(TILE_SIZE))
         normed = self._model.model.layers[0].input_layernorm(hidden)
         for layer, following, kept in self._layers():
             where = kv_index, slots, starts, counts, self._table
-            hidden, normed = self._prefill_layer(layer, following, hidden, normed, *cos_sin, mask, kept, *where)
+            hidden, normed = self._prefill_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
         return self._model.lm_head(normed[:, last])[0]
 
     def _layers(self) -> Iterator[tuple[LlamaDecoderLayer, nn.Module, tuple[Tensor, ...]]]:
@@ -412,9 +412,9 @@ class RecordedWay:
         norms = [*(layer.input_layernorm for layer in layers[1:]), model.norm]
         return zip(layers, norms, self._kv_pool.layers, strict=True)
 
-    def _mask(self, adapters: Tensor) -> Tensor | None:
+    def _taken(self, adapters: Tensor) -> Taken | None:
         """As project() takes it, of the adapter of each row, int64 [T]."""
-        return None if self._rows is None else self._rows.mask_of(adapters)
+        return None if self._rows is None else self._rows.taken_by(adapters)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         hidden = self._model.model.embed_tokens(ids[None])
@@ -437,7 +437,7 @@ def _decode_layer(
     normed: Tensor,
     cos: Tensor,
     sin: Tensor,
-    mask: Tensor | None,
+    taken: Taken | None,
     kept: tuple[Tensor, ...],
     kv_index: Tensor,
     slots: Tensor,
@@ -449,7 +449,7 @@ def _decode_layer(
         attend_over = ops.decode_attention if len(kept) == 2 else ops.decode_attention_in_8_bits
         return attend_over(query, key, value, cos, sin, kv_index, slots, positions, table, scale, *kept)
 
-    return _layer(layer, following, hidden, normed, mask, attend)
+    return _layer(layer, following, hidden, normed, taken, attend)
 
 
 def _prefill_layer(
@@ -459,7 +459,7 @@ def _prefill_layer(
     normed: Tensor,
     cos: Tensor,
     sin: Tensor,
-    mask: Tensor | None,
+    taken: Taken | None,
     kept: tuple[Tensor, ...],
     kv_index: Tensor,
     slots: Tensor,
@@ -472,7 +472,7 @@ def _prefill_layer(
         attend_over = ops.prefill_attention if len(kept) == 2 else ops.prefill_attention_in_8_bits
         return attend_over(query, key, value, cos, sin, kv_index, slots, starts, counts, table, scale, *kept)
 
-    return _layer(layer, following, hidden, normed, mask, attend)
+    return _layer(layer, following, hidden, normed, taken, attend)
 
 
 def _layer(
@@ -480,31 +480,31 @@ def _layer(
     following: nn.Module,
     hidden: Tensor,
     normed: Tensor,
-    mask: Tensor | None,
+    taken: Taken | None,
     attend: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """hidden: [1, T, hidden_size]; normed: what the layer's first norm makes of it; both again for the layer behind it,
-    whose norm is `following`. mask: of adapters, as project() takes it.
+    whose norm is `following`. taken: of adapters, as project() takes it.
 
     A norm belongs to the sum before it: as one kernel they are faster, however many GPUs have a part of the sum.
     """
     attention, mlp = layer.self_attn, layer.mlp
     inputs = attention.q_proj, attention.k_proj, attention.v_proj
-    projected = project(normed, *inputs, mask=mask)
+    projected = project(normed, *inputs, taken=taken)
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
     attended = attend(query, key, value, attention.scaling).flatten(2)
-    hidden, normed = _add_and_norm(hidden, attended, attention.o_proj, layer.post_attention_layernorm, mask)
-    gate, up = project(normed, mlp.gate_proj, mlp.up_proj, mask=mask)
-    return _add_and_norm(hidden, mlp.act_fn(gate) * up, mlp.down_proj, following, mask)
+    hidden, normed = _add_and_norm(hidden, attended, attention.o_proj, layer.post_attention_layernorm, taken)
+    gate, up = project(normed, mlp.gate_proj, mlp.up_proj, taken=taken)
+    return _add_and_norm(hidden, mlp.act_fn(gate) * up, mlp.down_proj, following, taken)
 
 
 def _add_and_norm(
-    hidden: Tensor, x: Tensor, linear: nn.Module, norm: Any, mask: Tensor | None
+    hidden: Tensor, x: Tensor, linear: nn.Module, norm: Any, taken: Taken | None
 ) -> tuple[Tensor, Tensor]:
     """hidden and what `linear` makes of x, and the norm of their sum."""
     if isinstance(linear, SummedLinear):
         return torch.ops.llama2_chat.sum_and_norm(linear.part(x), hidden, norm.weight, norm.variance_epsilon)
-    hidden = hidden + project(x, linear, mask=mask)[0]
+    hidden = hidden + project(x, linear, taken=taken)[0]
     return hidden, norm(hidden)
 
 

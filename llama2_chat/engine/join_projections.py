@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from llama2_chat.kernels.lora import AdaptedLinear
+from llama2_chat.kernels.lora import AdaptedLinear, Taken
 from llama2_chat.kernels.packed import JoinedPackedLinear
 from llama2_chat.kernels.rank_sum import SummedLinear
 
@@ -32,31 +32,31 @@ def join_projections(model: LlamaForCausalLM) -> None:
     torch.cuda.empty_cache()  # else PyTorch would keep the memory of the copies
 
 
-def project(x: Tensor, *linears: nn.Module, mask: Tensor | None = None) -> Sequence[Tensor]:
+def project(x: Tensor, *linears: nn.Module, taken: Taken | None = None) -> Sequence[Tensor]:
     """What each of these layers makes of x, in one product where they have been joined.
 
-    mask: which adapters are added, as AdapterRows.mask_of() makes it; None for none.
+    taken: which adapters are added to it; None for none.
     """
     first: Any = linears[0]
-    if not isinstance(first, AdaptedLinear):
-        return _project(x, *linears)
-    bases: list[Any] = [linear.base_layer for linear in linears]
+    adapted = isinstance(first, AdaptedLinear)
+    bases: list[Any] = [linear.base_layer for linear in linears] if adapted else [*linears]
     parts = _project(x, *bases)
-    lora = first.lora if len(linears) == 1 else first.shared
-    if mask is None or lora is None:
+    if adapted and taken is not None:
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        parts = [first.add_to_all(y, x, taken)]
+    if len(parts) == len(bases):
         return parts
-    return [part if added is None else part + added for part, added in zip(parts, lora(x, mask), strict=True)]
+    return parts[0].split([base.out_features for base in bases], -1)
 
 
-def _project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+def _project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """One for all of them, side by side, where they have been joined, else one for each."""
     first: Any = linears[0]
     if isinstance(first, JoinedPackedLinear):
-        y = first.whole(x)
-    elif (joined := getattr(first, "joined", None)) is not None:
-        y = F.linear(x, joined)
-    else:
-        return [linear(x) for linear in linears]
-    return y.split([linear.out_features for linear in linears], -1)
+        return [first.whole(x)]
+    if (joined := getattr(first, "joined", None)) is not None:
+        return [F.linear(x, joined)]
+    return [linear(x) for linear in linears]
 
 
 def _join_layer(groups: list[list[Any]]) -> None:

@@ -3,6 +3,8 @@
 The adapters of a layer lie side by side, filled up to one rank. Every row goes through all of them, and what is not of
 its own adapter is multiplied by zero: products of the same shapes whoever shares the step, so that a step can be
 recorded. What a layer has in its weights, and in how many bits, is nothing to them: they are added to what it gives.
+
+The products are PyTorch's here: those of a CPU, and what others are compared with. A GPU has its own (gpu_lora.py).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +40,18 @@ class LoraWeights:
         return max(len(a) for a, _ in self.layers.values())
 
 
+class Taken(NamedTuple):
+    """Which adapter each row of a step takes.
+
+    adapters: int64 [T], 1 for the first one, 0 for none; mask: [T, columns], 1 in the columns of that one, else 0.
+    """
+
+    adapters: Tensor
+    mask: Tensor
+
+
 class AdapterRows:
-    """Which adapter each row of the step that is being computed takes: 1 for the first one, 0 for none.
+    """Which adapters there are, and which of them each row of the step that is being computed takes.
 
     rank: to which all are filled up; multiple: of columns, which are so many for all adapters together.
     """
@@ -47,26 +59,26 @@ class AdapterRows:
     def __init__(self, count: int, rank: int, multiple: int, device: torch.device, dtype: torch.dtype) -> None:
         numbers = torch.arange(1, count + 1, device=device).repeat_interleave(rank)
         self._numbers = F.pad(numbers, (0, -len(numbers) % multiple), value=-1)
-        self._dtype = dtype
-        self.mask: Tensor | None = None  # as mask_of() makes it; None while no row takes any
+        self.rank, self._dtype = rank, dtype
+        self.taken: Taken | None = None  # None while no row takes any
 
     @property
     def columns(self) -> int:
         return len(self._numbers)
 
-    def mask_of(self, adapters: Tensor) -> Tensor:
-        """1 in the columns of each row's adapter, else 0, [T, columns]. adapters: int64 [T]."""
-        return (adapters[:, None] == self._numbers).to(self._dtype)
+    def taken_by(self, adapters: Tensor) -> Taken:
+        """adapters: of each row, int64 [T]."""
+        return Taken(adapters, (adapters[:, None] == self._numbers).to(self._dtype))
 
     @contextmanager
     def taking(self, adapters: Sequence[int]) -> Iterator[None]:
         """Layers that are called meanwhile, with a row for each of these, add what the adapters say."""
         if any(adapters):
-            self.mask = self.mask_of(torch.tensor(adapters, device=self._numbers.device))
+            self.taken = self.taken_by(torch.tensor(adapters, device=self._numbers.device))
         try:
             yield
         finally:
-            self.mask = None
+            self.taken = None
 
 
 class Lora(nn.Module):
@@ -114,15 +126,28 @@ class Lora(nn.Module):
         parts = (part[: x.shape[:-1].numel()].view(*x.shape[:-1], -1) for part in added)
         return [None if up is None else next(parts) for up in self.ups]
 
+    def add_to(self, y: Tensor, x: Tensor, taken: Taken, widths: Sequence[int]) -> Tensor:
+        """y [..., out of all layers], each of so many features, and what is added for x [..., in].
+
+        y may be changed by it, too.
+        """
+        parts = zip(y.split([*widths], -1), self(x, taken.mask), strict=True)
+        sums = [part if added is None else (part + added).to(part.dtype) for part, added in parts]
+        return sums[0] if len(sums) == 1 else torch.cat(sums, -1)
+
     def _block(self, rows: Tensor) -> int | None:
         """How many rows must be multiplied at a time; None for all."""
         return ROWS if rows.device.type == "cpu" else None
 
     def _added(self, rows: Tensor, mask: Tensor) -> list[Tensor]:
         """Of the adapted layers alone."""
-        ups = [up for up in self.ups if up is not None]
-        hidden = F.linear(rows.to(self.down.dtype), self.down).view(len(rows), len(ups), -1) * mask[:, None]
-        return [part @ up for part, up in zip(hidden.unbind(1), ups, strict=True)]
+        return products(rows, mask, self.down, [up for up in self.ups if up is not None])
+
+
+def products(rows: Tensor, mask: Tensor, down: Tensor, ups: Sequence[Tensor]) -> list[Tensor]:
+    """What is added to each layer that has one of these ups, as Lora has them. rows: [T, in]; mask: [T, columns]."""
+    hidden = F.linear(rows.to(down.dtype), down).view(len(rows), len(ups), -1) * mask[:, None]
+    return [part @ up for part, up in zip(hidden.unbind(1), ups, strict=True)]
 
 
 class Int8Lora(Lora):
@@ -198,19 +223,23 @@ class AdaptedLinear(nn.Module):
         self._widths: list[Any] = [self.base_layer.out_features]  # of what they give
 
     def forward(self, x: Tensor) -> Tensor:
-        y, mask = self.base_layer(x), self._rows.mask
-        if mask is None or self.lora is None:
+        y, taken = self.base_layer(x), self._rows.taken
+        if taken is None or self.lora is None:
             return y
-        (added,) = self.lora(x, mask)
-        return (y + added).to(y.dtype)
+        return self.lora.add_to(y, x, taken, [self.base_layer.out_features])
+
+    def add_to_all(self, y: Tensor, x: Tensor, taken: Taken) -> Tensor:
+        """What layers that share() an input give for x, side by side, and what adapters add to it; y may be changed."""
+        lora = self.lora if self.shared is None else self.shared
+        return y if lora is None else lora.add_to(y, x, taken, self._widths)
 
     def products(self, codes: Codes) -> Tensor:
         """As Int8Linear and JoinedInt8Linear have it."""
-        y, mask = self.base_layer.products(codes), self._rows.mask
+        y, taken = self.base_layer.products(codes), self._rows.taken
         lora = self.lora if self.shared is None else self.shared
-        if mask is not None and lora is not None:
+        if taken is not None and lora is not None:
             parts = y.split(self._widths, -1)
-            for part, added in zip(parts, lora(torch.from_numpy(codes.rows), mask), strict=True):
+            for part, added in zip(parts, lora(torch.from_numpy(codes.rows), taken.mask), strict=True):
                 if added is not None:
                     codes.add_to_products(part, added)
         return y

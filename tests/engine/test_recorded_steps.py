@@ -28,10 +28,10 @@ sys.path.insert(0, {root!r})
 from functools import partial
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from llama2_chat.kernels import attention, prefill_attention
+from llama2_chat.kernels import attention, gpu_lora, prefill_attention
 from llama2_chat.kernels.blocks import BlockPacker
 from llama2_chat.types import SamplingParams
-from llama2_chat.engine.adapters import add_adapters
+from llama2_chat.engine import adapters
 from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _packed
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import EightBitPool, KVPool
@@ -81,7 +81,8 @@ with torch.inference_mode():
     join_projections(model)
     first = {{"self_attn.q_proj": (4, 64, 64), "self_attn.v_proj": (4, 64, 32), "mlp.down_proj": (4, 64, 64)}}
     second = {{"self_attn.o_proj": (2, 64, 64), "mlp.gate_proj": (2, 64, 64), "mlp.up_proj": (3, 64, 64)}}
-    rows = add_adapters(model, [lora("first", first), lora("second", second)])
+    adapters._kernels = lambda device, dtype: gpu_lora  # as on a GPU
+    rows = adapters.add_adapters(model, [lora("first", first), lora("second", second)])
     recorded = RecordedWay(model, pool, state, most_blocks=8, rows=rows)
     assert expected([1, 2, 3]).equal(before)
     assert not expected([1, 2, 3], adapter=1).allclose(before, atol=0.1)

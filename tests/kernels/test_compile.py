@@ -23,7 +23,7 @@ GPUS = {
     89: {"sm_count": 58, "max_smem_size": 101_376, "l2_cache_size": 48 << 20, "memory_bandwidth_gbps": 300.0},
     90: {"sm_count": 132, "max_smem_size": 232_448, "l2_cache_size": 50 << 20, "memory_bandwidth_gbps": 3_350.0},
 }
-OLDEST = {"blocks": 75}  # the others need bfloat16
+OLDEST = {"blocks": 75, "gpu_lora": 75}  # the others need bfloat16
 
 
 # ---- Ours, in Triton ----
@@ -66,12 +66,13 @@ def kernels_of(module):
 
 
 @pytest.mark.parametrize("capability", GPUS)
-def test_every_triton_kernel_compiles(compiled, capability):
+def test_every_triton_kernel_compiles(compiled, capability, monkeypatch):
     names, expected = compiled(capability), set()
     for path in Path(kernels.__file__).parent.glob("*.py"):
         if "import triton" in path.read_text("utf-8") and capability >= OLDEST.get(path.stem, 80):
             expected |= kernels_of(importlib.import_module(f"llama2_chat.kernels.{path.stem}"))
     copy_blocks()
+    add_adapters(capability, monkeypatch)
     if capability >= 80:
         multiply_nf4()
         add_and_normalise()
@@ -88,6 +89,19 @@ def copy_blocks():
     packer, piece = BlockPacker([torch.zeros(3, 64, 2, 64)]), torch.zeros(64 * 2 * 64 * 4, dtype=torch.uint8)
     packer.pack(0, piece)
     packer.unpack(piece, 0)
+
+
+def add_adapters(capability, monkeypatch):
+    from llama2_chat.kernels import gpu_lora
+
+    monkeypatch.setattr(gpu_lora, "begins_early", lambda device: capability >= 90)
+    for dtype in (torch.float16, torch.float32, *([torch.bfloat16] if capability >= 80 else [])):
+        for count, rank, widths in ((4, 16, [5120, 1024, 1024]), (1, 4, [256]), (5, 64, [13824, 13824])):
+            starts = [sum(widths[:index]) for index in range(len(widths))]
+            down = torch.zeros(len(widths) * count * rank, 512, dtype=dtype)
+            y, up = (torch.zeros(rows, sum(widths), dtype=dtype) for rows in (8, count * rank))
+            x, mask = (torch.zeros(8, columns, dtype=dtype) for columns in (512, count * rank))
+            gpu_lora.add_adapters_(y, x, torch.zeros(8, dtype=torch.long), mask, down, up, rank, starts, widths)
 
 
 def multiply_nf4():

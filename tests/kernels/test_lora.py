@@ -25,7 +25,7 @@ def added(kind, adapters, taken, x):
     stacked = stack(adapters, "layer", RANK, rows.columns)
     layer = Int8Lora.of(*stacked) if kind is Int8Lora else Lora(stacked[0], [stacked[1]])
     with rows.taking(taken):
-        return layer(x, rows.mask.to(torch.bfloat16))[0].float()
+        return layer(x, rows.taken.mask.to(torch.bfloat16))[0].float()
 
 
 def expected(adapters, taken, x):
