@@ -25,6 +25,7 @@ from llama2_chat.engine.sampler import NARROW, SamplerState, draws
 from llama2_chat.engine.self_check import _CacheAsKept
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.kv_codes import CODES
+from llama2_chat.kernels.lora import LoraWeights
 from llama2_chat.kernels.packed import BITS
 from llama2_chat.kv_cache import head_bytes
 from llama2_chat.loading.choose import Checkpoint, choose, fetch
@@ -70,9 +71,10 @@ def pool_of(tokens, model, kv_cache="none"):
     return lambda model, _, *options: make_pool(kv_cache, model, lambda: free, *options)
 
 
-def running(model, compile, deterministic=False, kv_cache="none", **options):
+def running(model, compile, deterministic=False, kv_cache="none", adapters=(), **options):
     free, pool = {model.device: 2**30}, partial(make_pool, kv_cache)
-    runner = build_runner(model, lambda: free, 4096, compile=compile, deterministic=deterministic, make_pool=pool)
+    ways = {"compile": compile, "deterministic": deterministic}
+    runner = build_runner(model, lambda: free, 4096, make_pool=pool, adapters=adapters, **ways)
     engine = Engine(runner, set(), **options)
     while compile and "compiles" in engine.mode:
         time.sleep(0.2)
@@ -262,6 +264,68 @@ def test_an_adapter_beside_packed_layers_changes_what_they_say_as_beside_plain_o
     with torch.inference_mode():
         without, exact, found = (each(ids).logits.float() for each in (plain, adapted, model))
     assert (found - exact).norm() < 0.05 * exact.norm() < 0.5 * (without - exact).norm()
+
+
+def four_adapters():
+    """Of all linear layers, of the first attention alone, of query and value, and of the MLP, in different ranks."""
+    model, random = LlamaForCausalLM(LlamaConfig(**SHAPE)), torch.Generator().manual_seed(0)
+    linears = {name: each for name, each in model.model.named_modules(prefix="model") if type(each) is torch.nn.Linear}
+    rules = {
+        "all": (8, lambda name: True),
+        "first": (16, lambda name: "layers.0.self_attn" in name),
+        "queries": (4, lambda name: name.endswith(("q_proj", "v_proj"))),
+        "mlp": (3, lambda name: "mlp" in name),
+    }
+    return [
+        LoraWeights(
+            title,
+            {
+                name: (
+                    torch.randn(rank, linear.in_features, generator=random) / linear.in_features**0.5,
+                    torch.randn(linear.out_features, rank, generator=random),
+                )
+                for name, linear in linears.items()
+                if changes(name)
+            },
+        )
+        for title, (rank, changes) in rules.items()
+    ]
+
+
+EVERYONE = (0, 1, 2, 3, 4, 2, 1, 0, 3)  # whom nine requests of one batch ask: 0 is the model itself
+
+
+def texts_of_adapters(engine):
+    """Of each adapter alone, and of everyone in one batch."""
+
+    def ask(adapter):
+        streamer = Ids()
+        engine.submit([5, 9, 2, 60, 33, 7, 7, 1], GREEDY, streamer, adapter=adapter)
+        return streamer
+
+    alone = [ask(adapter).rest() for adapter in range(5)]
+    with engine.paused():
+        streamers = [ask(adapter) for adapter in EVERYONE]
+    return alone, [streamer.rest() for streamer in streamers]
+
+
+def test_each_of_four_adapters_says_in_a_mixed_batch_what_it_says_alone():
+    engine = running(small_llama().float(), compile=False, adapters=four_adapters())
+    alone, together = texts_of_adapters(engine)
+    engine.close()
+    assert together == [alone[adapter] for adapter in EVERYONE]
+    assert len(set(map(tuple, alone))) == 5
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", *BITS])
+def test_adapters_are_recorded_and_say_the_same_bit_for_bit_in_any_company(tmp_path, precision):
+    model = packed_llama(tmp_path, precision) if precision in BITS else small_llama()
+    engine = running(model, compile=True, deterministic=True, adapters=four_adapters())
+    assert engine.mode == "CUDA graphs: decode 32; prefill 512"
+    alone, together = texts_of_adapters(engine)
+    engine.close()
+    assert together == [alone[adapter] for adapter in EVERYONE]
+    assert len(set(map(tuple, alone))) == 5
 
 
 @pytest.mark.parametrize(
