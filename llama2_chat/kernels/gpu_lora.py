@@ -86,7 +86,7 @@ def _shrink_kernel(
     known = c < LAYERS * COUNT * RANK
     at = c.to(tl.int64)[None, :] * K + k[:, None]
     weights = tl.load(down + at, mask=known[None, :] & (k[:, None] < K), other=0.0)
-    # Of the whole step: kernels that nothing overlaps lie between what made it and this.
+    # Made before the mask was, by PyTorch's kernels, which nothing overlaps: it is there without waiting.
     own = tl.load(adapters + t, mask=t < T, other=0)
     if EARLY:
         tl.extra.cuda.gdc_wait()

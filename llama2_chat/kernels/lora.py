@@ -4,7 +4,7 @@ The adapters of a layer lie side by side, filled up to one rank. Every row goes 
 its own adapter is multiplied by zero: products of the same shapes whoever shares the step, so that a step can be
 recorded. What a layer has in its weights, and in how many bits, is nothing to them: they are added to what it gives.
 
-The products are PyTorch's here: those of a CPU, and what others are compared with. A GPU has its own (gpu_lora.py).
+The products are PyTorch's here, as a CPU takes them. On a GPU narrow steps have kernels of their own (gpu_lora.py).
 """
 
 from __future__ import annotations
