@@ -32,6 +32,7 @@ for count, rank, inputs, widths, adapted in (
     (5, 3, 130, (64, 20, 20), (True, True, True)),
     (1, 4, 64, (65,), (True,)),
     (3, 64, 257, (96, 160), (False, True)),
+    (5, 30, 64, (40,), (True,)),
 ):
     for rows in (1, 2, 8, 33, 64):
         check_products(Case(count, rank, inputs, widths, adapted), rows)
