@@ -40,10 +40,13 @@ def project(x: Tensor, *linears: nn.Module, taken: Taken | None = None) -> Seque
     first: Any = linears[0]
     adapted = isinstance(first, AdaptedLinear)
     bases: list[Any] = [linear.base_layer for linear in linears] if adapted else [*linears]
-    parts = _project(x, *bases)
     if adapted and taken is not None:
+        begun = first.begin_all(x, taken)
+        parts = _project(x, *bases)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        parts = [first.add_to_all(y, x, taken)]
+        parts = [first.add_to_all(y, x, taken, begun)]
+    else:
+        parts = _project(x, *bases)
     if len(parts) == len(bases):
         return parts
     return parts[0].split([base.out_features for base in bases], -1)

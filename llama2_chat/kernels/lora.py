@@ -126,10 +126,14 @@ class Lora(nn.Module):
         parts = (part[: x.shape[:-1].numel()].view(*x.shape[:-1], -1) for part in added)
         return [None if up is None else next(parts) for up in self.ups]
 
-    def add_to(self, y: Tensor, x: Tensor, taken: Taken, widths: Sequence[int]) -> Tensor:
+    def begin(self, x: Tensor, taken: Taken) -> Tensor | None:
+        """What add_to() takes of the same x. Called before the layers compute theirs, it may run beside them."""
+        return None
+
+    def add_to(self, y: Tensor, x: Tensor, taken: Taken, widths: Sequence[int], begun: Tensor | None) -> Tensor:
         """y [..., out of all layers], each of so many features, and what is added for x [..., in].
 
-        y may be changed by it, too.
+        y may be changed by it, too. begun: what begin() gave.
         """
         parts = zip(y.split([*widths], -1), self(x, taken.mask), strict=True)
         sums = [part if added is None else (part + added).to(part.dtype) for part, added in parts]
@@ -223,15 +227,21 @@ class AdaptedLinear(nn.Module):
         self._widths: list[Any] = [self.base_layer.out_features]  # of what they give
 
     def forward(self, x: Tensor) -> Tensor:
-        y, taken = self.base_layer(x), self._rows.taken
+        taken = self._rows.taken
         if taken is None or self.lora is None:
-            return y
-        return self.lora.add_to(y, x, taken, [self.base_layer.out_features])
+            return self.base_layer(x)
+        begun = self.lora.begin(x, taken)
+        return self.lora.add_to(self.base_layer(x), x, taken, [self.base_layer.out_features], begun)
 
-    def add_to_all(self, y: Tensor, x: Tensor, taken: Taken) -> Tensor:
+    def begin_all(self, x: Tensor, taken: Taken) -> Tensor | None:
+        """What add_to_all() takes of the same x, called before the layers compute theirs."""
+        lora = self.lora if self.shared is None else self.shared
+        return None if lora is None else lora.begin(x, taken)
+
+    def add_to_all(self, y: Tensor, x: Tensor, taken: Taken, begun: Tensor | None) -> Tensor:
         """What layers that share() an input give for x, side by side, and what adapters add to it; y may be changed."""
         lora = self.lora if self.shared is None else self.shared
-        return y if lora is None else lora.add_to(y, x, taken, self._widths)
+        return y if lora is None else lora.add_to(y, x, taken, self._widths, begun)
 
     def products(self, codes: Codes) -> Tensor:
         """As Int8Linear and JoinedInt8Linear have it."""

@@ -101,7 +101,9 @@ def add_adapters(capability, monkeypatch):
             down = torch.zeros(len(widths) * count * rank, 512, dtype=dtype)
             y, up = (torch.zeros(rows, sum(widths), dtype=dtype) for rows in (8, count * rank))
             x, mask = (torch.zeros(8, columns, dtype=dtype) for columns in (512, count * rank))
-            gpu_lora.add_adapters_(y, x, torch.zeros(8, dtype=torch.long), mask, down, up, rank, starts, widths)
+            adapters = torch.zeros(8, dtype=torch.long)
+            parts = gpu_lora.begin_adapters(x, adapters, down, count * rank, rank)
+            gpu_lora.add_adapters_(y, x, parts, adapters, mask, down, up, rank, starts, widths)
 
 
 def multiply_nf4():
