@@ -204,8 +204,8 @@ def _count_on(chat: ChatModel) -> int:
 
 
 def _planted_gains(chat: ChatModel, answers: Sequence[tuple[int, str]], vocab_size: int) -> list[float]:
-    """How many times as fast answers come after the first token with guesses as without, in turns; the first turn warms
-    up. answers: of GUESSED, to users who ask at once."""
+    """How many times as fast answers end after the first token with guesses as without, on average of the users, in
+    turns; the first turn warms up. answers: of GUESSED, to users who ask at once."""
     runner, gains, prompts = chat.serving.engine.runner, [], [fresh_ids(chat, 256) for _ in answers]
     most = runner.draft_tokens
     for turn in range(1 + ROUNDS):
@@ -229,5 +229,5 @@ def _planted_seconds(
     for ids, reply, (tokens, _) in zip(prompts, replies, answers, strict=True):
         list(reply)
         assert reply.token_cache == [(ids[-1] + 1 + n) % vocab_size for n in range(tokens)]
-    times = [time for reply in replies if isinstance(reply, TimedReply) for time in reply.times]
-    return max(times) - min(times)
+    times = [reply.times for reply in replies if isinstance(reply, TimedReply)]
+    return statistics.mean(each[-1] for each in times) - min(each[0] for each in times)

@@ -7,18 +7,23 @@ the next start, a minute or two of work.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
+from llama2_chat import ROOT
 from llama2_chat.loading.disk import in_gb
 
 log = logging.getLogger("llama2_chat")
 
 NEEDED_BYTES = 500_000_000  # that a 13B in int4 compiles, and some
 MEMORY = Path("/dev/shm")  # a disk in memory, on Linux
+KERNELS = ROOT / "llama2_chat" / "kernels"
 
 
 def keep_compiled(cache_dir: Path) -> None:
@@ -26,6 +31,7 @@ def keep_compiled(cache_dir: Path) -> None:
 
     In place of each folder that has no room another is named, for this process; one line in the log says so.
     """
+    torch.compiler.config.cache_key_tag = _version()
     defaults = {
         "TORCHINDUCTOR_CACHE_DIR": cache_dir / "compiled",
         "TRITON_CACHE_DIR": Path("~/.triton/cache"),
@@ -49,6 +55,13 @@ def keep_compiled(cache_dir: Path) -> None:
         "The next start compiles again.",
         *(folder, kept_in, in_gb(NEEDED_BYTES)),
     )
+
+
+def _version() -> str:
+    """Of our kernels. PyTorch looks for what it compiled around them by their names and arguments, and would go on with
+    what an earlier version gave."""
+    files = sorted(KERNELS.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _has_room(folder: Path) -> bool:

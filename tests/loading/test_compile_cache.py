@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama2_chat.loading import compile_cache
 
@@ -72,3 +73,17 @@ def test_what_pytorch_compiles_is_kept_in_cache_dir(folders, tmp_path, monkeypat
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     compile_cache.keep_compiled(tmp_path)
     assert now()["TORCHINDUCTOR_CACHE_DIR"] == tmp_path / "compiled"
+
+
+def test_what_was_compiled_around_other_kernels_is_not_found_again(folders, tmp_path, monkeypatch):
+    # After an update an operator gave another shape than the one in the compiled code, and every step failed.
+    fill(monkeypatch)
+    (kernels := tmp_path / "kernels").mkdir()
+    monkeypatch.setattr(compile_cache, "KERNELS", kernels)
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    tags = []
+    for version in ("one", "another", "one"):
+        (kernels / "lora.py").write_text(version)
+        compile_cache.keep_compiled(tmp_path)
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[2] != tags[1]
