@@ -20,6 +20,7 @@ log = logging.getLogger("llama2_chat")
 
 # What layers raise whose attention or cache is of another kind than the engine's.
 ANOTHER_KIND = (AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # rotary positions whose frequencies do not change with the place
 
 
 def check_architecture(config: PreTrainedConfig) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from llama2_chat.engine.architecture import STATIC_ROPE
 from llama2_chat.engine.cpu_attention import CpuStep
-from llama2_chat.engine.cuda_graphs import STATIC_ROPE
 from llama2_chat.engine.kv_pool import CpuPool
 from llama2_chat.engine.paged_attention import AttentionStep, attend
 from llama2_chat.kernels.block_attention import attend_in_blocks

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from llama2_chat.engine.architecture import STATIC_ROPE
 from llama2_chat.engine.join_projections import project
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.prefix_cache import BlockTable
@@ -46,7 +47,6 @@ SIZES: tuple[tuple[Kind, int], ...] = (
     *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
 )
 PIECE_SIZE = 512  # tokens: how prompts are read where all steps have the same number of rows
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the position
 
 
 @dataclass

@@ -215,9 +215,7 @@ class ModelRunner:
         if self._host:
             self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
         step = next(step for way in self._ways if (step := way.decode(requests)) is not None)
-        if (
-            self._drafter and self.draft_tokens
-        ):  # 0 while a benchmark compares: then nothing is read for guesses, either
+        if self._drafter and self.draft_tokens:
             self._drafter.read([Chunk(request, request.computed, request.computed + 1) for request in requests])
         return step
 
