@@ -1,7 +1,8 @@
 """How functions on arrays of numbers are compiled for the CPU, by numba, and the parts that several of them have.
 
 Only where a model is on the CPU are they imported. They are compiled, or read from the disk, when they are imported,
-for arrays of just the kinds that their signatures name, so nobody's request waits for a compiler.
+for arrays of just the kinds that their signatures name, so nobody's request waits for a compiler. At the first start
+another process compiles them: what LLVM takes for it, some 0.07 GB, it never gives back.
 
 Nothing here may depend on how many rows there are: each is computed by itself, in an order that its width alone
 decides. So numba's `fastmath` is given to sums of one row alone, and products are added by fma(), which rounds once.
@@ -10,7 +11,9 @@ decides. So numba's `fastmath` is given to sums of one row alone, and products a
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
+import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +27,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from llama2_chat.process import python_command
+
 log = logging.getLogger("llama2_chat")
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -35,6 +40,9 @@ row_sum = njit(**OPTIONS, forceinline=True, fastmath={"reassoc", "contract", "ns
 # In the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
 # with what an earlier version of the parts below has become in it.
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+MODULES = "block_attention", "cpu_sampling", "int8_rows"  # that have compiled functions
+
+_is_aside = False  # whether this is a process that compiles for another
 
 LOG2_E = np.float32(1.44269504)
 LN_2 = np.float32(0.693359375)  # a number of few bits, and what is left
@@ -55,6 +63,8 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         except RuntimeError as error:  # there is no folder for it
             log.debug("%s is compiled at each start: %s", function.__name__, error)
             return njit(signature, **OPTIONS)(function)
+        if not [*Path(kept.stats.cache_path).glob(f"*.{function.__qualname__}-*.nbi")]:
+            _compile_aside()
         try:
             kept.compile(signature)
         except Exception as error:  # the disk is full, or what was kept there is damaged
@@ -66,6 +76,28 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         return kept
 
     return compile_one
+
+
+@cache
+def _compile_aside() -> None:
+    """Have another process compile what is not kept yet. What it leaves undone this one does."""
+    if _is_aside:
+        return
+    try:
+        done = subprocess.run(python_command(f"{__name__}:compile_all"), capture_output=True, text=True)
+    except OSError as error:
+        log.debug("No other process compiles: %s", error)
+        return
+    if done.returncode:
+        log.debug("Another process could not compile: %s", done.stderr)
+
+
+def compile_all() -> None:
+    """Compile all functions that there are, and keep what came of it: the work of such another process."""
+    global _is_aside
+    _is_aside = True
+    for module in MODULES:
+        importlib.import_module(f"{__package__}.{module}")
 
 
 def side_by_side(shares: Sequence[Callable[[], None]]) -> None:

@@ -1,6 +1,9 @@
 """How functions are compiled, and the exponential that they share."""
 
 import errno
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,6 +14,7 @@ from numba.core import caching
 
 from llama2_chat.kernels import compiled as shared
 from llama2_chat.kernels.compiled import compiled, exp
+from llama2_chat.process import python_command
 
 
 def twice(number):
@@ -25,9 +29,37 @@ def test_where_nothing_can_be_kept_a_function_is_compiled_nevertheless(monkeypat
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Where numba keeps what it compiles."""
+    """Where numba keeps what it compiles. No other process compiles for this one."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(shared, "_compile_aside", Mock())
     return tmp_path
+
+
+def test_another_process_compiles_at_the_first_start_alone(kept):
+    # What LLVM takes of memory for it stayed taken until the server ended.
+    compiled("int64(int64)")(twice)
+    compiled("int64(int64)")(twice)
+    shared._compile_aside.assert_called_once_with()
+
+
+@pytest.mark.parametrize("trouble", [{"return_value": Mock(returncode=1)}, {"side_effect": OSError(errno.ENOMEM, "")}])
+def test_where_no_other_process_can_compile_this_one_does(kept, monkeypatch, trouble):
+    monkeypatch.undo()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(kept))
+    monkeypatch.setattr(shared.subprocess, "run", run := Mock(**trouble))
+    shared._compile_aside.cache_clear()
+    assert compiled("int64(int64)")(twice)(4) == 8
+    run.assert_called_once()
+
+
+@pytest.mark.slow
+def test_the_other_process_compiles_all_functions_that_there_are(tmp_path):
+    sources = Path(shared.__file__).parent.glob("*.py")
+    compiling = {file.stem: file.read_text().count("\n@compiled(") for file in sources}
+    command = python_command("llama2_chat.kernels.compiled:compile_all")
+    subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
+    kept = [file.name.split(".")[0] for file in tmp_path.rglob("*.nbi")]
+    assert {name: kept.count(name) for name in compiling} == compiling
 
 
 @pytest.mark.parametrize(
