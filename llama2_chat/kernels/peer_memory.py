@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama2_chat.text import first_line
+
 log = logging.getLogger("llama2_chat")
 
 LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS of cuda.h
@@ -72,12 +74,14 @@ class PeerMemory:
         """What act() gave on each rank, once all are done; None if it failed on one."""
         try:
             given: Any = act()
-        except _Refused as refused:
-            log.info("GPUs do not write to each other's memory: %s", refused)
-            given = refused
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            given = _Refused(first_line(error))
         found: list[Any] = [None] * len(self.addresses)
         dist.all_gather_object(found, given)
-        return None if any(isinstance(each, _Refused) for each in found) else found
+        if refused := next((each for each in found if isinstance(each, _Refused)), None):
+            log.info("GPUs do not write to each other's memory: %s", refused)
+            return None
+        return found
 
     def _lend(self) -> tuple[int, bytes]:
         address, handle = ctypes.c_uint64(), _Handle()

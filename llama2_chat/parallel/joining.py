@@ -64,7 +64,8 @@ def join(work: Work, loaded: Loaded, runner_type: type[RunnerT]) -> RunnerT:
     assert part is not None
     with _warning_after(MEETING_S) if part.rank == 0 else nullcontext():  # it comes last, when all have loaded
         _meet(work.meeting, part, device)
-        if step_kernels(loaded.model) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0":
+        reach = os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+        if reach and work.options.compile and step_kernels(loaded.model):  # which recorded steps alone have
             from llama2_chat.kernels import sum_and_norm  # which needs Triton
 
             sum_and_norm.connect(loaded.model.config.hidden_size, device)
