@@ -144,7 +144,7 @@ def return_from_host(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int
     engine, name = chat.serving.engine, f"{new_tokens} after {cached_tokens:,}"
     users = _users_beside_a_newcomer(chat, users)
     rounds = min(ROUNDS, engine.occupancy.host_capacity_tokens // cached_tokens - 1)
-    if rounds < 1:
+    if rounds < 1 or users < 1:
         return {}
 
     def gone() -> list[list[int]]:
@@ -181,6 +181,8 @@ def return_from_host(chat: ChatModel, cached_tokens: int = 3000, new_tokens: int
 def inter_token_latency(chat: ChatModel, users: int = 8, prompt_tokens: int = 3500) -> dict[str, float]:
     """The gaps between the tokens of users who are being answered while long prompts, one after another, are read."""
     users = _users_beside_a_newcomer(chat, users)
+    if users < 1:
+        return {}
     gaps_s, waits_s = asyncio.run(_join(chat, users, [fresh_ids(chat, prompt_tokens) for _ in range(ROUNDS)]))
     name = f"{users} users while a prompt of {prompt_tokens:,} joins"
     return {

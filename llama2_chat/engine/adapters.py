@@ -48,11 +48,11 @@ def _lora(stacked: tuple[Tensor, Tensor], linear: nn.Module, dtype: torch.dtype,
         return Int8Lora.of(*stacked)
     device = next(itertools.chain(linear.parameters(), linear.buffers())).device
     down, up = (states.to(device, dtype) for states in stacked)
-    kernels = _kernels(device, dtype)
+    kernels = _kernels(device)
     return kernels.GpuLora(down, [up], up, rank) if kernels else Lora(down, [up])
 
 
-def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
+def _kernels(device: torch.device) -> Any:
     """kernels/gpu_lora.py, where it runs."""
     if device.type == "cpu":
         return None
@@ -60,7 +60,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
         from llama2_chat.kernels import gpu_lora
     except ImportError:  # no Triton here
         return None
-    return gpu_lora if gpu_lora.can_add(device, dtype) else None
+    return gpu_lora if gpu_lora.can_add(device) else None
 
 
 def _share(parent: nn.Module, names: Sequence[str], rows: AdapterRows) -> None:

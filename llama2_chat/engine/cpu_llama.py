@@ -70,7 +70,8 @@ class CpuRotaryEmbedding(LlamaRotaryEmbedding):
             return self._turns(places)
         at = places.numpy().ravel()
         if (length := int(at.max(initial=0)) + 1) > len(self.turns[0]):
-            self.turns = self._turns(torch.arange(2 * length)[None])
+            longest = max(length, min(2 * length, self.config.max_position_embeddings))
+            self.turns = self._turns(torch.arange(longest)[None])
         return self.turns[0].take(at, 0), self.turns[1].take(at, 0)
 
     def _turns(self, places: Tensor) -> tuple[Numbers, Numbers]:

@@ -167,9 +167,10 @@ class Drafter:
                 chunk.request.stop_model()
 
     def _read(self, chunks: Sequence[Chunk], prompts: bool) -> None:
-        of_layers = [self._heard[behind][0] for behind in self._net.feature_layers]
-        features = self._net.features(of_layers, self._heard[0][0])
-        self._heard.clear()
+        heard, self._heard = self._heard, {}
+        if all(chunk.request.confidence is None for chunk in chunks):
+            return
+        features = self._net.features([heard[behind][0] for behind in self._net.feature_layers], heard[0][0])
         for chunk, own in zip(chunks, features.split([chunk.end - chunk.start for chunk in chunks]), strict=True):
             if chunk.request.confidence is not None:
                 self._append(chunk, own)

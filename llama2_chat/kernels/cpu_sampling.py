@@ -193,7 +193,9 @@ def find_best(logits, rows, seen, repetition, orders, highest, best, chances):
 
 
 def choose_best(logits: Tensor, rows: Tensor, seen: Tensor, repetition: Tensor) -> tuple[Tensor, Tensor]:
-    """LikelyTokens.choose(), of what LikelyTokens has."""
+    """LikelyTokens.choose(), of what LikelyTokens has. Raises ValueError if that is of another vocabulary."""
+    if seen.shape[1] != logits.shape[1]:  # compiled code looks at no bounds
+        raise ValueError(f"There are {logits.shape[1]} logits, and {seen.shape[1]} tokens that may have been seen")
     orders, highest = np.empty(logits.shape[1], np.int32), np.empty(-(-logits.shape[1] // PART), np.int32)
     best, chances = torch.empty(len(rows), dtype=torch.long), torch.empty(len(rows))
     scores = logits.detach().float().contiguous()

@@ -4,7 +4,8 @@ The adapters of a layer lie side by side, filled up to one rank. Every row goes 
 its own adapter is multiplied by zero: products of the same shapes whoever shares the step, so that a step can be
 recorded. What a layer has in its weights, and in how many bits, is nothing to them: they are added to what it gives.
 
-The products are PyTorch's here, as a CPU takes them. On a GPU narrow steps have kernels of their own (gpu_lora.py).
+The products are PyTorch's here, as a CPU takes them. On a GPU recorded narrow steps have kernels of their own
+(gpu_lora.py).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class AdapterRows:
     def __init__(self, count: int, rank: int, multiple: int, device: torch.device, dtype: torch.dtype) -> None:
         numbers = torch.arange(1, count + 1, device=device).repeat_interleave(rank)
         self._numbers = F.pad(numbers, (0, -len(numbers) % multiple), value=-1)
-        self.rank, self._dtype = rank, dtype
+        self._dtype = dtype
         self.taken: Taken | None = None  # None while no row takes any
 
     @property
@@ -227,11 +228,12 @@ class AdaptedLinear(nn.Module):
         self._widths: list[Any] = [self.base_layer.out_features]  # of what they give
 
     def forward(self, x: Tensor) -> Tensor:
-        taken = self._rows.taken
+        """By PyTorch's products: where nothing is recorded they take less time to launch than kernels of ours."""
+        y, taken = self.base_layer(x), self._rows.taken
         if taken is None or self.lora is None:
-            return self.base_layer(x)
-        begun = self.lora.begin(x, taken)
-        return self.lora.add_to(self.base_layer(x), x, taken, [self.base_layer.out_features], begun)
+            return y
+        (added,) = self.lora(x, taken.mask)
+        return (y + added).to(y.dtype)
 
     def begin_all(self, x: Tensor, taken: Taken) -> Tensor | None:
         """What add_to_all() takes of the same x, called before the layers compute theirs."""

@@ -31,7 +31,7 @@ def keep_compiled(cache_dir: Path) -> None:
 
     In place of each folder that has no room another is named, for this process; one line in the log says so.
     """
-    torch.compiler.config.cache_key_tag = _version()
+    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + _version()
     defaults = {
         "TORCHINDUCTOR_CACHE_DIR": cache_dir / "compiled",
         "TRITON_CACHE_DIR": Path("~/.triton/cache"),

@@ -26,8 +26,11 @@ def save_head(head: EagleHead, folder: Path) -> None:
             tensors[f"{name}_scale"] = scale
         else:
             tensors[name] = states.float()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
     config = head.config.to_dict() | {"bias": head.fc.bias is not None, "architectures": ["EagleHead"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "model.tmp", folder / "config.tmp"  # cut off, it leaves the head that is there
+    save_file(tensors, aside[0])
+    aside[1].write_text(json.dumps(config, indent=1, default=str))
+    for file, name in zip(aside, ("model.safetensors", "config.json"), strict=True):
+        file.replace(folder / name)
     let_others_read(folder, "config.json")

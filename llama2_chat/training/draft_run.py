@@ -67,7 +67,6 @@ def train_draft(options: DraftOptions) -> None:
     batches = make_batches(model, head, learned, options)
     print(f"{len(learned):,} answers in {len(batches):,} batches; the head can say {said:.1%} of their tokens.")
     _train(model, head, batches, held_out, options)
-    save_head(head, options.output_dir)
     true = acceptance(model, head, held_out, options.guesses, options.max_length)
     figures = {"come true of 1, 2, ... guesses in a row": true, "tokens that it can say": said}
     (options.output_dir / "figures.json").write_text(json.dumps(figures, indent=1))
@@ -124,12 +123,11 @@ def _make_answers(
         answers.append(answer)
         tokens += len(answer.ids) - answer.prompt_tokens
         now = time.monotonic()
-        is_late = 0 < options.answer_minutes * 60 < now - started
-        if is_late or now - saved > SAVE_EVERY_S:
+        if now - saved > SAVE_EVERY_S:
             save_answers(answers, writer, file)
             print(f"{len(answers):,} answers; {tokens:,} tokens in {now - started:.0f} s.", flush=True)
             saved = time.monotonic()
-        if is_late:
+        if 0 < options.answer_minutes * 60 < now - started:
             break
     if not answers:
         raise ChatError(f"{options.model} makes up no questions that it answers, so there is nothing to learn from.")
@@ -153,7 +151,7 @@ def _train(
     held_out: Sequence[Answer],
     options: DraftOptions,
 ) -> None:
-    """Go on with what an earlier run has left, if it was cut off. On the way the head is saved, too."""
+    """Go on with what an earlier run has left, if it was cut off. On the way the head is saved, too, and at the end."""
     training, half = Training(model, head, batches, options), options.output_dir / HALF_TRAINED
     if half.is_file():
         training.go_on(half)
@@ -178,4 +176,5 @@ def _train(
                     true = acceptance(model, head, held_out, options.guesses, options.max_length)
                     print(f"After {step:,} steps, {spent:.0%}: loss {loss:.3f}, come true {true}.", flush=True)
                     measuring_due = saved + (time.monotonic() - saved) / MEASURED_SHARE
+    save_head(head, options.output_dir)
     half.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ with torch.inference_mode():
     join_projections(model)
     first = {{"self_attn.q_proj": (4, 64, 64), "self_attn.v_proj": (4, 64, 32), "mlp.down_proj": (4, 64, 64)}}
     second = {{"self_attn.o_proj": (2, 64, 64), "mlp.gate_proj": (2, 64, 64), "mlp.up_proj": (3, 64, 64)}}
-    adapters._kernels = lambda device, dtype: gpu_lora  # as on a GPU
+    adapters._kernels = lambda device: gpu_lora  # as on a GPU
     rows = adapters.add_adapters(model, [lora("first", first), lora("second", second)])
     recorded = RecordedWay(model, pool, state, most_blocks=8, rows=rows)
     assert expected([1, 2, 3]).equal(before)

@@ -23,7 +23,7 @@ GPUS = {
     89: {"sm_count": 58, "max_smem_size": 101_376, "l2_cache_size": 48 << 20, "memory_bandwidth_gbps": 300.0},
     90: {"sm_count": 132, "max_smem_size": 232_448, "l2_cache_size": 50 << 20, "memory_bandwidth_gbps": 3_350.0},
 }
-OLDEST = {"blocks": 75, "gpu_lora": 75}  # the others need bfloat16
+OLDEST = {"blocks": 75}  # the others need bfloat16 or products that Triton does not promise below 8.0
 
 
 # ---- Ours, in Triton ----
@@ -72,8 +72,8 @@ def test_every_triton_kernel_compiles(compiled, capability, monkeypatch):
         if "import triton" in path.read_text("utf-8") and capability >= OLDEST.get(path.stem, 80):
             expected |= kernels_of(importlib.import_module(f"llama2_chat.kernels.{path.stem}"))
     copy_blocks()
-    add_adapters(capability, monkeypatch)
     if capability >= 80:
+        add_adapters(capability, monkeypatch)
         multiply_nf4()
         add_and_normalise()
         in_8_bits = ["fp8", "int8"] if capability >= 89 else ["int8"]
