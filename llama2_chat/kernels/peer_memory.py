@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama2_chat.text import first_line
-
 log = logging.getLogger("llama2_chat")
 
 LAZY_ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS of cuda.h
@@ -74,8 +72,10 @@ class PeerMemory:
         """What act() gave on each rank, once all are done; None if it failed on one."""
         try:
             given: Any = act()
+        except _Refused as error:
+            given = error
         except Exception as error:  # whatever it is, the others must not wait for this rank
-            given = _Refused(first_line(error))
+            given = _Refused(f"{type(error).__name__}: {error}")
         found: list[Any] = [None] * len(self.addresses)
         dist.all_gather_object(found, given)
         if refused := next((each for each in found if isinstance(each, _Refused)), None):
