@@ -226,8 +226,8 @@ class Settings:
     draft_model: str | None = _knob(
         None,
         "DRAFT_MODEL",
-        "Hub id or folder of what guesses, on a CPU, what comes next: an EAGLE head for the model, or a small model "
-        "with its vocabulary",
+        "Hub id or folder of what guesses what comes next: an EAGLE head for the model, or a small model with its "
+        "vocabulary",
     )
     check: bool = _knob(False, "", "start nothing; say what would go wrong and how to fix it")
     json: bool = _knob(False, "", "with --check: one JSON document, for programs")

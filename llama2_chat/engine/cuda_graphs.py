@@ -131,6 +131,8 @@ class RecordedWay:
         self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
         self._recorded, self._complete = threading.Event(), threading.Event()
         self._closed = False
+        self._heard: dict[int, Tensor] = {}  # where recorded steps leave what listen() asks for
+        self._hear: Callable[[dict[int, Tensor]], None] = lambda states: None
         self.mode = "eager"
         # For any number of rows at once: each by itself takes seconds more, and after eight PyTorch compiles no more.
         self._decode_layer = torch.compile(_decode_layer, dynamic=True)
@@ -142,6 +144,13 @@ class RecordedWay:
         rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         devices = {parameter.device for parameter in model.parameters()}
         return type(model) is LlamaForCausalLM and len(devices) == 1 and rope in STATIC_ROPE
+
+    def listen(self, layers: Sequence[int], hear: Callable[[dict[int, Tensor]], None]) -> None:
+        """After each step hear() is told what was computed behind so many layers, [T, H] of its tokens, one chunk after
+        the other, and, as 0, what the output head got. What it is told the next step writes over. Before start()."""
+        rows, like = max(size for _, size in self._sizes), self._model.model.norm.weight
+        self._heard = {behind: like.new_zeros(rows, len(like)) for behind in (*layers, 0)}
+        self._hear = hear
 
     def start(self, wake: Callable[[], None]) -> None:
         """Compile in the background; wake() tells the engine's thread that there is something to record."""
@@ -278,6 +287,7 @@ class RecordedWay:
         if recording is None:
             return None
         self._replay_decode(recording, requests, [(request.slot, 0, 0) for request in requests])
+        self._hear({behind: states[:N] for behind, states in self._heard.items()})
 
         def sample() -> Tensor:
             recording.sampling.replay()
@@ -293,6 +303,7 @@ class RecordedWay:
             return None
         rows = [(chunk.request.slot, ahead, id) for chunk in chunks for ahead, id in enumerate(chunk.ids)]
         self._replay_decode(recording, [chunk.request for chunk in chunks], rows)
+        self._hear({behind: states[: len(rows)] for behind, states in self._heard.items()})
         return VerifiedDrafts.of(chunks, recording.logits.clone(), self._sampling_step)
 
     def _sampling_step(self, requests: Sequence[Request], logits: Tensor, rows: list[int]) -> ModelStep:
@@ -331,7 +342,9 @@ class RecordedWay:
         """None if the longest chunk fits in no recorded step. Chunks are packed into as few steps as they fit in."""
         if self._deterministic:
             self._bind([chunk.request for chunk in chunks])
-            return self._replay_prefill(chunks)
+            logits, heard = self._replay_prefill(chunks)
+            self._hear(heard)
+            return logits
         longest = max(_padded(chunk) for chunk in chunks)
         if not any(size >= longest for size in self._prefills):
             return None
@@ -344,17 +357,32 @@ class RecordedWay:
                 room = max(self._prefills)
             packs[-1].append(chunk)
             room -= _padded(chunk)
-        logits = torch.cat([self._replay_prefill(pack) for pack in packs])
+        replayed = [self._replay_prefill(pack) for pack in packs]
+        logits = torch.cat([logits for logits, _ in replayed])
+        self._hear({behind: torch.cat([heard[behind] for _, heard in replayed]) for behind in self._heard})
         return logits[[index for index, chunk in enumerate(chunks) if chunk.is_last]]
 
-    def _replay_prefill(self, pack: Sequence[Chunk]) -> Tensor:
+    def _replay_prefill(self, pack: Sequence[Chunk]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits after each chunk, and what listen() asks for."""
         tokens = sum(map(_padded, pack))
         recording = self._prefills[min(size for size in self._prefills if size >= tokens)]
         skipped = pack[0].start % PIECE_SIZE // TILE_SIZE if self._deterministic else 0
         packed = _packed(pack, recording.size, self._sampler.padding, skipped)
         recording.inputs.copy_(packed.pin_memory(), non_blocking=True)
         recording.forward.replay()
-        return recording.logits[: None if self._deterministic else len(pack)].clone()
+        return recording.logits[: None if self._deterministic else len(pack)].clone(), self._heard_of(pack, skipped)
+
+    def _heard_of(self, pack: Sequence[Chunk], skipped: int) -> dict[int, Tensor]:
+        """What listen() asks for, of the tokens of a pack that lies as _packed() lays it."""
+        if not self._heard:
+            return {}
+        rows: list[int] = []
+        first = skipped * TILE_SIZE
+        for chunk in pack:
+            rows += range(first, first + chunk.end - chunk.start)
+            first += _padded(chunk)
+        at = _pinned(rows).to(self._table.device, non_blocking=True)
+        return {behind: states[at] for behind, states in self._heard.items()}
 
     def _bind(self, requests: Sequence[Request]) -> None:
         """Bring the slots' rows of the table on the device up to date. A request's own table only grows at its end."""
@@ -385,9 +413,11 @@ class RecordedWay:
         hidden, cos_sin = self._embed(torch.where(ahead > 0, guesses, state.tokens[slots]), positions)
         taken = self._taken(self._adapters[slots])
         normed = self._model.model.layers[0].input_layernorm(hidden)
-        for layer, following, kept in self._layers():
+        for number, (layer, following, kept) in enumerate(self._layers(), 1):
             where = kv_index, slots, positions, self._table
             hidden, normed = self._decode_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
+            self._keep(number, hidden)
+        self._keep(0, normed)
         return self._model.lm_head(normed)[0]
 
     def _prefill(self, inputs: Tensor, size: int) -> Tensor:
@@ -401,10 +431,17 @@ class RecordedWay:
         hidden, cos_sin = self._embed(ids, positions.flatten())
         taken = self._taken(self._adapters[slots].repeat_interleave(TILE_SIZE))
         normed = self._model.model.layers[0].input_layernorm(hidden)
-        for layer, following, kept in self._layers():
+        for number, (layer, following, kept) in enumerate(self._layers(), 1):
             where = kv_index, slots, starts, counts, self._table
             hidden, normed = self._prefill_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
+            self._keep(number, hidden)
+        self._keep(0, normed)
         return self._model.lm_head(normed[:, last])[0]
+
+    def _keep(self, behind: int, states: Tensor) -> None:
+        """Of a step, if listen() asks for what is computed behind so many layers. states: [1, T, H]."""
+        if (place := self._heard.get(behind)) is not None:
+            place[: states.shape[1]].copy_(states[0])
 
     def _layers(self) -> Iterator[tuple[LlamaDecoderLayer, nn.Module, tuple[Tensor, ...]]]:
         """Each layer, the norm of what it gives, which is that of the next one, and its keys and values."""

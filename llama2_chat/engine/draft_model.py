@@ -25,6 +25,7 @@ from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.kernels.packed import PackedLinear
 
 log = logging.getLogger("llama2_chat")
 
@@ -37,7 +38,7 @@ MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, 
 class DraftNet(Protocol):
     """What guesses. Features of a token are what it goes on from; H is 0 where it needs none."""
 
-    weights: int  # that it reads for a guess
+    bytes: float  # of weights that it reads for a guess
 
     @property
     def feature_layers(self) -> Sequence[int]: ...  # of the served model: what it computed behind so many is heard, too
@@ -67,7 +68,7 @@ class HeadNet:
         self._head, self._embeddings, self.ids = head, input_embeddings(model), head.ids
         output = model.get_output_embeddings()
         self._output = _some_rows(output, head.ids)
-        self.weights = _weights(head) + _weights(self._output)
+        self.bytes = _bytes(head) + _bytes(self._output)
         self.feature_layers = head.feature_layers
         if isinstance(self._output, Int8Linear):
             from llama2_chat.engine.cpu_llama import speed_up_head  # which compiles what nobody else needs
@@ -98,7 +99,7 @@ class ModelNet:
     feature_layers = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self.weights = model, _weights(model)
+        self._model, self.bytes = model, _bytes(model)
         attention_windows(model)
         if isinstance(model.get_output_embeddings(), Int8Linear):
             from llama2_chat.engine.cpu_llama import speed_up_llama  # which compiles what nobody else needs
@@ -143,9 +144,9 @@ class Drafter:
 
     def __init__(self, net: DraftNet, model: PreTrainedModel, way: EagerWay, sampler: SamplerState) -> None:
         self._net, self._way, self._sampler = net, way, sampler
-        self.cost = net.weights / _weights(model)  # of a guess, where a token of the served model costs 1
+        self.cost = net.bytes / _bytes(model)  # of a guess, where a token of the served model costs 1
         self._rows: WeakKeyDictionary[Request, _Row] = WeakKeyDictionary()
-        self._heard: dict[int, Tensor] = {}  # what was computed behind so many layers, [1, T, H]; 0 for the whole model
+        self._heard: dict[int, Tensor] = {}  # what was computed behind so many layers, [T, H]; 0 for the whole model
         body: Any = model.base_model
         listening = {behind: body.layers[behind - 1] for behind in net.feature_layers} | {0: body}
         self._hooks = [each.register_forward_hook(partial(self._hear, behind)) for behind, each in listening.items()]
@@ -155,7 +156,11 @@ class Drafter:
             hook.remove()
 
     def _hear(self, behind: int, module: nn.Module, args: Any, output: Any) -> None:
-        self._heard[behind] = output if isinstance(output, Tensor) else output.last_hidden_state
+        self._heard[behind] = (output if isinstance(output, Tensor) else output.last_hidden_state)[0]
+
+    def hear(self, states: dict[int, Tensor]) -> None:
+        """What a step has computed that is not the model's own forward: as _heard."""
+        self._heard = states
 
     def read(self, chunks: Sequence[Chunk], *, prompts: bool = False) -> None:
         """After the served model has computed these chunks. prompts: all of their ids are certain, and read at once."""
@@ -170,7 +175,7 @@ class Drafter:
         heard, self._heard = self._heard, {}
         if all(chunk.request.confidence is None for chunk in chunks):
             return
-        features = self._net.features([heard[behind][0] for behind in self._net.feature_layers], heard[0][0])
+        features = self._net.features([heard[behind] for behind in self._net.feature_layers], heard[0])
         for chunk, own in zip(chunks, features.split([chunk.end - chunk.start for chunk in chunks]), strict=True):
             if chunk.request.confidence is not None:
                 self._append(chunk, own)
@@ -185,8 +190,8 @@ class Drafter:
             row = self._rows[chunk.request] = _Row(chunk.start, features[:1])
             known = 1
         row.features = row.features[:known]
-        if known > MOST_FEATURES:
-            self._forward([Chunk(chunk.request, row.next, chunk.start + 1)])
+        if known > MOST_FEATURES:  # the newest token may be in flight
+            self._forward([Chunk(chunk.request, row.next, min(chunk.start + 1, len(chunk.request.ids)))])
         row.features = torch.cat((row.features, features))
 
     def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
@@ -232,10 +237,22 @@ class Drafter:
         return hidden[last], features[last]
 
 
-def _weights(module: nn.Module) -> int:
-    """Numbers in its linear layers."""
+def _bytes(module: nn.Module) -> float:
+    """Of the weights of its linear layers."""
     layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "out_features")]
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(layer.in_features * layer.out_features * _weight_bytes(layer) for layer in layers)
+
+
+def _weight_bytes(layer: Any) -> float:
+    """Of one weight."""
+    if isinstance(layer, Int8Linear):
+        return 1
+    if isinstance(layer, PackedLinear):
+        return layer.bits / 8
+    weight = getattr(layer, "weight", None)  # of layers that are joined or adapted those within them count
+    if weight is None:
+        return 0
+    return float(weight.element_size()) if weight.is_floating_point() else 0.5  # NF4: two in a byte
 
 
 def _some_rows(output: nn.Module, ids: Tensor | None) -> nn.Module:

@@ -70,12 +70,20 @@ class Confidence:
 
         cost: of making a guess and checking it, for a token of each answer costs 1 without.
         """
+        pay = self._pay(most, cost)
+        self._steps_without = 0 if pay else self._steps_without + 1
+        return most if pay else min(1, most) if self._steps_without > PAUSE else 0
+
+    def may_guess(self, most: int, cost: float) -> bool:
+        """Whether length() would be more than 0."""
+        return most > 0 and (self._steps_without >= PAUSE or self._pay(most, cost))
+
+    def _pay(self, most: int, cost: float) -> bool:
         chance, tokens, pay = self._true / self._made, 1.0, False
         for length in range(1, most + 1):
             tokens += chance**length
             pay |= tokens > 1 + cost * length
-        self._steps_without = 0 if pay else self._steps_without + 1
-        return most if pay else min(1, most) if self._steps_without > PAUSE else 0
+        return pay
 
     def judge(self, guessed: int, kept: int) -> None:
         """Of so many guesses in a row the first ones came true, so many."""

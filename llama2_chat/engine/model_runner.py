@@ -428,7 +428,9 @@ def build_runner(
         if in_pieces:
             raise ModelUnavailable(NOT_DETERMINISTIC)
         rows = add_adapters(model, adapters)
-        net = _draft_net(draft, model) if speculate else None
+        if on_gpu and draft is not None:
+            log.warning("No step is recorded here, so DRAFT_MODEL does not guess.")
+        net = _draft_net(draft, model) if speculate and not on_gpu else None
         pool = pool_for(rows, step_bytes, net.probe() if net else ())
         draft_tokens = CPU_DRAFT_TOKENS if speculate and not on_gpu else 0
         return runner_type(
@@ -446,8 +448,13 @@ def build_runner(
         )
     join_projections(model)
     rows = add_adapters(model, adapters)
-    pool = pool_for(rows, 2 * step_bytes)  # recorded steps have memory of their own
+    net = _draft_net(draft, model) if speculate else None
+    # Recorded steps have memory of their own.
+    pool = pool_for(rows, 2 * step_bytes, net.probe() if net else ())
     recorded = RecordedWay(model, pool, sampler, most_blocks, in_pieces, rows)
+    drafter = _drafter(net, model, pool, sampler, context_length) if net else None
+    if net and drafter:
+        recorded.listen(net.feature_layers, drafter.hear)
     piece_size = PIECE_SIZE if in_pieces else None
     draft_tokens = max_batch if in_pieces else GPU_DRAFT_TOKENS  # in pieces each step is one of a full batch
     return runner_type(
@@ -462,11 +469,12 @@ def build_runner(
         rows=rows,
         host=HostStore(pool.tensors, host_bytes) if host_bytes else None,
         draft_tokens=draft_tokens if speculate else 0,
+        drafter=drafter,
     )
 
 
 def _draft_net(draft: EagleHead | PreTrainedModel | None, model: PreTrainedModel) -> DraftNet | None:
-    if draft is None or input_embeddings(model).weight.device.type != "cpu":
+    if draft is None:
         return None
     return HeadNet(draft, model) if isinstance(draft, EagleHead) else ModelNet(draft)
 

@@ -42,7 +42,7 @@ class Speculation:
         if room < 1:
             return []
         drafts = [self._guess(request, room) for request in requests]
-        if self._runner.pipelined and any(draft.ids for draft in drafts):
+        if self._runner.pipelined and (any(draft.ids for draft in drafts) or self._may_ask_model(requests, room)):
             # Guesses come behind the newest token, which is in flight: where there seem to be some, it is waited for.
             self._delivery.deliver()
             requests = [request for request in requests if request.runs]
@@ -63,6 +63,17 @@ class Speculation:
             return _Draft([])
         forced = request.constraint.forced()[:most] if request.constraint else []
         return _Draft([*forced, *request.drafts.look_up(request.ids, most - len(forced), forced)], len(forced))
+
+    def _may_ask_model(self, requests: Sequence[Request], room: int) -> bool:
+        cost, asked = self._runner.draft_cost, [each for each in requests if each.confidence is not None]
+        if cost is None or not asked or room < len(asked):
+            return False
+        most = room // len(asked)
+        return any(
+            request.confidence.may_guess(min(most, _most(request)), cost * len(requests))
+            for request in asked
+            if request.confidence is not None
+        )
 
     def _ask_model(self, requests: Sequence[Request], drafts: list[_Draft], room: int) -> None:
         """Let a model guess where nothing else did."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
@@ -56,9 +56,10 @@ def has_tokenizer(files: Files) -> bool:
 def read_draft(
     checkpoint: Checkpoint, model: PreTrainedModel, progress: Progress
 ) -> EagleHead | PreTrainedModel | None:
-    """What guesses for this model, in its precision; None if nothing was asked for, or the model is on a GPU."""
+    """What guesses for this model, beside it: in 8 bits where it is on a CPU and in 8 bits, else in 16 or 32. None if
+    nothing was asked for, or if nothing can be guessed for this model."""
     files = checkpoint.draft
-    if files is None or model.device.type != "cpu":
+    if files is None or not can_have_guesses(model):
         return None
     fetch_weights(files, progress)
     precision = precision_of(model)
@@ -68,11 +69,20 @@ def read_draft(
             draft: EagleHead | PreTrainedModel = read_model(files, model.dtype, None, {"": "cpu"})
         else:
             draft = read_head(files)
-        if precision == "int8":
+        if precision == "int8" and model.device.type == "cpu":
             quantize_int8(draft)
         else:
-            nn.Module.to(draft, model.dtype)
+            nn.Module.to(draft, model.device)
+            for weight in draft.parameters():  # not what rotary positions are computed from
+                weight.data = weight.data.to(model.dtype)
     return draft.eval().requires_grad_(False)
+
+
+def can_have_guesses(model: PreTrainedModel) -> bool:
+    """On a CPU any model; on a GPU what has recorded steps there."""
+    devices = {parameter.device for parameter in model.parameters()}
+    on_gpu = type(model) is LlamaForCausalLM and len(devices) == 1 and model.dtype == torch.bfloat16
+    return model.device.type == "cpu" or on_gpu
 
 
 def read_head(files: Files) -> EagleHead:

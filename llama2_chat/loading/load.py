@@ -273,7 +273,9 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
         why = ""  # divided() has said it
     draft = None if part else read_draft(checkpoint, model, progress)
     if checkpoint.draft and draft is None:
-        why = f"{why} DRAFT_MODEL is left out: guesses are made on a CPU only."
+        why = (
+            f"{why} DRAFT_MODEL is left out: on a GPU it guesses for a Llama in 16 bits or fewer that is whole on one."
+        )
     why = f"{why} {said_of_base(checkpoint.all_adapters, checkpoint.base)}".rstrip()
     loaded = Loaded(model, f"{checkpoint.why} {why}".rstrip(), needed_bytes, part, adapters, draft)
     if loaded.precision != precision:

@@ -1,6 +1,7 @@
 """What the GPU kernels and the recorded steps promise, shown without a GPU: kernels in Triton's interpreter, and steps
 that compute anew where they would be replayed."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -13,13 +14,16 @@ from torch.nn import functional as F
 
 from llama2_chat.engine import cuda_graphs
 from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _Recording
+from llama2_chat.engine.drafts import Confidence, Drafts
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
-from llama2_chat.engine.model_runner import ModelRunner
+from llama2_chat.engine.model_runner import ModelRunner, _draft_net, _drafter
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.sampler import NARROW, SamplerState
+from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import Pipelined
+from tests.support.drafts import random_head
 from tests.support.engines import CPU, Stairs, running, start
 
 SCRIPT = r"""
@@ -372,13 +376,19 @@ def answers(engine):
 
 
 @torch.inference_mode()
-def recording_runner(model, sizes, deterministic):
+def recording_runner(model, sizes, deterministic, draft=None):
     windows, context = attention_windows(model), 256
-    pool = KVPool(model, lambda: {CPU: 2**24}, context, max_batch=6)
+    net = _draft_net(draft, model)
+    pool = KVPool(model, lambda: {CPU: 2**24}, context, max_batch=6, beside=net.probe() if net else ())
     sampler = SamplerState(6, model.config.vocab_size, context, CPU)
     way = Anew(model, pool, sampler, context // BLOCK_SIZE, deterministic, sizes=sizes)
+    drafter = _drafter(net, model, pool, sampler, context) if net else None
+    if drafter:
+        drafter._way._on_cpu = False
+        way.listen(net.feature_layers, drafter.hear)
     piece = cuda_graphs.PIECE_SIZE if deterministic else None
-    return ModelRunner(model, pool, sampler, context, None, way, 128, windows, piece_size=piece), way
+    options = {"piece_size": piece, "drafter": drafter}
+    return ModelRunner(model, pool, sampler, context, None, way, 128, windows, **options), way
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -406,3 +416,91 @@ def test_guesses_checked_in_recorded_steps_change_no_answer(tiny_llama, without_
     engine.close()
     assert 0 < engine.occupancy.accepted < engine.occupancy.drafted
     assert way.verified == [True] * len(way.verified) != []
+
+
+@pytest.fixture
+def guessing_model(monkeypatch):
+    """Three guesses at a time, of a model alone, however wrong they are."""
+    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
+    monkeypatch.setattr(Confidence, "may_guess", lambda self, most, cost: most > 0)
+    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", ["head of three layers", "head that others wrote"])
+def test_a_model_guesses_behind_recorded_steps_and_changes_no_answer(
+    tiny_llama, without_kernels, guessing_model, deterministic, kind
+):
+    draft = {
+        "head of three layers": lambda: new_head(tiny_llama, [], 0).eval().requires_grad_(False),
+        "head that others wrote": lambda: random_head(tiny_llama, bias=False, input_norm=True),
+    }[kind]()
+    sizes = {("decode", 6), ("prefill", 128)} if deterministic else SIZES | {("decode", 6)}
+    runner, way = recording_runner(tiny_llama, sizes, deterministic, draft)
+    engine = Engine(Pipelined(runner), set())
+    expected = answers(engine)
+    runner.draft_tokens = 6
+    assert answers(engine) == expected
+    engine.close()
+    assert engine.occupancy.drafted_by_model > 20
+    assert way.verified == [True] * len(way.verified) != []
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_model_that_is_the_served_one_guesses_all_of_it_behind_recorded_steps(
+    tiny_llama, without_kernels, guessing_model, deterministic
+):
+    sizes = {("decode", 6), ("prefill", 128)} if deterministic else SIZES | {("decode", 6)}
+    runner, _ = recording_runner(tiny_llama, sizes, deterministic, copy.deepcopy(tiny_llama))
+    runner.draft_tokens = 6
+    engine = Engine(Pipelined(runner), set())
+    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
+    for prompts in ([[5, 6], [9] * 60], [[7, *range(90)], [9] * 60 + [1]]):  # the last one begins as one before it
+        with engine.paused():
+            started = [start(engine, ids, greedy) for ids in prompts]
+        for _, streamer in started:
+            streamer.rest()
+    engine.close()
+    found = engine.occupancy
+    assert found.drafted_by_model == found.accepted_by_model > 20
+
+
+def test_a_model_guesses_right_after_a_long_time_without(tiny_llama, without_kernels, guessing_model, monkeypatch):
+    # What it has heard of tokens whose ids were still in flight is read in parts.
+    def length(self, most, cost):
+        self._steps_without += 1
+        return min(most, 3) if self._steps_without > 90 else 0
+
+    monkeypatch.setattr(Confidence, "length", length)
+    runner, _ = recording_runner(tiny_llama, SIZES | {("decode", 6)}, False, copy.deepcopy(tiny_llama))
+    runner.draft_tokens = 6
+    engine = Engine(Pipelined(runner), set())
+    monkeypatch.setattr(Confidence, "may_guess", lambda self, most, cost: most > 0 and self._steps_without >= 90)
+    _, streamer = start(engine, [5, 6, 7], SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=120))
+    streamer.rest()
+    engine.close()
+    found = engine.occupancy
+    assert found.drafted_by_model == found.accepted_by_model > 0
+
+
+@torch.inference_mode()
+def test_what_recorded_steps_tell_is_what_the_model_computes(tiny_llama, without_kernels):
+    runner, way = recording_runner(tiny_llama, SIZES | {("decode", 6)}, False)
+    told = []
+    way.listen([1], lambda states: told.append({behind: each.clone() for behind, each in states.items()}))
+    engine = Engine(Pipelined(runner), set())
+    prompts = [[5, 6, 7, *range(60, 0, -1)], [9, 8], [*range(90)]]
+    with engine.paused():
+        started = [start(engine, ids, SamplingParams(temperature=0, max_new_tokens=4)) for ids in prompts]
+    for _, streamer in started:
+        streamer.rest()
+    engine.close()
+    for behind in (1, 0):
+        heard = torch.cat([states[behind] for states in told])
+        for request, _ in started:
+            ids = torch.tensor([request.ids[:-1]])
+            output = tiny_llama.model(ids, output_hidden_states=True)
+            expected = (output.last_hidden_state if behind == 0 else output.hidden_states[behind])[0]
+            nearest = torch.cdist(expected, heard).amin(1)
+            assert nearest.max() < 1e-3 * expected.norm(dim=1).mean()
