@@ -231,7 +231,7 @@ class RecordedWay:
 
     def _step(self, kind: Kind, size: int) -> None:
         inputs = self._new_inputs(kind, size)
-        logits = self._logits(kind, size, inputs)
+        logits = self._logits(kind, size, inputs, told=False)
         if kind == "decode":
             self._sampler.sample(logits, inputs[0], NARROW)
 
@@ -400,10 +400,11 @@ class RecordedWay:
 
     # The steps themselves.
 
-    def _logits(self, kind: Kind, size: int, inputs: Tensor) -> Tensor:
-        return self._decode(inputs) if kind == "decode" else self._prefill(inputs, size)
+    def _logits(self, kind: Kind, size: int, inputs: Tensor, told: bool = True) -> Tensor:
+        """told: leave what listen() asks for where it is found. A step that is only tried must not: another is read."""
+        return self._decode(inputs, told) if kind == "decode" else self._prefill(inputs, size, told)
 
-    def _decode(self, rows: Tensor) -> Tensor:
+    def _decode(self, rows: Tensor, told: bool = True) -> Tensor:
         """Logits [N, V] after some tokens. rows, int64 [3, N]: whose each is, how many tokens it comes after the newest
         one of its slot, and, where that is not 0, which token it is."""
         state = self._sampler
@@ -416,11 +417,13 @@ class RecordedWay:
         for number, (layer, following, kept) in enumerate(self._layers(), 1):
             where = kv_index, slots, positions, self._table
             hidden, normed = self._decode_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
-            self._keep(number, hidden)
-        self._keep(0, normed)
+            if told:
+                self._keep(number, hidden)
+        if told:
+            self._keep(0, normed)
         return self._model.lm_head(normed)[0]
 
-    def _prefill(self, inputs: Tensor, size: int) -> Tensor:
+    def _prefill(self, inputs: Tensor, size: int, told: bool = True) -> Tensor:
         """Logits [slots, V] after the last token of each chunk of a pack of so many tokens, laid out by _packed()."""
         tiles, offset = size // TILE_SIZE, torch.arange(TILE_SIZE, device=inputs.device)
         ids, slots, starts, counts, last = inputs.split([size, tiles, tiles, tiles, self._sampler.padding])
@@ -434,8 +437,10 @@ class RecordedWay:
         for number, (layer, following, kept) in enumerate(self._layers(), 1):
             where = kv_index, slots, starts, counts, self._table
             hidden, normed = self._prefill_layer(layer, following, hidden, normed, *cos_sin, taken, kept, *where)
-            self._keep(number, hidden)
-        self._keep(0, normed)
+            if told:
+                self._keep(number, hidden)
+        if told:
+            self._keep(0, normed)
         return self._model.lm_head(normed[:, last])[0]
 
     def _keep(self, behind: int, states: Tensor) -> None:

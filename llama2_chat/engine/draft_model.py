@@ -252,7 +252,7 @@ def _weight_bytes(layer: Any) -> float:
     weight = getattr(layer, "weight", None)  # of layers that are joined or adapted those within them count
     if weight is None:
         return 0
-    return float(weight.element_size()) if weight.is_floating_point() else 0.5  # NF4: two in a byte
+    return 0.5 if weight.dtype == torch.uint8 else float(weight.element_size())  # NF4: two in a byte
 
 
 def _some_rows(output: nn.Module, ids: Tensor | None) -> nn.Module:

@@ -7,7 +7,9 @@ choice. A request has `Drafts` of its own, which know its prompt and its answer 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 # Ids that must stand as they stood before, for what came next then to be guessed: at first, at least and at most.
 ALIKE, LEAST_ALIKE, MOST_ALIKE = 3, 2, 8
@@ -17,6 +19,7 @@ COMPARED = 16  # ids before each
 # Of a model's guesses: what is believed of them at first, how much of the past is kept at each step, and after how many
 # steps without guesses one is made nevertheless.
 FIRST_TRUE, FIRST_MADE, FORGETTING, PAUSE = 1.2, 2.0, 0.98, 24
+LEAST_TIMED, TIMED = 4, 16  # steps with a model's guesses, of which the middle one tells what they cost
 
 
 class Drafts:
@@ -55,6 +58,34 @@ class Drafts:
         elif kept < guessed / 2:
             self._length = max(self._length // 2, LEAST_LENGTH)
             self._alike = min(self._alike + 1, MOST_ALIKE)
+
+
+class GuessCost:
+    """What a model's guess costs, where a step that checks guesses costs 1, by the clock.
+
+    On a GPU a guess takes what launching it takes, of which its weights tell nothing. assumed: until it is known.
+    """
+
+    def __init__(self, assumed: float) -> None:
+        self._assumed = assumed
+        self._guesses, self._steps = deque[float](maxlen=TIMED), deque[float](maxlen=TIMED)  # seconds
+        self._ended: float | None = None  # when the latest guesses were there
+
+    def made(self, started: float, ended: float, guesses: int) -> None:
+        """So many in a row were made between these times, or none; then comes a step that checks them."""
+        if not guesses:
+            self._ended = None
+            return
+        if self._ended is not None:
+            self._steps.append(started - self._ended)
+        self._guesses.append((ended - started) / guesses)
+        self._ended = ended
+
+    @property
+    def cost(self) -> float:
+        if len(self._steps) < LEAST_TIMED:
+            return self._assumed
+        return median(self._guesses) / median(self._steps)
 
 
 class Confidence:

@@ -7,6 +7,7 @@ ready, else transformers' own forward (step_ways.py). The engine knows none of t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, step_kernels
 from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
+from llama2_chat.engine.drafts import GuessCost
 from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
@@ -110,7 +112,7 @@ class ModelRunner:
         on_gpu = self._device.type == "cuda"
         self.pipelined, self.piece_size = on_gpu, piece_size
         self._most_draft_tokens, self.draft_tokens = draft_tokens, 0 if faster else draft_tokens
-        self.draft_cost = drafter.cost + ROW_COST if drafter else None
+        self._guess_cost = GuessCost(drafter.cost + ROW_COST) if drafter else None
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks
@@ -215,12 +217,24 @@ class ModelRunner:
         if self._host:
             self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
         step = next(step for way in self._ways if (step := way.decode(requests)) is not None)
-        if self._drafter and self.draft_tokens:
+        if self._drafter and len(requests) < self.draft_tokens:  # else there is no room for guesses
             self._drafter.read([Chunk(request, request.computed, request.computed + 1) for request in requests])
         return step
 
+    @property
+    def draft_cost(self) -> float | None:
+        return self._guess_cost.cost if self._guess_cost else None
+
     def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
-        return self._drafter.draft(requests, lengths) if self._drafter else [[] for _ in requests]
+        if not (self._drafter and self._guess_cost):
+            return [[] for _ in requests]
+        reached = zip(requests, lengths, strict=True)
+        self._settle([Chunk(each, each.computed, each.computed + 1 + length) for each, length in reached])
+        started = time.perf_counter()
+        guesses = self._drafter.draft(requests, lengths)
+        if self._device.type == "cuda":  # on a CPU weights tell it, and other programs do not change it
+            self._guess_cost.made(started, time.perf_counter(), max(map(len, guesses), default=0))
+        return guesses
 
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
         self._settle(chunks)

@@ -59,10 +59,11 @@ class Runner(Protocol[StepT]):
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
-    draft_cost: (
-        float | None
-    )  # of one guess of draft() and its check, where a step with one token costs 1; None: no model
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
+
+    @property
+    def draft_cost(self) -> float | None:
+        """Of one guess of draft() and its check, where a step with one token costs 1. None: no model guesses."""
 
     @property
     def mode(self) -> str: ...  # how a step runs, in words

@@ -74,7 +74,8 @@ def read_draft(
         else:
             nn.Module.to(draft, model.device)
             for weight in draft.parameters():  # not what rotary positions are computed from
-                weight.data = weight.data.to(model.dtype)
+                if weight.is_floating_point():
+                    weight.data = weight.data.to(model.dtype)
     return draft.eval().requires_grad_(False)
 
 

@@ -158,8 +158,7 @@ def measure_checkpoint(checkpoint: Checkpoint) -> Size:
     guesses for it."""
     largest = max((sum(adapter.files.weights().values()) for adapter in checkpoint.adapters), default=0)
     size = measure(checkpoint.base, checkpoint.headroom_gb, checkpoint.kv_cache)
-    # On a GPU it is not read.
-    draft = sum(checkpoint.draft.weights().values()) if checkpoint.draft and not visible_gpus() else 0
+    draft = sum(checkpoint.draft.weights().values()) if checkpoint.draft else 0
     return replace(size, adapter_bytes=largest * len(checkpoint.adapters) + draft)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llama2_chat.engine.drafts import PAUSE, Confidence, Drafts
+from llama2_chat.engine.drafts import LEAST_TIMED, PAUSE, Confidence, Drafts, GuessCost
 from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
@@ -115,6 +115,18 @@ def test_guesses_reckon_with_the_penalty_of_what_was_said_and_of_each_other():
     assert best.tolist() == [2, 0]
     penalised = torch.tensor([[1.5, 1.0, 1.8], [3.0, 2.0, 1.8]])
     assert torch.allclose(chances, penalised.softmax(-1).amax(-1))
+
+
+def test_what_a_guess_costs_is_told_by_the_clock_once_it_is_known():
+    cost, now = GuessCost(0.1), 0.0
+    for step in range(LEAST_TIMED + 1):
+        assert cost.cost == 0.1
+        cost.made(now, now + 2 * 3, guesses=2)  # 3 s each
+        now += 6 + (100 if step == 1 else 10)  # others were read meanwhile, once
+    assert cost.cost == 3 / 10
+    cost.made(now, now, guesses=0)
+    cost.made(now + 1000, now + 1006, guesses=2)  # nothing was guessed before it, so nobody knows how long a step took
+    assert cost.cost == 3 / 10
 
 
 def test_what_a_cpu_guesses_is_what_other_devices_do():

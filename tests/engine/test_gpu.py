@@ -434,7 +434,7 @@ def test_a_model_guesses_behind_recorded_steps(monkeypatch, deterministic, kv_ca
         assert found == expected[kind] or not deterministic, kind
     before = engine.occupancy
     for ids in prompts([5, 70, 300]):
-        answer(engine, ids, GREEDY)
+        answer(engine, ids[::-1], GREEDY)  # of which nothing is in the KV cache
     after = engine.occupancy
     engine.close()
     drafted = after.drafted_by_model - before.drafted_by_model

@@ -62,7 +62,7 @@ def test_a_small_model_of_the_same_vocabulary_is_read(tiny, tmp_path, monkeypatc
     checkpoint = fetch(choose(asking_for(tiny, draft_model=str(smaller))), ignore)
     assert measure_checkpoint(checkpoint).adapter_bytes > 0
     monkeypatch.setattr("llama2_chat.loading.load.visible_gpus", lambda: [Gpu(22 * GB)])
-    assert measure_checkpoint(checkpoint).adapter_bytes == 0  # there no model guesses
+    assert measure_checkpoint(checkpoint).adapter_bytes > 0  # there, too
 
 
 def test_nothing_is_read_where_nothing_is_asked_for(tiny):
