@@ -13,7 +13,7 @@ from llama2_chat.kernels.rank_sum import SummedLinear
 ALONE = {
     *("close", "enter_thread", "wait", "synchronize", "release_memory", "are_finite", "check_lengths", "mode"),
     *("new_masks", "are_arriving", "wait_for_block", "kv_bytes", "kv_format"),
-    *("draft", "verify"),  # there is no draft, and draft_tokens is 0
+    *("draft", "draft_cost", "verify"),  # there is no draft, and draft_tokens is 0
 }
 
 
