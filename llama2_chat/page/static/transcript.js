@@ -127,7 +127,8 @@ export class Transcript {
   _scrolled() {
     const { scrollHeight, scrollTop, clientHeight } = this.element;
     const near = scrollTop < this.lastTop ? 2 : NEAR; // whoever turns the wheel up by a little wants to stay there
-    this.following = scrollHeight - scrollTop - clientHeight < near;
+    // Only the reader goes up. The end goes away by itself, too, where text grows or a keyboard opens: it is followed then.
+    this.following = scrollHeight - scrollTop - clientHeight < near || (this.following && scrollTop >= this.lastTop);
     this.lastTop = scrollTop;
     this.toEnd.hidden = this.following || !this.articles.size;
   }
