@@ -14,6 +14,7 @@ from typing import cast
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.route_utils import BUILD_PATH_LIB
 from gradio.routes import App
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
@@ -136,6 +137,8 @@ def add_page(
     app.include_router(
         page_router(answering, limiter, settings.sampling, visitors, tools, library, histories, decisions)
     )
+    # Gradio's code once more, under an address that a browser has not given up yet (static/gradio.js).
+    app.mount("/page/again/{start:int}", StaticFiles(directory=BUILD_PATH_LIB))
     app.mount("/page", StaticFiles(directory=STATIC))
     app.router.routes.append(mount)
     return app

@@ -64,7 +64,7 @@ def visit(browser):
     pages, errors = [], []
 
     def note(error):
-        if not re.match("Failed to fetch dynamically imported module: .*/assets/", str(error)):
+        if not re.match(r"Failed to fetch dynamically imported module: .*/(assets|page/again/\d+)/", str(error)):
             errors.append(str(error))
 
     def visit(address, **options):

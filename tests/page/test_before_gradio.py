@@ -98,8 +98,8 @@ def test_what_gradio_lays_over_the_page_while_it_loads_is_in_nobodys_way(context
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["index-*.js", "core-*.js", "Blocks-*.css"])
-def test_settings_come_though_the_line_went_down_while_gradio_loaded(context, site, lost):
+@pytest.mark.parametrize("lost", ["index-*.js", "core-*.js", "Blocks-*.css", "Index-*.css"])
+def test_settings_come_though_the_line_went_down_while_gradio_loaded(context, site, chat, lost):
     page = context.new_page()
     context.unroute_all()
     page.route(f"**/assets/{lost}", lambda route: route.abort())
@@ -107,13 +107,17 @@ def test_settings_come_though_the_line_went_down_while_gradio_loaded(context, si
         open_page(page, site)
     page.unroute_all()
     expect(page.locator("#setting-seed")).to_be_attached()
+    open_settings(page)
+    page.get_by_role("spinbutton", name="Temperature").fill("1.5")
+    ask(page)
+    assert chat.asked[-1][1].temperature == 1.5
 
 
 @pytest.mark.slow
-def test_settings_that_gradio_cannot_make_any_more_are_a_click_away(context, site):
+def test_settings_that_do_not_come_the_second_time_either_are_a_click_away(context, site):
     page = context.new_page()
     context.unroute_all()
-    page.route("**/assets/Index-*.css", lambda route: route.abort())
+    page.route("**/core-*.js", lambda route: route.abort())
     open_page(page, site)
     expect(toast(page)).to_contain_text("The settings could not be loaded.", timeout=40_000)
     page.unroute_all()

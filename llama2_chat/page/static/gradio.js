@@ -4,6 +4,7 @@
 import { h, toast } from "./dialog.js";
 import { T } from "./texts.js";
 
+const ELEMENT = "gradio-app"; // which Gradio's code defines, and in which it makes what it makes
 const LOOK_MS = 20;
 const ASK_MS = 1000; // between two questions whether the server is back
 const PATIENCE_MS = 10_000; // for a second start to come to something
@@ -15,7 +16,7 @@ const PATIENCE_MS = 10_000; // for a second start to come to something
 export function startGradio(attach) {
   const loading = new Loading();
   keepLanguage();
-  requestAnimationFrame(() => setTimeout(run));
+  requestAnimationFrame(() => setTimeout(() => run(gradiosCode())));
   (function look() {
     if (attach()) loading.isDone = true;
     else setTimeout(look, LOOK_MS);
@@ -32,10 +33,12 @@ function keepLanguage() {
 /** Asks again, once the server is back, for scripts and style sheets that did not come. */
 class Loading {
   isDone = false;
+  #restarts = 0;
   #styles = new Set(); // addresses
   #mending = null;
 
   constructor() {
+    nameElements(() => (this.#restarts ? `${ELEMENT}-${this.#restarts}` : ELEMENT));
     addEventListener("error", ({ target }) => this.#notice(target), true);
     addEventListener("unhandledrejection", () => this.#mend()); // a module that did not come
   }
@@ -52,14 +55,34 @@ class Loading {
   async #again() {
     do await pause(ASK_MS);
     while (!(await isReachable()));
-    for (const href of this.#styles) document.head.append(h("link", { rel: "stylesheet", href })); // its loader asks once
+    if (!this.isDone) this.#restart();
+    else for (const href of this.#styles) document.head.append(h("link", { rel: "stylesheet", href }));
     this.#styles.clear();
     if (this.isDone) return;
-    restart();
     await pause(PATIENCE_MS);
-    // It remembers of some modules that they did not come. A private chat would not outlive a reload: the visitor decides.
+    // A private chat would not outlive a reload: the visitor decides.
     if (!this.isDone) toast(T.settings.missing, { action: T.settings.reload, onAction: () => location.reload(), seconds: 86_400 });
   }
+
+  /** Under addresses of its own: most browsers remember of a module that it did not come, and never ask again. */
+  #restart() {
+    this.#restarts += 1;
+    run(gradiosCode().replace("/assets/", `/page/again/${this.#restarts}/`));
+    const frame = document.querySelector("[control_page_title]"); // by whichever name
+    const attributes = Object.fromEntries([...frame.attributes].map(({ name, value }) => [name, value]));
+    frame.replaceWith(h(`${ELEMENT}-${this.#restarts}`, attributes));
+  }
+}
+
+/**
+ * An element's name is defined once, and Gradio knows of one name: each start gets another, as it would be the first's.
+ * @param current the name of Gradio's element today
+ */
+function nameElements(current) {
+  const { get, define } = CustomElementRegistry.prototype;
+  const named = (name) => (name === ELEMENT ? current() : name);
+  customElements.get = (name) => get.call(customElements, named(name));
+  customElements.define = (name, ...rest) => define.call(customElements, named(name), ...rest);
 }
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -72,14 +95,8 @@ async function isReachable() {
   }
 }
 
-function run() {
-  const { src } = document.querySelector("#gradio");
-  document.head.append(h("script", { type: "module", src }));
-}
+const gradiosCode = () => document.querySelector("#gradio").src;
 
-/** What came is kept by the browser. */
-function restart() {
-  const frame = document.querySelector("gradio-app");
-  frame.replaceWith(frame.cloneNode(false));
-  if (!customElements.get("gradio-app")) run();
+function run(src) {
+  document.head.append(h("script", { type: "module", src }));
 }
