@@ -22,8 +22,7 @@ from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.kernels.fixed_rows import attend_fixed_rows, block_rows, fixed_rows_mask
 
 SHORT_SPANS = (BLOCK_SIZE, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE, 6 * BLOCK_SIZE)  # tokens
-MANY_TOKENS = 64  # of a step: for fewer, waking another thread takes longer than it saves
-PIECE = 32  # tokens that a thread computes at a time: later ones of a chunk attend to more than earlier ones
+PIECE = 32  # tokens that a thread computes at a time
 LONG_SPANS = 4 * BLOCK_SIZE  # and its multiples, so that few answers of a step are apart
 
 
@@ -36,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Tokens in a row of N requests, which one thread computes, as block_attention.py takes them."""
+    """Tokens in a row of N requests, which one thread computes at a time, as block_attention.py takes them."""
 
     firsts: NDArray[np.int64]  # [N]: the first token of each piece in the step
     starts: NDArray[np.int64]  # [N]: its position
@@ -48,7 +47,7 @@ class Places(NamedTuple):
     """Where the tokens of a step are, as block_attention.py takes it."""
 
     tokens: NDArray[np.int64]  # [T]: the block of each times BLOCK_SIZE, and its place there
-    shares: list[Pieces]  # for each thread
+    pieces: Pieces
 
 
 @dataclass
@@ -69,18 +68,17 @@ class CpuStep:
         chunks, positions = self.chunks, self.positions.numpy()
         length = -(-max(chunk.end for chunk in chunks) // BLOCK_SIZE) * BLOCK_SIZE
         tables = _tables([chunk.request for chunk in chunks], length).numpy()
-        threads = torch.get_num_threads() if len(positions) >= MANY_TOKENS else 1
-        size = length if threads == 1 else PIECE
         pieces, first = [], 0
         for number, (start, end) in enumerate((chunk.start, chunk.end) for chunk in chunks):
-            pieces += [(first + at - start, at, min(at + size, end), number) for at in range(start, end, size)]
+            pieces += [(first + at - start, at, min(at + PIECE, end), number) for at in range(start, end, PIECE)]
             first += end - start
-        shares = [np.array(pieces[thread::threads]).T.copy() for thread in range(min(threads, len(pieces)))]
+        pieces.sort(key=lambda piece: -piece[2])  # those that attend to most come first, so that threads end together
+        firsts, starts, ends, numbers = np.array(pieces).T.copy()
         blocks = tables[
             np.repeat(np.arange(len(chunks)), [chunk.end - chunk.start for chunk in chunks]), positions // BLOCK_SIZE
         ]
         tokens = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        return Places(tokens, [Pieces(share[0], share[1], share[2], tables[share[3]]) for share in shares])
+        return Places(tokens, Pieces(firsts, starts, ends, tables[numbers]))
 
     @cached_property
     def parts(self) -> list[Part]:

@@ -6,13 +6,14 @@ What is computed is what LlamaDecoderLayer computes, in float32 between the prod
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from llama2_chat.engine.architecture import STATIC_ROPE
@@ -24,13 +25,20 @@ from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 from llama2_chat.kernels.int8_rows import Codes
 
+if TYPE_CHECKING:
+    from llama2_chat.kernels.llama_layers import Layers
+
 Numbers = NDArray[np.float32]
 
 
 def speed_up_llama(model: PreTrainedModel) -> None:
-    """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls."""
+    """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls; in one, where its
+    weights are panels."""
     if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
         speed_up_layers(model.model)
+        if layers := _compiled(model.model):
+            model.model.__class__ = CpuLlamaModel
+            model.model.compiled = layers
 
 
 def speed_up_head(head: EagleHead) -> None:
@@ -125,6 +133,59 @@ class Shape(NamedTuple):
         heads = attention.o_proj.in_features // attention.head_dim
         norms = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
         return cls(attention.layer_idx, heads, heads // attention.num_key_value_groups, attention.scaling, norms)
+
+
+def _compiled(body: Any) -> Layers | None:
+    """The layers for one call, if they are all such as it takes."""
+    if not all(isinstance(layer, CpuLlamaLayer) and _are_panels(layer) for layer in body.layers):
+        return None
+    from llama2_chat.kernels.llama_layers import LayerArrays, Layers, LayerSizes  # compiled for processors with VNNI
+
+    arrays, sizes = [], set()
+    for layer in body.layers:
+        _, heads, kv_heads, scale, norms = layer.shape
+        products: list[Any] = [each.panels for each in _products(layer)]
+        arrays.append(LayerArrays(*(norm.weight for norm in norms), *products))
+        (epsilon,) = {norm.epsilon for norm in norms}
+        inner = layer.mlp.down_proj.in_features
+        sizes.add(LayerSizes(heads, kv_heads, layer.self_attn.head_dim, inner, epsilon, scale))
+    return Layers(arrays, *sizes) if len(sizes) == 1 else None
+
+
+def _are_panels(layer: Any) -> bool:
+    return all(each.panels is not None and each.bias is None for each in _products(layer))
+
+
+def _products(layer: Any) -> list[Int8Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj.whole, attention.o_proj, mlp.gate_proj.whole, mlp.down_proj]
+
+
+class CpuLlamaModel(LlamaModel):
+    """Of layers that one call computes, unless an adapter adds to them."""
+
+    compiled: Any  # Layers, whose module is imported for processors with VNNI only
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        step: Any = kwargs.get("step")
+        in_blocks = isinstance(step, CpuStep) and isinstance(step.pool, CpuPool)
+        if not in_blocks or any(chunk.request.adapter for chunk in step.chunks):
+            return super().forward(*args, **kwargs)
+        output = self.embed_tokens(kwargs["input_ids"]).float()
+        turns = self.rotary_emb(output, kwargs["position_ids"])
+        first, end = 0, len(self.layers)
+        for number, layer in enumerate(self.layers):
+            if layer._forward_hooks:  # somebody listens to what it gives
+                self._run(first, number, output, turns, step)
+                output = layer(output, attention_mask=None, position_embeddings=turns, step=step)
+                first = number + 1
+        self._run(first, end, output, turns, step)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(output))
+
+    def _run(self, first: int, end: int, output: Tensor, turns: tuple[Numbers, Numbers], step: Any) -> None:
+        """Let output, [1, T, width], go through some of the layers."""
+        if first < end:
+            self.compiled.run(first, end, output.detach()[0].numpy(), turns, *step.places, step.pool.bits)
 
 
 class CpuLlamaLayer(LlamaDecoderLayer):

@@ -7,8 +7,6 @@ of queries at a time are multiplied with a block, each as it would be alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +27,11 @@ from llama2_chat.kernels.compiled import (
     of_ordinal,
     ordinal,
     part,
-    side_by_side,
 )
+from llama2_chat.kernels.crew import end_of, take, take_next, turns_for, with_help
 
 BLOCK = 64  # tokens of a block of the pool, BLOCK_SIZE there, and dimensions of a head that are computed together
+MANY_TOKENS = 64  # of a step: for fewer, calling other threads takes longer than it saves
 ROWS = 4  # of queries that are multiplied at once
 FEW_ROWS = 32  # for fewer, widening a block beforehand takes longer than widening it for each ROWS
 TILE = BLOCK if torch.backends.cpu.get_cpu_capability() == "AVX512" else LANES  # columns whose sums fit into registers
@@ -159,89 +158,118 @@ def widen_values(block, held, value_block):
     value_block[:, held * BLOCK :] = 0
 
 
+@part
+def write_row(state, token, keys, values):
+    """Write the keys and values of one token, state [heads + 2 * kv_heads, head_dim]."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    heads = len(state) - 2 * kv_heads
+    block, place = token // BLOCK, token % BLOCK
+    for head in range(kv_heads):
+        key, value = state[heads + head], state[heads + kv_heads + head]
+        for d in range(head_dim):
+            keys[block, head, d, place] = rounded(key[d])
+            values[block, head, place, d] = rounded(value[d])
+
+
+@part
+def room_for(rows, head_dim):
+    """What a thread needs to compute so many rows of queries at once."""
+    panels = (head_dim + BLOCK - 1) // BLOCK
+    rows += ROWS
+    return (
+        np.zeros(rows * head_dim, np.float32),  # queries
+        np.zeros((panels, rows * BLOCK), np.float32),  # values, mixed
+        np.zeros((rows, BLOCK), np.float32),  # totals
+        np.zeros(rows, np.float32),  # highest scores
+        np.zeros(ROWS * BLOCK, np.float32),  # scores
+        np.zeros(head_dim * BLOCK, np.float32),  # a block's keys
+        np.zeros((panels, BLOCK * BLOCK), np.float32),  # and values
+    )
+
+
+@part
+def attend_piece(states, first, start, end, table, head, keys, values, scale, output, room):
+    """Let each token of one piece attend to its request so far, with the queries of one of the kv_heads.
+
+    room: of room_for(), for all rows of the piece. attend_in_blocks() says what else is taken.
+    """
+    queries, mixed, totals, highest, scores, key_block, value_block = room
+    heads, head_dim = output.shape[1], output.shape[2]
+    group, panels = heads // keys.shape[1], len(mixed)
+    count = (end - start) * group
+    direct = count <= FEW_ROWS and head_dim % BLOCK == 0  # the block is multiplied as it is kept
+    for token in range(end - start):
+        for member in range(group):
+            query = states[first + token, head * group + member]
+            at = (token * group + member) * head_dim
+            for d in range(head_dim):
+                queries[at + d] = query[d] * scale
+    mixed[:] = 0
+    totals[:] = 0
+    highest[:] = -np.inf
+    for index in range((end + BLOCK - 1) // BLOCK):
+        held = min(BLOCK, end - index * BLOCK)
+        key_bits, value_bits = keys[table[index], head], values[table[index], head]
+        if not direct:
+            widen_keys(key_bits, held, key_block)
+            widen_values(value_bits, held, value_block)
+        for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
+            scores[:] = 0
+            some = queries[at * head_dim : (at + ROWS) * head_dim]
+            if direct:
+                add_product(some, key_bits.reshape(-1), head_dim, BLOCK, scores)
+            else:
+                add_product(some, key_block, head_dim, BLOCK, scores)
+            for row in range(at, min(at + ROWS, count)):
+                seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
+                shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
+                highest[row], shrink = turn_into_shares(shares, seen, highest[row], totals[row])
+                for panel in range(panels):
+                    shrunk = mixed[panel, row * BLOCK : (row + 1) * BLOCK]
+                    for d in range(BLOCK):
+                        shrunk[d] *= shrink
+            for panel in range(panels):
+                found_so_far = mixed[panel, at * BLOCK : (at + ROWS) * BLOCK]
+                if direct:
+                    add_product(scores, value_bits.reshape(-1)[panel * BLOCK :], held, head_dim, found_so_far)
+                else:
+                    add_product(scores, value_block[panel], BLOCK, BLOCK, found_so_far)
+    for row in range(count):
+        total, found = whole_sum(totals[row]), output[first + row // group, head * group + row % group]
+        for panel in range(panels):
+            at = panel * BLOCK
+            for d in range(min(BLOCK, head_dim - at)):
+                found[at + d] = mixed[panel, row * BLOCK + d] / total
+
+
 @compiled("void(float32[:, :, ::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1])")
 def write_rows(states, tokens, keys, values):
     """Write keys and values to their places; attend_in_blocks() says what is taken."""
-    kv_heads, head_dim = keys.shape[1], keys.shape[2]
-    heads = states.shape[1] - 2 * kv_heads
     for row in range(len(states)):
-        block, place = tokens[row] // BLOCK, tokens[row] % BLOCK
-        for head in range(kv_heads):
-            key, value = states[row, heads + head], states[row, heads + kv_heads + head]
-            for d in range(head_dim):
-                keys[block, head, d, place] = rounded(key[d])
-                values[block, head, place, d] = rounded(value[d])
+        write_row(states[row], tokens[row], keys, values)
 
 
 @compiled(
-    "void(float32[:, :, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
+    "void(int64, int64[:, :, ::1], float32[:, :, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
     " uint16[:, :, :, ::1], uint16[:, :, :, ::1], float32, float32[:, :, ::1])"
 )
-def attend_pieces(states, firsts, starts, ends, tables, keys, values, scale, output):
+def attend_pieces(me, turns, states, firsts, starts, ends, tables, keys, values, scale, output):
     """Let each token of N pieces attend to its request so far; attend_in_blocks() says what is taken."""
-    heads, head_dim = output.shape[1], output.shape[2]
     kv_heads = keys.shape[1]
-    group, panels = heads // kv_heads, (head_dim + BLOCK - 1) // BLOCK
-    rows = (ends - starts).max() * group + ROWS
-    queries = np.zeros(rows * head_dim, np.float32)
-    mixed = np.zeros((panels, rows * BLOCK), np.float32)
-    totals, highest = np.zeros((rows, BLOCK), np.float32), np.zeros(rows, np.float32)
-    scores = np.zeros(ROWS * BLOCK, np.float32)
-    key_block = np.zeros(head_dim * BLOCK, np.float32)
-    value_block = np.zeros((panels, BLOCK * BLOCK), np.float32)
-    for piece in range(len(firsts)):
-        first, start, end = firsts[piece], starts[piece], ends[piece]
-        count = (end - start) * group
-        direct = count <= FEW_ROWS and head_dim % BLOCK == 0  # the block is multiplied as it is kept
-        for head in range(kv_heads):
-            for token in range(end - start):
-                for member in range(group):
-                    query = states[first + token, head * group + member]
-                    at = (token * group + member) * head_dim
-                    for d in range(head_dim):
-                        queries[at + d] = query[d] * scale
-            mixed[:] = 0
-            totals[:] = 0
-            highest[:] = -np.inf
-            for index in range((end + BLOCK - 1) // BLOCK):
-                held = min(BLOCK, end - index * BLOCK)
-                key_bits, value_bits = keys[tables[piece, index], head], values[tables[piece, index], head]
-                if not direct:
-                    widen_keys(key_bits, held, key_block)
-                    widen_values(value_bits, held, value_block)
-                for at in range(max(0, index * BLOCK - start) * group, count, ROWS):  # the rows that see this block
-                    scores[:] = 0
-                    some = queries[at * head_dim : (at + ROWS) * head_dim]
-                    if direct:
-                        add_product(some, key_bits.reshape(-1), head_dim, BLOCK, scores)
-                    else:
-                        add_product(some, key_block, head_dim, BLOCK, scores)
-                    for row in range(at, min(at + ROWS, count)):
-                        seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
-                        shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
-                        highest[row], shrink = turn_into_shares(shares, seen, highest[row], totals[row])
-                        for panel in range(panels):
-                            shrunk = mixed[panel, row * BLOCK : (row + 1) * BLOCK]
-                            for d in range(BLOCK):
-                                shrunk[d] *= shrink
-                    for panel in range(panels):
-                        found_so_far = mixed[panel, at * BLOCK : (at + ROWS) * BLOCK]
-                        if direct:
-                            add_product(scores, value_bits.reshape(-1)[panel * BLOCK :], held, head_dim, found_so_far)
-                        else:
-                            add_product(scores, value_block[panel], BLOCK, BLOCK, found_so_far)
-            for row in range(count):
-                total, found = whole_sum(totals[row]), output[first + row // group, head * group + row % group]
-                for panel in range(panels):
-                    at = panel * BLOCK
-                    for d in range(min(BLOCK, head_dim - at)):
-                        found[at + d] = mixed[panel, row * BLOCK + d] / total
+    room = room_for((ends - starts).max() * (output.shape[1] // kv_heads), output.shape[2])
+    shares = len(firsts) * kv_heads
+    share = take(me, turns, 0, shares)
+    while share < shares:
+        n, head = share // kv_heads, share % kv_heads
+        attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, keys, values, scale, output, room)
+        share = take_next(me, turns, 0, shares)
+    end_of(me, turns, 0, shares)
 
 
 def attend_in_blocks(
     states: NDArray[np.float32],
     tokens: NDArray[np.int64],
-    shares: Iterable[tuple[NDArray[np.int64], ...]],
+    pieces: tuple[NDArray[np.int64], ...],
     keys: NDArray[np.uint16],
     values: NDArray[np.uint16],
     scale: float,
@@ -249,12 +277,16 @@ def attend_in_blocks(
     """Write the keys and values of some tokens into their blocks, and let each token attend to its request so far.
 
     states: [T, heads + 2 * kv_heads, head_dim], of query, key and value. tokens: [T], of each block * BLOCK + its place
-    in the block. shares: for each thread N pieces of requests: [N], the first token of each; [N] and [N], its position
-    and that behind the last; [N, B], the request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads, head_dim,
-    BLOCK]; values: the same, [num_blocks, kv_heads, BLOCK, head_dim]. Returns [T, heads, head_dim].
+    in the block. pieces: N of requests: [N], the first token of each; [N] and [N], its position and that behind the
+    last; [N, B], the request's blocks. keys: bfloat16 as uint16, [num_blocks, kv_heads, head_dim, BLOCK]; values: the
+    same, [num_blocks, kv_heads, BLOCK, head_dim]. Returns [T, heads, head_dim].
     """
     count, all_heads, head_dim = states.shape
     output = np.empty((count, all_heads - 2 * keys.shape[1], head_dim), np.float32)
     write_rows(states, tokens, keys, values)
-    side_by_side([partial(attend_pieces, states, *share, keys, values, scale, output) for share in shares])
+    turns, arguments = turns_for(1), (states, *pieces, keys, values, scale, output)
+    if count < MANY_TOKENS:
+        attend_pieces(0, turns, *arguments)
+    else:
+        with_help(attend_pieces, turns, *arguments)
     return output

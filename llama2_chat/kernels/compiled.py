@@ -14,17 +14,15 @@ import hashlib
 import importlib
 import logging
 import subprocess
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from llvmlite import ir
-from numba import njit, types
+from llvmlite import binding, ir
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 from llama2_chat.process import python_command
@@ -38,9 +36,12 @@ part = njit(**OPTIONS, forceinline=True)
 row_sum = njit(**OPTIONS, forceinline=True, fastmath={"reassoc", "contract", "nsz"})
 
 # In the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
-# with what an earlier version of the parts below has become in it.
-VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+# with what an earlier version of a part in another file has become in it.
+VERSION = hashlib.sha256(
+    b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()[:12]
 MODULES = "block_attention", "cpu_sampling", "int8_rows"  # that have compiled functions
+MODULES_WITH_VNNI = "llama_layers", "panels"  # that have some, too, and are imported only where it is
 
 _is_aside = False  # whether this is a process that compiles for another
 
@@ -96,21 +97,18 @@ def compile_all() -> None:
     """Compile all functions that there are, and keep what came of it: the work of such another process."""
     global _is_aside
     _is_aside = True
-    for module in MODULES:
+    for module in MODULES + (MODULES_WITH_VNNI if has_vnni() else ()):
         importlib.import_module(f"{__package__}.{module}")
 
 
-def side_by_side(shares: Sequence[Callable[[], None]]) -> None:
-    """Compute each of these, which release the GIL, in a thread of its own; the last one in this thread."""
-    others = [_helpers().submit(share) for share in shares[:-1]]
-    shares[-1]()
-    for other in others:
-        other.result()
-
-
 @cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "between-products")
+def has_vnni() -> bool:
+    """Whether this processor multiplies bytes by AVX-512 VNNI, and numba compiles for it. With AMX oneDNN reads prompts
+    faster, so there it counts as none."""
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return False
+    features = binding.get_host_cpu_features()
+    return features.get("avx512vnni", False) and not features.get("amx-int8", False)
 
 
 @intrinsic

@@ -15,9 +15,11 @@ from llama2_chat.kernels.shared_product import SharedProduct
 
 if TYPE_CHECKING:
     from llama2_chat.kernels.int8_rows import Codes
+    from llama2_chat.kernels.panels import Panels
 
 FEW_ROWS = 16  # of bytes: up to 8 tokens
-ZERO = 128  # of bytes without a sign: oneDNN has fast kernels without AMX for these alone
+PANEL = 64  # outputs of Panels
+ZERO = 128  # of bytes without a sign: VNNI takes these, and oneDNN has fast kernels without AMX for them alone
 
 
 class Int8Linear(nn.Module):
@@ -30,7 +32,7 @@ class Int8Linear(nn.Module):
     MULTIPLE = 64  # of in_features: _weight_int8pack_mm reads past the end of a row of any other length
     precision = "int8"
 
-    weight: Tensor  # int8 [out, in], or as oneDNN keeps it for its products
+    weight: Tensor  # int8 [out, in], or as Panels or oneDNN keep it for their products
     scale: Tensor  # float32 [out], of a weight times an activation
     bias: Tensor | None  # float32 [out]
 
@@ -39,9 +41,13 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()  # [out, in]
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         codes = (weight / scale[:, None]).round().to(torch.int8)
-        packed = packed_products_are_exact()
+        scale /= 127 * 128
+        self.panels = _panels(codes, scale)
+        packed = self.panels is None and packed_products_are_exact()
+        if self.panels is not None:
+            codes = torch.from_numpy(self.panels.weights)
         self.register_buffer("weight", _packed(codes) if packed else codes)
-        self.register_buffer("scale", scale / (127 * 128))
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Where Python finds them at once: looking for buffers of a module takes as long as a small product.
@@ -52,6 +58,8 @@ class Int8Linear(nn.Module):
     @property
     def codes(self) -> Tensor:
         """The weights as integers, int8 [out, in]."""
+        if self.panels is not None:
+            return torch.from_numpy(self.panels.codes)
         return self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,11 +72,13 @@ class Int8Linear(nn.Module):
 
     def products(self, codes: Codes) -> Tensor:
         """float32 [rows of bytes, out], of the bytes of rows [n, in]; what the rows are multiplied to joins them."""
-        rows = torch.from_numpy(codes.bytes)
-        if self._packed is not None:
-            products = _packed_product(rows, *self._packed)
+        if self.panels is not None:
+            products = torch.from_numpy(self.panels.products(codes.bytes))
+        elif self._packed is not None:
+            products = _packed_product(torch.from_numpy(codes.bytes), *self._packed)
         else:
-            products = self._sums(rows.sub(ZERO).view(torch.int8)).float().mul_(self.scale)
+            rows = torch.from_numpy(codes.bytes).sub(ZERO).view(torch.int8)
+            products = self._sums(rows).float().mul_(self.scale)
         if self._bias is not None:
             codes.add_to_products(products, self._bias)
         return products
@@ -105,8 +115,13 @@ class JoinedInt8Linear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self._shared.part(x, self._start, self._end)
 
+    @property
+    def whole(self) -> Int8Linear:
+        """All of them, side by side."""
+        return self._whole[0]
+
     def products(self, codes: Codes) -> Tensor:
-        """Of all of them, side by side."""
+        """Of all of them."""
         return self._whole[0].products(codes)
 
 
@@ -120,6 +135,17 @@ def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
     joined = Int8Linear(whole)
     shared = SharedProduct(joined.forward, ends[-1])
     return [JoinedInt8Linear(joined, start, end, shared) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _panels(codes: Tensor, scale: Tensor) -> Panels | None:
+    """Weights, int8 [out, in], with the scale of each output, where this processor multiplies them fast as panels."""
+    from llama2_chat.kernels.compiled import has_vnni  # which imports a compiler
+
+    if codes.shape[0] % PANEL or not has_vnni():
+        return None
+    from llama2_chat.kernels.panels import Panels  # compiled for nothing less
+
+    return Panels.of(codes.numpy(), scale.numpy())
 
 
 def _packed(codes: Tensor) -> Tensor:

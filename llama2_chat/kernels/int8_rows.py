@@ -69,6 +69,30 @@ def joined(high, low, largest):
     return (high * np.float32(128) + low) * largest
 
 
+@part
+def join_row(high, low, largest, output):
+    """Write the numbers of a row of which `split` made two bytes each, multiplied."""
+    for i in range(len(output)):
+        output[i] = joined(high[i], low[i], largest)
+
+
+@part
+def add_row(high, low, largest, output):
+    """The same, added."""
+    for i in range(len(output)):
+        output[i] += joined(high[i], low[i], largest)
+
+
+@part
+def gate_row(high, low, largest, output):
+    """SiLU of the first half of what joins, times the second."""
+    width = len(output)
+    for i in range(width):
+        gate = joined(high[i], low[i], largest)
+        up = joined(high[width + i], low[width + i], largest)
+        output[i] = gate / (np.float32(1) + exp(-gate)) * up
+
+
 @compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1])")
 def split_rows(rows, codes, largest):
     """rows: [n, width]. codes: [2 n or more, width], the high bytes of all rows and then the low ones. largest: [n]."""
@@ -80,18 +104,14 @@ def split_rows(rows, codes, largest):
 def join_rows(products, largest, output):
     """products: [2 n or more, width], of the codes of n rows. output: [n, width]."""
     for row in range(len(output)):
-        high, low, joint = products[row], products[len(output) + row], output[row]
-        for i in range(len(joint)):
-            joint[i] = joined(high[i], low[i], largest[row])
+        join_row(products[row], products[len(output) + row], largest[row], output[row])
 
 
 @compiled("void(float32[:, ::1], float32[::1], float32[:, ::1])")
 def add_rows(products, largest, hidden):
     """The same, added to hidden, [n, width]."""
     for row in range(len(hidden)):
-        high, low, joint = products[row], products[len(hidden) + row], hidden[row]
-        for i in range(len(joint)):
-            joint[i] += joined(high[i], low[i], largest[row])
+        add_row(products[row], products[len(hidden) + row], largest[row], hidden[row])
 
 
 @compiled("void(float32[:, ::1], float32[::1], float32, float32[:, ::1], uint8[:, ::1], float32[::1])")
@@ -156,15 +176,11 @@ def turn_rows(products, largest, cos, sin, turned, states):
 
 @compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], float32[::1])")
 def gate_rows(products, largest, rows, codes, codes_largest):
-    """SiLU of the first half of what joins, times the second: as rows, [n, width], and as split_rows() writes them."""
-    count, width = rows.shape
+    """gate_row() of each row: as rows, [n, width], and as split_rows() writes them."""
+    count = len(rows)
     for row in range(count):
-        high, low, gated = products[row], products[count + row], rows[row]
-        for i in range(width):
-            gate = joined(high[i], low[i], largest[row])
-            up = joined(high[width + i], low[width + i], largest[row])
-            gated[i] = gate / (np.float32(1) + exp(-gate)) * up
-        codes_largest[row] = split(gated, codes[row], codes[count + row])
+        gate_row(products[row], products[count + row], largest[row], rows[row])
+        codes_largest[row] = split(rows[row], codes[row], codes[count + row])
 
 
 class Codes(NamedTuple):

@@ -11,14 +11,20 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
-from llama2_chat.engine.cpu_llama import CpuLlamaLayer, CpuRotaryEmbedding, speed_up_head, speed_up_llama
+from llama2_chat.engine.cpu_llama import (
+    CpuLlamaLayer,
+    CpuLlamaModel,
+    CpuRotaryEmbedding,
+    speed_up_head,
+    speed_up_llama,
+)
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.kv_pool import make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.engine.paged_attention import attention_windows
-from llama2_chat.kernels import fixed_rows
+from llama2_chat.kernels import compiled, fixed_rows
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import block_rows
 from llama2_chat.kernels.int8 import Int8Linear
@@ -178,6 +184,29 @@ def test_a_llama_in_8_bits_computes_what_the_layers_of_transformers_compute():
         rest = model(ids[:, 15:], past_key_values=half.past_key_values).logits
     assert (found - expected).norm() < 0.03 * expected.norm()
     assert (found[:, 15:] - rest).norm() < 0.03 * found.norm()
+
+
+@pytest.mark.skipif(not compiled.has_vnni(), reason="not on this processor")
+def test_layers_in_one_call_give_the_same_bits_as_one_after_another_and_tell_who_listens(monkeypatch):
+    ids, told = prompt_of(150, seed=1), defaultdict(list)
+
+    def logits(model):
+        def listen(layer, _arguments, output):
+            told[type(model.model)].append(output.clone())
+
+        with running(model, longest_chunk=100) as engine:
+            hook = model.model.layers[0].register_forward_hook(listen)
+            listened_to = heard(engine, ids, [prompt_of(40, seed=2), prompt_of(3, seed=3)])
+            hook.remove()
+        with running(model, longest_chunk=100) as engine:
+            assert torch.equal(heard(engine, ids), listened_to)
+        return listened_to
+
+    in_one = logits(in_int8())
+    monkeypatch.setattr(compiled, "has_vnni", lambda: False)
+    assert torch.equal(logits(in_int8()), in_one)
+    assert set(told) == {CpuLlamaModel, LlamaModel}
+    assert all(map(torch.equal, told[CpuLlamaModel], told[LlamaModel]))
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from llama2_chat.kernels import int8
+from llama2_chat.kernels import compiled, int8
 from llama2_chat.kernels.int8 import Int8Linear, join_int8
 
 
-@pytest.fixture(params=["packed", "integers", "no VNNI"])
+@pytest.fixture(params=["panels", "packed", "integers", "no VNNI"])
 def exact_integers(request, monkeypatch):
     """A processor on which integer products are exact, as far as this one's are, or one on which they are not."""
-    packed = int8.packed_products_are_exact() and request.param == "packed"
+    vnni = compiled.has_vnni() and request.param == "panels"
+    monkeypatch.setattr(compiled, "has_vnni", lambda: vnni)
+    packed = int8.packed_products_are_exact() and request.param in ("panels", "packed")
     exact = int8.int_mm_is_exact() and request.param != "no VNNI"
     monkeypatch.setattr(int8, "packed_products_are_exact", lambda: packed)
     monkeypatch.setattr(int8, "int_mm_is_exact", lambda: exact)
@@ -44,7 +46,7 @@ def test_a_row_comes_out_the_same_bit_for_bit_among_any_number_of_others(in_feat
 
 
 @pytest.mark.usefixtures("exact_integers")
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 97), (1536, 33)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 97), (1536, 128)])
 def test_any_number_of_rows_of_any_width_comes_close_to_float32_and_each_row_out_as_alone(in_features, out_features):
     torch.manual_seed(0)
     linear = random_linear(in_features, out_features)
@@ -56,7 +58,7 @@ def test_any_number_of_rows_of_any_width_comes_close_to_float32_and_each_row_out
         assert torch.equal(layer(x[:rows]), all_rows[:rows])
 
 
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 97), (4096, 33)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 7), (192, 128), (4096, 192)])
 def test_processors_that_lose_nothing_give_the_same_bits_however_they_keep_weights(
     in_features, out_features, monkeypatch
 ):
@@ -64,13 +66,16 @@ def test_processors_that_lose_nothing_give_the_same_bits_however_they_keep_weigh
         pytest.skip("not on this processor")
     torch.manual_seed(0)
     linear, x = random_linear(in_features, out_features), torch.randn(200, in_features)
+    fastest = Int8Linear(linear)
+    monkeypatch.setattr(compiled, "has_vnni", lambda: False)
     packed = Int8Linear(linear)
     monkeypatch.setattr(int8, "packed_products_are_exact", lambda: False)
     plain = Int8Linear(linear)
     assert packed.weight.is_mkldnn
-    assert torch.equal(packed.codes, plain.weight)
-    for rows in (1, 2, 8, 9, 200):
-        assert torch.equal(packed(x[:rows]), plain(x[:rows]))
+    for each in (fastest, packed):
+        assert torch.equal(each.codes, plain.weight)
+        for rows in (1, 2, 8, 9, 200):
+            assert torch.equal(each(x[:rows]), plain(x[:rows]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
