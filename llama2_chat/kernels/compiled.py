@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -41,7 +43,7 @@ VERSION = hashlib.sha256(
     b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()[:12]
 MODULES = "block_attention", "cpu_sampling", "int8_rows"  # that have compiled functions
-MODULES_WITH_VNNI = "llama_layers", "panels"  # that have some, too, and are imported only where it is
+MODULES_WITH_VNNI = "panels", "llama_layers"  # that have some, too, are imported only where it is, and import those
 
 _is_aside = False  # whether this is a process that compiles for another
 
@@ -95,10 +97,16 @@ def _compile_aside() -> None:
 
 def compile_all() -> None:
     """Compile all functions that there are, and keep what came of it: the work of such another process."""
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as processes:
+        list(processes.map(_compile_module, MODULES))
+        if has_vnni():
+            list(processes.map(_compile_module, MODULES_WITH_VNNI))
+
+
+def _compile_module(name: str) -> None:
     global _is_aside
     _is_aside = True
-    for module in MODULES + (MODULES_WITH_VNNI if has_vnni() else ()):
-        importlib.import_module(f"{__package__}.{module}")
+    importlib.import_module(f"{__package__}.{name}")
 
 
 @cache
