@@ -36,6 +36,7 @@ def speed_up_llama(model: PreTrainedModel) -> None:
     weights are panels."""
     if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
         speed_up_layers(model.model)
+        model.model.norm.__class__ = CpuNorm
         if layers := _compiled(model.model):
             model.model.__class__ = CpuLlamaModel
             model.model.compiled = layers
