@@ -8,9 +8,12 @@ import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from llama2_chat import ROOT
+
+CGROUP = Path("/sys/fs/cgroup")  # version 2
 
 # What Python needs to start and to find its packages, and nothing that may be a secret. The last two: where
 # pip install --user puts them.
@@ -36,12 +39,18 @@ def python_command(function: str) -> list[str]:
     return [sys.executable, *optimized, "-P", "-c", code]
 
 
-def share_cores() -> None:
-    """Have threads that compute wait for each other asleep after some 0.1 ms. Before PyTorch is imported.
+def share_cores(cgroup: Path = CGROUP) -> None:
+    """Have no more threads compute than a container has cores, and have them wait for each other asleep after some
+    0.1 ms. Before PyTorch is imported.
 
-    Else they wait awake for milliseconds, in which another program could compute and their own other thread cannot, at
-    each of a hundred products of a token.
+    Else there would be one for each core of the computer, and the system would stop all of them for most of the time;
+    and they would wait awake for milliseconds, in which another program could compute and their own other thread
+    cannot, at each of a hundred products of a token. cgroup: the folder where Linux tells what a container may have.
     """
+    with suppress(OSError, ValueError):  # no container, or "max": no limit of its own
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        if (cores := max(1, quota // period)) < (os.cpu_count() or 1):
+            os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # of GNU's OpenMP, which PyTorch brings on Linux
 

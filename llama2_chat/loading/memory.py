@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from llama2_chat.context import context_window
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kv_cache import head_bytes
+from llama2_chat.process import CGROUP
 from llama2_chat.settings import Settings
 from llama2_chat.text import is_out_of_host_memory, is_out_of_memory
 
@@ -35,8 +36,6 @@ BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0
 
 FOUR_BITS = ("int4", "nf4")
 NO_INT4 = "QUANTIZATION=int4 needs a CUDA GPU. Unset it: int8 is fastest on a CPU."
-
-CGROUP = Path("/sys/fs/cgroup")  # version 2
 
 DeviceMap = str | dict[str, str | int]
 
