@@ -21,4 +21,8 @@ scripts/bench.py runs where only requirements.txt is installed: whatever else a 
 
 from collections.abc import Mapping
 
+from llama2_chat.process import share_cores
+
+share_cores()  # as app.py's model does, before PyTorch is imported
+
 Figures = Mapping[str, object]  # rows
