@@ -35,11 +35,13 @@ def speed_up_llama(model: PreTrainedModel) -> None:
     """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls; in one, where its
     weights are panels."""
     if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
-        speed_up_layers(model.model)
-        model.model.norm.__class__ = CpuNorm
-        if layers := _compiled(model.model):
-            model.model.__class__ = CpuLlamaModel
-            model.model.compiled = layers
+        body: Any = model.model
+        speed_up_layers(body)
+        body.norm.__class__ = CpuNorm
+        layers = _compiled(body) if type(body) is LlamaModel else None
+        if layers is not None:
+            body.__class__ = CpuLlamaModel
+            body.compiled = layers
 
 
 def speed_up_head(head: EagleHead) -> None:
