@@ -420,10 +420,11 @@ class ChatModel:
         return names.index(name)
 
     def _rank_lost(self) -> None:
-        """A process that computes a part of the model has ended; the engine's thread may wait for it for ever."""
+        """A process that computes a part of the model has ended; the engine's thread may wait for it for ever, and
+        nobody else has its lock then. So the end is certain before readers are told."""
+        self._lost()
         if self._serving:
             self._serving.engine.lose()
-        self._lost()
 
     def _lost(self) -> None:
         """The GPU has failed: readers get a moment to see their sentence, then a supervisor may start this anew."""

@@ -15,9 +15,10 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE
 from llama2_chat.engine.reply import StreamedReply
 from llama2_chat.errors import Busy, ChatError, ModelUnavailable, PromptTooLong
 from llama2_chat.types import SamplingParams, Usage
-from model import ChatModel
+from model import EXIT_GPU_LOST, ChatModel
 from tests.support.serving import busy
 from tests.support.small_model import untrained
+from tests.support.waiting import until
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=40)
 ENDLESS = SamplingParams(temperature=1, max_new_tokens=4000, seed=1)
@@ -350,3 +351,16 @@ def test_stray_bytes_break_no_answer(llama2_tokenizer):
         reply.put(torch.tensor([token]))
     reply.end()
     assert "".join(reply) == "It2\ufffd address here"
+
+
+def test_a_lost_gpu_ends_the_program_also_while_its_engine_waits_with_the_lock(settings, monkeypatch):
+    # Readers were to be told first, which takes the engine's lock, and its thread may wait for that GPU with it.
+    chat, timers, held = ChatModel(settings), [], threading.Event()
+    timer = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr("model.threading.Timer", lambda *args: timers.append(args) or timer)
+    chat._serving = SimpleNamespace(engine=SimpleNamespace(lose=held.wait))
+    thread = threading.Thread(target=chat._rank_lost)
+    thread.start()
+    until(lambda: timers == [(2, os._exit, (EXIT_GPU_LOST,))])
+    held.set()
+    thread.join()

@@ -29,10 +29,10 @@ from llama2_chat.engine.prefix_cache import BlockTable
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import NARROW, SamplerState
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
-from llama2_chat.engine.step_ways import ModelStep, VerifiedDrafts
+from llama2_chat.engine.step_ways import Agree, ModelStep, Outcome, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.lora import AdapterRows, Taken
-from llama2_chat.kernels.rank_sum import SummedLinear
+from llama2_chat.kernels.rank_sum import SummedLinear, is_together, together
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -128,9 +128,9 @@ class RecordedWay:
         self._prefills: dict[int, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None  # on which all are recorded
         self._graph_pool: Any = None  # the memory that all recordings share; PyTorch keeps its type to itself
-        self._compiled: queue.SimpleQueue[tuple[Kind, int]] = queue.SimpleQueue()
+        self._compiled: queue.SimpleQueue[tuple[Kind, int, Outcome]] = queue.SimpleQueue()
         self._recorded, self._complete = threading.Event(), threading.Event()
-        self._closed = False
+        self._closed = self._failed = False
         self._heard: dict[int, Tensor] = {}  # where recorded steps leave what listen() asks for
         self._hear: Callable[[dict[int, Tensor]], None] = lambda states: None
         self.mode = "eager"
@@ -191,33 +191,38 @@ class RecordedWay:
     @torch.inference_mode()
     def _compile(self) -> None:
         started = time.perf_counter()
-        try:
-            torch.cuda.set_device(self._sampler.device)
-            for done, (kind, size) in enumerate(self._sizes):
-                self.mode = f"{self._ready()}; {kind} {size} compiles, {done + 1} of {len(self._sizes)}"
-                try:
-                    for _ in range(2):
-                        self._step(kind, size)
-                    torch.cuda.synchronize(self._sampler.device)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    _log_out_of_memory(kind, size, error)
-                    continue
-                self._recorded.clear()
-                self._compiled.put((kind, size))
-                self._wake()
-                if not self._closed:  # else clear() may have come after what close() sets
-                    self._recorded.wait()
-                if self._closed:
-                    return
+        for done, (kind, size) in enumerate(self._sizes):
+            self.mode = f"{self._ready()}; {kind} {size} compiles, {done + 1} of {len(self._sizes)}"
+            outcome = self._try(self._compile_step, kind, size)
+            self._recorded.clear()
+            self._compiled.put((kind, size, outcome))
+            self._wake()
+            if not self._closed:  # else clear() may have come after what close() sets
+                self._recorded.wait()
+            if self._closed or self._failed:
+                break
+            if (kind, size) in self.recorded:
                 log.info("%s %d is recorded, %.0f s after loading", kind, size, time.perf_counter() - started)
+        else:
             self.mode = self._ready()
-        except Exception:
-            self.mode = f"{self._ready()}; compiling failed"
-            log.exception("Compiling failed; what is ready is used: %s", self._ready())
-        finally:
-            self._complete.set()
+        self._complete.set()
+
+    def _compile_step(self, kind: Kind, size: int) -> None:
+        torch.cuda.set_device(self._sampler.device)  # of this thread
+        for _ in range(2):
+            self._step(kind, size)
+        torch.cuda.synchronize(self._sampler.device)
+
+    def _try(self, work: Callable[[Kind, int], None], kind: Kind, size: int) -> Outcome:
+        try:
+            work(kind, size)
+        except Exception as error:
+            if is_out_of_memory(error):
+                _log_out_of_memory(kind, size, error)
+                return Outcome.NO_MEMORY
+            log.exception("%s %d could not be made faster; what is ready is used: %s", kind, size, self._ready())
+            return Outcome.FAILED
+        return Outcome.DONE
 
     def _ready(self) -> str:
         sizes = (("decode", sorted(self._decodes)), ("prefill", sorted(self._prefills)))
@@ -245,26 +250,29 @@ class RecordedWay:
     def maintenance_due(self) -> bool:
         return not self._compiled.empty()
 
-    def maintain(self) -> None:
-        """Record a step that has been compiled, if there is one."""
+    def maintain(self, agree: Agree) -> None:
+        """Record a step that has been compiled, if there is one: on all ranks, or on none."""
         try:
-            kind, size = self._compiled.get_nowait()
+            kind, size, outcome = self._compiled.get_nowait()
         except queue.Empty:
             return
-        try:
-            self._record(kind, size)
-        except Exception as error:
-            if is_out_of_memory(error):
-                _log_out_of_memory(kind, size, error)
-            else:
-                self._closed = True
-                self.mode = f"{self._ready()}; recording failed"
-                log.exception("Recording %s %d failed; what is ready is used: %s", kind, size, self._ready())
+        if (outcome := agree(outcome)) is Outcome.DONE:
+            # Once without recording: cuBLAS makes itself ready in each thread anew, which no recording may contain.
+            # And alone: in the middle of a sum a rank that has no memory for it could not tell the others.
+            with together(False):
+                outcome = agree(self._try(self._step, kind, size))
+        if outcome is Outcome.DONE:
+            if is_together():
+                self._step(kind, size)  # NCCL, too. Whoever fails here ends, since the others wait
+            outcome = agree(self._try(self._record, kind, size))
+        if outcome is not Outcome.DONE:
+            self._decodes.pop(size, None) if kind == "decode" else self._prefills.pop(size, None)
+        if outcome is Outcome.FAILED:
+            self._failed = True
+            self.mode = f"{self._ready()}; {kind} {size} failed"
         self._recorded.set()
 
     def _record(self, kind: Kind, size: int) -> None:
-        # Once without recording: cuBLAS makes itself ready in each thread anew, which no recording may contain.
-        self._step(kind, size)
         inputs = self._new_inputs(kind, size)
         torch.cuda.synchronize(self._sampler.device)
         if self._stream is None:  # torch.cuda.graph's own belongs to the GPU on which it was first used

@@ -31,7 +31,7 @@ from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.sampler import NARROW, Likeliest, SamplerState, biased, is_narrow, restrict
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
 from llama2_chat.engine.self_check import SelfCheck
-from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, StepWay, VerifiedDrafts
+from llama2_chat.engine.step_ways import BackgroundWay, EagerWay, ModelStep, Outcome, StepWay, VerifiedDrafts
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import ROWS, fix_rows
@@ -171,9 +171,12 @@ class ModelRunner:
 
     def maintain(self) -> None:
         if self._faster and self._faster.maintenance_due:
-            self._faster.maintain()
+            self._faster.maintain(self._agree)
             rows = max((size for kind, size in self.recorded if kind == "decode"), default=0)
             self.draft_tokens = min(self._most_draft_tokens, rows)
+
+    def _agree(self, outcome: Outcome) -> Outcome:
+        return outcome
 
     # ---- A step ----
 

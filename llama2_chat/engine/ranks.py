@@ -9,6 +9,7 @@ parallel/.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -22,12 +23,22 @@ from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Masks
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.self_check import check_request
-from llama2_chat.engine.step_ways import ModelStep
+from llama2_chat.engine.step_ways import ModelStep, Outcome
+from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.rank_sum import SummedLinear, together
+from llama2_chat.text import is_out_of_memory
+
+FAILED = "A step failed that several processes compute together."
+# It ends them all, and so does not say what a memory says that has run out: nothing is to be tried again.
+NO_MEMORY = f"{FAILED} No memory is left for it on one of the GPUs; KV_HEADROOM_GB leaves more, and so does COMPILE=0."
 
 
 class RankLost(RuntimeError):
     """A process of this model has ended, or failed where the others did not: no step can be computed any more."""
+
+
+def _lost(error: BaseException) -> RankLost:
+    return RankLost(NO_MEMORY if is_out_of_memory(error) else FAILED)
 
 
 class Call(NamedTuple):
@@ -125,7 +136,7 @@ class LeadingRunner(ModelRunner):
                 return compute()
         except BaseException as error:
             self._failed = True
-            raise RankLost("A step failed that several processes compute together") from error
+            raise _lost(error) from error
 
     # ---- A step ----
 
@@ -169,13 +180,18 @@ class LeadingRunner(ModelRunner):
         return super().maintenance_due and self._others.compiled > self._recorded
 
     def maintain(self) -> None:
-        """Record a step once all have compiled it."""
+        """Record a step once all have compiled it, or have failed to."""
         if self.maintenance_due:
             self._recorded += 1
             self._mirror(super().maintain, "follow_maintain")
             if any(recorded != self.recorded for recorded in self._others.answers()):
                 self._failed = True
                 raise RankLost("A step was recorded by some processes of this model and not by others")
+
+    def _agree(self, outcome: Outcome) -> Outcome:
+        worst = max(outcome, *self._others.answers())
+        self._others.call(Call("agreed", (worst,)))
+        return worst
 
     def is_alive(self) -> bool:
         return not (self._failed or self._others.lost) and super().is_alive()
@@ -194,7 +210,10 @@ class LeadingRunner(ModelRunner):
 
     def self_check(self, requests: Sequence[Request]) -> bool:
         told = [(self._tell_where(request), len(request.ids)) for request in requests]
-        return self._mirror(lambda: super(LeadingRunner, self).self_check(requests), "follow_self_check", told)
+        try:
+            return self._mirror(lambda: super(LeadingRunner, self).self_check(requests), "follow_self_check", told)
+        except RankLost as lost:
+            raise lost.__cause__ or lost from None  # whoever loads the model has a sentence for it
 
 
 @dataclass(frozen=True)
@@ -224,14 +243,17 @@ class FollowingRunner(ModelRunner):
 
     @torch.inference_mode()
     def follow(self, first: First) -> None:
-        """Make the calls that the first rank makes, until it ends."""
+        """Make the calls that the first rank makes, until it ends. Raises RankLost where that cannot go on."""
         self._first = first
         self._requests: dict[int, Request] = {}  # by slot
         self.enter_thread()
         with together():
             while True:
                 call = first.next()
-                getattr(self, call.method)(*call.arguments)
+                try:
+                    getattr(self, call.method)(*call.arguments)
+                except Exception as error:
+                    raise _lost(error) from error
 
     def follow_prefill(self, told: Sequence[ToldChunk], telling: bool) -> None:
         chunks = [
@@ -260,13 +282,19 @@ class FollowingRunner(ModelRunner):
         self.maintain()
         self._first.answer(self.recorded)
 
+    def _agree(self, outcome: Outcome) -> Outcome:
+        self._first.answer(outcome)
+        (worst,) = self._first.next().arguments
+        return worst
+
     def follow_self_check(self, told: Sequence[tuple[Told, int]]) -> None:
         requests = []
         for where, length in told:
             request = self._request(where)
             request.ids = check_request(length, self.vocab_size).ids
             requests.append(request)
-        self.self_check(requests)
+        with suppress(ModelUnavailable):  # the first rank has found the same, and says it
+            self.self_check(requests)
 
     def _request(self, told: Told) -> Request:
         if told.known == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -63,6 +64,17 @@ class StepWay(Protocol):
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts | None: ...
 
 
+class Outcome(IntEnum):
+    """Of a part of the work on a faster step; the worst is the greatest."""
+
+    DONE = 0
+    NO_MEMORY = 1  # this step stays as it is
+    FAILED = 2  # all that are not ready yet stay as they are
+
+
+Agree = Callable[[Outcome], Outcome]  # what came of it here -> the worst of what came of it on any rank
+
+
 class BackgroundWay(StepWay, Protocol):
     """A way that becomes ready in the background: recorded steps."""
 
@@ -77,7 +89,7 @@ class BackgroundWay(StepWay, Protocol):
 
     def start(self, wake: Callable[[], None]) -> None: ...
     def wait(self) -> None: ...
-    def maintain(self) -> None: ...
+    def maintain(self, agree: Agree) -> None: ...  # all ranks at once, within together()
     def close(self) -> None: ...
 
 

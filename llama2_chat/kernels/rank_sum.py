@@ -18,17 +18,18 @@ _this_thread = threading.local()
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(with_others: bool = True) -> Iterator[None]:
     """What this thread computes meanwhile, the other processes compute too: products are summed over all of them.
 
-    Elsewhere a SummedLinear gives its own part alone, as probing a shape or compiling a layer asks for it: nobody waits
-    for a process that does something else.
+    Elsewhere, and where with_others is False, a SummedLinear gives its own part alone, as probing a shape or compiling
+    a layer asks for it: nobody waits for a process that does something else.
     """
-    _this_thread.together = True
+    before = is_together()
+    _this_thread.together = with_others
     try:
         yield
     finally:
-        _this_thread.together = False
+        _this_thread.together = before
 
 
 def is_together() -> bool:

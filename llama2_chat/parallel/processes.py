@@ -34,6 +34,8 @@ NOT_DETERMINISTIC = (
 )
 ENDED = "A process that computes a part of the model ended while it was loaded. The server's log may say why."
 
+ANOTHER_S = 1  # in which another rank's reason comes, if it has one
+
 Kind = Literal["loaded", "ready", "compiled", "answer", "failed"]
 
 
@@ -77,6 +79,7 @@ class Workers:
         self._on_lost, self._on_compiled = on_lost, lambda: None
         self._runner: LeadingRunner | None = None
         self._joined = self._ready = self._closing = False
+        self._outcomes: queue.SimpleQueue[LeadingRunner | Exception] = queue.SimpleQueue()  # of joining, of any rank
         self.lost = False
         self._workers = [self._start(Part(rank, part.of)) for rank in range(1, part.of)]
 
@@ -111,10 +114,24 @@ class Workers:
         """
         self._all("loaded")
         self._joined = True
-        runner = self._runner = join(self._work, loaded, LeadingRunner)
+        threading.Thread(target=self._join, args=(loaded,), name="join", daemon=True).start()
+        outcome = self._outcomes.get()
+        if isinstance(outcome, Exception) and not isinstance(outcome, ModelUnavailable):
+            with contextlib.suppress(queue.Empty):  # it may come of another's failing, who knows why
+                outcome = self._outcomes.get(timeout=ANOTHER_S)
+        if isinstance(outcome, Exception):
+            raise outcome
+        runner = self._runner = outcome
         runner.lead(self, self._all("ready"))
         self._ready = True
         return runner
+
+    def _join(self, loaded: Loaded) -> None:
+        """Joining waits for ever for a rank that has failed, and nothing can interrupt it."""
+        try:
+            self._outcomes.put(join(self._work, loaded, LeadingRunner))
+        except Exception as error:
+            self._outcomes.put(error)
 
     def close(self, timeout_s: float = 5) -> None:
         """End them; nothing may be computed any more."""
@@ -168,23 +185,27 @@ class Workers:
         return [message.value for message in messages if message is not None]
 
     def _listen(self, worker: _Worker) -> None:
-        """Until the process ends."""
-        out, failed = cast(IO[bytes], worker.process.stdout), False
+        """Until the process ends, or says that it has failed; it then ends with this thread at the latest."""
+        out, failure = cast(IO[bytes], worker.process.stdout), ""
         with out, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-            while True:
+            while not failure:
                 message = pickle.load(out)
                 if message.kind == "compiled":
                     worker.compiled += 1
                     self._on_compiled()
+                elif message.kind == "failed":
+                    failure = message.value
                 else:
-                    failed = failed or message.kind == "failed"
                     worker.said.put(message)
-        code = worker.process.wait()
+        why = failure or f"It ended with exit code {worker.process.wait()}."
         self.lost = True
+        if failure:
+            self._outcomes.put(ModelUnavailable(failure))
+            worker.said.put(Message("failed", failure))
         worker.said.put(None)
         if not self._closing:
-            log.error("The process of rank %d has ended, with exit code %d", worker.rank, code)
-            if self._ready or (self._joined and not failed):  # else join() tells why
+            log.error("The process of rank %d computes no more. %s", worker.rank, why)
+            if self._ready or (self._joined and not failure):  # else join() tells why
                 self._on_lost()
 
 

@@ -79,8 +79,10 @@ def _work(first: _First) -> None:
     work = first.next()
     import torch
 
-    from llama2_chat.engine.ranks import FollowingRunner
+    from llama2_chat.engine.ranks import FollowingRunner, RankLost
+    from llama2_chat.errors import quoted
     from llama2_chat.loading.load import load
+    from llama2_chat.loading.memory import translate_out_of_memory
     from llama2_chat.parallel.joining import join
 
     logging.getLogger("llama2_chat").setLevel(logging.WARNING)  # the first rank says the same
@@ -88,6 +90,11 @@ def _work(first: _First) -> None:
         torch.cuda.set_device(work.checkpoint.part.rank)
     loaded = load(work.checkpoint, lambda *progress: None)
     first.say("loaded")
-    runner = join(work, loaded, FollowingRunner)
+    with translate_out_of_memory(quoted(work.checkpoint.model_id), loaded.precision, loaded.needed_bytes):
+        runner = join(work, loaded, FollowingRunner)
     first.say("ready", runner.room)
-    runner.follow(first)
+    try:
+        runner.follow(first)
+    except RankLost as error:
+        log.exception("A rank failed")
+        first.say("failed", str(error))

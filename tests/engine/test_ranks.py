@@ -1,13 +1,23 @@
 """What several processes compute together; that they do is in tests/parallel."""
 
+import queue
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from llama2_chat.engine.cuda_graphs import RecordedWay
+from llama2_chat.engine.kv_pool import KVPool
 from llama2_chat.engine.model_runner import ModelRunner
-from llama2_chat.engine.ranks import FollowingRunner, LeadingRunner, RankLost, Room
+from llama2_chat.engine.ranks import FollowingRunner, LeadingRunner, RankLost, Room, _lost
 from llama2_chat.engine.runner import Runner
-from llama2_chat.kernels.rank_sum import SummedLinear
+from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.errors import ModelUnavailable
+from llama2_chat.kernels.rank_sum import SummedLinear, is_together
+from llama2_chat.text import is_out_of_memory
+from tests.support.engines import CPU
 
 # What the first rank does without the others: it changes nothing that they have, or never happens there.
 ALONE = {
@@ -51,7 +61,7 @@ class Recording:
     def __init__(self):
         self.recorded = []
 
-    def maintain(self):
+    def maintain(self, agree):
         self.recorded.append(("decode", 1))
 
 
@@ -101,3 +111,138 @@ def test_ranks_that_record_different_steps_compute_nothing_any_more():
 def test_the_smallest_pool_of_all_ranks_is_what_there_is():
     runner = leading(OtherRank([]))
     assert (runner.num_blocks, runner.context_length) == (5, 4 * runner.block_size)
+
+
+# ---- What happens to one rank alone while steps become faster ----
+
+MEMORY, BUG = torch.OutOfMemoryError("CUDA out of memory"), ValueError("a bug")
+FAILING = ("decode", 2)
+
+
+class Steps(RecordedWay):
+    """Of one rank: they compute nothing, and one part of the work on one of them may fail."""
+
+    def __init__(self, model, failing=None, error=None):
+        pool = KVPool(model, lambda: {CPU: 2**20}, context_length=512, max_batch=2)
+        super().__init__(model, pool, SamplerState(2, model.config.vocab_size, 64, CPU), most_blocks=1)
+        self._sizes = [("decode", 1), FAILING, ("prefill", 64)]
+        self.failing, self.error, self.together = failing, error, []
+
+    def _step(self, kind, size):
+        if threading.current_thread().name == "compile":
+            self.do("compiling", kind, size)
+        elif is_together():
+            self.together.append((kind, size))
+            self.do("in a sum", kind, size)
+        else:
+            self.do("alone", kind, size)
+
+    def _record(self, kind, size):
+        (self._decodes if kind == "decode" else self._prefills)[size] = None
+        self.do("recording", kind, size)
+
+    def do(self, part, kind, size):
+        if (part, (kind, size)) == (self.failing, FAILING):
+            raise self.error
+
+
+class Ended(Exception):
+    pass
+
+
+class Rank(OtherRank):
+    """Another rank, in a thread, and what it and the first say to each other."""
+
+    def __init__(self, steps):
+        self.calls, self.said, self.compiled = queue.SimpleQueue(), queue.SimpleQueue(), 0
+        self.runner = FollowingRunner.__new__(FollowingRunner)
+        self.runner._faster, self.runner._device, self.runner._most_draft_tokens = steps, CPU, 0
+        threading.Thread(target=self.follow, daemon=True).start()
+
+    def follow(self):
+        try:
+            self.runner.follow(SimpleNamespace(next=self.next, answer=self.said.put, compiled=self.count))
+        except (RankLost, Ended):
+            self.lost = True
+            self.said.put(None)
+
+    def next(self):
+        if (call := self.calls.get()) is None:
+            raise Ended
+        return call
+
+    def count(self):
+        self.compiled += 1
+        self.wake()
+
+    def watch(self, compiled):
+        self.wake = compiled
+
+    def call(self, call):
+        self.calls.put(call)
+
+    def answers(self):
+        if (said := self.said.get()) is None:
+            raise RankLost
+        return [said]
+
+
+@pytest.fixture
+def make_faster(tiny_llama, monkeypatch):
+    """make_faster(failing, error, rank): the first rank and the other, once nothing gets faster any more."""
+    others = []
+
+    def make(failing, error, rank):
+        steps = [Steps(tiny_llama, *((failing, error) if number == rank else ())) for number in range(2)]
+        others.append(other := Rank(steps[1]))
+        runner, turn = leading(other), threading.Event()
+        runner._faster, runner._pool, runner._most_draft_tokens = steps[0], steps[0]._kv_pool, 0
+        runner.start(turn.set)
+        while not (steps[0]._complete.is_set() and steps[1]._complete.is_set()):
+            assert turn.wait(10)
+            turn.clear()
+            while runner.maintenance_due:
+                runner.maintain()
+            for each in steps:
+                each._complete.wait(0.01)
+        return runner, other
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    yield make
+    for other in others:
+        other.calls.put(None)
+        other.runner._faster.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("failing", ["compiling", "alone", "recording"])
+def test_a_step_for_which_one_gpu_has_no_memory_stays_as_it_is_on_all(make_faster, failing, rank):
+    # All waited for ever: the one without memory had left a sum in which the others were, or recorded another step.
+    runner, other = make_faster(failing, MEMORY, rank)
+    assert runner.recorded == other.runner.recorded == [("decode", 1), ("prefill", 64)]
+    assert runner._faster.together == other.runner._faster.together
+    assert runner.mode == other.runner.mode == "CUDA graphs: decode 1; prefill 64"
+    assert runner.is_alive()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("failing", ["compiling", "alone", "recording"])
+def test_after_a_step_that_fails_on_one_gpu_no_more_are_recorded_on_any(make_faster, failing, rank):
+    runner, other = make_faster(failing, BUG, rank)
+    assert runner.recorded == other.runner.recorded == [("decode", 1)]
+    assert runner.mode == other.runner.mode == "CUDA graphs: decode 1; decode 2 failed"
+    with pytest.raises(ModelUnavailable, match="decode 2 failed"):  # DETERMINISTIC=1 waits for all of them
+        runner._faster.wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_in_the_middle_of_a_sum_ends_all_ranks(make_faster, rank):
+    with pytest.raises(RankLost):
+        make_faster("in a sum", MEMORY, rank)
+
+
+def test_a_rank_without_memory_says_so_and_is_not_tried_again():
+    lost = _lost(MEMORY)
+    assert "KV_HEADROOM_GB" in str(lost)
+    assert not is_out_of_memory(lost)
