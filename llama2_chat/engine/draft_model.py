@@ -32,6 +32,7 @@ log = logging.getLogger("llama2_chat")
 # How likely all guesses so far must be true, times what one more costs each answer of a step: else none is made behind
 # them. In simulated answers of the small model 4 to 7 were equally good.
 CHANCE_PER_COST = 5.0
+MOST_ROWS = 32  # tokens of a step, each of which reads the keys and values of its request by itself
 MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
 
 
@@ -217,7 +218,8 @@ class Drafter:
             going, features = [going[place] for place in kept], features[kept]
             ids = torch.tensor([tokens[place] for place in kept], device=features.device)
             ends = [len(requests[n].ids) + len(guesses[n]) for n in going]
-            step = self._way.step([Chunk(requests[n], end - 1, end) for n, end in zip(going, ends, strict=True)])
+            newest = [Chunk(requests[n], end - 1, end) for n, end in zip(going, ends, strict=True)]
+            step = self._way.step(newest, MOST_ROWS)
             hidden, features = self._net.forward(ids, features, step)
 
     def _is_ready(self, request: Request) -> bool:
@@ -230,7 +232,7 @@ class Drafter:
         counts = [chunk.end - chunk.start for chunk in chunks]
         behind = torch.cat([row.features[:count] for row, count in zip(rows, counts, strict=True)])
         ids = torch.tensor([id for chunk in chunks for id in chunk.ids], device=behind.device)
-        hidden, features = self._net.forward(ids, behind, self._way.step(chunks))
+        hidden, features = self._net.forward(ids, behind, self._way.step(chunks, MOST_ROWS))
         for row, chunk, count in zip(rows, chunks, counts, strict=True):
             row.next, row.features = chunk.end, row.features[count:]
         last = torch.tensor(counts).cumsum(0) - 1

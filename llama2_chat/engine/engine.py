@@ -140,7 +140,7 @@ class Engine:
             raise PromptTooLong(len(input_ids), self.context_length)
         limit = min(params.max_new_tokens, room)
         stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.stop_ids)
-        drafts = Drafts() if self.runner.draft_tokens else None
+        drafts = Drafts() if self.runner.may_draft else None
         numbers = draws(params, limit)
         request = Request(list(input_ids), params, streamer, limit, numbers, constraint, stop_ids, adapter, drafts)
         with self._changed:

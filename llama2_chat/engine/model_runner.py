@@ -112,6 +112,7 @@ class ModelRunner:
         on_gpu = self._device.type == "cuda"
         self.pipelined, self.piece_size = on_gpu, piece_size
         self._most_draft_tokens, self.draft_tokens = draft_tokens, 0 if faster else draft_tokens
+        self._drafts_later = faster is not None and draft_tokens > 0  # draft_tokens is too small for any as yet
         self._guess_cost = GuessCost(drafter.cost + ROW_COST) if drafter else None
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
@@ -174,6 +175,7 @@ class ModelRunner:
             self._faster.maintain(self._agree)
             rows = max((size for kind, size in self.recorded if kind == "decode"), default=0)
             self.draft_tokens = min(self._most_draft_tokens, rows)
+            self._drafts_later = self._drafts_later and self.draft_tokens < 2
 
     def _agree(self, outcome: Outcome) -> Outcome:
         return outcome
@@ -220,9 +222,14 @@ class ModelRunner:
         if self._host:
             self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
         step = next(step for way in self._ways if (step := way.decode(requests)) is not None)
-        if self._drafter and len(requests) < self.draft_tokens:  # else there is no room for guesses
+        most = self._most_draft_tokens if self._drafts_later else self.draft_tokens
+        if self._drafter and len(requests) < most:  # else there is no room for guesses
             self._drafter.read([Chunk(request, request.computed, request.computed + 1) for request in requests])
         return step
+
+    @property
+    def may_draft(self) -> bool:
+        return self._drafts_later or self.draft_tokens > 0
 
     @property
     def draft_cost(self) -> float | None:
@@ -461,7 +468,7 @@ def build_runner(
             draft_tokens=draft_tokens,
             rows=rows,
             host=HostStore(pool.tensors, host_bytes) if host_bytes else None,
-            drafter=_drafter(net, model, pool, sampler, context_length) if net else None,
+            drafter=_drafter(net, model, pool, sampler, context_length, None) if net else None,
         )
     join_projections(model)
     rows = add_adapters(model, adapters)
@@ -469,7 +476,7 @@ def build_runner(
     # Recorded steps have memory of their own.
     pool = pool_for(rows, 2 * step_bytes, net.probe() if net else ())
     recorded = RecordedWay(model, pool, sampler, most_blocks, in_pieces, rows)
-    drafter = _drafter(net, model, pool, sampler, context_length) if net else None
+    drafter = _drafter(net, model, pool, sampler, context_length, kernel) if net else None
     if net and drafter:
         recorded.listen(net.feature_layers, drafter.hear)
     piece_size = PIECE_SIZE if in_pieces else None
@@ -497,7 +504,15 @@ def _draft_net(draft: EagleHead | PreTrainedModel | None, model: PreTrainedModel
 
 
 def _drafter(
-    net: DraftNet, model: PreTrainedModel, pool: KVPool, sampler: SamplerState, context_length: int
+    net: DraftNet,
+    model: PreTrainedModel,
+    pool: KVPool,
+    sampler: SamplerState,
+    context_length: int,
+    kernel: Callable[..., Tensor] | None,
 ) -> Drafter:
-    way = EagerWay(model, pool.of_beside(), sampler, None, -(-context_length // BLOCK_SIZE))
+    sizes = {keys.shape[3] for keys in net.probe() if keys.dtype == torch.bfloat16} or {0}
+    takes_kernel = all(size >= 16 and size.bit_count() == 1 for size in sizes)
+    most_blocks = -(-context_length // BLOCK_SIZE)
+    way = EagerWay(model, pool.of_beside(), sampler, kernel if takes_kernel else None, most_blocks)
     return Drafter(net, model, way, sampler)

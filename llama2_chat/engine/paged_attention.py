@@ -110,11 +110,11 @@ def _causal(new: int, length: int, window: int | None, device: torch.device) -> 
 
 @dataclass
 class DecodeStep:
-    """One token of each of several requests, [1, N], and where their keys and values are."""
+    """Few tokens, [1, N], mostly one of each of several requests, and where their keys and values are."""
 
     pool: KVPool
-    lengths: list[int]  # tokens of each request before this one
-    tables: Tensor  # int64 [N, B], the blocks of each request, padded with block 0
+    lengths: list[int]  # tokens of its request before each
+    tables: Tensor  # int64 [N, B], the blocks of its request, padded with block 0
     kernel: Callable[..., Tensor] | None = None  # kernels.attention.decode_attention, where it runs
     _seen: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

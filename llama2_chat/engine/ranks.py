@@ -118,6 +118,7 @@ class LeadingRunner(ModelRunner):
         self._failed = False
         self._recorded = 0
         self.draft_tokens = self._most_draft_tokens = 0
+        self._drafts_later = False
         self.num_blocks = min(self.num_blocks, *(each.blocks for each in room))
         self._room = room
         self.context_length = min(self.context_length, (self.num_blocks - 1) * self.block_size)

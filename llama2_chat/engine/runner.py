@@ -62,6 +62,9 @@ class Runner(Protocol[StepT]):
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
 
     @property
+    def may_draft(self) -> bool: ...  # whether a request that comes now may have drafts, if only once steps are faster
+
+    @property
     def draft_cost(self) -> float | None:
         """Of one guess of draft() and its check, where a step with one token costs 1. None: no model guesses."""
 

@@ -120,13 +120,20 @@ class EagerWay:
         adapters = [chunk.request.adapter for chunk in chunks for _ in range(chunk.start, chunk.end)]
         return self._forward(ids, step, last.to(self._device), adapters)
 
-    def step(self, chunks: Sequence[Chunk]) -> AttentionStep:
-        """Where the keys and values of these chunks are."""
-        return CpuStep(self._pool, chunks) if self._on_cpu else self._gpu_prefill(chunks)
+    def step(self, chunks: Sequence[Chunk], most_rows: int = 0) -> AttentionStep:
+        """Where the keys and values of these chunks are.
+
+        most_rows: on a GPU each of so few tokens, or fewer, attends by itself, as when an answer is decoded.
+        """
+        if self._on_cpu:
+            return CpuStep(self._pool, chunks)
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        return self._gpu_decode(chunks) if tokens <= most_rows else self._gpu_prefill(chunks)
 
     def decode(self, requests: Sequence[Request]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
-        step = self._cpu_decode(requests) if self._on_cpu else self._gpu_decode(requests)
+        chunks = [Chunk(request, request.computed, request.computed + 1) for request in requests]
+        step = self.step(chunks, most_rows=len(chunks))
         everyone = torch.arange(len(requests), device=self._device)
         adapters = [request.adapter for request in requests]
         return ModelStep([*requests], self._forward(self._sampler.tokens[slots], step, everyone, adapters), slots)
@@ -137,9 +144,6 @@ class EagerWay:
     def _sampling_step(self, requests: Sequence[Request], logits: Tensor, rows: list[int]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
         return ModelStep([*requests], logits[rows], slots)
-
-    def _cpu_decode(self, requests: Sequence[Request]) -> CpuStep:
-        return CpuStep(self._pool, [Chunk(request, request.computed, request.computed + 1) for request in requests])
 
     def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)
@@ -153,15 +157,17 @@ class EagerWay:
             spans.append((start, start + len(position), chunk.start))
             start += len(position)
         at = torch.cat(positions).to(self._device)
-        return PrefillStep(self._pool, at, torch.cat(kv_index).to(self._device), spans, tables)
+        # On the device once, not in each layer, which would wait for it.
+        return PrefillStep(self._pool, at, torch.cat(kv_index).to(self._device), spans, tables.to(self._device))
 
-    def _gpu_decode(self, requests: Sequence[Request]) -> DecodeStep:
-        lengths = [request.computed for request in requests]
+    def _gpu_decode(self, chunks: Sequence[Chunk]) -> DecodeStep:
+        lengths = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
         width = max(lengths) // BLOCK_SIZE + 1
-        tables = torch.zeros(len(requests), width, dtype=torch.long)
-        for table, request in zip(tables, requests, strict=True):
-            blocks = request.blocks.blocks[:width]
+        tables = torch.zeros(len(chunks), width, dtype=torch.long)
+        for table, chunk in zip(tables, chunks, strict=True):
+            blocks = chunk.request.blocks.blocks[:width]
             table[: len(blocks)] = torch.tensor(blocks)
+        tables = tables.repeat_interleave(torch.tensor([chunk.end - chunk.start for chunk in chunks]), 0)
         return DecodeStep(self._pool, lengths, tables.to(self._device), self._kernel)
 
     def _forward(self, ids: Tensor, step: AttentionStep, last: Tensor, adapters: Sequence[int]) -> Tensor:

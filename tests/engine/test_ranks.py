@@ -23,7 +23,7 @@ from tests.support.engines import CPU
 ALONE = {
     *("close", "enter_thread", "wait", "synchronize", "release_memory", "are_finite", "check_lengths", "mode"),
     *("new_masks", "are_arriving", "wait_for_block", "kv_bytes", "kv_format"),
-    *("draft", "draft_cost", "verify"),  # there is no draft, and draft_tokens is 0
+    *("draft", "draft_cost", "may_draft", "verify"),  # there is no draft, and draft_tokens is 0
 }
 
 
@@ -156,7 +156,8 @@ class Rank(OtherRank):
     def __init__(self, steps):
         self.calls, self.said, self.compiled = queue.SimpleQueue(), queue.SimpleQueue(), 0
         self.runner = FollowingRunner.__new__(FollowingRunner)
-        self.runner._faster, self.runner._device, self.runner._most_draft_tokens = steps, CPU, 0
+        self.runner._faster, self.runner._device = steps, CPU
+        self.runner._most_draft_tokens, self.runner._drafts_later = 0, False
         threading.Thread(target=self.follow, daemon=True).start()
 
     def follow(self):

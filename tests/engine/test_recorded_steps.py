@@ -20,6 +20,7 @@ from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.model_runner import ModelRunner, _draft_net, _drafter
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.sampler import NARROW, SamplerState
+from llama2_chat.engine.step_ways import Outcome
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import Pipelined
@@ -322,6 +323,8 @@ class Anew(RecordedWay):
 
 
 def turned(states, cos, sin):
+    if cos is None:
+        return states
     half = states.shape[-1] // 2
     return states * cos[:, None] + torch.cat([-states[..., half:], states[..., :half]], -1) * sin[:, None]
 
@@ -376,19 +379,21 @@ def answers(engine):
 
 
 @torch.inference_mode()
-def recording_runner(model, sizes, deterministic, draft=None):
+def recording_runner(model, sizes, deterministic, draft=None, kernel=None, draft_tokens=0):
     windows, context = attention_windows(model), 256
     net = _draft_net(draft, model)
     pool = KVPool(model, lambda: {CPU: 2**24}, context, max_batch=6, beside=net.probe() if net else ())
     sampler = SamplerState(6, model.config.vocab_size, context, CPU)
     way = Anew(model, pool, sampler, context // BLOCK_SIZE, deterministic, sizes=sizes)
-    drafter = _drafter(net, model, pool, sampler, context) if net else None
+    drafter = _drafter(net, model, pool, sampler, context, None) if net else None
     if drafter:
-        drafter._way._on_cpu = False
+        drafter._way._on_cpu, drafter._way._kernel = False, kernel
         way.listen(net.feature_layers, drafter.hear)
     piece = cuda_graphs.PIECE_SIZE if deterministic else None
-    options = {"piece_size": piece, "drafter": drafter}
-    return ModelRunner(model, pool, sampler, context, None, way, 128, windows, **options), way
+    options = {"piece_size": piece, "drafter": drafter, "draft_tokens": draft_tokens}
+    runner = ModelRunner(model, pool, sampler, context, None, way, 128, windows, **options)
+    runner._eager._on_cpu = False
+    return runner, way
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -464,6 +469,45 @@ def test_a_model_that_is_the_served_one_guesses_all_of_it_behind_recorded_steps(
     engine.close()
     found = engine.occupancy
     assert found.drafted_by_model == found.accepted_by_model > 20
+
+
+def test_a_model_guesses_right_over_what_was_read_before_any_step_was_recorded(
+    tiny_llama, without_kernels, guessing_model
+):
+    # Keys and values of that were zeros to it, for as long as others found them in the KV cache.
+    runner, way = recording_runner(tiny_llama, (), False, copy.deepcopy(tiny_llama), draft_tokens=6)
+    engine = Engine(Pipelined(runner), set())
+    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=60)
+    before = [9] * 60, [*range(70)]
+    with engine.paused():
+        started = [start(engine, ids, greedy) for ids in before]
+    for _, streamer in started:
+        streamer.next()
+    for size in ("decode", 6), ("prefill", 128):
+        way._compiled.put((*size, Outcome.DONE))
+    said = [streamer.rest() for _, streamer in started]
+    assert engine.occupancy.drafted_by_model > 20
+    _, later = start(engine, [*before[0], *said[0][:20]], greedy)
+    later.rest()
+    engine.close()
+    found = engine.occupancy
+    assert found.drafted_by_model == found.accepted_by_model > 30
+
+
+def test_guesses_read_keys_and_values_where_they_lie(tiny_llama, without_kernels, guessing_model, monkeypatch):
+    read = []
+    for name in ("read", "read_batch"):
+        monkeypatch.setattr(KVPool, name, lambda *args: read.append(args))
+    draft = copy.deepcopy(tiny_llama)
+    runner, _ = recording_runner(tiny_llama, SIZES | {("decode", 6)}, False, draft, decode)
+    monkeypatch.setattr(runner, "self_check", lambda requests: True)
+    runner.draft_tokens = 6
+    engine = Engine(Pipelined(runner), set())
+    _, streamer = start(engine, [5, 6, *range(70)], SamplingParams(temperature=0, max_new_tokens=20))
+    streamer.rest()
+    engine.close()
+    assert engine.occupancy.drafted_by_model > 10
+    assert not read
 
 
 def test_a_model_guesses_right_after_a_long_time_without(tiny_llama, without_kernels, guessing_model, monkeypatch):
