@@ -81,7 +81,13 @@ class Workers:
         self._joined = self._ready = self._closing = False
         self._outcomes: queue.SimpleQueue[LeadingRunner | Exception] = queue.SimpleQueue()  # of joining, of any rank
         self.lost = False
-        self._workers = [self._start(Part(rank, part.of)) for rank in range(1, part.of)]
+        self._workers: list[_Worker] = []
+        try:
+            for rank in range(1, part.of):
+                self._workers.append(self._start(Part(rank, part.of)))
+        except OSError:
+            self.close()
+            raise
 
     def _start(self, part: Part) -> _Worker:
         started: queue.SimpleQueue[_Worker | OSError] = queue.SimpleQueue()

@@ -1,5 +1,8 @@
 """How the processes of one model find each other; with models they do in test_ranks.py."""
 
+import sys
+from subprocess import Popen
+
 import pytest
 
 from llama2_chat.loading.choose import Checkpoint
@@ -26,3 +29,21 @@ def test_more_than_two_gpus_promise_no_text_that_is_the_same_every_time(tmp_path
         Workers(checkpoint, RunnerOptions(deterministic=True), ignore).close()
 
     assert refusal(start, 4).startswith("DETERMINISTIC=1 works on one GPU or on two")
+
+
+def test_where_one_process_cannot_be_started_no_other_is_left_behind(tmp_path, monkeypatch):
+    started = []
+
+    def start(*args, **options):
+        if started:
+            raise OSError("Resource temporarily unavailable")
+        started.append(Popen(*args, **options))
+        return started[0]
+
+    reading = [sys.executable, "-c", "import sys; sys.stdin.buffer.read()"]
+    monkeypatch.setattr("llama2_chat.parallel.processes.python_command", lambda function: reading)
+    monkeypatch.setattr("llama2_chat.parallel.processes.subprocess.Popen", start)
+    checkpoint = Checkpoint("any", "", "none", Files(tmp_path), tmp_path, part=Part(0, 3))
+    with pytest.raises(OSError, match="temporarily"):
+        Workers(checkpoint, RunnerOptions(), ignore)
+    assert started[0].poll() is not None
