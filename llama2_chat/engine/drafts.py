@@ -70,16 +70,23 @@ class GuessCost:
         self._assumed = assumed
         self._guesses, self._steps = deque[float](maxlen=TIMED), deque[float](maxlen=TIMED)  # seconds
         self._ended: float | None = None  # when the latest guesses were there
+        self._computed = 0  # steps since then
 
     def made(self, started: float, ended: float, guesses: int) -> None:
         """So many in a row were made between these times, or none; then comes a step that checks them."""
+        only_one = self._computed == 1  # where guesses are rare there are many, and nobody knows how long one took
+        self._computed = 0
         if not guesses:
             self._ended = None
             return
-        if self._ended is not None:
+        if self._ended is not None and only_one:
             self._steps.append(started - self._ended)
         self._guesses.append((ended - started) / guesses)
         self._ended = ended
+
+    def computed(self) -> None:
+        """A step, with guesses or without."""
+        self._computed += 1
 
     @property
     def cost(self) -> float:

@@ -222,6 +222,7 @@ class ModelRunner:
         if self._host:
             self._host.settle(request.blocks[request.computed // BLOCK_SIZE] for request in requests)
         step = next(step for way in self._ways if (step := way.decode(requests)) is not None)
+        self._count_step()
         most = self._most_draft_tokens if self._drafts_later else self.draft_tokens
         if self._drafter and len(requests) < most:  # else there is no room for guesses
             self._drafter.read([Chunk(request, request.computed, request.computed + 1) for request in requests])
@@ -249,9 +250,14 @@ class ModelRunner:
     def verify(self, chunks: Sequence[DraftChunk]) -> VerifiedDrafts:
         self._settle(chunks)
         verified = next(drafts for way in self._ways if (drafts := way.verify(chunks)) is not None)
+        self._count_step()
         if self._drafter:
             self._drafter.read(chunks)
         return verified
+
+    def _count_step(self) -> None:
+        if self._guess_cost:
+            self._guess_cost.computed()
 
     def _settle(self, chunks: Sequence[Chunk]) -> None:
         """Let a step wait for what is copied from blocks that it writes to, and to those that it reads."""

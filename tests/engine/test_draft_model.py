@@ -122,11 +122,28 @@ def test_what_a_guess_costs_is_told_by_the_clock_once_it_is_known():
     for step in range(LEAST_TIMED + 1):
         assert cost.cost == 0.1
         cost.made(now, now + 2 * 3, guesses=2)  # 3 s each
+        cost.computed()
         now += 6 + (100 if step == 1 else 10)  # others were read meanwhile, once
     assert cost.cost == 3 / 10
     cost.made(now, now, guesses=0)
+    cost.computed()
     cost.made(now + 1000, now + 1006, guesses=2)  # nothing was guessed before it, so nobody knows how long a step took
     assert cost.cost == 3 / 10
+
+
+def test_what_a_guess_costs_is_told_by_single_steps_also_where_guesses_are_rare(tiny_llama, obstinate):
+    # After each guess came 25 steps until the next, which counted as one: a guess seemed to cost 25 times less.
+    cost, now = GuessCost(0.1), 0.0
+    for steps in [1] * (LEAST_TIMED + 1) + [PAUSE + 1] * 20:
+        cost.made(now, now + 3, guesses=1)
+        now += 3 + 10 * steps
+        for _ in range(steps):
+            cost.computed()
+    assert cost.cost == 3 / 10
+    with running(tiny_llama, draft=random_head(tiny_llama)) as engine:
+        engine.runner.draft_tokens = 0
+        said, _ = answer(engine, [1, 2, 3])
+        assert engine.runner._guess_cost._computed == len(said) - 1
 
 
 def test_what_a_cpu_guesses_is_what_other_devices_do():
