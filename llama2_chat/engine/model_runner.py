@@ -46,6 +46,7 @@ CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no lo
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
 GPU_DRAFT_TOKENS = 16  # of a step of so many rows all linear products take about as long as those of one
+KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads of a model that guesses, which attends by the kernel then
 ROW_COST = 0.05  # of a row more in a step of few rows, where one row costs 1
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
@@ -517,8 +518,7 @@ def _drafter(
     context_length: int,
     kernel: Callable[..., Tensor] | None,
 ) -> Drafter:
-    sizes = {keys.shape[3] for keys in net.probe() if keys.dtype == torch.bfloat16} or {0}
-    takes_kernel = all(size >= 16 and size.bit_count() == 1 for size in sizes)
+    fits = all(keys.dtype == torch.bfloat16 and keys.shape[3] in KERNEL_SIZES for keys in net.probe())
     most_blocks = -(-context_length // BLOCK_SIZE)
-    way = EagerWay(model, pool.of_beside(), sampler, kernel if takes_kernel else None, most_blocks)
+    way = EagerWay(model, pool.of_beside(), sampler, kernel if fits else None, most_blocks)
     return Drafter(net, model, way, sampler)
