@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -27,7 +27,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
 from llama2_chat.page.calls import FOR_PROGRAMS, checked_call
-from llama2_chat.page.language import NO_SCRIPT, language_of
+from llama2_chat.page.language import IN_DOCUMENT, language_of
 from llama2_chat.page.sessions import NOT_FOUND, Sessions
 from llama2_chat.server.errors import ApiError, as_api_error, error_response, no_such_route
 from llama2_chat.server.limits import counted
@@ -51,6 +51,7 @@ INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DO
 # Ours runs first and starts it (startGradio in static/main.js), so that nobody waits for Gradio to type a message.
 GRADIOS_CODE, HELD_BACK = b'<script type="module"', b'<script type="text/plain" id="gradio"'
 GRADIOS_LANGUAGE = b'lang="en"'
+HEAD = b"<head>"
 ROUTES = {"GET": re.compile(READ), "HEAD": re.compile("/"), "POST": re.compile(ASK)}
 
 
@@ -108,12 +109,12 @@ class OnlyOurRoutes:
     """Gradio's app with the routes in ROUTES, and a note of who listens. Any other path is answered with 404."""
 
     def __init__(
-        self, app: App, sessions: Sessions, listeners: Listeners, heads: Mapping[str, bytes], on_space: bool
+        self, app: App, sessions: Sessions, listeners: Listeners, head: Callable[[str], bytes], on_space: bool
     ) -> None:
-        """heads: for each language, HTML before Gradio's code in the document of the page, and of the login, where
+        """head: for a language, HTML before all else in the document of the page, and of the login, where
         gr.Blocks has none."""
         self.app, self.sessions, self.listeners = app, sessions, listeners
-        self.heads, self.on_space = heads, on_space
+        self.head, self.on_space = head, on_space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -125,7 +126,7 @@ class OnlyOurRoutes:
             return await error_response(problem)(scope, receive, send)
         if path == "/":
             language = language_of(HTTPConnection(scope))
-            return await self.app(scope, receive, _Document(send, language, self.heads[language], self.on_space))
+            return await self.app(scope, receive, _Document(send, language, self.head(language), self.on_space))
         try:
             if scope["method"] == "POST":
                 owner = self.sessions.who(scope)
@@ -216,8 +217,9 @@ class _Document:
 
     async def _send_document(self) -> None:
         body = self._body.replace(GRADIOS_LANGUAGE, f'lang="{self._language}"'.encode(), 1)
-        body = body.replace(GRADIOS_CODE, self._head + HELD_BACK, 1)
-        no_script = f"<noscript><p>{NO_SCRIPT[self._language]}</p></noscript></body>"
+        body = body.replace(GRADIOS_CODE, HELD_BACK, 1)
+        body = body.replace(HEAD, HEAD + self._head, 1)
+        no_script = f"<noscript><p>{IN_DOCUMENT[self._language]['noScript']}</p></noscript></body>"
         body = no_script.encode().join(body.rsplit(b"</body>", 1))
         scripts = [_hash(script) for script in INLINE_SCRIPT.findall(body)]
         headers = MutableHeaders(scope=self._start)

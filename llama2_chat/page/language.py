@@ -10,12 +10,13 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-# What whoever lets no script run reads in place of the page.
-NO_SCRIPT = {
-    path.stem: re.findall('^  noScript: "(.+)",', path.read_text("utf-8"), re.MULTILINE)[0]
+GROUP = re.compile(r"^  document: \{(.+?)^  \}", re.MULTILINE | re.DOTALL)
+# What stands in the document itself, for whoever lets no script run and for static/loading.js.
+IN_DOCUMENT = {
+    path.stem: dict(re.findall(r'(\w+): "(.+)",', GROUP.findall(path.read_text("utf-8"))[0]))
     for path in (Path(__file__).parent / "static" / "texts").glob("*.js")
 }
-LANGUAGES = frozenset(NO_SCRIPT)
+LANGUAGES = frozenset(IN_DOCUMENT)
 COOKIE = "llama2_chat_language"  # set by static/language.js
 OTHERS = "en"  # for whom it has no language of theirs
 MOST_READ = 50  # languages of a browser

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
 from typing import cast
 
 import gradio as gr
@@ -23,9 +22,9 @@ from llama2_chat.agent import MEMORY, Calculator, Clock, Tool
 from llama2_chat.documents.library import Library
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
+from llama2_chat.page.assets import Assets, head
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
 from llama2_chat.page.history import Histories
-from llama2_chat.page.language import LANGUAGES
 from llama2_chat.page.log_in import login_router
 from llama2_chat.page.presets import first_preset
 from llama2_chat.page.programs import MOST_REMEMBERED, ProgramChat, ReplyFunction, make_reply
@@ -39,45 +38,6 @@ from llama2_chat.server.metrics import Metrics
 from llama2_chat.settings import Settings
 from llama2_chat.types import OPEN_BELOW, RANGES, ChatBackend, SamplingParams
 
-STATIC = Path(__file__).parent / "static"
-STYLES = (
-    "page.css",
-    "transcript.css",
-    "composer.css",
-    "overlays.css",
-    "screens.css",
-    "sidebar.css",
-    "markdown.css",
-    "code.css",
-    "steps.css",
-    "documents.css",
-    "settings.css",
-    "start.css",
-    "login.css",
-    "completing.css",
-    "compare.css",
-    "forced_colors.css",
-    "print.css",
-)
-# Loaded at once and beside each other, and not one after the other as their imports are found.
-FOLDERS = ("*.js", "markdown/*.js", "vendor/marked/*.js")
-MODULES = sorted(path.relative_to(STATIC).as_posix() for folder in FOLDERS for path in STATIC.glob(folder))
-
-
-def head(language: str) -> bytes:
-    """What the page's document needs in its head. language: whose texts its modules get from texts.js."""
-    texts = f"page/texts/{language}.js"
-    modules = [f"page/{name}" for name in MODULES if "worker" not in name and name != "texts.js"]
-    lines = [
-        f'<script type="importmap">{{"imports": {{"./page/texts.js": "./{texts}"}}}}</script>',
-        *(f'<link rel="stylesheet" href="page/{name}">' for name in STYLES),
-        *(f'<link rel="modulepreload" href="{path}">' for path in [texts, *modules]),
-        '<script type="module" src="page/main.js"></script>',
-    ]
-    return "\n".join(lines).encode()
-
-
-HEADS = {language: head(language) for language in LANGUAGES}
 LONGEST_SHOWN = 4_096  # tokens of an answer that can be chosen with the slider; its number takes more
 
 
@@ -129,7 +89,7 @@ def add_page(
     assert isinstance(mount, Mount)
     gradio = cast(App, mount.app)
     visitors = Visitors(gradio, has_login=users is not None)
-    mount.app = OnlyOurRoutes(gradio, Sessions(visitors), listeners, HEADS, settings.on_space)
+    mount.app = OnlyOurRoutes(gradio, Sessions(visitors), listeners, head, settings.on_space)
     if users is not None:
         app.include_router(login_router(users, visitors))
         users.on_change = visitors.end_sessions
@@ -139,7 +99,7 @@ def add_page(
     )
     # Gradio's code once more, under an address that a browser has not given up yet (static/gradio.js).
     app.mount("/page/again/{start:int}", StaticFiles(directory=BUILD_PATH_LIB))
-    app.mount("/page", StaticFiles(directory=STATIC))
+    app.mount("/page", Assets())
     app.router.routes.append(mount)
     return app
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from playwright._impl._driver import compute_driver_executable
 
+from llama2_chat.page.assets import STATIC
 from llama2_chat.page.language import LANGUAGES
-from llama2_chat.page.layout import STATIC
 
 ERRORS = {"ApiError", "Busy", "ChatError", "ModelUnavailable", "NoAdapter", "NoRoom", "NotHere", "Unsafe"}
 # Of each language: the tree of its texts, functions as what they give for names and for numbers; and its sentences.

@@ -5,16 +5,20 @@ import { h, toast } from "./dialog.js";
 import { T } from "./texts.js";
 
 const ELEMENT = "gradio-app"; // which Gradio's code defines, and in which it makes what it makes
+const FRAME = "[control_page_title]"; // that element, by whichever name
 const LOOK_MS = 20;
 const ASK_MS = 1000; // between two questions whether the server is back
-const PATIENCE_MS = 10_000; // for a second start to come to something
+const PATIENCE_MS = 10_000; // for another start to come to something
+const MOST_RESTARTS = 3; // by themselves
 
 /**
  * Gradio's code waits in the document.
  * @param attach tried until it says that Gradio has made what it is for
+ * @param onMissing called once it is left to the visitor
  */
-export function startGradio(attach) {
-  const loading = new Loading();
+export function startGradio(attach, onMissing = sayMissing) {
+  if (!document.querySelector(FRAME)) return onMissing(); // of a document that was cut, some browsers show what came
+  const loading = new Loading(onMissing);
   keepLanguage();
   requestAnimationFrame(() => setTimeout(() => run(gradiosCode())));
   (function look() {
@@ -30,45 +34,42 @@ function keepLanguage() {
   new MutationObserver(() => root.lang !== lang && (root.lang = lang)).observe(root, { attributeFilter: ["lang"] });
 }
 
-/** Asks again, once the server is back, for scripts and style sheets that did not come. */
+/** Starts Gradio's code anew, once the server is back, where a part of it did not come. */
 class Loading {
   isDone = false;
   #restarts = 0;
-  #styles = new Set(); // addresses
+  #isBroken = false;
   #mending = null;
 
-  constructor() {
+  constructor(onMissing) {
+    this.onMissing = onMissing;
     nameElements(() => (this.#restarts ? `${ELEMENT}-${this.#restarts}` : ELEMENT));
-    addEventListener("error", ({ target }) => this.#notice(target), true);
+    addEventListener("error", ({ target }) => target.localName === "script" && this.#mend(), true);
     addEventListener("unhandledrejection", () => this.#mend()); // a module that did not come
   }
 
-  #notice({ localName, href }) {
-    if (localName === "link") this.#styles.add(href);
-    if (localName === "link" || localName === "script") this.#mend();
-  }
-
   #mend() {
-    this.#mending ??= this.#again().finally(() => (this.#mending = null));
+    this.#isBroken = true;
+    if (!this.isDone) this.#mending ??= this.#again().finally(() => (this.#mending = null));
   }
 
   async #again() {
-    do await pause(ASK_MS);
-    while (!(await isReachable()));
-    if (!this.isDone) this.#restart();
-    else for (const href of this.#styles) document.head.append(h("link", { rel: "stylesheet", href }));
-    this.#styles.clear();
-    if (this.isDone) return;
-    await pause(PATIENCE_MS);
-    // A private chat would not outlive a reload: the visitor decides.
-    if (!this.isDone) toast(T.settings.missing, { action: T.settings.reload, onAction: () => location.reload(), seconds: 86_400 });
+    do {
+      do await pause(ASK_MS);
+      while (!(await isReachable()));
+      if (this.isDone) return;
+      this.#isBroken = false;
+      this.#restart();
+      for (let waited = 0; waited < PATIENCE_MS && !this.isDone && !this.#isBroken; waited += ASK_MS) await pause(ASK_MS);
+    } while (this.#isBroken && this.#restarts < MOST_RESTARTS);
+    if (!this.isDone) this.onMissing();
   }
 
   /** Under addresses of its own: most browsers remember of a module that it did not come, and never ask again. */
   #restart() {
     this.#restarts += 1;
-    run(gradiosCode().replace("/assets/", `/page/again/${this.#restarts}/`));
-    const frame = document.querySelector("[control_page_title]"); // by whichever name
+    run(gradiosCode().replace(/\/assets\/(?=[^/]+$)/, `/page/again/${this.#restarts}/`));
+    const frame = document.querySelector(FRAME);
     const attributes = Object.fromEntries([...frame.attributes].map(({ name, value }) => [name, value]));
     frame.replaceWith(h(`${ELEMENT}-${this.#restarts}`, attributes));
   }
@@ -83,6 +84,11 @@ function nameElements(current) {
   const named = (name) => (name === ELEMENT ? current() : name);
   customElements.get = (name) => get.call(customElements, named(name));
   customElements.define = (name, ...rest) => define.call(customElements, named(name), ...rest);
+}
+
+/** A private chat would not outlive a reload: the visitor decides. */
+function sayMissing() {
+  toast(T.settings.missing, { action: T.document.reload, onAction: () => location.reload(), seconds: 86_400 });
 }
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));

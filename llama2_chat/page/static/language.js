@@ -16,7 +16,7 @@ export function languageControl(onUnkept) {
     choose(list.value);
     if (chosen() !== list.value) onUnkept();
     else if (!document.body.classList.contains("private")) location.reload();
-    else toast(T.language.change, { action: T.settings.reload, onAction: () => location.reload(), seconds: 30 });
+    else toast(T.language.change, { action: T.document.reload, onAction: () => location.reload(), seconds: 30 });
   });
   return h("div", { class: "start language" }, h("label", { for: "language" }, T.language.label), list);
 }

@@ -59,10 +59,14 @@ function sayUnkept() {
   saidUnkept = true;
 }
 
+/** There is something to type into: loading.js no longer loads the page anew. */
+const begin = () => (dispatchEvent(new Event("begun")), true);
+
 async function start() {
   let state = await firstState();
   if (!state) {
-    return startGradio(completeLogin); // after it, the page is loaded anew
+    const onMissing = () => {}; // loading.js loads the page anew, where nothing has been typed
+    return startGradio(() => completeLogin() && begin(), onMissing); // after it, the page is loaded anew
   }
   let store = await openStore(state);
   // A line that is down is said beside the list alone, and by what waits for it.
@@ -179,6 +183,7 @@ async function start() {
   });
   parts.onNew = leavePrivate;
   use(store);
+  begin();
   if (!store.persistent && !store.shared) (saidUnkept = true), toast(T.header.memoryOnly);
   addShortcuts({
     onEscape: () => parts.sides.escape() || chat.stop(),

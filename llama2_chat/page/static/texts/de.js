@@ -8,7 +8,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
-  noScript: "Diese Seite braucht JavaScript. Erlaube es im Browser und lade sie neu.",
+  document: {
+    noScript: "Diese Seite braucht JavaScript. Erlaube es im Browser und lade sie neu.",
+    incomplete: "Die Seite ist nicht vollständig geladen. Neuer Versuch läuft …",
+    failed: "Dieser Browser konnte die Seite nicht starten. Lade sie neu oder öffne sie in einem neueren Browser.",
+    reload: "Neu laden",
+  },
   skip: "Zum Eingabefeld springen",
   you: "Du",
   assistant: "Assistent",
@@ -163,7 +168,6 @@ export const T = {
     wrongSeed: "Ein Seed ist eine ganze Zahl. Ohne Angabe wird er zufällig gewählt.",
     close: "Schließen",
     missing: "Die Einstellungen konnten nicht geladen werden. Lade die Seite neu, um sie zu bekommen.",
-    reload: "Neu laden",
   },
   language: {
     label: "Sprache",

@@ -9,7 +9,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ", // two sentences
-  noScript: "This page needs JavaScript. Allow it in the browser and reload the page.", // the server writes it into the document
+  document: { // what the server writes into the document
+    noScript: "This page needs JavaScript. Allow it in the browser and reload the page.",
+    incomplete: "The page has not loaded completely. Trying again …",
+    failed: "This browser could not start the page. Reload it, or open it in a newer browser.",
+    reload: "Reload",
+  },
   skip: "Skip to the message box",
   you: "You",
   assistant: "Assistant",
@@ -164,7 +169,6 @@ export const T = {
     wrongSeed: "A seed is a whole number, or empty for a random one.",
     close: "Close",
     missing: "The settings could not be loaded. Reload the page to have them.",
-    reload: "Reload",
   },
   language: {
     label: "Language",

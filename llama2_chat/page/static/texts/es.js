@@ -8,7 +8,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
-  noScript: "Esta página necesita JavaScript. Actívalo en el navegador y recarga la página.",
+  document: {
+    noScript: "Esta página necesita JavaScript. Actívalo en el navegador y recarga la página.",
+    incomplete: "La página no se ha cargado por completo. Reintentando…",
+    failed: "Este navegador no ha podido iniciar la página. Recárgala o ábrela en un navegador más reciente.",
+    reload: "Recargar",
+  },
   skip: "Ir al cuadro de mensaje",
   you: "Tú",
   assistant: "Asistente",
@@ -163,7 +168,6 @@ export const T = {
     wrongSeed: "Una semilla es un número entero. Déjala vacía para que sea aleatoria.",
     close: "Cerrar",
     missing: "No se ha podido cargar la configuración. Recarga la página para verla.",
-    reload: "Recargar",
   },
   language: {
     label: "Idioma",

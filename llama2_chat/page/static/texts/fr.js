@@ -8,7 +8,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: " ",
-  noScript: "Cette page a besoin de JavaScript. Autorisez-le dans le navigateur, puis rechargez la page.",
+  document: {
+    noScript: "Cette page a besoin de JavaScript. Autorisez-le dans le navigateur, puis rechargez la page.",
+    incomplete: "La page n’est pas entièrement chargée. Nouvelle tentative…",
+    failed: "Ce navigateur n’a pas pu démarrer la page. Rechargez-la ou ouvrez-la dans un navigateur plus récent.",
+    reload: "Recharger",
+  },
   skip: "Aller au champ de message",
   you: "Vous",
   assistant: "Assistant",
@@ -163,7 +168,6 @@ export const T = {
     wrongSeed: "Une graine est un nombre entier. Laissez vide pour une valeur aléatoire.",
     close: "Fermer",
     missing: "Les paramètres n’ont pas pu être chargés. Rechargez la page pour les obtenir.",
-    reload: "Recharger",
   },
   language: {
     label: "Langue",

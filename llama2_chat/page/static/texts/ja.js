@@ -8,7 +8,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: "",
-  noScript: "このページにはJavaScriptが必要です。ブラウザーで有効にして、再読み込みしてください。",
+  document: {
+    noScript: "このページにはJavaScriptが必要です。ブラウザーで有効にして、再読み込みしてください。",
+    incomplete: "ページを最後まで読み込めていません。再試行しています…",
+    failed: "このブラウザーではページを開始できませんでした。再読み込みするか、新しいブラウザーで開いてください。",
+    reload: "再読み込み",
+  },
   skip: "入力欄へ移動",
   you: "あなた",
   assistant: "アシスタント",
@@ -163,7 +168,6 @@ export const T = {
     wrongSeed: "シードは整数です。空欄にするとランダムになります。",
     close: "閉じる",
     missing: "設定を読み込めませんでした。ページを再読み込みしてください。",
-    reload: "再読み込み",
   },
   language: {
     label: "言語",

@@ -8,7 +8,12 @@ export const T = {
   title: "Llama 2 Chat",
   number,
   between: "",
-  noScript: "此页面需要 JavaScript。请在浏览器中启用它，然后重新加载页面。",
+  document: {
+    noScript: "此页面需要 JavaScript。请在浏览器中启用它，然后重新加载页面。",
+    incomplete: "页面尚未完全加载，正在重试…",
+    failed: "此浏览器无法启动页面。请重新加载，或使用较新的浏览器打开。",
+    reload: "重新加载",
+  },
   skip: "跳到输入框",
   you: "你",
   assistant: "助手",
@@ -155,7 +160,6 @@ export const T = {
     wrongSeed: "种子必须是整数；留空则随机。",
     close: "关闭",
     missing: "无法加载设置。请重新加载页面。",
-    reload: "重新加载",
   },
   language: {
     label: "语言",

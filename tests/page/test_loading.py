@@ -1,0 +1,133 @@
+"""A line that goes down while the page loads: it comes all the same, or says what is wrong; and what browsers keep."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from starlette.testclient import TestClient
+
+from llama2_chat.page import assets
+from tests.support.browser import answers, ask, box, open_page
+from tests.support.lines import line_to
+from tests.support.scripted import ScriptedChat
+
+INCOMPLETE = "The page has not loaded completely. Trying again …"
+
+
+@pytest.fixture
+def site(perform):
+    return perform(ScriptedChat())
+
+
+@pytest.fixture
+def context(browser):
+    with browser.new_context() as context:
+        yield context
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["main.js", "tree.js", "texts/en.js", "marked.esm.js"])
+def test_a_page_without_one_of_its_modules_says_so_and_comes_once_it_can_be_had(context, site, lost):
+    """It stayed empty, without a word: a browser asks for no module twice."""
+    page = context.new_page()
+    page.route(f"**/{lost}?*", lambda route: route.abort())
+    page.goto(site)
+    expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+    page.unroute_all()
+    expect(box(page)).to_be_editable()
+    expect(page.get_by_text(INCOMPLETE)).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_style_sheet_that_was_lost_comes_where_it_stood_and_costs_no_reload(context, site):
+    page, asked = context.new_page(), []
+    page.route(
+        "**/page/page.css?*", lambda route: asked.append(route) or (route.continue_ if asked[1:] else route.abort)()
+    )
+    open_page(page, site)
+    box(page).fill("Typed before")
+    expect(page.locator("#chat")).to_have_css("position", "fixed")
+    first = page.locator("link[rel=stylesheet]").first
+    assert "page.css" in first.get_attribute("href")
+    expect(box(page)).to_have_value("Typed before")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bytes_that_come", [20_000, 70_000, 150_000, 450_000, 650_000])
+def test_a_page_comes_wherever_the_line_went_down(context, site, bytes_that_come):
+    """In the document, at a style sheet, in a module, in Gradio's code. One that was cut stayed empty for good."""
+    with line_to(site, left=bytes_that_come) as (line, address):
+        page = context.new_page()
+        page.goto(address, wait_until="commit")
+        while line.left:
+            page.wait_for_timeout(50)
+        page.wait_for_timeout(500)
+        line.left = None
+        expect(page.locator("#setting-seed")).to_be_attached()
+        ask(page)
+        expect(answers(page)).to_have_text("Hello!")
+
+
+@pytest.mark.slow
+def test_code_that_a_browser_does_not_understand_is_said_and_not_asked_for_again(context, site):
+    page, asked = context.new_page(), []
+    page.route(
+        "**/page/tree.js?*",
+        lambda route: asked.append(route) or route.fulfill(body="(", content_type="text/javascript"),
+    )
+    page.goto(site)
+    expect(page.get_by_text("This browser could not start the page.")).to_be_visible()
+    page.wait_for_timeout(3_000)
+    page.unroute_all()
+    assert len(asked) == 1
+    page.get_by_role("button", name="Reload").click()
+    expect(box(page)).to_be_editable()
+
+
+@pytest.mark.slow
+def test_a_page_that_no_reload_mends_is_not_loaded_over_and_over(context, site):
+    """As with a program between server and browser that keeps a script from running."""
+    page, documents = context.new_page(), []
+    page.on("framenavigated", lambda frame: documents.append(frame.url))
+    page.route(
+        "**/main.js?*", lambda route: (route.abort if route.request.resource_type == "script" else route.continue_)()
+    )
+    page.goto(site)
+    page.wait_for_timeout(6_000)
+    assert len(documents) == 2
+    expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+
+
+@pytest.fixture
+def client():
+    return TestClient(assets.Assets())
+
+
+def named_in(head: bytes) -> list[str]:
+    return re.findall(r'(?:href|src)="page/(\S+?)"', head.decode())
+
+
+def test_what_the_document_names_is_there_and_kept_for_good(client):
+    for address in named_in(assets.head("de")):
+        assert client.get(address).headers["cache-control"] == assets.FOR_GOOD
+
+
+@pytest.mark.parametrize("address", ["main.js", "main.js?0123456789abcdef", "vendor/katex/katex.min.css"])
+def test_what_may_change_under_its_address_is_asked_for_each_time(client, address):
+    """Browsers ran old modules beside those of an update, and showed an empty page for days."""
+    assert client.get(address).headers["cache-control"] == "no-cache"
+
+
+def test_a_module_that_changes_has_another_address_for_the_document_and_for_other_modules(tmp_path, monkeypatch):
+    for name in ("loading.js", "texts/en.js", "main.js", "tree.js", assets.LATER, *assets.STYLES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(assets, "STATIC", tmp_path)
+    monkeypatch.setattr(assets, "MODULES", ["main.js", "tree.js"])
+    before = assets.head("en").decode()
+    (tmp_path / "tree.js").write_text("after the update")
+    after = assets.head("en").decode()
+    old, new = (re.findall(r"page/tree\.js\?\w+", head) for head in (before, after))
+    assert len(old) == len(new) == 2  # where it is loaded, and where imports are resolved
+    assert set(old).isdisjoint(new)
+    assert before.replace(old[0], new[0]) == after
