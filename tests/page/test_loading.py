@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from llama2_chat.page import assets
 from tests.support.browser import answers, ask, box, open_page
 from tests.support.lines import line_to
-from tests.support.scripted import ScriptedChat
+from tests.support.scripted import Scripted, ScriptedChat
 
 INCOMPLETE = "The page has not loaded completely. Trying again …"
 
@@ -96,6 +96,24 @@ def test_a_page_that_no_reload_mends_is_not_loaded_over_and_over(context, site):
     page.wait_for_timeout(6_000)
     assert len(documents) == 2
     expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+
+
+@pytest.mark.slow
+def test_formulas_and_colours_come_though_the_line_went_down_when_they_were_first_needed(context, perform):
+    """Sources stayed, in all answers, until the page was loaded anew."""
+    site = perform(ScriptedChat(say=lambda _: Scripted("$$x^2$$\n\n```python\nif x: pass\n```")))
+    page, failed = context.new_page(), []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    for part in ("katex.mjs*", "katex.min.css", "languages/python.min.js"):
+        page.route(f"**/{part}", lambda route: route.abort())
+    ask(open_page(page, site))
+    while len(failed) < 3:
+        page.wait_for_timeout(50)
+    page.unroute_all()
+    expect(page.locator(".katex")).to_have_count(1)
+    expect(page.locator(".katex")).to_have_css("font-family", re.compile("KaTeX"))
+    ask(page)
+    expect(page.locator("article.assistant").last.locator(".keyword")).to_have_text(["if", "pass"])
 
 
 @pytest.fixture

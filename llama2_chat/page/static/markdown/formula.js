@@ -1,10 +1,12 @@
-// One formula, by KaTeX, which is loaded when the first one is there. Until then, and where KaTeX does not understand it
-// or it is too much, its source is shown.
+// One formula, by KaTeX, which is loaded when the first one is there, and again where the line was down. Until it has come,
+// and where KaTeX does not understand a formula or it is too much, its source is shown.
 
 import { keepReachable } from "./scrolling.js";
 import { h } from "./text.js";
 
 const KATEX = new URL("../vendor/katex/", import.meta.url);
+const AGAIN_MS = 1000; // until KaTeX is asked for once more; then twice as long each time
+const LONGEST_MS = 60_000;
 const SLICE_MS = 8; // what formulas take of a frame; an answer full of them is typeset over several
 const MAX_DEPTH = 40; // KaTeX's effort, and the browser's, with braces in braces
 const MAX_LENGTH_EM = 60; // of anything in it, such as a matrix of fifty rows; KaTeX has no limit for lengths below zero
@@ -53,24 +55,27 @@ function enqueue(job) {
 
 async function work() {
   working = true;
-  try {
-    await null; // until all formulas of this update are in the line; they are still shown at once
-    katex ??= await load();
-    while (waiting.length) {
-      const until = performance.now() + SLICE_MS;
-      while (waiting.length && performance.now() < until) waiting.shift()();
-      if (waiting.length) await new Promise((resolve) => setTimeout(resolve, SLICE_MS));
-    }
-  } catch {
-    waiting.length = 0; // KaTeX did not come: sources stay
+  await null; // until all formulas of this update are in the line; they are still shown at once
+  katex ??= await load();
+  while (waiting.length) {
+    const until = performance.now() + SLICE_MS;
+    while (waiting.length && performance.now() < until) waiting.shift()();
+    if (waiting.length) await pause(SLICE_MS);
   }
   working = false;
 }
 
 async function load() {
   document.head.append(h("link", { rel: "stylesheet", href: new URL("katex.min.css", KATEX).href }));
-  return (await import(new URL("katex.mjs", KATEX).href)).default;
+  for (let again = 0; ; again++) {
+    const address = new URL(again ? `katex.mjs?${again}` : "katex.mjs", KATEX); // a browser asks once for each
+    const module = await import(address.href).catch(() => null);
+    if (module) return module.default;
+    await pause(Math.min(AGAIN_MS * 2 ** again, LONGEST_MS));
+  }
 }
+
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 function typeset(element, text, displayMode) {
   const result = document.createElement("span");

@@ -36,6 +36,7 @@ const KINDS = new Map(
 );
 const ENTITIES = { "&lt;": "<", "&gt;": ">", "&amp;": "&", "&quot;": '"', "&#x27;": "'" };
 const registered = new Map();
+let lost = 0; // grammars that did not come
 
 addEventListener("message", async ({ data: { id, code, language, from } }) => {
   const lines = await coloured(code, language.toLowerCase(), from).catch(() => null);
@@ -52,8 +53,14 @@ async function coloured(code, name, from) {
 
 function register(file) {
   if (!registered.has(file)) {
-    const grammar = import(`../vendor/highlightjs/languages/${file}.min.js`);
-    registered.set(file, grammar.then((module) => hljs.registerLanguage(file, module.default)));
+    const grammar = import(`../vendor/highlightjs/languages/${file}.min.js${lost ? `?${lost}` : ""}`); // a browser asks once for each
+    const register = (module) => hljs.registerLanguage(file, module.default);
+    const forget = (error) => {
+      lost += 1;
+      registered.delete(file);
+      throw error;
+    };
+    registered.set(file, grammar.then(register, forget));
   }
   return registered.get(file);
 }
