@@ -7,9 +7,11 @@ from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from llama2_chat.page import assets
+from llama2_chat.server.login import Users, hash_password
 from tests.support.browser import answers, ask, box, open_page
 from tests.support.lines import line_to
 from tests.support.scripted import Scripted, ScriptedChat
+from tests.support.serving import serving
 
 INCOMPLETE = "The page has not loaded completely. Trying again …"
 
@@ -96,6 +98,19 @@ def test_a_page_that_no_reload_mends_is_not_loaded_over_and_over(context, site):
     page.wait_for_timeout(6_000)
     assert len(documents) == 2
     expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_login_of_which_a_part_was_lost_again_and_again_is_loaded_anew(context, settings):
+    """It stayed empty, but for a line on settings that could not be loaded."""
+    with serving(ScriptedChat(), settings, Users({"anna": hash_password("1")})) as address:
+        page = context.new_page()
+        page.route("**/core-*.js", lambda route: route.abort())
+        page.goto(address)
+        expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+        page.unroute_all()
+        expect(page.get_by_role("button", name="Log in")).to_be_visible()
+        expect(page.get_by_text(INCOMPLETE)).to_have_count(0)
 
 
 @pytest.mark.slow

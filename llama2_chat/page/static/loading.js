@@ -15,7 +15,8 @@
   let isMending = false;
 
   addEventListener("error", notice, true);
-  addEventListener("begun", begin); // told by main.js
+  addEventListener("begun", begin); // told by main.js, as is the other
+  addEventListener("stuck", () => hasBegun || (say(said.incomplete), mend()));
   const watch = setInterval(lookForProgress, LOOK_MS);
   let progress = 0;
   let idle = 0; // looks at which nothing had come
@@ -44,7 +45,7 @@
     idle = now === progress ? idle + 1 : 0;
     progress = now;
     if (idle === 1) say(said.incomplete);
-    if (idle === 2) {
+    if (idle === 2 && document.readyState !== "complete") {
       window.stop(); // a browser opens six connections, and these may be all dead
       mend();
     }

@@ -27,10 +27,11 @@ const DRAFT = "llama2-chat.draft"; // of a conversation that has not begun
 const DRAFT_START = "llama2-chat.draft-start"; // how it starts, if not as the settings say for all
 const DRAFT_ADAPTER = "llama2-chat.draft-adapter"; // who answers in it, if not the model itself
 const DRAFT_DOCUMENTS = "llama2-chat.draft-documents"; // that it is about: their ids
+const STATE_MS = 20_000;
 
 /** What the server says of its model and this visitor; null where nobody has logged in. */
 async function readState() {
-  const response = await fetch("page/state");
+  const response = await fetch("page/state", { signal: AbortSignal.timeout(STATE_MS) }); // a line may be dead without a word
   if (response.status === 401) return null;
   if (!response.ok) throw new Error(`page/state was answered with ${response.status}`);
   return response.json();
@@ -61,12 +62,13 @@ function sayUnkept() {
 
 /** There is something to type into: loading.js no longer loads the page anew. */
 const begin = () => (dispatchEvent(new Event("begun")), true);
+/** It does, if there is nothing yet. */
+const giveUp = () => dispatchEvent(new Event("stuck"));
 
 async function start() {
   let state = await firstState();
   if (!state) {
-    const onMissing = () => {}; // loading.js loads the page anew, where nothing has been typed
-    return startGradio(() => completeLogin() && begin(), onMissing); // after it, the page is loaded anew
+    return startGradio(() => completeLogin() && begin(), giveUp); // after it, the page is loaded anew
   }
   let store = await openStore(state);
   // A line that is down is said beside the list alone, and by what waits for it.
@@ -248,4 +250,7 @@ async function watch(state, parts, onChange) {
 }
 
 leaveCompositionsAlone();
-start();
+start().catch((error) => {
+  giveUp();
+  throw error;
+});
