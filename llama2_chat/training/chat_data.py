@@ -22,9 +22,9 @@ from llama2_chat.training.row_sources import AS_IT_IS, Reading, check_is_for_hub
 from llama2_chat.types import Message, Tool
 
 SPLITS = ("train", "eval", "test")
-EVAL_NAMES = r"(held_out|validation|valid|eval|dev)(?![a-z])"  # how the name of a part that is an eval split begins
-TEST_NAMES = r"test(?![a-z])"  # the same of a test split
-TRAIN_NAMES = r"train(?![a-z])"  # and of one that is trained on, whatever is in it
+EVAL_NAMES = "held_out|validation|valid|eval|dev"  # words in the name of a part that is an eval split
+TEST_NAMES = "test"  # the same of a test split
+TRAIN_NAMES = "train"  # and of one that is trained on, whatever is in it
 SHOWN_FAULTS = 10
 
 
@@ -85,7 +85,7 @@ class Data:
         if self.context:
             yield f"Answers that are read and not learned (weight, train): {self.context:,}."
         if self.unread:
-            yield f"Columns not read: {', '.join(sorted(self.unread))}."
+            yield f"Columns not read: {', '.join(name or 'one without a name' for name in sorted(self.unread))}."
         if self.faults:
             yield f"{len(self.faults):,} rows cannot be used and are left out:"
             yield from (f"  {fault}" for fault in self.faults[:SHOWN_FAULTS])
@@ -97,14 +97,14 @@ def read(names: str | Sequence[str], reading: Reading = AS_IT_IS) -> Data:
     """The conversations of files, folders and data sets on the Hub, by their names.
 
     Files and splits called validation, eval or held_out are the eval split, those called test too unless there are
-    both; then they are the test split. All others are the train split.
+    both; then they are the test split. All others are the train split, and so is a single file, whatever its name.
     Raises ChatError if one of them has nothing, or all of them together nothing to train on.
     """
     names = [names] if isinstance(names, str) else names
     check_is_for_hub(names, reading)
     data, seen, empty = Data(unnamed={*reading.columns}), set[str](), []
     for name, weight in zip(names, reading.weights or repeat(1.0), strict=False):
-        own = _read_one(name, reading, data, seen)
+        own = _read_one(name, reading, data, seen, is_alone=len(names) == 1)
         data.train += _weighted(own["train"], weight)
         data.eval += own["eval"]
         data.test += own["test"]
@@ -123,11 +123,11 @@ def read(names: str | Sequence[str], reading: Reading = AS_IT_IS) -> Data:
     return data
 
 
-def _read_one(name: str, reading: Reading, data: Data, seen: set[str]) -> dict[str, list[Conversation]]:
+def _read_one(name: str, reading: Reading, data: Data, seen: set[str], is_alone: bool) -> dict[str, list[Conversation]]:
     """The new conversations of a data set, by split; seen: the keys of those that are known, to which these come."""
     own: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     # The train split first: of two copies of a conversation the other one goes.
-    for part in sorted(read_parts(name, reading), key=lambda part: SPLITS.index(_split_of(part.name))):
+    for part in sorted(read_parts(name, reading, is_alone), key=lambda part: SPLITS.index(_split_of(part.name))):
         rows = own[_split_of(part.name)]
         for conversation in _conversations(part.rows, data, reading):
             if conversation.key in seen:
@@ -150,10 +150,10 @@ def _weighted(rows: list[Conversation], weight: float) -> list[Conversation]:
 
 
 def _split_of(part_name: str) -> str:
-    """By the first of its folders, or else by the file, whose name begins as one of the splits'."""
+    """By the first of its folders, or else by the file, whose name has a split's as one of its words."""
     for name in part_name.lower().split("/"):
         for split, names in (("train", TRAIN_NAMES), ("eval", EVAL_NAMES), ("test", TEST_NAMES)):
-            if re.match(names, name):
+            if re.search(rf"(?<![^\W_])({names})(?![a-z])", name):
                 return split
     return "train"
 

@@ -62,6 +62,12 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
     with _open(path) as file:
+        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    yield from (_read_json if is_list else _read_lines)(path, name)  # a JSON list is often called .jsonl
+
+
+def _read_lines(path: Path, name: str) -> Iterator[Row]:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -78,9 +84,9 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
+        if error.msg != "Extra data" and _kind(path) == ".json":
             raise
-        yield from _read_jsonl(path, name)  # JSON Lines are often called .json
+        yield from _read_lines(path, name)  # JSON Lines are often called .json
         return
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]

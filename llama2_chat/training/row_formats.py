@@ -6,12 +6,13 @@ Which of them can be trained on, and which are learned, is row_messages.py's.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Set
 from functools import cache
 from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
-from llama2_chat.training.text_formats import TEXT_FORMATS, recognise_text, text_messages
+from llama2_chat.training.text_formats import TEXT_FORMATS, prompt_format, recognise_text, text_messages
 
 # As ShareGPT, Gemma's data and, since it has a developer, OpenAI call them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
@@ -20,6 +21,11 @@ READ_ELSEWHERE = {"chosen", "rejected", "label", "kto_tag", "tools", "functions"
 PLAIN_TEXT = "plain text"  # the format of what nobody says to anybody
 # What data sets write where there is no input.
 NO_INPUT = ("<noinput>", "nan")
+ABOUT = ("input", "context")  # columns that belong to the question
+# A list of messages in a column that holds text, as all of CSV do.
+MESSAGES_IN_TEXT = re.compile(
+    r"""\s*\[\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value|tool_calls)["']\s*:)""", re.S
+)
 
 
 class RowFormat(NamedTuple):
@@ -128,13 +134,27 @@ def _exchange(question: str, answer: str) -> Callable[[dict[str, Any]], list[Any
     """The reader of a row with one question and one answer in these columns; each may be messages."""
 
     def read(columns: dict[str, Any]) -> list[Any]:
-        asked = _spoken(_column(columns, question), "user")
-        answered = _spoken(_column(columns, answer), "assistant")
-        if answered and isinstance(answered[0], dict) and answered[0].get("role") == "user":
+        asked, answered = unpacked(columns, question), unpacked(columns, answer)
+        written = prompt_format(asked) if isinstance(asked, str) and isinstance(answered, str) else None
+        if written or isinstance(asked, (list, dict)):
+            _refuse_beside(columns, question)
+        if written:  # some data sets repeat the prompt before the answer
+            whole = answered if answered.lstrip().startswith(asked.strip()) else asked + answered
+            return [*_earlier(columns), *text_messages(whole, written)]
+        asked = asked if isinstance(asked, (list, dict)) else _with_what_it_is_about(columns, question)
+        answers = _spoken(answered, "assistant")
+        if answers and isinstance(answers[0], dict) and answers[0].get("role") == "user":
             raise ChatError(f"its {answer} is a whole conversation: name it by --columns NAME=messages.")
-        return [*asked, *answered]
+        return [*_earlier(columns), *_spoken(asked, "user"), *answers]
 
     return read
+
+
+def _refuse_beside(columns: dict[str, Any], question: str) -> None:
+    """Raise ChatError for what a question is about, where the question is a conversation that does not have it."""
+    for name in _about(columns, question):
+        if str(columns[name]) not in str(columns[question]):
+            raise ChatError(f"its {question} is a conversation, and its {name} stands beside it: put it into it.")
 
 
 def _spoken(value: Any, role: str) -> list[Any]:
@@ -148,18 +168,35 @@ def _instruction(answer: str) -> Callable[[dict[str, Any]], list[Any]]:
     """The reader of a row in Alpaca's way: an instruction, perhaps what it is about, and perhaps earlier exchanges."""
 
     def read(columns: dict[str, Any]) -> list[Any]:
-        about = [columns[name] for name in ("input", "context") if not _has_no_input(columns.get(name))]
-        parts = [_column(columns, "instruction"), *about]
-        if not all(isinstance(part, str) for part in parts):
-            raise ChatError("its instruction, input and context are not text.")
-        earlier = [] if is_empty(columns.get("history")) else _list(columns, "history")
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in earlier):
-            raise ChatError("its history is not a list of pairs, each a question and its answer.")
-        pairs = [*earlier, ("\n\n".join(filter(None, parts)), _column(columns, answer))]
-        roles = ("user", "assistant")
-        return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+        asked = _with_what_it_is_about(columns, "instruction")
+        return [*_earlier(columns), *_pair(asked, _column(columns, answer))]
 
     return read
+
+
+def _with_what_it_is_about(columns: dict[str, Any], question: str) -> Any:
+    about = _about(columns, question)
+    parts = [_column(columns, question), *(columns[name] for name in about)]
+    if about and not all(isinstance(part, str) for part in parts):
+        raise ChatError(f"its {question}, input and context are not text.")
+    return "\n\n".join(filter(None, parts)) if about else parts[0]
+
+
+def _about(columns: dict[str, Any], question: str) -> list[str]:
+    """The columns that say what the question is about."""
+    return [name for name in ABOUT if name != question and not _has_no_input(columns.get(name))]
+
+
+def _earlier(columns: dict[str, Any]) -> list[Any]:
+    """The messages of the column history, before the question."""
+    pairs = [] if is_empty(columns.get("history")) else _list(columns, "history")
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise ChatError("its history is not a list of pairs, each a question and its answer.")
+    return [message for pair in pairs for message in _pair(*pair)]
+
+
+def _pair(question: Any, answer: Any) -> list[Any]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _has_no_input(value: Any) -> bool:
@@ -170,16 +207,16 @@ def _text(name: str) -> Callable[[dict[str, Any]], list[Any]]:
     return lambda columns: text_messages(_column(columns, "text"), name)
 
 
-ABOUT = {"input", "context", "history"}
+BESIDE = {*ABOUT, "history"}
 FORMATS: dict[str, RowFormat] = {
     "messages": RowFormat({"messages"}, _from_messages),
     "ShareGPT": RowFormat({"conversations"}, _from_sharegpt),
-    "prompt and completion": RowFormat({"prompt", "completion"}, _exchange("prompt", "completion")),
-    "Alpaca": RowFormat({"instruction", "output"}, _instruction("output"), ABOUT),
-    "Dolly": RowFormat({"instruction", "response"}, _instruction("response"), ABOUT),
-    "prompt and response": RowFormat({"prompt", "response"}, _exchange("prompt", "response")),
-    "question and response": RowFormat({"question", "response"}, _exchange("question", "response")),
-    "question and answer": RowFormat({"question", "answer"}, _exchange("question", "answer")),
+    "prompt and completion": RowFormat({"prompt", "completion"}, _exchange("prompt", "completion"), BESIDE),
+    "Alpaca": RowFormat({"instruction", "output"}, _instruction("output"), BESIDE),
+    "Dolly": RowFormat({"instruction", "response"}, _instruction("response"), BESIDE),
+    "prompt and response": RowFormat({"prompt", "response"}, _exchange("prompt", "response"), BESIDE),
+    "question and response": RowFormat({"question", "response"}, _exchange("question", "response"), BESIDE),
+    "question and answer": RowFormat({"question", "answer"}, _exchange("question", "answer"), BESIDE),
 }
 FORMATS |= {name: RowFormat({"text"}, _text(name)) for name in TEXT_FORMATS}
 FORMATS[PLAIN_TEXT] = RowFormat({"text"}, lambda columns: [{"role": "assistant", "content": _column(columns, "text")}])
@@ -191,9 +228,22 @@ def _column(columns: dict[str, Any], name: str) -> Any:
     return columns[name]
 
 
+def unpacked(columns: dict[str, Any], name: str) -> Any:
+    """What is in a column, where messages may be in a text as JSON. Raises ChatError if they are, and are none."""
+    value = _column(columns, name)
+    if not (isinstance(value, str) and MESSAGES_IN_TEXT.match(value)):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ChatError(
+            f"its {name} holds messages, but not as JSON. Save the data as JSON Lines or Parquet."
+        ) from error
+
+
 def _list(columns: dict[str, Any], name: str) -> list[Any]:
     """The list in a column; CSV can only hold it as JSON."""
-    value = _column(columns, name)
+    value = unpacked(columns, name)
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -18,6 +18,7 @@ from llama2_chat.types import Message, Tool
 LEARNED = ("weight", "train", "training", "loss", "loss_weight", "loss_scale")
 # The same of a whole row: KTO's of TRL and of LLaMA-Factory come first.
 ROW_LEARNED = ("label", "kto_tag", "weight", "train", "loss_weight")
+PARTLY = ("train_detail", "training_detail")  # axolotl's, which parts of an answer are learned
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False, "-1.0": False}
 PAIR = {"chosen", "rejected"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
@@ -178,7 +179,11 @@ def _context(messages: list[dict[str, Any]]) -> frozenset[int]:
 
 
 def _learned(answer: dict[str, Any]) -> bool:
-    """Raises ChatError for a weight between 0 and 1."""
+    """Raises ChatError for an answer of which a part is learned, or that counts in part."""
+    if partly := [name for name in PARTLY if not is_empty(answer.get(name))]:
+        raise ChatError(
+            f"the {partly[0]} of an answer chooses parts of it: it is learned whole (weight: 1) or not (0)."
+        )
     given = {name: answer[name] for name in LEARNED if not is_empty(answer.get(name))}
     flags = [_flag(value) for value in given.values()]
     if None in flags:

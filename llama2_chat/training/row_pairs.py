@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llama2_chat.errors import ChatError
-from llama2_chat.training.row_formats import is_empty, recognise
+from llama2_chat.training.row_formats import ABOUT, is_empty, recognise, unpacked
 from llama2_chat.training.row_messages import PAIR, RowMessages, read_row
 from llama2_chat.types import Message
 
@@ -47,17 +47,22 @@ def _read(columns: dict[str, Any], name: str) -> RowMessages:
 
 def _with_answer(columns: dict[str, Any], name: str) -> dict[str, Any]:
     """The row as it would be if this were its only answer."""
-    answer = columns[name]
+    answer = unpacked(columns, name)
     others = {column: value for column, value in columns.items() if column not in PAIR | LABELS}
     spoken = answer[0] if isinstance(answer, list) and answer else answer
     if isinstance(spoken, dict) and spoken.get("role", spoken.get("from")) in STARTERS:
-        return {"conversations": answer, **_without(others, *ASKED)}
+        return _beside(_without(others, *ASKED), conversations=answer)
     if "instruction" in others:
-        return others | {"output": answer}
+        return _beside(others, output=answer)
     asked = next((column for column in ASKED if column in others), None)
     if asked is None:
-        return {"text": answer, **others}
-    return {"prompt": others[asked], "completion": answer, **_without(others, *ASKED)}
+        return _beside(others, text=answer)
+    rest = _without(others, *(column for column in ASKED if column == asked or column not in ABOUT))
+    return _beside(rest, prompt=others[asked], completion=answer)
+
+
+def _beside(others: dict[str, Any], **own: Any) -> dict[str, Any]:
+    return {f"{column} (its own)" if column in own else column: value for column, value in others.items()} | own
 
 
 def _without(columns: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -47,8 +47,11 @@ def check_is_for_hub(names: Sequence[str], reading: Reading) -> None:
         raise ChatError(f"--dataset_config and --split are for data sets on the Hub, and none is: {', '.join(names)}.")
 
 
-def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
-    """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read."""
+def read_parts(name: str, reading: Reading = AS_IT_IS, is_alone: bool = True) -> Iterator[Part]:
+    """Of a file, a folder or a data set on the Hub. Raises ChatError if there is none, or if it cannot be read.
+
+    is_alone: whether no other data is read beside it. A file is the train split then, whatever it is called.
+    """
     path = in_home(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_data(file, path))
@@ -56,10 +59,9 @@ def read_parts(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
             raise ChatError(f"The folder {name} has no file that ends with {suffixes()}.")
         for file in files:
             relative = file.relative_to(path)
-            name_of_part = relative.with_name(file.name.partition(".")[0]).as_posix()
-            yield Part(name_of_part, read_file(file, relative.as_posix()))
+            yield Part(relative.with_name(_stem(file)).as_posix(), read_file(file, relative.as_posix()))
     elif path.is_file() and can_read(path):
-        yield Part("train", read_file(path, path.name))  # by itself it is the train split, whatever it is called
+        yield Part("train" if is_alone else _stem(path), read_file(path, path.name))
     elif path.is_file():
         raise ChatError(f"{name} is not a file that ends with {suffixes()}.")
     elif can_read(path) or name.startswith((".", "/", "~")):
@@ -98,6 +100,11 @@ def _translate_hub_errors(name: str) -> Iterator[None]:
             f"({first_line(error)}). Check --dataset_name, --dataset_config, --split and the network; "
             "a private one needs HF_TOKEN."
         ) from error
+
+
+def _stem(file: Path) -> str:
+    """Its name without what says its kind; my.test.jsonl.gz is my.test."""
+    return file.with_suffix("").stem if file.suffix.lower() == ".gz" else file.stem
 
 
 def _is_data(file: Path, folder: Path) -> bool:

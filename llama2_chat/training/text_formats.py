@@ -12,7 +12,7 @@ from typing import Any
 from llama2_chat.errors import ChatError
 
 LLAMA_2 = re.compile(r"(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?=(?:<s>)?\s*\[INST\]|\Z)", re.S)
-SYSTEM = re.compile(r"\s*<<SYS>>\n(.*?)\n<</SYS>>\n*", re.S)
+SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>\s*", re.S)
 CHATML = re.compile(r"<\|im_start\|>[ ]*(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.S)
 HH_RLHF = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 GUANACO = re.compile(r"### (Human|Assistant):")
@@ -30,6 +30,11 @@ def recognise_text(text: Any) -> str:
         f"its text is no conversation: it has none of {', '.join(TEXT_FORMATS)}. As a text that is no "
         "conversation it is learned with --plain_text."
     )
+
+
+def prompt_format(text: str) -> str | None:
+    """The format of a prompt that tutorials have written around a question, up to where its answer begins."""
+    return next((name for name, prompts in PROMPTS.items() if re.fullmatch(prompts, text, re.S)), None)
 
 
 def text_messages(text: Any, text_format: str) -> list[Any]:
@@ -100,4 +105,12 @@ TEXT_FORMATS: dict[str, tuple[str, Callable[[str], Iterator[dict[str, str]]]]] =
     "### Human / ### Assistant": (r"### (Human|Assistant):", _from_guanaco),
     "### Instruction / ### Response": (r"### Response:", _from_alpaca),
     "Human / Assistant": (r"(?s)(?:\A|\n\n)Human:.*?\n\nAssistant:", _from_hh),
+}
+# In these formats: what begins with a question and ends where its answer is to begin.
+PROMPTS = {
+    "[INST] of Llama 2": r"\s*(<s>)?\s*\[INST\].*\[/INST\]\s*",
+    "ChatML": r"\s*<\|im_start\|>.*<\|im_start\|>assistant\s*",
+    "### Human / ### Assistant": r"\s*### Human:.*### Assistant:\s*",
+    "### Instruction / ### Response": r".*### Instruction:.*### Response:\s*",
+    "Human / Assistant": r"\s*Human:.*\n\nAssistant:\s*",
 }

@@ -200,6 +200,14 @@ def test_json_lines_may_be_called_json(tmp_path):
     assert len(chat_data.read(str((tmp_path / "one.jsonl").rename(tmp_path / "one.json"))).train) == 1
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_may_be_called_jsonl(tmp_path, indent):
+    rows = [ROWS["messages"], conversation("a", "b")]
+    (tmp_path / "some.jsonl").write_text(json.dumps(rows, indent=indent))
+    data = chat_data.read(str(tmp_path / "some.jsonl"))
+    assert [row.place for row in data.train] == ["some.jsonl, row 1", "some.jsonl, row 2"]
+
+
 def test_subfolders_are_read_and_name_their_split_and_what_is_no_data_is_passed_over(tmp_path):
     for name in ("train/test_of_wits", "test/part-1", "more/held_out", ".cache/copy"):
         (tmp_path / name).parent.mkdir()
@@ -233,6 +241,25 @@ def test_parts_are_train_eval_or_test_split_by_their_names(tmp_path):
     data = chat_data.read(str(tmp_path))
     assert (len(data.train), len(data.eval), len(data.test), data.duplicates) == (1, 2, 1, 1)
     assert next(data.summary_lines()) == "Conversations: 1 train, 2 eval, 1 test; format: messages."
+
+
+def test_a_word_of_a_name_says_what_part_it_is(tmp_path):
+    """alpaca_test.jsonl beside alpaca_train.jsonl was trained on."""
+    for name in ("alpaca_train", "alpaca_test", "my.validation", "latest", "contest-2"):
+        write_rows(tmp_path / f"{name}.jsonl", conversation(name, "a"))
+    data = chat_data.read(str(tmp_path))
+    assert [row.messages[0]["content"] for row in data.train] == ["alpaca_train", "contest-2", "latest"]
+    assert (data.eval[0].messages[0]["content"], data.test[0].messages[0]["content"]) == (
+        "my.validation",
+        "alpaca_test",
+    )
+
+
+def test_files_given_together_are_parts_by_their_names(tmp_path):
+    """Both were trained on."""
+    files = [write_rows(tmp_path / f"{name}.jsonl", conversation(name, "a")) for name in ("train", "test")]
+    data = chat_data.read(files)
+    assert [[row.messages[0]["content"] for row in rows] for rows in (data.train, data.eval)] == [["train"], ["test"]]
 
 
 def test_a_name_only_begins_like_a_part(tmp_path):

@@ -107,6 +107,28 @@ def test_a_column_that_is_not_there_and_a_role_that_nobody_has_are_refused(tmp_p
         chat_data.read(file)
 
 
+# ---- Messages in a text ----
+
+
+def test_messages_in_the_cells_of_a_table_are_messages(tmp_path):
+    """A model learned to write JSON."""
+    asked, answered = conversation("a", "b")["messages"]
+    (row,) = chat_data.read(write_rows(tmp_path / "some.csv", {"prompt": [asked], "completion": [answered]})).train
+    assert row.messages == [asked, answered]
+    roles = '[{"role": "CEO", "name": "Ann"}]'
+    (row,) = chat_data.read(write_rows(tmp_path / "some.jsonl", {"prompt": "Who?", "completion": roles})).train
+    assert row.messages[1]["content"] == roles  # which is an answer
+
+
+@pytest.mark.parametrize("columns", [("messages",), ("prompt", "completion")])
+def test_messages_as_python_prints_them_are_refused(tmp_path, columns):
+    (tmp_path / "some.csv").write_text(
+        f"{','.join(columns)}\n" + ",".join("\"[{'role': 'user', 'content': 'a'}]\"" for _ in columns)
+    )
+    with pytest.raises(ChatError, match=f"its {columns[0]} holds messages, but not as JSON"):
+        chat_data.read(str(tmp_path / "some.csv"))
+
+
 # ---- Texts ----
 
 TEXTS = {
@@ -119,6 +141,10 @@ TEXTS = {
             ("user", "And 3+3?"),
             ("assistant", "6"),
         ],
+    ),
+    "Llama 2 with a system text in one line": (
+        "<s>[INST] <<SYS>> Be brief. <</SYS>> a [/INST] b </s>",
+        [("system", "Be brief."), ("user", "a"), ("assistant", "b")],
     ),
     "Llama 2 without tokens": ("[INST] a [/INST] b", [("user", "a"), ("assistant", "b")]),
     "Llama 2 with an open question": (
@@ -146,6 +172,40 @@ TEXTS = {
 def test_a_conversation_in_a_text_becomes_messages(name):
     text, expected = TEXTS[name]
     assert turns(text_messages(text, recognise_text(text))) == expected
+
+
+PROMPTS = {
+    "Llama 2": ("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na [/INST]", " b </s>"),
+    "ChatML": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "b<|im_end|>\n",
+    ),
+    "Alpaca": ("Be brief.\n\n### Instruction:\na\n\n### Response:\n", "b</s>"),
+    "Guanaco": ("### Human: a### Assistant:", " b"),
+    "HH": ("\n\nHuman: a\n\nAssistant:", " b"),
+    "HH with the prompt before the answer": ("\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_that_has_its_format_around_it_becomes_messages(tmp_path, name):
+    """Models learned to see the tutorial's format within their own, and to write "</s>"."""
+    asked, answered = PROMPTS[name]
+    system = [("system", "Be brief.")] if "Be brief." in asked else []
+    expected = [*system, ("user", "a"), ("assistant", "b")]
+    for row in ({"prompt": asked, "completion": answered}, {"question": asked, "answer": answered}):
+        (found,) = chat_data.read(write_rows(tmp_path / "some.jsonl", row)).train
+        assert turns(found.messages) == expected
+    pair = {"prompt": asked, "chosen": answered, "rejected": answered.replace("b", "c")}
+    (found,) = chat_data.read(write_rows(tmp_path / "some.jsonl", pair), Reading(method="dpo")).train
+    if name != "HH with the prompt before the answer":
+        assert (turns(found.messages), turns([found.rejected])) == (expected, [("assistant", "c")])
+
+
+def test_a_question_about_a_format_is_a_question(tmp_path):
+    row = {"prompt": "What does [INST] a [/INST] mean?", "completion": "A format."}
+    (found,) = chat_data.read(write_rows(tmp_path / "some.jsonl", row)).train
+    assert found.messages[0]["content"] == row["prompt"]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ READ = {
         {"instruction": "And of Spain?", "output": "Madrid.", "system": "", "history": [["Of France?", "P."]]},
         [("user", "Of France?"), ("assistant", "P."), ("user", "And of Spain?"), ("assistant", "Madrid.")],
     ),
+    "a question's context": (
+        {"question": "Who?", "context": "Ada wrote it.", "answer": "Ada."},
+        [("user", "Who?\n\nAda wrote it."), ("assistant", "Ada.")],
+    ),
+    "a prompt's input and history": (
+        {"prompt": "And it?", "input": "Madrid", "completion": "Spain's.", "history": [["Rome?", "Italy's."]]},
+        [("user", "Rome?"), ("assistant", "Italy's."), ("user", "And it?\n\nMadrid"), ("assistant", "Spain's.")],
+    ),
     "Alpaca's context": (
         {"instruction": "Who?", "context": "Ada wrote it.", "output": "Ada."},
         [("user", "Who?\n\nAda wrote it."), ("assistant", "Ada.")],
@@ -140,11 +148,20 @@ REFUSED = {
                       {"role": "assistant", "content": "c"}]},
         "only one is to be learned",
     ),
+    "a part of an answer": (
+        flagged("training_detail", [{"begin_offset": 0, "end_offset": 0, "train": False}], None),
+        "the training_detail of an answer chooses parts of it",
+    ),
+    "a context beside messages": (
+        {"prompt": [{"role": "user", "content": "Who?"}], "context": "Ada wrote it.", "completion": "Ada."},
+        "its context stands beside it",
+    ),
     "two systems": (
         {"system": "A.", "messages": [{"role": "system", "content": "B."}, *conversation("b", "c")["messages"]]},
         "Only the first message can be a system message",
     ),
     "no history": ({"instruction": "a", "output": "b", "history": ["c"]}, "not a list of pairs"),
+    "no text beside a question": ({"question": "a", "answer": "b", "context": ["c"]}, "are not text"),
     "no text": ({"instruction": "a", "output": "b", "input": ["c"]}, "are not text"),
 }  # fmt: skip
 
@@ -161,3 +178,9 @@ def test_what_nothing_reads_is_named_in_one_line(tmp_path):
     row["messages"][0] |= {"name": "Ada", "weight": 0, "refusal": None}
     lines = [*read(tmp_path, row).summary_lines()]
     assert "Columns not read: category, id, name of messages, weight, weight of messages." in lines
+
+
+def test_the_column_of_numbers_that_pandas_writes_is_named(tmp_path):
+    """The line said "Columns not read: ." """
+    (tmp_path / "some.csv").write_text(",prompt,completion\n0,a,b\n")
+    assert "Columns not read: one without a name." in chat_data.read(str(tmp_path / "some.csv")).summary_lines()

@@ -1,5 +1,7 @@
 """Pairs of a chosen and a rejected answer in the shapes that data sets have, and single answers with a label."""
 
+import json
+
 import pytest
 
 from llama2_chat.errors import ChatError
@@ -29,6 +31,18 @@ PAIRS = {
         "chosen": "\n\nHuman: A joke?\n\nAssistant: Habit.",
         "rejected": "\n\nHuman: A joke?\n\nAssistant: No.",
     },
+    "beside the answer of another file": {
+        "prompt": "A joke?",
+        "completion": "Why?",
+        "chosen": "Habit.",
+        "rejected": "No.",
+    },
+    "with what it is about": {"question": "A", "context": "joke?", "chosen": "Habit.", "rejected": "No."},
+    "messages as JSON": {
+        "prompt": json.dumps(ASKED),
+        "chosen": json.dumps([GOOD]),
+        "rejected": json.dumps([BAD]),
+    },
     "in capitals": {"Prompt": "A joke?", "Chosen": "Habit.", "Rejected": "No."},
     "with generations": {"input": "A joke?", "generations": ["Habit.", "No."], "chosen": "Habit.", "rejected": "No."},
     "with a system text": {"system": "Be brief.", "question": "A joke?", "chosen": "Habit.", "rejected": "No."},
@@ -42,7 +56,7 @@ def read(tmp_path, method, *rows):
 @pytest.mark.parametrize("shape", PAIRS)
 def test_a_pair_is_one_question_with_a_good_and_a_bad_answer(tmp_path, shape):
     (row,) = read(tmp_path, "dpo", PAIRS[shape]).train
-    asked = [{"role": "user", "content": "A\n\njoke?"}] if shape == "Alpaca" else ASKED
+    asked = [{"role": "user", "content": "A\n\njoke?"}] if shape in ("Alpaca", "with what it is about") else ASKED
     asked = [BRIEF, *asked] if shape == "with a system text" else asked
     assert (row.messages, row.rejected) == ([*asked, GOOD], BAD)
     both = read(tmp_path, "kto", PAIRS[shape]).train
