@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -29,6 +30,11 @@ class BaseModel(NamedTuple):
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase  # with the format in which the model will chat
     stop_ids: set[int]
+
+    def format_fingerprint(self) -> str:
+        """SHA-256 of what makes ids of messages: the tokenizer and the chat template."""
+        template, backend = self.tokenizer.chat_template, getattr(self.tokenizer, "backend_tokenizer", None)
+        return hashlib.sha256(f"{template}{backend.to_str() if backend else ''}".encode()).hexdigest()
 
 
 def fetch_base(model_name: str, chats: bool = True) -> BaseModel:

@@ -11,6 +11,7 @@ TRAIN_LOSS, EVAL_LOSS, LEARNING_RATE = "train loss", "eval loss", "learning rate
 TRAIN_MARGIN, EVAL_MARGIN, EVAL_PREFERRED = "train margin", "eval margin", "eval preferred"
 COLUMNS = ("step", "epoch", TRAIN_LOSS, EVAL_LOSS, LEARNING_RATE)
 OF_PREFERENCES = (TRAIN_MARGIN, EVAL_MARGIN, EVAL_PREFERRED)  # more columns of a training by DPO or KTO
+DONE = "curves.csv"  # what a run writes last
 LOGGED = {
     "epoch": "epoch",
     "loss": TRAIN_LOSS,
@@ -38,7 +39,7 @@ def from_log(history: list[dict[str, float]]) -> Curves:
 def write_curves(rows: Curves, folder: Path) -> None:
     """curves.png, then curves.csv: if that is there, nothing is missing."""
     draw_curves({"": rows}, folder / "curves.png")
-    with (folder / "curves.csv").open("w", newline="") as file:
+    with (folder / DONE).open("w", newline="") as file:
         more = [name for name in OF_PREFERENCES if values(rows, name)]
         writer = csv.DictWriter(file, [*COLUMNS, *more])
         writer.writeheader()
@@ -48,17 +49,17 @@ def write_curves(rows: Curves, folder: Path) -> None:
 def read_curves(folder: Path) -> Curves:
     """What write_curves() wrote, or nothing if it wrote nothing here. Raises ChatError if it is damaged."""
     try:
-        with (folder / "curves.csv").open(newline="") as file:
+        with (folder / DONE).open(newline="") as file:
             return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
-        raise ChatError(f"{folder / 'curves.csv'} cannot be read ({error}). Move it away, or train again.") from error
+        raise ChatError(f"{folder / DONE} cannot be read ({error}). Move it away, or train again.") from error
 
 
 def remove(folder: Path) -> None:
     """Let the run in this folder no longer be done."""
-    (folder / "curves.csv").unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
 
 
 def values(rows: Curves, column: str) -> list[float]:

@@ -207,6 +207,9 @@ class Options:
         return math.ceil(trained / max(0.1, 1 - self.eval_fraction - self.test_fraction))
 
     def _faults(self) -> Iterator[str]:
+        for name in (*POSITIVE, "weight_decay"):
+            if getattr(self, name) == math.inf:
+                yield f"--{name} must be finite."
         for name in POSITIVE:
             if not getattr(self, name) > 0:  # NaN is not
                 yield f"--{name} must be above 0."

@@ -40,6 +40,8 @@ def train(options: Options) -> None:
         merging.create_repo(options.merge_and_push)
     fetch_weights(base.checkpoint, run.precision, bool(run.merged_to))
     run = replace(_with_hashes(run, every), model_sha256=base.checkpoint.base.fingerprint())
+    read_as = {"row order": splits.order(every)[:12], "tokenizer and format": base.format_fingerprint()[:12]}
+    run = replace(run, settings=run.settings | read_as)
     if base.checkpoint.adapter:
         begins_as = {"adapter": base.checkpoint.adapter.fingerprint()[:12]}
         run = replace(run, settings={**run.settings, **options.deciding(), **begins_as})

@@ -58,6 +58,12 @@ def fingerprint(every: Iterable[Splits], split: Literal["train", "eval"] = "trai
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
+def order(every: Iterable[Splits]) -> str:
+    """SHA-256 of the order in which the train splits have their conversations, from which a seed shuffles them."""
+    keys = (row.key for splits in every for row in splits.train)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
 def split(data: Data, eval_fraction: float, test_fraction: float, seed: int) -> Splits:
     """The data's own splits as they are, and those that it lacks drawn by the seed."""
     draws_test = test_fraction > 0 and not data.test

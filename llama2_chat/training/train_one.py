@@ -16,7 +16,7 @@ from llama2_chat.training import card, curves, report
 from llama2_chat.training.answers import Question, answer, choose_questions
 from llama2_chat.training.base_model import BaseModel, load_for_training, mend_generation_config
 from llama2_chat.training.chat_data import SPLITS, Conversation
-from llama2_chat.training.checkpoints import find_checkpoint
+from llama2_chat.training.checkpoints import find_checkpoint, is_done
 from llama2_chat.training.examples import mark_answers, tokenize
 from llama2_chat.training.options import Options
 from llama2_chat.training.preferences import Compared, mark_compared, tokenize_compared
@@ -35,7 +35,8 @@ def train_one(options: Options, run: Run, splits: Splits, base: BaseModel) -> li
     checkpoint = find_checkpoint(options.output_dir, options.goes_on)
     examples = tokenize_splits(options, splits, base)
     samples = [example.input_ids for example in examples["train"][:2]]
-    if checkpoint and curves.read_curves(options.output_dir) and read_run(options.output_dir).changes == run.changes:
+    if is_done(options.output_dir) and read_run(options.output_dir).changes == run.changes:
+        curves.read_curves(options.output_dir)  # raises what speaks against them
         print_lines(f"{options.output_dir} is done.")
         return samples
     print_lines(*(f"Changed: {change}." for change in run.changes))

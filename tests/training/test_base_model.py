@@ -27,6 +27,15 @@ def test_only_a_lora_adapter_is_trained_further_and_only_as_one(tmp_path, chat_m
             go_on_with_adapter(base, Options(str(tmp_path), ["data"], tmp_path, 1e-4, use_peft=use_peft))
 
 
+def test_another_chat_template_makes_another_format(tmp_path, chat_model):
+    """A run went on in the format of a template that had been edited since."""
+    shutil.copytree(chat_model, tmp_path / "edited")
+    template = tmp_path / "edited" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "model"))
+    same, other = fetch_base(str(chat_model)), fetch_base(str(tmp_path / "edited"))
+    assert same.format_fingerprint() == fetch_base(str(chat_model)).format_fingerprint() != other.format_fingerprint()
+
+
 def test_a_base_model_is_trained_on_texts_and_stays_one(tiny, chat_model, llama2_tokenizer, tmp_path):
     with pytest.raises(ModelUnavailable, match="has no chat template"):
         fetch_base(str(tiny))

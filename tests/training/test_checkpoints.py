@@ -29,6 +29,25 @@ def test_a_run_is_not_overwritten_by_another(tmp_path):
             find_checkpoint(output_dir, goes_on=False)
 
 
+@pytest.mark.parametrize("of_fold", [False, True])
+def test_a_run_that_is_done_is_kept_though_its_checkpoints_were_deleted(tmp_path, of_fold):
+    """The same command trained anew and wrote over it, with --resume too."""
+    folder = tmp_path / "fold-1" if of_fold else tmp_path
+    folder.mkdir(exist_ok=True)
+    for name in ("adapter_model.safetensors", "curves.csv"):
+        (folder / name).touch()
+    with pytest.raises(ChatError, match="has a run already"):
+        find_checkpoint(tmp_path, goes_on=False)
+    assert find_checkpoint(tmp_path, goes_on=True) is None
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_model_that_came_from_elsewhere_is_not_written_over(tmp_path, goes_on):
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ChatError, match="holds a model that no run there has left"):
+        find_checkpoint(tmp_path, goes_on)
+
+
 def began_with(folder, **changes):
     """A run that has a checkpoint, and was begun with these changes."""
     options = Options("model", "data", folder, 1e-4, use_peft=True)
@@ -118,6 +137,10 @@ def test_a_run_that_is_done_takes_up_nothing_but_more_epochs(tmp_path):
     with pytest.raises(ChatError, match="is done, and seed was 3 and is now 0"):
         take_up(began_with(tmp_path, seed=3), tmp_path, with_changes=True)
     assert take_up(began_with(tmp_path, settings={"num_train_epochs": 1.0}), tmp_path, with_changes=True).changes
+    run = began_with(tmp_path, settings={"num_train_epochs": 1.0})
+    (tmp_path / "checkpoint-7").rename(tmp_path / "moved")
+    with pytest.raises(ChatError, match=r"is done and its checkpoints are gone, and num_train_epochs was 1.0"):
+        take_up(run, tmp_path, with_changes=True)
 
 
 def test_the_same_run_goes_on_unasked_and_one_without_a_checkpoint_begins_anew(tmp_path):
@@ -143,6 +166,7 @@ def test_the_folds_of_a_run_are_compared_too(tmp_path):
         ("run", "run", True),
         ("run", "model", True),
         ("run", "full", False),
+        ("run", "full", True),
     ],
 )
 def test_nothing_is_written_over_what_is_there(tmp_path, monkeypatch, output_dir, merge_to, resume):
@@ -160,5 +184,6 @@ def test_nothing_is_written_over_what_is_there(tmp_path, monkeypatch, output_dir
 def test_a_resumed_run_may_write_its_merged_model_again(tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").touch()
+    write_run(new_run(merged_to=str(tmp_path / "merged")), tmp_path / "run")
     options = Options("model", "data", tmp_path / "run", 1e-4, use_peft=True, resume=True)
     check_folders(replace(options, merge_to=tmp_path / "merged"))

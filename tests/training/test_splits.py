@@ -59,6 +59,13 @@ def test_the_order_of_the_rows_changes_nothing():
     assert splits.fingerprint([ours]) == splits.fingerprint([theirs])
 
 
+def test_the_order_of_the_rows_is_known_by_which_a_seed_shuffles_them():
+    """A run went on with the rows in another order: some were seen twice, and others never."""
+    rows = numbers(4)
+    orders = [splits.order([splits.split(data_of(*some), 0, 0, 0)]) for some in (rows, rows, rows[::-1])]
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_the_datas_own_splits_come_before_fractions():
     data = data_of(*numbers(20), evals=[("a", "b")])
     assert sizes(splits.split(data, 0.5, 0, 0)) == (20, 1, 0)
