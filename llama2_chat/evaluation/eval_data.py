@@ -22,7 +22,13 @@ def find_splits(runs: dict[str, Run], options: Options) -> tuple[Run, list[Split
     Raises ChatError if the data has changed since the run, or if the models cannot be compared fairly.
     """
     run = _choose_run(runs, options)
-    folds = splits.find_again(run)
+    try:
+        folds = splits.find_again(run)
+    except ChatError:
+        if not options.dataset_names or options.reading or not run.reading:
+            raise
+        run = replace(run, reading={})  # other data than the run's, which need not have its columns or method
+        folds = splits.find_again(run)
     fingerprint = splits.fingerprint(folds)
     if run.train_sha256 is None and {own.train_sha256 for own in runs.values()} == {fingerprint}:
         run = replace(run, train_sha256=fingerprint)  # the flags name the data that the models were trained on

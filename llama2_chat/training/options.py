@@ -224,6 +224,8 @@ class Options:
             yield "--streaming needs --max_steps, which says how much is read."
         if (self.use_dora or self.use_rslora or self.modules_to_save) and not self.use_peft:
             yield "DoRA, rsLoRA and --modules_to_save are for adapters; add --use_peft."
+        if "all-linear" in self.target_modules and len(self.target_modules) > 1:
+            yield "--target_modules: all-linear has all layers that can have an adapter; leave out the others."
         if self.method != "sft" and (self.packing or self.plain_text):
             yield f"--packing and --plain_text are not for --method {self.method}."
         if self.method == "kto" and self.batch_size < 2:

@@ -128,7 +128,8 @@ def _check_layers(model: PreTrainedModel, options: Options) -> None:
     layers = [f".{name}" for name, _ in model.named_modules()]
     for flag in ("target_modules", "modules_to_save"):
         for name in getattr(options, flag):
-            if name != "all-linear" and not any(layer.endswith(f".{name}") for layer in layers):
+            is_all = flag == "target_modules" and name == "all-linear"
+            if not is_all and not any(layer.endswith(f".{name}") for layer in layers):
                 raise ChatError(f"--{flag}: the model has no layer called {name}.")
 
 

@@ -4,10 +4,14 @@ import json
 
 import pytest
 
+from llama2_chat.evaluation import eval_data
+from llama2_chat.evaluation.options import Options
 from llama2_chat.loading import load
+from llama2_chat.training.row_sources import AS_IT_IS
 from llama2_chat.training.run_json import read_run
+from tests.support.conversations import conversation, write_rows
 from tests.support.evaluating import evaluate, refusal
-from tests.support.runs import save_adapter, save_run
+from tests.support.runs import new_run, save_adapter, save_run
 
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
 
@@ -20,6 +24,15 @@ def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_we
 
 def test_a_model_without_a_run_needs_to_be_told_the_data(chat_model, no_weights):
     assert "has no run.json that names its eval split. Give --dataset_name." in refusal(chat_model)
+
+
+def test_other_data_than_a_runs_need_not_be_of_its_kind(tmp_path):
+    """After DPO, and after --columns, no other data could be named: "the data has no column ask"."""
+    file = write_rows(tmp_path / "some.jsonl", *(conversation(f"What is {i}?", f"It is {i}.") for i in range(9)))
+    trained = new_run(reading=dict(AS_IT_IS._asdict(), columns={"ask": "prompt"}, method="dpo", split="train_sft"))
+    run, (parts,) = eval_data.find_splits({"m": trained}, Options(["m"], tmp_path, ["float32"], dataset_names=[file]))
+    assert len(parts.train) + len(parts.eval) + len(parts.test) == 9
+    assert run.reading == {}
 
 
 @pytest.mark.slow

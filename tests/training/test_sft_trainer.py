@@ -67,6 +67,7 @@ def test_a_run_can_be_followed_under_two_names():
         ([*GIVEN, "--batch_size", "0"], "--batch_size must be above 0"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate must be above 0"),
         ([*GIVEN, "--num_train_epochs", "inf"], "--num_train_epochs must be finite"),
+        ([*GIVEN, "--use_peft", "--target_modules", "all-linear", "q_proj"], "leave out the others"),
         ([*GIVEN, "--seed", "-1"], "--seed must be at least 0"),
         ([*GIVEN, "--eval_fraction", "1"], "--eval_fraction must be at least 0 and below 1"),
         ([*GIVEN, "--test_fraction", "nan"], "--test_fraction must be at least 0 and below 1"),
