@@ -90,12 +90,13 @@ def tokenize(
 
 
 def _text_examples(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[TokenizedExample]:
-    """All of it is learned, and at the end that it ends."""
+    """All of it is learned, and at the end that it ends: a piece begins with the last token of the one before it."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [*prompt.encode_text(tokenizer, text), *end]
-    for start in range(0, len(ids), max_length):
+    for start in range(0, len(ids), max(1, max_length - 1)):
         piece = ids[start : start + max_length]
-        yield TokenizedExample(piece, [(0, len(piece))])
+        if len(piece) > 1:  # the first token of all is predicted from nothing
+            yield TokenizedExample(piece, [(0, len(piece))])
 
 
 def _notes(shortened: int, faults: list[str], max_length: int) -> list[str]:
