@@ -104,11 +104,14 @@ def read(names: str | Sequence[str], reading: Reading = AS_IT_IS) -> Data:
     check_is_for_hub(names, reading)
     data, seen, empty = Data(unnamed={*reading.columns}), set[str](), []
     for name, weight in zip(names, reading.weights or repeat(1.0), strict=False):
+        duplicates = data.duplicates
         own = _read_one(name, reading, data, seen, is_alone=len(names) == 1)
         data.train += _weighted(own["train"], weight)
         data.eval += own["eval"]
         data.test += own["test"]
         if not any(own.values()):
+            if data.duplicates > duplicates:
+                raise ChatError(f"{name} has only conversations that the data before it has, too. Leave it out.")
             empty.append(name)
     if data.unnamed:
         raise ChatError(f"--columns: the data has no column {min(data.unnamed)}.")

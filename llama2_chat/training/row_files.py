@@ -52,6 +52,18 @@ def numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
     yield from (Row(f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def numbered_of_table(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """The same of rows that Arrow holds: what is in their columns has all fields that the others have there, with None
+    for those that it does not, so that each call of a tool would have the arguments of all tools."""
+    yield from numbered(name, ({column: _own(value) for column, value in row.items()} for row in rows))
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _own(field) for name, field in value.items() if field is not None}
+    return [_own(each) for each in value] if isinstance(value, list) else value
+
+
 def _kind(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
@@ -186,7 +198,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        yield from numbered(name, (row for batch in file.iter_batches() for row in batch.to_pylist()))
+        yield from numbered_of_table(name, (row for batch in file.iter_batches() for row in batch.to_pylist()))
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

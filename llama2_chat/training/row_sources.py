@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llama2_chat.errors import ChatError
 from llama2_chat.named_files import in_home
 from llama2_chat.text import first_line
-from llama2_chat.training.row_files import Row, can_read, numbered, read_file, suffixes
+from llama2_chat.training.row_files import Row, can_read, numbered_of_table, read_file, suffixes
 
 # What tools leave beside data: descriptions of data sets, and no rows.
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -78,13 +78,13 @@ def read_hub(name: str, reading: Reading = AS_IT_IS) -> Iterator[Part]:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, streaming=is_stream)
     # A split that was asked for is what is trained on, whatever it is called.
     for split, rows in {"train": loaded}.items() if reading.split else loaded.items():
-        yield Part(split, _read_stream(name, split, rows) if is_stream else numbered(split, rows))
+        yield Part(split, _read_stream(name, split, rows) if is_stream else numbered_of_table(split, rows))
 
 
 def _read_stream(name: str, split: str, rows: Any) -> Iterator[Row]:
     """What is fetched as it is asked for, and may fail on the way."""
     with _translate_hub_errors(name):
-        yield from numbered(split, rows)
+        yield from numbered_of_table(split, rows)
 
 
 @contextmanager

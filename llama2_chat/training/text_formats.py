@@ -34,7 +34,7 @@ def recognise_text(text: Any) -> str:
 
 def prompt_format(text: str) -> str | None:
     """The format of a prompt that tutorials have written around a question, up to where its answer begins."""
-    return next((name for name, prompts in PROMPTS.items() if re.fullmatch(prompts, text, re.S)), None)
+    return next((name for name, prompts in PROMPTS.items() if re.fullmatch(prompts, text.strip(), re.S)), None)
 
 
 def text_messages(text: Any, text_format: str) -> list[Any]:
@@ -108,9 +108,9 @@ TEXT_FORMATS: dict[str, tuple[str, Callable[[str], Iterator[dict[str, str]]]]] =
 }
 # In these formats: what begins with a question and ends where its answer is to begin.
 PROMPTS = {
-    "[INST] of Llama 2": r"\s*(<s>)?\s*\[INST\].*\[/INST\]\s*",
-    "ChatML": r"\s*<\|im_start\|>.*<\|im_start\|>assistant\s*",
-    "### Human / ### Assistant": r"\s*### Human:.*### Assistant:\s*",
-    "### Instruction / ### Response": r".*### Instruction:.*### Response:\s*",
-    "Human / Assistant": r"\s*Human:.*\n\nAssistant:\s*",
+    "[INST] of Llama 2": r"(<s>\s*)?\[INST\].*\[/INST\]",
+    "ChatML": r"<\|im_start\|>.*<\|im_start\|>assistant",
+    "### Human / ### Assistant": r"### Human:.*### Assistant:",
+    "### Instruction / ### Response": r".*### Instruction:.*### Response:",
+    "Human / Assistant": r"Human:.*\n\nAssistant:",
 }

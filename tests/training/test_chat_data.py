@@ -340,6 +340,14 @@ def test_one_of_several_data_sets_that_has_nothing_is_named(tmp_path):
         chat_data.read([two, one], Reading({"ask": "prompt", "x": "completion"}))
 
 
+def test_a_data_set_that_is_in_the_others_is_named_as_such(tmp_path):
+    """It said that the file has no conversation to train on."""
+    one = write_rows(tmp_path / "one.jsonl", conversation("a", "b"), conversation("c", "d"))
+    two = write_rows(tmp_path / "two.jsonl", conversation("c", "d"))
+    with pytest.raises(ChatError, match=r"two\.jsonl has only conversations that the data before it has"):
+        chat_data.read([one, two])
+
+
 def test_no_more_is_read_than_is_asked_for(tmp_path):
     (tmp_path / "some").mkdir()
     for part in ("train-0", "train-1", "eval"):

@@ -107,6 +107,24 @@ def test_a_call_that_is_not_to_be_learned_is_context(tmp_path):
     assert learned(tokenizer, example) == ["It is 3.<|im_end|>"]
 
 
+def test_a_call_in_a_table_has_its_own_arguments_alone(tmp_path):
+    """Of a Parquet file each call was learned with the arguments of all tools, which were null."""
+    rows = []
+    for name, arguments in (("add", {"a": 1, "b": 2}), ("find", {"text": "x"})):
+        properties = {argument: {"type": "string"} for argument in arguments}
+        tool = {"name": name, "description": "d", "parameters": {"type": "object", "properties": properties}}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": name},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "It is 3."},
+        ]
+        rows.append({"messages": messages, "tools": [{"type": "function", "function": tool}]})
+    expected, found = (chat_data.read(write_rows(tmp_path / name, *rows)).train for name in ("a.jsonl", "a.parquet"))
+    assert [(row.messages, row.tools) for row in found] == [(row.messages, row.tools) for row in expected]
+
+
 def test_results_belong_to_their_calls_in_whatever_order_they_came(tmp_path):
     calls = [OPENAI_CALL, OPENAI_CALL | {"id": "x8"}]
     results = [{"role": "tool", "tool_call_id": id, "content": id} for id in ("x8", "x7")]
