@@ -34,7 +34,10 @@ def recognise_text(text: Any) -> str:
 
 def prompt_format(text: str) -> str | None:
     """The format of a prompt that tutorials have written around a question, up to where its answer begins."""
-    return next((name for name, prompts in PROMPTS.items() if re.fullmatch(prompts, text.strip(), re.S)), None)
+    text = text.strip()
+    return next(
+        (name for name, (start, end) in PROMPTS.items() if text.endswith(end) and re.match(start, text, re.S)), None
+    )
 
 
 def text_messages(text: Any, text_format: str) -> list[Any]:
@@ -106,11 +109,11 @@ TEXT_FORMATS: dict[str, tuple[str, Callable[[str], Iterator[dict[str, str]]]]] =
     "### Instruction / ### Response": (r"### Response:", _from_alpaca),
     "Human / Assistant": (r"(?s)(?:\A|\n\n)Human:.*?\n\nAssistant:", _from_hh),
 }
-# In these formats: what begins with a question and ends where its answer is to begin.
+# How a prompt in one of these formats begins, and how it ends, where its answer is to begin.
 PROMPTS = {
-    "[INST] of Llama 2": r"(<s>\s*)?\[INST\].*\[/INST\]",
-    "ChatML": r"<\|im_start\|>.*<\|im_start\|>assistant",
-    "### Human / ### Assistant": r"### Human:.*### Assistant:",
-    "### Instruction / ### Response": r".*### Instruction:.*### Response:",
-    "Human / Assistant": r"Human:.*\n\nAssistant:",
+    "[INST] of Llama 2": (r"(<s>\s*)?\[INST\]", "[/INST]"),
+    "ChatML": (r"<\|im_start\|>", "<|im_start|>assistant"),
+    "### Human / ### Assistant": ("### Human:", "### Assistant:"),
+    "### Instruction / ### Response": (".*?### Instruction:", "### Response:"),
+    "Human / Assistant": ("Human:", "\n\nAssistant:"),
 }
