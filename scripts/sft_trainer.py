@@ -130,7 +130,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Options:
         help="who else follows the run (none)")  # fmt: skip
     add("--merge_to", type=Path, metavar="FOLDER", help="also write the model with the adapter merged into it")
     add("--merge_and_push", metavar="REPO", help="merge, and upload the merged model to this repository on the Hub")
-    if "demo" in parser.parse_known_args(argv)[0]:
+    if "--demo" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**DEMO)
     flags = vars(parse_known(parser, argv))
     flags.pop("demo", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,15 +57,23 @@ OPTIMIZERS = (
     *("adamw_torch_fused", "adamw_torch", "adafactor", "sgd"),
     *("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),  # of bitsandbytes
 )
-# What TRL and others call our flags, where no similarity tells.
+# What TRL, axolotl and LLaMA-Factory call our flags, where no similarity tells.
 OTHER_NAMES = {
     "model_name_or_path": "model_name",
+    "base_model": "model_name",
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "batch_size",
     "micro_batch_size": "batch_size",
     "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
+    "finetuning_type": "use_peft",
+    "adapter": "use_peft",
+    "quantization_bit": "load_in_4bit",
+    "stage": "method",
+    "rl": "method",
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",
+    "sequence_len": "max_length",
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "resume_from_checkpoint": "resume",
@@ -72,6 +81,7 @@ OTHER_NAMES = {
     "interleave_probs": "dataset_weights",
     "mix_strategy": "dataset_weights",
     "val_size": "eval_fraction",
+    "val_set_size": "eval_fraction",
     "eval_steps": "save_steps",
     "push_to_hub": "merge_and_push",
     "warmup_steps": "warmup_ratio",
@@ -92,10 +102,16 @@ POSITIVE = (
 
 def parse_known(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """The flags. Ends the program with exit code 2 and a sentence for a flag that is none, with what may be meant."""
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, _, value in (text.partition("=") for text in argv):
+        if value and any(flag in action.option_strings and action.nargs == 0 for action in parser._actions):
+            parser.error(f"{flag} has no value: it is given as it is, or left out.")
     found, rest = parser.parse_known_args(argv)
     if rest:
         flags = [name for name in rest if name.startswith("-")]
-        parser.error(" ".join(_unknown(name, parser) for name in flags) or f"{rest[0]} belongs to no flag.")
+        truths = {"true", "false"} & {text.lower() for text in rest}
+        why = " Flags that are on or off have no value." if truths else ""
+        parser.error(" ".join(_unknown(name, parser) for name in flags) or f"{rest[0]} belongs to no flag.{why}")
     return found
 
 
