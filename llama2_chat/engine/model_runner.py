@@ -44,7 +44,7 @@ log = logging.getLogger("llama2_chat")
 
 CPU_CHUNK, GPU_CHUNK = 256, 2048  # tokens of prompts per step; Stop waits no longer than one chunk
 SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
-CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes a quarter more than one of a single token, else no more
+CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes up to twice as long as one of a single token
 GPU_DRAFT_TOKENS = 16  # of a step of so many rows all linear products take about as long as those of one
 KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads of a model that guesses, which attends by the kernel then
 ROW_COST = 0.05  # of a row more in a step of few rows, where one row costs 1
