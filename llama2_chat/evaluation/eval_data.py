@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from llama2_chat.errors import ChatError
 from llama2_chat.evaluation.options import Options
@@ -51,8 +52,13 @@ def _choose_run(runs: dict[str, Run], options: Options) -> Run:
         run = next(iter(runs.values()))
     elif options.dataset_names:
         run = _unknown_run(first_model, options.dataset_names, options.precisions[0])
-    else:
+    elif Path(first_model).is_dir():
         raise ChatError(f"{first_model} has no run.json that names its eval split. Give --dataset_name.")
+    else:
+        raise ChatError(
+            f"There is no folder {first_model} here, and a model on the Hub has no run.json that names its eval split. "
+            "Give --dataset_name for one of those."
+        )
     if flags:
         run = replace(run, **flags, train_sha256=None)
     return replace(run, max_length=options.max_length or run.max_length)

@@ -24,6 +24,7 @@ def test_data_that_has_changed_since_the_training_is_refused(run, dataset, no_we
 
 def test_a_model_without_a_run_needs_to_be_told_the_data(chat_model, no_weights):
     assert "has no run.json that names its eval split. Give --dataset_name." in refusal(chat_model)
+    assert "There is no folder trained/typo here" in refusal("trained/typo")
 
 
 def test_other_data_than_a_runs_need_not_be_of_its_kind(tmp_path):
