@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
+from llama2_chat.page.assets import compressed
 from llama2_chat.page.calls import FOR_PROGRAMS, checked_call
 from llama2_chat.page.language import IN_DOCUMENT, language_of
 from llama2_chat.page.sessions import NOT_FOUND, Sessions
@@ -46,6 +47,7 @@ READ += r"|/(static|assets|svelte|pwa_icon)/.{1,200}"  # no longer than a file's
 READ += r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
 READ += r"|/gradio_api/call/[^/]+/[^/]+"
 ASK = r"/gradio_api/(queue/join|cancel|reset/?|(run|call)/[^/]+/?)"
+FILES = "/static/", "/assets/", "/svelte/"
 # Gradio writes all that a visitor could put into these as JSON with < escaped.
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 # Ours runs first and starts it (startGradio in static/main.js), so that nobody waits for Gradio to type a message.
@@ -114,6 +116,7 @@ class OnlyOurRoutes:
         """head: for a language, HTML before all else in the document of the page, and of the login, where
         gr.Blocks has none."""
         self.app, self.sessions, self.listeners = app, sessions, listeners
+        self.files = compressed(app)
         self.head, self.on_space = head, on_space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,6 +127,8 @@ class OnlyOurRoutes:
         if not (allowed and allowed.fullmatch(path)):
             problem = no_such_route(scope.get("method", "WebSocket"), path)
             return await error_response(problem)(scope, receive, send)
+        if path.startswith(FILES):
+            return await self.files(scope, receive, send)
         if path == "/":
             language = language_of(HTTPConnection(scope))
             return await self.app(scope, receive, _Document(send, language, self.head(language), self.on_space))

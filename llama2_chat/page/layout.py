@@ -22,7 +22,7 @@ from llama2_chat.agent import MEMORY, Calculator, Clock, Tool
 from llama2_chat.documents.library import Library
 from llama2_chat.page import wording
 from llama2_chat.page.answering import Answering
-from llama2_chat.page.assets import Assets, head
+from llama2_chat.page.assets import Assets, compressed, head
 from llama2_chat.page.guard import MOST_JOBS, MOST_PROGRAMS, Listeners, OnlyOurRoutes, TextBlocks
 from llama2_chat.page.history import Histories
 from llama2_chat.page.log_in import login_router
@@ -98,8 +98,8 @@ def add_page(
         page_router(answering, limiter, settings.sampling, visitors, tools, library, histories, decisions)
     )
     # Gradio's code once more, under an address that a browser has not given up yet (static/gradio.js).
-    app.mount("/page/again/{start:int}", StaticFiles(directory=BUILD_PATH_LIB))
-    app.mount("/page", Assets())
+    app.mount("/page/again/{start:int}", compressed(StaticFiles(directory=BUILD_PATH_LIB)))
+    app.mount("/page", compressed(Assets()))
     app.router.routes.append(mount)
     return app
 

@@ -321,7 +321,7 @@ def test_send_retry_edit_and_programs_all_reach_the_one_generator(visit, monkeyp
 def test_local_answers_come_through_transformers_streamer(page, chat, monkeypatch):
     replies, stream_reply = [], chat.stream_reply
     monkeypatch.setattr(chat, "stream_reply", lambda *given: replies.append(stream_reply(*given)) or replies[-1])
-    send(page, SHORT)
+    send(page, LONG)
     expect(answers(page)).to_have_text(BEGUN)
     stop(page)
     assert isinstance(replies[0], TextIteratorStreamer)
