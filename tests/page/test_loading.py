@@ -15,6 +15,7 @@ from tests.support.lines import line_to
 from tests.support.scripted import Scripted, ScriptedChat
 from tests.support.serving import serving
 
+MENDED_MS = 150_000  # where a connection hangs without a word, loading.js waits for it more than once
 INCOMPLETE = "The page has not loaded completely. Trying again …"
 
 
@@ -67,7 +68,18 @@ def test_a_page_comes_wherever_the_line_went_down(context, site, bytes_that_come
             page.wait_for_timeout(50)
         page.wait_for_timeout(500)
         line.left = None
-        expect(page.locator("#setting-seed")).to_be_attached()
+        expect(page.locator("#setting-seed")).to_be_attached(timeout=MENDED_MS)
+        ask(page)
+        expect(answers(page)).to_have_text("Hello!")
+
+
+@pytest.mark.slow
+def test_a_document_that_was_cut_comes_though_all_that_it_names_was_there(context, site):
+    """Nothing failed in it, so it stayed as it was."""
+    with line_to(site, left=20_000, short=True) as (_, address):
+        page = context.new_page()
+        page.goto(address, wait_until="commit")
+        expect(page.get_by_text(INCOMPLETE)).to_be_visible()
         ask(page)
         expect(answers(page)).to_have_text("Hello!")
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 class Line:
     """Relays connections to a server on this machine. left: bytes that the server may still say; None for no limit.
 
-    Once they are said every connection is cut, and so is each new one until `left` is None again.
+    Once they are said every connection is cut, and so is each new one until `left` is None again; at once, if it is
+    `short`.
     """
 
-    def __init__(self, server_port: int, left: int | None = None) -> None:
-        self.left = left
+    def __init__(self, server_port: int, left: int | None = None, short: bool = False) -> None:
+        self.left, self._short = left, short
         self._server_port = server_port
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -41,6 +42,7 @@ class Line:
             while data := source.recv(65_536):
                 target.sendall(self._allowed(data) if limited else data)
                 if limited and self.left == 0:
+                    self.left = None if self._short else 0
                     self.cut()
         for each in (source, target):
             self._end(each)
@@ -69,9 +71,9 @@ class Line:
 
 
 @contextlib.contextmanager
-def line_to(address: str, left: int | None = None) -> Iterator[tuple[Line, str]]:
+def line_to(address: str, left: int | None = None, short: bool = False) -> Iterator[tuple[Line, str]]:
     """A line to the server at an address, and its own address."""
-    line = Line(int(address.rstrip("/").rpartition(":")[2]), left)
+    line = Line(int(address.rstrip("/").rpartition(":")[2]), left, short)
     try:
         yield line, f"http://127.0.0.1:{line.port}/"
     finally:

@@ -45,10 +45,9 @@
     idle = now === progress ? idle + 1 : 0;
     progress = now;
     if (idle === 1) say(said.incomplete);
-    if (idle === 2 && document.readyState !== "complete") {
-      window.stop(); // a browser opens six connections, and these may be all dead
-      mend();
-    }
+    if (idle !== 2) return;
+    if (document.readyState !== "complete") window.stop(); // a browser opens six connections, and these may be all dead
+    mend();
   }
 
   async function mend() {
