@@ -1,13 +1,12 @@
 """A line that goes down while the page loads: it comes all the same, or says what is wrong; and what browsers keep."""
 
-import asyncio
 import re
 
+import httpx
 import pytest
 from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
-from app import create_app
 from llama2_chat.page import assets
 from llama2_chat.server.login import Users, hash_password
 from tests.support.browser import answers, ask, box, open_page
@@ -159,21 +158,17 @@ def test_what_the_document_names_is_there_and_kept_for_good(client):
         assert client.get(address).headers["cache-control"] == assets.FOR_GOOD
 
 
-def test_files_come_compressed_to_whoever_can_unpack_them(settings):
-    async def build():
-        return create_app(ScriptedChat(), settings)
-
-    client = TestClient(asyncio.run(build()), base_url="http://localhost")
-    document = client.get("/").text
+def test_files_come_compressed_to_whoever_can_unpack_them(site):
+    document = httpx.get(site).text
     ours, gradios = (
         re.search(place, document)[1] for place in (r'src="(page/main\.js\S+?)"', r'src="\./(assets/\S+?)"')
     )
     for address in (ours, gradios):
-        packed, plain = (client.get(address, headers={"Accept-Encoding": kind}) for kind in ("gzip", "identity"))
+        packed, plain = (httpx.get(site + address, headers={"Accept-Encoding": kind}) for kind in ("gzip", "identity"))
         assert packed.headers["Content-Encoding"] == "gzip"
         assert "Content-Encoding" not in plain.headers
         assert packed.text == plain.text
-    assert "Content-Encoding" not in client.get("/page/state").headers
+    assert "Content-Encoding" not in httpx.get(site + "page/state").headers
 
 
 @pytest.mark.parametrize("address", ["main.js", "main.js?0123456789abcdef", "vendor/katex/katex.min.css"])
