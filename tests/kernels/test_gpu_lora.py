@@ -101,6 +101,7 @@ def check_company(case):
     assert torch.equal(case.added(y, bad, taken)[:, 1::2], expected[:, 1::2])
 
 
+@pytest.mark.slow
 def test_kernels_add_to_each_row_what_its_adapter_says_whoever_shares_the_step():
     root = str(Path(__file__).parents[2])
     env = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
