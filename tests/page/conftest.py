@@ -12,6 +12,9 @@ from tests.support.browser import ARGUMENTS, CHROMIUM, LIKELIEST, open_page, ope
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import serving
 
+# How a browser says that a script or a style sheet of Gradio's did not come.
+GRADIOS_PART = r"(Failed to fetch dynamically imported module:|Unable to preload CSS for) .*/(assets|page/again/\d+)/"
+
 
 @pytest.fixture(scope="session")
 def address(chat, settings):
@@ -64,7 +67,7 @@ def visit(browser):
     pages, errors = [], []
 
     def note(error):
-        if not re.match(r"Failed to fetch dynamically imported module: .*/(assets|page/again/\d+)/", str(error)):
+        if not re.match(GRADIOS_PART, str(error)):
             errors.append(str(error))
 
     def visit(address, **options):
