@@ -99,7 +99,7 @@ def compile_all() -> None:
     """Compile all functions that there are, and keep what came of it: the work of such another process."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as processes:
         list(processes.map(_compile_module, MODULES))
-        if has_vnni():
+        if panels_are_fast():
             list(processes.map(_compile_module, MODULES_WITH_VNNI))
 
 
@@ -110,9 +110,9 @@ def _compile_module(name: str) -> None:
 
 
 @cache
-def has_vnni() -> bool:
-    """Whether this processor multiplies bytes by AVX-512 VNNI, and numba compiles for it. With AMX oneDNN reads prompts
-    faster, so there it counts as none."""
+def panels_are_fast() -> bool:
+    """Whether this processor has AVX-512 VNNI, by which panels.py multiplies, and numba compiles for it; but no AMX,
+    with which oneDNN reads prompts faster."""
     if config.CPU_NAME or config.CPU_FEATURES:
         return False
     features = binding.get_host_cpu_features()

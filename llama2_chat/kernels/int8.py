@@ -139,9 +139,9 @@ def join_int8(linears: Sequence[nn.Linear]) -> list[JoinedInt8Linear]:
 
 def _panels(codes: Tensor, scale: Tensor) -> Panels | None:
     """Weights, int8 [out, in], with the scale of each output, where this processor multiplies them fast as panels."""
-    from llama2_chat.kernels.compiled import has_vnni  # which imports a compiler
+    from llama2_chat.kernels.compiled import panels_are_fast  # which imports a compiler
 
-    if codes.shape[0] % PANEL or not has_vnni():
+    if codes.shape[0] % PANEL or not panels_are_fast():
         return None
     from llama2_chat.kernels.panels import Panels  # compiled for nothing less
 

@@ -63,7 +63,7 @@ class Layers:
             row[NORM_BEFORE_MLP] = layer.norm_before_mlp.ctypes.data
             for at, panels in zip((QKV, OUT, GATE_UP, DOWN), layer[2:], strict=True):
                 row[at : at + len(panels)] = [array.ctypes.data for array in panels]
-        self._kept: Any = None
+        self._latest: tuple[Any, Any] = None, None  # keys and values, and the table with their addresses
 
     def run(
         self,
@@ -80,15 +80,17 @@ class Layers:
         turns: cosines and sines, [T, head_dim]. tokens, pieces: as attend_in_blocks() takes them. kept: of each layer
         its keys and values, as it takes them, too.
         """
-        if self._kept is not kept:
-            self._kept = kept
-            self._table[:, [KEYS, VALUES]] = [[array.ctypes.data for array in layer] for layer in kept]
+        before, table = self._latest
+        if before is not kept:  # in a table of its own: another engine may be computing with the one before
+            table = self._table.copy()
+            table[:, [KEYS, VALUES]] = [[array.ctypes.data for array in layer] for layer in kept]
+            self._latest = kept, table
         heads, kv_heads, head_dim, intermediate, epsilon, scale = self._sizes
         count, width = hidden.shape
         widest = max(width, heads * head_dim, intermediate)
         with_help(
             compute_layers,
-            *(turns_for(STAGES * (end - first)), self._table[first:end], len(kept[0][0])),
+            *(turns_for(STAGES * (end - first)), table[first:end], len(kept[0][0])),
             *(np.float32(epsilon), np.float32(scale), hidden, *turns, tokens, *pieces),
             np.empty((count, heads + 2 * kv_heads, head_dim), np.float32),
             np.empty((count, heads, head_dim), np.float32),

@@ -186,7 +186,7 @@ def test_a_llama_in_8_bits_computes_what_the_layers_of_transformers_compute():
     assert (found[:, 15:] - rest).norm() < 0.03 * found.norm()
 
 
-@pytest.mark.skipif(not compiled.has_vnni(), reason="not on this processor")
+@pytest.mark.skipif(not compiled.panels_are_fast(), reason="not on this processor")
 def test_layers_in_one_call_give_the_same_bits_as_one_after_another_and_tell_who_listens(monkeypatch):
     ids, told = prompt_of(150, seed=1), defaultdict(list)
 
@@ -203,7 +203,7 @@ def test_layers_in_one_call_give_the_same_bits_as_one_after_another_and_tell_who
         return listened_to
 
     in_one = logits(in_int8())
-    monkeypatch.setattr(compiled, "has_vnni", lambda: False)
+    monkeypatch.setattr(compiled, "panels_are_fast", lambda: False)
     assert torch.equal(logits(in_int8()), in_one)
     assert set(told) == {CpuLlamaModel, LlamaModel}
     assert all(map(torch.equal, told[CpuLlamaModel], told[LlamaModel]))

@@ -10,8 +10,8 @@ from llama2_chat.kernels.int8 import Int8Linear, join_int8
 @pytest.fixture(params=["panels", "packed", "integers", "no VNNI"])
 def exact_integers(request, monkeypatch):
     """A processor on which integer products are exact, as far as this one's are, or one on which they are not."""
-    vnni = compiled.has_vnni() and request.param == "panels"
-    monkeypatch.setattr(compiled, "has_vnni", lambda: vnni)
+    vnni = compiled.panels_are_fast() and request.param == "panels"
+    monkeypatch.setattr(compiled, "panels_are_fast", lambda: vnni)
     packed = int8.packed_products_are_exact() and request.param in ("panels", "packed")
     exact = int8.int_mm_is_exact() and request.param != "no VNNI"
     monkeypatch.setattr(int8, "packed_products_are_exact", lambda: packed)
@@ -67,7 +67,7 @@ def test_processors_that_lose_nothing_give_the_same_bits_however_they_keep_weigh
     torch.manual_seed(0)
     linear, x = random_linear(in_features, out_features), torch.randn(200, in_features)
     fastest = Int8Linear(linear)
-    monkeypatch.setattr(compiled, "has_vnni", lambda: False)
+    monkeypatch.setattr(compiled, "panels_are_fast", lambda: False)
     packed = Int8Linear(linear)
     monkeypatch.setattr(int8, "packed_products_are_exact", lambda: False)
     plain = Int8Linear(linear)
