@@ -325,7 +325,7 @@ class ModelRunner:
 
     def synchronize(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()  # not for blocks that leave for the host meanwhile
 
     def is_alive(self) -> bool:
         try:

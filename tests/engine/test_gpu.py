@@ -507,7 +507,7 @@ def test_five_hundred_who_make_room_for_each_other_leave_nothing_behind(kv_cache
             texts.append(visits[n - 60][1].rest())
         streamer = Ids()
         ids = [*chance.choice(roots)[: chance.randrange(20, 1000)], n]
-        params = SamplingParams(seed=n, temperature=1, top_k=(0, 40)[n % 2], max_new_tokens=chance.randrange(1, 200))
+        params = SamplingParams(seed=n, temperature=1, top_k=(0, 40)[n % 2], max_new_tokens=chance.randrange(1, 600))
         visits.append((engine.submit(ids, params, streamer), streamer))
         if chance.random() < 0.3:
             engine.cancel(chance.choice(visits[-60:])[0])
@@ -520,6 +520,19 @@ def test_five_hundred_who_make_room_for_each_other_leave_nothing_behind(kv_cache
     engine.close()
     assert held.recalled_tokens
     assert held.preemptions
+
+
+def test_a_chunk_of_a_prompt_does_not_wait_for_what_leaves_for_the_host_meanwhile(model):
+    engine = running(model, compile=False)
+    answer(engine, [1], GREEDY)  # what the first one takes memory for
+    leaving, left = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(leaving):
+        torch.cuda._sleep(4_000_000_000)  # clock cycles, some two seconds
+        left.record()
+    answer(engine, prompts([3000])[0], GREEDY)  # in two chunks
+    assert not left.query()
+    left.synchronize()
+    engine.close()
 
 
 def test_a_model_whose_steps_cannot_be_recorded_is_refused_where_they_must_be():
