@@ -13,12 +13,13 @@ from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llama2_chat import prompt
 from llama2_chat.engine.sampler import NARROW
 from llama2_chat.errors import ChatError
 from llama2_chat.training.base_model import BaseModel
+from llama2_chat.training.draft_engine import EngineDesk
 from llama2_chat.training.draft_writer import Asked, Desk
 from llama2_chat.types import Message, SamplingParams
 
@@ -54,29 +55,20 @@ class Writer(NamedTuple):
         return cls(base.checkpoint.model_id, " ".join(each.fingerprint() for each in files))
 
 
-class Writing(NamedTuple):
-    """Who answers, how many at once, and how long prompts are with their answers."""
-
-    base: BaseModel
-    model: PreTrainedModel
-    at_once: int
-    max_length: int
-
-
-def make_answers(writing: Writing, count: int, params: SamplingParams, seed: int = 0) -> Iterator[Answer]:
+def make_answers(
+    tokenizer: PreTrainedTokenizerBase, desk: Desk | EngineDesk, count: int, params: SamplingParams, seed: int = 0
+) -> Iterator[Answer]:
     """So many answers, as they end, to questions that the model makes up itself; a part of them are second ones.
 
-    params: what they are sampled with; each has a seed of its own. The same call gives the same answers on a CPU. Some
-    fail, and are left out.
+    desk: where the model writes them. params: what they are sampled with; each has a seed of its own. The same call
+    gives the same answers on a CPU. Some fail, and are left out.
     """
     first = round(count * (1 - FOLLOW_UPS))
-    most = max(QUESTION.max_new_tokens, params.max_new_tokens)
-    desk = Desk(writing.model, min(writing.at_once, first), writing.max_length, most, writing.base.stop_ids)
     talks: dict[int, _Talk] = {}
 
     def questions() -> Iterator[Asked]:
         for number in range(first):
-            talks[number] = _Talk(writing.base.tokenizer, number, seed + number)
+            talks[number] = _Talk(tokenizer, number, seed + number)
             yield talks[number].question()
 
     for number, said in desk.answers(asked for asked in questions() if len(asked.prompt) < desk.columns):

@@ -16,7 +16,7 @@ HELP = {
     "--answers_files": "answers.npz of earlier runs, to be learned from; then none are made",
     "--start_from": "folder of a head that is trained further, with its own vocabulary, instead of a new one",
     "--max_new_tokens": "of each of these answers",
-    "--max_batch": "answers made at once; 0 for as many as there is memory for, up to 2,048 on a GPU and 256 on a CPU",
+    "--max_batch": "answers made at once; 0 for as many as there is memory for, up to 2,048 on a GPU and 16 on a CPU",
     "--answer_minutes": "of making answers, at most; 0 for no limit",
     "--minutes": "of training, at most; 0 for no limit",
     "--vocabulary": "tokens among which the head guesses, the most frequent ones in the answers; 0 for all",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,20 +25,15 @@ from llama2_chat.loading.memory import free_host_bytes
 from llama2_chat.loading.read import translate_errors
 from llama2_chat.training.base_model import BaseModel, fetch_base, full_precision, load_for_training
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import (
-    Answer,
-    Writer,
-    Writing,
-    make_answers,
-    read_answers,
-    save_answers,
-)
+from llama2_chat.training.draft_data import QUESTION, Answer, Writer, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_engine import EngineDesk, served_engine
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import DraftOptions
 from llama2_chat.training.draft_training import Batch, Training, make_batches, new_head, share_that_it_says
+from llama2_chat.training.draft_writer import Desk
 from llama2_chat.types import SamplingParams
 
-ON_CPU, ON_GPU = 256, 2048  # answers at once, at most
+ON_CPU, ON_GPU = 16, 2048  # answers at once, at most
 MEMORY_SHARE = 0.4  # of what is free, for their keys and values
 ANSWERS, HALF_TRAINED = "answers.npz", "training.pt"
 SAVE_EVERY_S = 60.0
@@ -56,6 +52,7 @@ def train_draft(options: DraftOptions) -> None:
         answers = [each for file in options.answers_files for each in read_answers(file, params, Writer.of(base))]
     else:
         answers = _make_answers(base, model, options, params)
+    answers.sort(key=lambda answer: answer.ids)  # in whichever order they ended
     random.Random(options.seed).shuffle(answers)
     held_out, learned = answers[: options.held_out], answers[options.held_out :]
     prompts = {tuple(answer.ids[: answer.prompt_tokens]) for answer in held_out}
@@ -116,32 +113,39 @@ def _make_answers(
         print(f"{len(answers):,} answers are there already, in {file}.")
     if (options.output_dir / HALF_TRAINED).is_file() or len(answers) >= options.answers:
         return answers  # from which a head was learning, or can
-    writing = Writing(base, model, options.max_batch or _at_once(model, options), options.max_length)
     seed = random.Random(f"{options.seed} {len(answers)}").randrange(2**31)
-    tokens, started, saved = 0, time.monotonic(), time.monotonic()
-    for answer in make_answers(writing, options.answers - len(answers), params, seed):
-        answers.append(answer)
-        tokens += len(answer.ids) - answer.prompt_tokens
-        now = time.monotonic()
-        if now - saved > SAVE_EVERY_S:
-            save_answers(answers, writer, file)
-            print(f"{len(answers):,} answers; {tokens:,} tokens in {now - started:.0f} s.", flush=True)
-            saved = time.monotonic()
-        if 0 < options.answer_minutes * 60 < now - started:
-            break
+    missing, tokens, started, saved = options.answers - len(answers), 0, time.monotonic(), time.monotonic()
+    with _desk(base, model, options) as desk:
+        for answer in make_answers(base.tokenizer, desk, missing, params, seed):
+            answers.append(answer)
+            tokens += len(answer.ids) - answer.prompt_tokens
+            now = time.monotonic()
+            if now - saved > SAVE_EVERY_S:
+                save_answers(answers, writer, file)
+                print(f"{len(answers):,} answers; {tokens:,} tokens in {now - started:.0f} s.", flush=True)
+                saved = time.monotonic()
+            if 0 < options.answer_minutes * 60 < now - started:
+                break
     if not answers:
         raise ChatError(f"{options.model} makes up no questions that it answers, so there is nothing to learn from.")
     save_answers(answers, writer, file)
     return answers
 
 
-def _at_once(model: PreTrainedModel, options: DraftOptions) -> int:
-    """How many answers are written at once: as many as there is memory for."""
+@contextlib.contextmanager
+def _desk(base: BaseModel, model: PreTrainedModel, options: DraftOptions) -> Iterator[Desk | EngineDesk]:
+    """Where as many answers are written at once as are wanted, or as there is memory for."""
     on_cpu = model.device.type == "cpu"
     free = free_host_bytes() if on_cpu else torch.cuda.mem_get_info(model.device)[0]
-    token_bytes = sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
-    fitting = int(MEMORY_SHARE * free / token_bytes / options.max_length)
-    return max(1, min(ON_CPU if on_cpu else ON_GPU, fitting))
+    text_bytes = options.max_length * sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
+    fitting = max(1, min(ON_CPU if on_cpu else ON_GPU, int(MEMORY_SHARE * free / text_bytes)))
+    at_once = min(options.max_batch or fitting, options.answers)
+    if on_cpu:
+        with contextlib.closing(served_engine(base, at_once, options.max_length)) as engine:
+            yield EngineDesk(engine, options.max_length)
+    else:
+        most = max(QUESTION.max_new_tokens, options.max_new_tokens)
+        yield Desk(model, at_once, options.max_length, most, base.stop_ids)
 
 
 def _train(

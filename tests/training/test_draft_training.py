@@ -19,13 +19,14 @@ from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.draft import read_head
 from llama2_chat.training import draft_data, draft_run, draft_writer
-from llama2_chat.training.base_model import BaseModel, fetch_base
+from llama2_chat.training.base_model import fetch_base
 from llama2_chat.training.draft_acceptance import acceptance
-from llama2_chat.training.draft_data import Answer, Writer, Writing, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_data import Answer, Writer, make_answers, read_answers, save_answers
+from llama2_chat.training.draft_engine import EngineDesk
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import HELP, DraftOptions
 from llama2_chat.training.draft_training import Training, make_batches, new_head, share_that_it_says, unrolled
-from llama2_chat.training.draft_writer import write
+from llama2_chat.training.draft_writer import Asked, Desk, write
 from llama2_chat.types import SamplingParams
 from scripts.train_draft import read_arguments
 from tests.support.drafts import random_head, random_model
@@ -44,15 +45,22 @@ def model():
     return random_model(50, seed=0, num_hidden_layers=2, initializer_range=0.3)
 
 
-def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(monkeypatch):
+@pytest.mark.parametrize("by", ["rows", "the engine"])
+def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(by, monkeypatch):
     monkeypatch.setattr(draft_data, "QUESTION", replace(draft_data.QUESTION, max_new_tokens=9))
     tokenizer = chatml()
     model = untrained(tokenizer, 2048).model
     attention_windows(model)
-    writing = Writing(BaseModel(None, tokenizer, {0}), model, at_once=5, max_length=320)
     params = SamplingParams(max_new_tokens=6)
-    answers = [*make_answers(writing, 8, params)]
-    assert answers == [*make_answers(writing, 8, params)]
+
+    def written():
+        if by == "rows":
+            return [*make_answers(tokenizer, Desk(model, 5, 320, 9, {0}), 8, params)]
+        with running(model, stop_ids={0}) as engine:
+            return [*make_answers(tokenizer, EngineDesk(engine, 320), 8, params)]
+
+    answers = written()
+    assert sorted(each.ids for each in answers) == sorted(each.ids for each in written())
     assert 6 <= len(answers) <= 8  # some questions are nothing but spaces
     prompts = [tokenizer.decode(answer.ids[: answer.prompt_tokens]) for answer in answers]
     turns = [prompt.count("<|im_start|>user") for prompt in prompts]
@@ -75,6 +83,22 @@ def test_answers_written_side_by_side_are_those_of_the_engine(model, top_k, at_o
     assert write(model, prompts, params, stop_ids, at_once) == [
         [*takewhile(lambda id: id not in stop_ids, ids)] for ids in said
     ]
+
+
+def test_answers_written_by_the_engine_are_those_written_side_by_side(model):
+    asked = [
+        Asked(n, [n, 9, *range(n)], SamplingParams(max_new_tokens=10 + n, seed=n, temperature=n % 3)) for n in range(30)
+    ]
+    stop_ids, columns = {7, 30}, 64
+    with running(model, stop_ids=stop_ids, max_batch=4, queue_limit=8) as engine:
+        by_engine, later = EngineDesk(engine, columns), asked[20:]
+        found = []
+        for answered in by_engine.answers(asked[:20]):
+            found.append(answered)
+            if later:
+                by_engine.ask(later.pop())
+        assert not engine.occupancy.running
+    assert sorted(found) == sorted(Desk(model, 4, columns, 39, stop_ids).answers(asked))
 
 
 SCRIPT = r"""
