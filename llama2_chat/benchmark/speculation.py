@@ -19,7 +19,7 @@ import torch
 
 from llama2_chat.benchmark import Figures
 from llama2_chat.benchmark.local_model import TimedReply, fresh_ids, load
-from llama2_chat.engine.drafts import Drafts
+from llama2_chat.engine.drafts import Drafts, Guess
 from llama2_chat.types import GrammarSpec, Message, Occupancy, SamplingParams
 from model import ChatModel
 
@@ -162,25 +162,23 @@ LOUD = 10_000  # times an embedding's size, beside which all that layers add to 
 
 
 class Planted(Drafts):
-    """In place of a request's guesses: as many come true as did elsewhere. Each token is followed by the next one."""
+    """In place of a request's guesses: as many come true as did elsewhere, and all are made. Each token is followed by
+    the next one."""
 
     def __init__(self, prompt_tokens: int, guessed: str, vocab_size: int) -> None:
         super().__init__()
         self._prompt_tokens, self._vocab_size = prompt_tokens, vocab_size
         self._guessed = [[*map(int, re.findall(r"\d+", guess))] for guess in guessed.split()]
 
-    def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
+    def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[Guess]:
         super().look_up(ids, most, forced)  # for the time that it takes
         said = len(ids) - self._prompt_tokens
         for start, true, guessed in self._guessed:
             # Where the token behind which it comes is in flight, a guess is found one token later.
             if (late := said - start) in range(max(true, 2)):
                 draft = [ids[-1] + 1 + step + (step >= true - late) for step in range(max(guessed - late, 1))]
-                return [id % self._vocab_size for id in draft[:most]]
+                return [Guess(id % self._vocab_size, 1.0) for id in draft[:most]]
         return []
-
-    def judge(self, guessed: int, kept: int) -> None:
-        pass
 
 
 def measure_planted(chat: ChatModel) -> Iterator[Figures]:

@@ -47,7 +47,9 @@ SHORTEST_CPU_CHUNK, SHORTEST_GPU_CHUNK = 64, 512
 CPU_DRAFT_TOKENS = ROWS  # in 8 bits a step of so many takes up to twice as long as one of a single token
 GPU_DRAFT_TOKENS = 16  # of a step of so many rows all linear products take about as long as those of one
 KERNEL_SIZES = (16, 32, 64, 128, 256)  # of heads of a model that guesses, which attends by the kernel then
-ROW_COST = 0.05  # of a row more in a step of few rows, where one row costs 1
+# Of a row more in a step of few, where a step of one row costs 1 (docs/measured.md). In 8 bits a CPU multiplies row by
+# row; in 16 bits it takes ROWS at once, whatever they hold.
+GPU_ROW_COST, INT8_ROW_COST, FIXED_ROW_COST = 0.03, 0.15, 0.01
 TOLD_AT_ONCE = 64  # tokens of a prompt, of each of which the whole vocabulary is looked at
 NOT_DETERMINISTIC = (
     "DETERMINISTIC=1 needs COMPILE=1 and a Llama in bfloat16, int8, int4 or NF4, whole on one GPU of compute "
@@ -114,7 +116,9 @@ class ModelRunner:
         self.pipelined, self.piece_size = on_gpu, piece_size
         self._most_draft_tokens, self.draft_tokens = draft_tokens, 0 if faster else draft_tokens
         self._drafts_later = faster is not None and draft_tokens > 0  # draft_tokens is too small for any as yet
-        self._guess_cost = GuessCost(drafter.cost + ROW_COST) if drafter else None
+        in_bytes = isinstance(model.get_output_embeddings(), Int8Linear)
+        self.row_cost = GPU_ROW_COST if on_gpu else INT8_ROW_COST if in_bytes else FIXED_ROW_COST
+        self._guess_cost = GuessCost(drafter.cost + self.row_cost) if drafter else None
         self.longest_chunk = longest_chunk or (GPU_CHUNK if on_gpu else CPU_CHUNK)
         self.shortest_chunk = min(self.longest_chunk, SHORTEST_GPU_CHUNK if on_gpu else SHORTEST_CPU_CHUNK)
         self.max_batch, self.vocab_size, self.num_blocks = sampler.padding, sampler.vocab_size, pool.num_blocks

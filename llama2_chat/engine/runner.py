@@ -59,6 +59,7 @@ class Runner(Protocol[StepT]):
     vocab_size: int
     context_length: int  # tokens that one request may have, prompt and answer together, and that the pool can hold
     draft_tokens: int  # that verify() takes at a cost little above that of one, those without a draft too; 0: no drafts
+    row_cost: float  # of a row more in a step of few, where a step of one row costs 1
     pipelined: bool  # whether the next decode step can be launched before the tokens of this one have arrived
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,12 @@ def restrict(logits: Tensor, indices: list[int], masks: Tensor) -> None:
 
     logits: [N, V]. indices: n of the N. masks: int32 [n, V / 32], on the CPU.
     """
+    if logits.device.type == "cpu":  # where NumPy unpacks bits at once
+        bits = (~masks).numpy().view(np.uint8)
+        forbidden = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little")
+        for index, ids in zip(indices, torch.from_numpy(forbidden).view(torch.bool), strict=True):
+            logits[index].masked_fill_(ids, -torch.inf)
+        return
     masks = masks.to(logits.device, non_blocking=True)
     allowed = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
     allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()

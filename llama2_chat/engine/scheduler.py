@@ -58,12 +58,11 @@ class DraftChunk(Chunk):
     """The newest id of an answer, and guesses at those that come next: of all of them one step computes the logits."""
 
     draft: list[int]
-    forced: int  # how many of the draft, from its first on, a grammar leaves little choice about
     by_model: bool  # whether a model made it
 
     @classmethod
-    def of(cls, request: Request, draft: list[int], forced: int, by_model: bool) -> DraftChunk:
-        return cls(request, request.computed, request.computed + 1 + len(draft), draft, forced, by_model)
+    def of(cls, request: Request, draft: list[int], by_model: bool) -> DraftChunk:
+        return cls(request, request.computed, request.computed + 1 + len(draft), draft, by_model)
 
     @property
     def ids(self) -> list[int]:

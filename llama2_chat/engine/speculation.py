@@ -9,22 +9,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from llama2_chat.engine.delivery import Delivery
+from llama2_chat.engine.drafts import Guess
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.runner import Runner, Verification
 from llama2_chat.engine.scheduler import DraftChunk, Scheduler
 
 log = logging.getLogger("llama2_chat")
-
-
-class _Draft(NamedTuple):
-    """Guesses at what comes next."""
-
-    ids: list[int]
-    forced: int = 0  # how many of them, the first ones, a grammar forces
-    by_model: bool = False
 
 
 class Speculation:
@@ -41,28 +34,55 @@ class Speculation:
         room = self._runner.draft_tokens - len(requests)
         if room < 1:
             return []
-        drafts = [self._guess(request, room) for request in requests]
-        if self._runner.pipelined and (any(draft.ids for draft in drafts) or self._may_ask_model(requests, room)):
-            # Guesses come behind the newest token, which is in flight: where there seem to be some, it is waited for.
-            self._delivery.deliver()
-            requests = [request for request in requests if request.runs]
-            drafts = [self._guess(request, room) for request in requests]
-        while sum(len(draft.ids) for draft in drafts) > room:
-            max((draft.ids for draft in drafts), key=len).pop()
-        for request, draft in zip(requests, drafts, strict=True):
-            if draft.ids and not self._scheduler.grow(request, len(draft.ids)):
-                draft.ids.clear()
-        self._ask_model(requests, drafts, room - sum(len(draft.ids) for draft in drafts))
-        if not any(draft.ids for draft in drafts):
+        drafts = self._look_up(requests, room)
+        if self._runner.pipelined:
+            # The first of these is the newest token, which is in flight: where others seem to follow, it is waited for.
+            if any(len(ids) > 1 for ids in drafts) or self._may_ask_model(requests, room):
+                self._delivery.deliver()
+                requests = [request for request in requests if request.runs]
+                drafts = self._look_up(requests, room)
+            else:
+                drafts = [[] for _ in requests]
+        for request, ids in zip(requests, drafts, strict=True):
+            if ids and not self._scheduler.grow(request, len(ids)):
+                ids.clear()
+        by_model = self._ask_model(requests, drafts, room - sum(map(len, drafts)))
+        if not any(drafts):
             return []
-        return [DraftChunk.of(request, *draft) for request, draft in zip(requests, drafts, strict=True)]
+        each = zip(requests, drafts, strict=True)
+        return [DraftChunk.of(request, ids, request in by_model) for request, ids in each]
 
-    def _guess(self, request: Request, room: int) -> _Draft:
+    def _look_up(self, requests: Sequence[Request], room: int) -> list[list[int]]:
+        """What comes next by text that comes again and by grammars: of all requests the likeliest, as much of it as
+        lets a step give the most tokens for its time."""
+        guesses = [self._guess(request, room) for request in requests]
+        if not any(guesses):
+            return [[] for _ in requests]
+        likeliest = sorted(
+            (-guess.chance, place, n) for n, each in enumerate(guesses) for place, guess in enumerate(each)
+        )
+        # What a step is expected to give and what it costs, where one of a single token costs 1.
+        tokens, row_cost = float(len(requests)), self._runner.row_cost
+        cost, lengths = 1 + row_cost * (len(requests) - 1), [0] * len(requests)
+        for less, _, n in likeliest[:room]:
+            if -less * cost <= tokens * row_cost:
+                break
+            tokens, cost, lengths[n] = tokens - less, cost + row_cost, lengths[n] + 1
+        return [[guess.id for guess in each[:length]] for each, length in zip(guesses, lengths, strict=True)]
+
+    def _guess(self, request: Request, room: int) -> list[Guess]:
         most = min(room, _most(request))
         if request.drafts is None or most < 1:
-            return _Draft([])
+            return []
         forced = request.constraint.forced()[:most] if request.constraint else []
-        return _Draft([*forced, *request.drafts.look_up(request.ids, most - len(forced), forced)], len(forced))
+        found = request.drafts.look_up(request.ids, most - len(forced), forced)
+        if found and not forced and self._is_model_surer(request, found[0].chance):
+            return []
+        return [*(Guess(id, 1.0) for id in forced), *found]
+
+    def _is_model_surer(self, request: Request, chance: float) -> bool:
+        confidence = request.confidence
+        return self._runner.draft_cost is not None and confidence is not None and confidence.chance > chance
 
     def _may_ask_model(self, requests: Sequence[Request], room: int) -> bool:
         cost, asked = self._runner.draft_cost, [each for each in requests if each.confidence is not None]
@@ -75,12 +95,14 @@ class Speculation:
             if request.confidence is not None
         )
 
-    def _ask_model(self, requests: Sequence[Request], drafts: list[_Draft], room: int) -> None:
-        """Let a model guess where nothing else did."""
+    def _ask_model(self, requests: Sequence[Request], drafts: list[list[int]], room: int) -> set[Request]:
+        """Let a model guess where nothing else did. Returns whose guesses are its."""
         cost = self._runner.draft_cost
-        asked = [n for n, draft in enumerate(drafts) if not draft.ids and requests[n].confidence is not None]
-        if cost is None or not asked or room < len(asked):
-            return
+        if cost is None:
+            return set()
+        asked = [n for n, ids in enumerate(drafts) if not ids and requests[n].confidence is not None]
+        if not asked or room < len(asked):
+            return set()
         lengths = []
         for n in asked:
             request, most = requests[n], min(room // len(asked), _most(requests[n]))
@@ -88,7 +110,7 @@ class Speculation:
             length = request.confidence.length(most, cost * len(requests))
             lengths.append(length if self._scheduler.grow(request, length) else 0)
         if not any(lengths):
-            return
+            return set()
         try:
             guesses = self._runner.draft([requests[n] for n in asked], lengths)
         except Exception:
@@ -97,9 +119,10 @@ class Speculation:
             log.exception("A model's guesses failed; these answers go on without them")
             for n in asked:
                 requests[n].stop_model()
-            return
+            return set()
         for n, ids in zip(asked, guesses, strict=True):
-            drafts[n] = _Draft(ids, by_model=True)
+            drafts[n] = ids
+        return {requests[n] for n in asked}
 
     def verify(self, chunks: Sequence[DraftChunk]) -> None:
         """Compute a step of these, and choose and emit token after token of each, as long as its guesses come true."""
@@ -119,12 +142,8 @@ class Speculation:
             place += 1
         for chunk in drafted:
             self._count(chunk, accepted[chunk.request])
-            if chunk.request.drafts is None:
-                continue
             if chunk.by_model and chunk.draft and chunk.request.confidence is not None:
                 chunk.request.confidence.judge(len(chunk.draft), accepted[chunk.request])
-            elif accepted[chunk.request] >= chunk.forced:
-                chunk.request.drafts.judge(len(chunk.draft) - chunk.forced, accepted[chunk.request] - chunk.forced)
 
     def _count(self, chunk: DraftChunk, accepted: int) -> None:
         self.drafted += len(chunk.draft)

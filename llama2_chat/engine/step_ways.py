@@ -143,7 +143,8 @@ class EagerWay:
 
     def _sampling_step(self, requests: Sequence[Request], logits: Tensor, rows: list[int]) -> ModelStep:
         slots = torch.tensor([request.slot for request in requests], device=self._device)
-        return ModelStep([*requests], logits[rows], slots)
+        which = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows  # one row needs no copy
+        return ModelStep([*requests], logits[which], slots)
 
     def _gpu_prefill(self, chunks: Sequence[Chunk]) -> PrefillStep:
         tables = torch.zeros(len(chunks), self._most_blocks, dtype=torch.long)

@@ -1,17 +1,20 @@
 """Guesses that a model makes change no answer either, and are those that it would make alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama2_chat.engine.drafts import LEAST_TIMED, PAUSE, Confidence, Drafts, GuessCost
+from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import LikelyTokens
+from llama2_chat.engine.speculation import Speculation
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
 from tests.support.drafts import random_head, random_model
-from tests.support.engines import answer, running, start
+from tests.support.engines import Ids, answer, running, start
 
 DRAFTS = {
     "head": random_head,
@@ -191,3 +194,27 @@ def test_whoever_stopped_guessing_tries_again_now_and_then():
     assert [wrong.length(7, cost=0.1) for _ in range(PAUSE + 1)] == [0] * PAUSE + [1]
     wrong.judge(1, 1)
     assert wrong.length(7, cost=0.1) == 0
+
+
+def test_text_that_comes_again_goes_before_a_model_only_where_it_is_likelier():
+    request = Request([1, 2, 3, 9, 1, 2], SamplingParams(), Ids(), 99, torch.empty(99), drafts=Drafts(), slot=0)
+    drafted = [[50], [60]]
+    runner = SimpleNamespace(
+        row_cost=0.1, draft_tokens=8, pipelined=False, draft_cost=0.2, draft=lambda *_: [drafted.pop()]
+    )
+    speculation = Speculation(runner, SimpleNamespace(grow=lambda *_: True), None)
+    (chunk,) = speculation.chunks([request])
+    assert (chunk.draft, chunk.by_model) == ([60], True)
+    for _ in range(30):
+        request.confidence.judge(3, 0)
+    (chunk,) = speculation.chunks([request])
+    assert (chunk.draft, chunk.by_model) == ([3, 9], False)
+
+
+def test_a_model_that_stopped_guessing_tries_again_also_where_tokens_are_in_flight():
+    request = Request([1, 2], SamplingParams(), Ids(), 99, torch.empty(99), drafts=Drafts(), slot=0)
+    runner = SimpleNamespace(row_cost=0.1, draft_tokens=8, pipelined=True, draft_cost=0.2, draft=lambda *_: [[60]])
+    speculation = Speculation(runner, SimpleNamespace(grow=lambda *_: True), SimpleNamespace(deliver=lambda: None))
+    for _ in range(30):
+        request.confidence.judge(3, 0)
+    assert [len(speculation.chunks([request])) for _ in range(PAUSE + 1)] == [0] * PAUSE + [1]

@@ -1,5 +1,6 @@
 """Keys and values in 8 bits on a CPU: twice as many, and still the same text every time."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -77,6 +78,23 @@ def test_numbers_that_are_none_are_noticed_in_their_block(tiny_llama, kv_cache):
     assert (pool.are_finite([1, 3]), pool.are_finite([1, 2])) == (True, False)
     pool.zero([2])
     assert pool.are_finite([1, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_the_largest_number_is_one_and_an_infinite_one_is_none(tiny_llama, dtype):
+    pool = pool_of(copy.deepcopy(tiny_llama).to(dtype), "none")
+    assert type(pool) is CpuPool
+    kv_heads, head_dim = pool.layers[1][1].shape[1], pool.layers[1][1].shape[3]
+    for number, is_finite in (
+        (torch.finfo(dtype).max, True),
+        (torch.inf, False),
+        (-torch.inf, False),
+        (torch.nan, False),
+    ):
+        states = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype)
+        states[0, -1, 0, 3] = number
+        pool.write(1, states, -states, torch.tensor([2 * BLOCK_SIZE + 5]))
+        assert (pool.are_finite([1, 2]), pool.are_finite([1]), pool.are_finite([])) == (is_finite, True, True)
 
 
 def sharp_llama():

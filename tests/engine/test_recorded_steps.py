@@ -123,7 +123,7 @@ with torch.inference_mode():
     chunks = []
     for request, guess in zip(requests, guesses):
         request.computed = len(request.ids) - 1
-        chunks.append(DraftChunk.of(request, guess, 0, False))
+        chunks.append(DraftChunk.of(request, guess, False))
     recorded._decodes[10] = _DecodeRecording(10, recorded._new_inputs("decode", 10), None, None, None, None)
     recorded._decodes[10].forward = Replayed(recorded, 10)
     verified = recorded.verify(chunks)

@@ -34,7 +34,7 @@ class ScriptedRunner:
 
     num_blocks, block_size, max_batch, vocab_size = 17, 4, 3, 1000
     longest_chunk, shortest_chunk, piece_size, context_length, draft_tokens, host_blocks = 16, 4, None, 64, 0, 0
-    draft_cost, may_draft = None, False
+    draft_cost, row_cost, may_draft = None, 0.1, False
     mode, kv_format, kv_bytes, maintenance_due, check_lengths = "scripted", "none", 0, False, (24,)
 
     def __init__(self, pipelined=False):

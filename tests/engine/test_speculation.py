@@ -2,13 +2,15 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama2_chat.benchmark.speculation import TASKS
-from llama2_chat.engine.drafts import Drafts
+from llama2_chat.engine.drafts import Drafts, Guess
 from llama2_chat.engine.engine import Engine
+from llama2_chat.engine.request import Request
 from llama2_chat.engine.speculation import Speculation
 from llama2_chat.types import SamplingParams
 from tests.engine.test_exact import MODELS, Listening, prompt_of
@@ -46,6 +48,10 @@ def answers(engine, prompts, kind):
     return [(streamer.rest(), request.finish_reason, request.logprobs) for request, streamer in started]
 
 
+def sure(ids):
+    return [Guess(id, 1.0) for id in ids]
+
+
 class Planted:
     """In place of Drafts: what an answer will say, with one guess of five changed."""
 
@@ -56,10 +62,7 @@ class Planted:
 
     def look_up(self, ids, most, forced=()):
         following = self._answer[len(ids) - self._prompt_tokens + len(forced) :][:most]
-        return [id if self._random.random() < 0.8 else (id + 1) % VOCABULARY for id in following]
-
-    def judge(self, guessed, kept):
-        pass
+        return sure(id if self._random.random() < 0.8 else (id + 1) % VOCABULARY for id in following)
 
 
 def plant(engine, answers):
@@ -164,7 +167,7 @@ class Wrong(Planted):
 
     def look_up(self, ids, most, forced=()):
         following = self._answer[len(ids) - self._prompt_tokens :]
-        return [*following[:2], UNSAID, UNSAID][:most] if len(ids) % 7 == 0 else []
+        return sure([*following[:2], UNSAID, UNSAID][:most] if len(ids) % 7 == 0 else [])
 
 
 def explode(*_):
@@ -235,30 +238,111 @@ def test_nothing_is_guessed_where_it_is_switched_off(tiny_llama):
 # ---- The guesses ----
 
 
+def ids_of(guesses):
+    return [guess.id for guess in guesses]
+
+
 def test_what_followed_the_longest_repeat_is_guessed():
     drafts = Drafts()
     ids = [1, 2, 3, 4, 50, 60, 70, 80, 90, 9, 2, 3, 4, 51, 61, 1, 2, 3, 4]
-    assert drafts.look_up(ids, 8) == [50, 60, 70, 80]
-    assert drafts.look_up(ids, 2) == [50, 60]
+    assert ids_of(drafts.look_up(ids, 4)) == [50, 60, 70, 80]
+    assert ids_of(drafts.look_up(ids, 2)) == [50, 60]
     assert drafts.look_up([*ids, 7], 8) == []
 
 
 def test_a_repeat_that_reaches_the_end_goes_round():
-    assert Drafts().look_up([7, 8, 9, 7, 8, 9], 8) == [7, 8, 9, 7]
+    assert ids_of(Drafts().look_up([7, 8, 9, 7, 8, 9], 4)) == [7, 8, 9, 7]
 
 
 def test_the_guesses_go_on_behind_those_that_a_grammar_forces():
     ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]
-    assert Drafts().look_up(ids, 8, forced=[2, 3, 4]) == [5, 6, 7, 8]
+    assert ids_of(Drafts().look_up(ids, 4, forced=[2, 3, 4])) == [5, 6, 7, 8]
     assert Drafts().look_up(ids, 8) == []
 
 
-def test_guesses_get_longer_as_they_come_true_and_rarer_as_they_do_not():
-    drafts, ids = Drafts(), [*range(30), 99, *range(20)]
-    assert len(drafts.look_up(ids, 99)) == 4
-    drafts.judge(4, 4)
-    assert len(drafts.look_up(ids, 99)) == 8
-    for _ in range(9):
-        drafts.judge(8, 0)
-    assert drafts.look_up([*ids, 98, 3, 4, 5, 6], 99) == []
-    assert drafts.look_up([*ids, 98, 3, 4, 5, 6, 7, 8, 9, 10], 99) == [11]
+def test_a_guess_is_the_likelier_the_more_ids_stood_alike_before_and_less_likely_behind_others():
+    first = []
+    for alike in range(2, 12):
+        text = range(100, 100 + alike)
+        chances = [guess.chance for guess in Drafts().look_up([1, *text, 50, 51, 52, 2, *text], 3)]
+        assert chances == sorted(chances, reverse=True)
+        first.append(chances[0])
+    assert first == sorted(first)
+    assert 0 < first[0] < first[-1] < 1
+
+
+def test_an_answer_tells_how_likely_its_own_text_comes_again_also_where_nothing_was_guessed():
+    text = [*range(30)]
+    again = [*text, *text, *text]
+    never = [*text, *(id for n in range(25) for id in (n, n + 1, 90 + n)), 5, 6]
+    learned = []
+    for ids in (again, never):
+        drafts = Drafts()
+        drafts.look_up(text, 1)
+        learned.append(drafts.look_up(ids, 1)[0].chance / Drafts().look_up(ids, 1)[0].chance)
+    assert learned[0] > 1.1
+    assert learned[1] < 0.5
+
+
+def test_it_makes_no_difference_how_many_ids_come_at_once():
+    drawn = random.Random(0)
+    for _ in range(50):
+        ids = [drawn.randrange(4) for _ in range(60)]
+        one_by_one, at_once = Drafts(), Drafts()
+        for length in range(1, 60):
+            one_by_one.look_up(ids[:length], 7)
+        at_once.look_up(ids[:1], 7)
+        assert at_once.look_up(ids, 7) == one_by_one.look_up(ids, 7)
+
+
+# ---- Which of them are made ----
+
+
+class Waiting:
+    """A delivery that knows how often it was waited for."""
+
+    times = 0
+
+    def deliver(self):
+        self.times += 1
+
+
+def lengths(chances, row_cost=0.15, draft_tokens=16, pipelined=False, delivery=None):
+    """How many guesses are made for requests whose guesses have these chances to come true."""
+    runner = SimpleNamespace(row_cost=row_cost, draft_tokens=draft_tokens, pipelined=pipelined, draft_cost=None)
+    speculation = Speculation(runner, SimpleNamespace(grow=lambda *_: True), delivery)
+    requests = [Request([1, 2], SamplingParams(), Ids(), 99, torch.empty(99), slot=n) for n in range(len(chances))]
+    speculation._guess = lambda request, room: [Guess(5, chance) for chance in chances[requests.index(request)]]
+    return [len(chunk.draft) for chunk in speculation.chunks(requests)]
+
+
+def test_as_many_guesses_are_made_as_give_the_most_tokens_for_a_steps_time():
+    chances = [0.9, 0.7, 0.5, 0.3, 0.2, 0.1]
+
+    def tokens(length, row_cost):
+        return (1 + sum(chances[:length])) / (1 + row_cost * length)
+
+    for row_cost in (0.01, 0.03, 0.1, 0.15, 0.3, 0.6):
+        best = max(range(7), key=lambda length, cost=row_cost: tokens(length, cost))
+        assert lengths([chances], row_cost) == [best]
+    assert lengths([chances], row_cost=1) == []  # no step checks guesses
+    assert lengths([chances], row_cost=0) == [6]
+
+
+def test_for_a_wrong_guess_all_who_share_a_step_wait_so_among_many_only_likely_ones_are_made():
+    assert lengths([[0.3]]) == [1]
+    assert lengths([[0.3], [], [], []]) == []
+    assert lengths([[0.9], [], [], []]) == [1, 0, 0, 0]
+
+
+def test_where_there_is_no_room_for_all_the_likeliest_guesses_are_made():
+    assert lengths([[0.9, 0.6, 0.5], [0.95, 0.8, 0.2]], row_cost=0.01, draft_tokens=5) == [1, 2]
+    assert lengths([[1.0] * 9, [1.0] * 9], row_cost=0.01, draft_tokens=8) == [3, 3]
+
+
+def test_a_token_in_flight_is_waited_for_only_where_more_seems_to_follow_it():
+    waiting = Waiting()
+    assert lengths([[0.9]], pipelined=True, delivery=waiting) == []
+    assert waiting.times == 0
+    assert lengths([[0.9, 0.8]], pipelined=True, delivery=waiting) == [2]
+    assert waiting.times == 1
