@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-# Ids that must stand as they stood before, for what came next then to be guessed; more than the most count as so many.
+# Ids that must stand as they stood before, for what came next then to be guessed; guesses behind more than the most are
+# counted together.
 LEAST_ALIKE, MOST_ALIKE = 2, 8
 FIRST_JUDGED = 8  # what is believed at first weighs as much as so many guesses that were seen to come true or not
 PLACES = 8  # that are compared, the latest ones
@@ -43,8 +44,7 @@ class Drafts:
         self._read = 0  # ids that have been looked at
         self._alike, self._place = 0, 0  # of the newest ids: how many stood alike before, and where the next one stands
         # Of what came next where so many were alike: how much was looked at, and how much of it came true.
-        self._judged = [float(FIRST_JUDGED)] * (MOST_ALIKE + 1)
-        self._true = [FIRST_JUDGED * _first_chance(alike) for alike in range(MOST_ALIKE + 1)]
+        self._judged, self._true = [0] * (MOST_ALIKE + 1), [0] * (MOST_ALIKE + 1)
         self.of_model: Confidence | None = Confidence()  # None once a model has failed to guess here
 
     def look_up(self, ids: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[Guess]:
@@ -67,8 +67,8 @@ class Drafts:
 
     def _chance(self, alike: int) -> float:
         """That what came next where so many ids were alike comes again."""
-        alike = min(alike, MOST_ALIKE)
-        return self._true[alike] / self._judged[alike]
+        seen = min(alike, MOST_ALIKE)
+        return (FIRST_JUDGED * _first_chance(alike) + self._true[seen]) / (FIRST_JUDGED + self._judged[seen])
 
     def _read_on(self, ids: Sequence[int]) -> None:
         """Remember where each of these stands, and judge what came next then by those that are new."""
@@ -177,7 +177,7 @@ def _first_chance(alike: int) -> float:
 
     In answers of the small model it did so 0.33 · 0.42 · 0.54 · 0.66 · 0.71 · 0.82 of the times behind 2 to 7.
     """
-    return (alike - 1) / (alike + 1) if alike else 0.0
+    return (alike - 1) / (alike + 1)
 
 
 def _alike(ids: Sequence[int], place: int, end: int) -> int:
