@@ -71,7 +71,7 @@ def test_with_a_grammar_and_without_all_say_in_company_what_they_say_alone(tiny_
 
 
 def test_whoever_goes_back_to_the_line_finds_the_place_in_its_grammar(tiny_llama):
-    params = SamplingParams(temperature=1, seed=5, max_new_tokens=2 * BLOCK_SIZE + 30)
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=3 * BLOCK_SIZE + 30)
     with running(tiny_llama) as engine:
         expected = [start_on_stairs(engine, n, params)[1].rest() for n in range(4)]
     with running(tiny_llama, tokens=8 * BLOCK_SIZE) as engine:  # three of them
