@@ -79,17 +79,11 @@ class Drafts:
             self._alike, self._place = self._find(ids, len(ids))
         for place in range(self._read, len(ids)):
             self._places.setdefault((ids[place - 2], ids[place - 1]), []).append(place)
-            if self._alike >= LEAST_ALIKE and self._is_true(ids[place] == ids[self._place]):
-                self._alike, self._place = self._alike + 1, self._place + 1
-            else:
-                self._alike, self._place = self._find(ids, place + 1)
+            comes_again = self._alike >= LEAST_ALIKE and ids[place] == ids[self._place]
+            self._judged[min(self._alike, MOST_ALIKE)] += 1  # of fewer alike than the least nobody asks
+            self._true[min(self._alike, MOST_ALIKE)] += comes_again
+            self._alike, self._place = (self._alike + 1, self._place + 1) if comes_again else self._find(ids, place + 1)
         self._read = max(len(ids), 2)
-
-    def _is_true(self, is_true: bool) -> bool:
-        alike = min(self._alike, MOST_ALIKE)
-        self._judged[alike] += 1
-        self._true[alike] += is_true
-        return is_true
 
     def _find(self, text: Sequence[int], end: int) -> tuple[int, int]:
         """How many ids before this end stood alike before, and where the next one stands; the latest of the longest."""

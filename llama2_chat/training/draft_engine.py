@@ -25,7 +25,7 @@ from llama2_chat.training.draft_writer import Asked
 def served_engine(base: BaseModel, at_once: int, max_length: int) -> Engine:
     """With the model in 8 bits and room for so many texts of so many tokens."""
     model = load.load(replace(base.checkpoint, quantization="int8"), no_progress).model
-    text_tokens = (max_length // BLOCK_SIZE + 1) * BLOCK_SIZE
+    text_tokens = (-(-max_length // BLOCK_SIZE) + 1) * BLOCK_SIZE  # one block is padding, of all of them
     token_bytes = sum(2 * keys.numel() * keys.element_size() for keys in probe_keys(model))
     free = {torch.device("cpu"): at_once * text_tokens * token_bytes}
     runner: ModelRunner = build_runner(model, lambda: free, max_length, max_batch=at_once)

@@ -1,7 +1,7 @@
 """Many answers side by side, for training: each chosen as the engine would choose it, with its own random numbers.
 
-It is faster than the engine at answers by the thousands, for nobody reads them while they are written: whether one has
-ended is looked at every few tokens, and a prompt that waits takes its row.
+On a GPU it is faster than the engine at answers by the thousands, for nobody reads them while they are written: whether
+one has ended is looked at every few tokens, and a prompt that waits takes its row.
 """
 
 from __future__ import annotations
@@ -23,19 +23,6 @@ from llama2_chat.types import SamplingParams
 
 LOOK_EVERY = 16  # tokens: then answers that have ended leave, and others begin
 READ_AT_ONCE = 65_536  # tokens of prompts, with what fills them up
-
-
-def write(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    params: Sequence[SamplingParams],
-    stop_ids: Collection[int],
-    at_once: int,
-) -> list[list[int]]:
-    """What follows each of these prompts, up to one of stop_ids. The model must attend by paged_attention.ATTENTION."""
-    columns = max(len(prompt) + each.max_new_tokens for prompt, each in zip(prompts, params, strict=True))
-    desk = Desk(model, min(at_once, len(prompts)), columns, max(each.max_new_tokens for each in params), stop_ids)
-    return [ids for _, ids in sorted(desk.answers(map(Asked, range(len(prompts)), prompts, params)))]
 
 
 class Asked(NamedTuple):

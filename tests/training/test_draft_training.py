@@ -26,7 +26,7 @@ from llama2_chat.training.draft_engine import EngineDesk
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.training.draft_options import HELP, DraftOptions
 from llama2_chat.training.draft_training import Training, make_batches, new_head, share_that_it_says, unrolled
-from llama2_chat.training.draft_writer import Asked, Desk, write
+from llama2_chat.training.draft_writer import Asked, Desk
 from llama2_chat.types import SamplingParams
 from scripts.train_draft import read_arguments
 from tests.support.drafts import random_head, random_model
@@ -67,6 +67,13 @@ def test_a_model_asks_itself_as_its_users_do_and_asks_again_after_its_answers(by
     assert set(turns) == {1, 2}
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
     assert {answer.params.temperature for answer in answers} == {0, params.temperature}
+
+
+def write(model, prompts, params, stop_ids, at_once):
+    """What follows each of these prompts, up to one of stop_ids."""
+    columns = max(len(prompt) + each.max_new_tokens for prompt, each in zip(prompts, params, strict=True))
+    desk = Desk(model, min(at_once, len(prompts)), columns, max(each.max_new_tokens for each in params), stop_ids)
+    return [ids for _, ids in sorted(desk.answers(map(Asked, range(len(prompts)), prompts, params)))]
 
 
 @pytest.mark.parametrize("at_once", [9, 4, 1])
