@@ -6,6 +6,7 @@ has never heard of Gradio, HTTP or who is asking. Importing it loads neither tor
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -26,7 +27,7 @@ from llama2_chat.errors import (
     Subject,
     quoted,
 )
-from llama2_chat.process import share_cores
+from llama2_chat.process import collect_garbage_later, share_cores
 from llama2_chat.settings import Settings
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
@@ -187,6 +188,7 @@ class ChatModel:
                 translate_architecture_errors(type(loaded.model).__name__),
             ):
                 self.serve(tokenizer, loaded, chat_format)
+            collect_garbage_later()
         except ModelUnavailable as error:
             log.error("%s", error.detail)
             self.status = replace(self.status, state="failed", error=str(error))
@@ -355,6 +357,7 @@ class ChatModel:
             self._serving.engine.close(timeout_s)
         if self._workers:
             self._workers.close(timeout_s)
+        gc.unfreeze()  # this model's memory is for the next one
 
     def _trimmed(
         self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None

@@ -1,6 +1,7 @@
 """What ChatModel and its replies promise: text as soon as it is whole, a model that is free when a reader leaves."""
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -298,6 +299,14 @@ def test_closing_while_loading_stops_the_loading(settings):
     chat = ChatModel(settings)
     chat.close()
     assert chat.load().state == "loading"
+
+
+def test_garbage_is_looked_for_among_what_came_after_loading(settings, chat_model):
+    # Now and then an answer stood still for half a second: Python looked through all that a loaded model brings.
+    chat = ChatModel(replace(settings, model_id=str(chat_model))).load()
+    assert gc.get_freeze_count() > 100_000
+    chat.close()
+    assert not gc.get_freeze_count()
 
 
 class FullGpu(ChatModel):

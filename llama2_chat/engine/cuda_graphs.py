@@ -33,6 +33,7 @@ from llama2_chat.engine.step_ways import Agree, ModelStep, Outcome, VerifiedDraf
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.lora import AdapterRows, Taken
 from llama2_chat.kernels.rank_sum import SummedLinear, is_together, together
+from llama2_chat.process import collect_garbage_later
 from llama2_chat.text import first_line, is_out_of_memory
 
 log = logging.getLogger("llama2_chat")
@@ -204,6 +205,7 @@ class RecordedWay:
             if (kind, size) in self.recorded:
                 log.info("%s %d is recorded, %.0f s after loading", kind, size, time.perf_counter() - started)
         else:
+            collect_garbage_later()  # compilers bring as much as a model does
             self.mode = self._ready()
         self._complete.set()
 

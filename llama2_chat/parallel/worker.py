@@ -18,6 +18,7 @@ import threading
 from typing import Any
 
 from llama2_chat.errors import ModelUnavailable
+from llama2_chat.process import collect_garbage_later
 
 log = logging.getLogger("llama2_chat")
 
@@ -92,6 +93,7 @@ def _work(first: _First) -> None:
     first.say("loaded")
     with translate_out_of_memory(quoted(work.checkpoint.model_id), loaded.precision, loaded.needed_bytes):
         runner = join(work, loaded, FollowingRunner)
+    collect_garbage_later()
     first.say("ready", runner.room)
     try:
         runner.follow(first)
