@@ -25,7 +25,7 @@ from llama2_chat.loading.load import load_base
 from llama2_chat.loading.read import load_tokenizer
 from llama2_chat.training.base_model import fetch_checkpoint
 
-NOISE = 0.1  # beside the spread of each matrix; a step of the grid is about a third of it
+NOISE = 0.3  # beside the spread of each matrix: about a step of the grid, of which nothing is left then
 TRAIN_S = 90
 WINDOW, BATCH, LEARNING_RATE, WARMUP_STEPS = 1024, 16, 3e-4, 50
 AT_ONCE = 4  # of a batch's windows, so that it fits on an A10G
@@ -127,7 +127,12 @@ def _weight_errors(model: nn.Module) -> dict[str, float]:
 
 def _restored(weight: Tensor, bits: int) -> Tensor:
     """What the packed weights stand for, [out, in]."""
-    codes, scales = quantize(weight, bits)
+    codes, scales, zero_points = quantize(weight, bits)
     shifts = torch.arange(0, 32, bits, device=weight.device)
-    numbers = (codes[..., None] >> shifts & 2**bits - 1).flatten(1) - 2 ** (bits - 1)
-    return (numbers.view(len(weight), scales.shape[1], -1) * scales[..., None].float()).flatten(1)
+
+    def numbers(packed: Tensor) -> Tensor:
+        return (packed[..., None] >> shifts & 2**bits - 1).flatten(1)
+
+    zeros = torch.full_like(scales, 128) if zero_points is None else numbers(zero_points.T.contiguous()).T
+    groups = numbers(codes).view(len(weight), scales.shape[1], -1) - zeros[..., None]
+    return (groups * scales[..., None].float()).flatten(1)

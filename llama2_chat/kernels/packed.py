@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,42 +23,60 @@ from llama2_chat.kernels.shared_product import SharedProduct
 
 BITS = {"int4": 4, "int8": 8}
 GROUP = 64  # weights that share a scale in 4 bits; in 8 bits an output channel shares one
+SCHEMAS = {  # by bits, as humming-kernels is told of them
+    4: {"quant_method": "humming", "dtype": "uint4", "group_size": GROUP, "has_zero_point": True},
+    8: {"quant_method": "humming", "dtype": "uint8"},
+}
 MULTIPLE = 64  # of in_features and of out_features
 PADDED_MULTIPLE = 128  # to which the kernels get them filled up
-# How much smaller than needed for its largest weight the scale of a group may be: what is cut off there may be less
-# than what all others gain.
+# How much smaller than needed for all its weights the range of a group may be: what is cut off there may be less than
+# what all others gain.
 SHRINKS = tuple(1 - 0.025 * step for step in range(17))
 AT_ONCE = 1 << 24  # weights that are quantised at a time, in float32
+QUANTIZED = "weight", "weight_scale", "weight_zero_point"  # of a layer, in the order of quantize()
 
 
-def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight [out, in] in bfloat16 or float16.
+class Quantized(NamedTuple):
+    """A weight [out, in] in so many bits."""
 
-    Returns the codes, int32 [out, in * bits / 32], lowest bits first, each a number from -2**(bits - 1) on plus
-    2**(bits - 1); and the scales in the weight's dtype, [out, in / GROUP] in 4 bits and [out, 1] in 8.
-    """
-    pieces = [_quantize_rows(rows, bits) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
-    codes, scales = zip(*pieces, strict=True)
-    return torch.cat(codes), torch.cat(scales)
+    codes: Tensor  # int32 [out, in * bits / 32], lowest bits first, each a number from 0 on
+    scales: Tensor  # in the weight's dtype, [out, in / GROUP] in 4 bits and [out, 1] in 8
+    zero_points: Tensor | None  # int32 [out * 4 / 32, in / GROUP]: the code of 0. None in 8 bits, where it is 128
 
 
-def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """A weight [out, in] in bfloat16 or float16; in 4 bits both are multiples of MULTIPLE."""
+    rows_of = _in_4_bits if bits == 4 else _in_8_bits
+    pieces = [rows_of(rows) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+    codes, scales, *zero_points = (torch.cat(each) for each in zip(*pieces, strict=True))
+    packed_zeros = _packed(zero_points[0].T, 4).T.contiguous() if zero_points else None
+    return Quantized(_packed(codes, bits), scales, packed_zeros)
+
+
+def _in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes from 0 to 15 for the range of each group, whatever side of 0 it is on; 0 has a code of its own. Codes from
+    -8 to 7 lose as much by their error, and more by what a model then says (docs/measured.md)."""
     N, K = weight.shape
-    lowest = -(2 ** (bits - 1))
-    groups = weight.float().view(N, -1, GROUP if bits == 4 else K)
+    groups = weight.float().view(N, -1, GROUP)
+    lowest, highest = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    best: list[Tensor] = []
+    for shrink in SHRINKS:
+        scales = _scale((highest - lowest) * shrink / 15, weight.dtype)
+        zero_points = (-lowest * shrink / scales).round_().clamp_(0, 15)
+        codes = (groups / scales).round_().add_(zero_points).clamp_(0, 15)
+        error = ((codes - zero_points) * scales).sub_(groups).square_().sum(-1, keepdim=True)
+        tried = [error, codes, scales, zero_points]
+        best = [torch.where(error < best[0], new, old) for new, old in zip(tried, best, strict=True)] if best else tried
+    _, codes, scales, zero_points = best
+    return codes.view(N, K).to(torch.uint8), scales[..., 0].to(weight.dtype), zero_points[..., 0].to(torch.uint8)
+
+
+def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     # There is a code more below zero than above: the largest weight, whatever its sign, becomes the lowest.
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = _scale(largest / lowest, weight.dtype)
-    codes = _codes(groups, scales, lowest)
-    least = _error(groups, codes, scales)
-    for shrink in SHRINKS[1:] if bits == 4 else ():
-        tried = _scale(largest * shrink / lowest, weight.dtype)
-        tried_codes = _codes(groups, tried, lowest)
-        error = _error(groups, tried_codes, tried)
-        better = error < least
-        least, scales = torch.where(better, error, least), torch.where(better, tried, scales)
-        codes = torch.where(better, tried_codes, codes)
-    return _packed((codes - lowest).to(torch.uint8).view(N, K), bits), scales.to(weight.dtype)[..., 0]
+    rows = weight.float()
+    scales = _scale(rows.gather(-1, rows.abs().argmax(-1, keepdim=True)) / -128, weight.dtype)
+    codes = (rows / scales).round_().clamp_(-128, 127) + 128
+    return codes.to(torch.uint8), scales.to(weight.dtype)
 
 
 def _scale(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,19 +85,11 @@ def _scale(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _codes(groups: Tensor, scales: Tensor, lowest: int) -> Tensor:
-    return (groups / scales).round_().clamp_(lowest, -lowest - 1)
-
-
-def _error(groups: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return (codes * scales).sub_(groups).square_().sum(-1, keepdim=True)
-
-
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [out, in] -> int32 [out, in * bits / 32]."""
+    """uint8 [N, K] -> int32 [N, K * bits / 32]."""
     if bits == 4:
         codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return codes.contiguous().view(torch.int32)
+    return codes.flatten().view(torch.int32).view(len(codes), -1)
 
 
 class PackedLinear(nn.Linear):
@@ -89,6 +99,7 @@ class PackedLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter | None
     locks: Tensor  # int32, with which the parts of a product find out who comes last; zero before and after
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, dtype: torch.dtype) -> None:
@@ -100,13 +111,17 @@ class PackedLinear(nn.Linear):
         scales = torch.empty(out_features, groups, dtype=dtype, device="meta")
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scales, requires_grad=False)
+        self.register_parameter("weight_zero_point", None)
+        if bits == 4:
+            zero_points = torch.empty(out_features // 8, groups, dtype=torch.int32, device="meta")
+            self.weight_zero_point = nn.Parameter(zero_points, requires_grad=False)
 
     @classmethod
     def of(cls, weight: Tensor, bits: int) -> PackedLinear:
         """A layer without a bias, for the weights [out, in] of one in bfloat16 or float16, on their device."""
         packed = cls(weight.shape[1], weight.shape[0], False, bits, weight.dtype)
-        for name, tensor in zip(("weight", "weight_scale"), quantize(weight, bits), strict=True):
-            setattr(packed, name, nn.Parameter(tensor, requires_grad=False))
+        for name, tensor in zip(QUANTIZED, quantize(weight, bits), strict=True):
+            setattr(packed, name, tensor if tensor is None else nn.Parameter(tensor, requires_grad=False))
         return packed
 
     @staticmethod
@@ -125,11 +140,11 @@ class PackedLinear(nn.Linear):
         from humming.transform import prepare_and_transform_humming_tensors
 
         tensors = {"weight": self.weight.data, "weight_scale": self.weight_scale.data}
+        if self.weight_zero_point is not None:
+            tensors["zero_point"] = self.weight_zero_point.data
         if self.bias is not None:
             tensors["bias"] = self.bias.data.to(self.weight_scale.dtype)
-        schema: Any = HummingWeightSchema.from_config(
-            {"quant_method": "humming", "dtype": f"uint{self.bits}", "group_size": GROUP if self.bits == 4 else 0}
-        )
+        schema: Any = HummingWeightSchema.from_config(SCHEMAS[self.bits])
         with torch.cuda.device(self.weight.device):
             config, tensors = prepare_and_transform_humming_tensors(
                 tensors,
@@ -143,12 +158,13 @@ class PackedLinear(nn.Linear):
                 device=self.weight.device,
             )
         for name, tensor in tensors.items():
+            name = "weight_zero_point" if name == "zero_point" else name
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         self.register_buffer("locks", torch.zeros(2048, dtype=torch.int32, device=self.weight.device), persistent=False)
         self.kernel = config.to_str()
 
     def forward(self, input: Tensor) -> Tensor:
-        states = self.weight, self.weight_scale, self.bias, self.locks
+        states = self.weight, self.weight_scale, self.weight_zero_point, self.bias, self.locks
         return torch.ops.llama2_chat.packed_linear(input, *states, self.kernel, self.tuning, self.out_features)
 
 
@@ -169,7 +185,7 @@ def join_packed(linears: Sequence[PackedLinear]) -> list[JoinedPackedLinear]:
     """Layers for these, which have the same input and are not prepared yet: one product instead of several."""
     first, ends = linears[0], list(accumulate(linear.out_features for linear in linears))
     whole = PackedLinear(first.in_features, ends[-1], first.bias is not None, first.bits, first.weight_scale.dtype)
-    for name in ("weight", "weight_scale", *(["bias"] if first.bias is not None else [])):
+    for name in (name for name in (*QUANTIZED, "bias") if getattr(first, name) is not None):
         joined = torch.cat([getattr(linear, name).data for linear in linears])
         setattr(whole, name, nn.Parameter(joined, requires_grad=False))
     shared = SharedProduct(whole.forward, ends[-1])
@@ -231,24 +247,26 @@ def packed_linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
+    zero_point: Tensor | None,
     bias: Tensor | None,
     locks: Tensor,
     kernel: str,
     tuning: str,
     out_features: int,
 ) -> Tensor:
-    """x @ W.T + bias, of [..., in]: [..., out_features]. Weight, scale and kernel as PackedLinear.prepare() makes them.
+    """x @ W.T + bias, of [..., in]: [..., out_features]. What is known of W, and the kernel, as PackedLinear.prepare()
+    makes them.
 
     A custom operator, so that torch.compile takes it as it is. To it nothing changes: the locks are left as they were.
     """
     from humming.ops import humming_gemm
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    states = {"weight": weight, "weight_scale": scale, "bias": bias, "locks": locks}
+    states = {"weight": weight, "weight_scale": scale, "zero_point": zero_point, "bias": bias, "locks": locks}
     y = humming_gemm(layer_config=kernel, tuning_config=tuning or None, inputs=rows, **states)
     return y.view(*x.shape[:-1], out_features)
 
 
 @packed_linear.register_fake
-def _(x, weight, scale, bias, locks, kernel, tuning, out_features):
+def _(x, weight, scale, zero_point, bias, locks, kernel, tuning, out_features):
     return x.new_empty(*x.shape[:-1], out_features)

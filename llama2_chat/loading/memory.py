@@ -32,7 +32,7 @@ MIN_CONTEXT_TOKENS = 4_096  # of a conversation as it is counted; models with lo
 LEAST_CONTEXT_TOKENS = 1_024  # of KV cache that must fit
 # Bytes per parameter of a linear layer. Int4: 4 bits, and per 64 weights 16 bits of scale. NF4 with double
 # quantisation: the same with 8 bits of scale, themselves scaled per 256.
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.532, "nf4": 0.516}
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.539, "nf4": 0.516}
 
 FOUR_BITS = ("int4", "nf4")
 NO_INT4 = "QUANTIZATION=int4 needs a CUDA GPU. Unset it: int8 is fastest on a CPU."

@@ -23,7 +23,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llama2_chat.errors import ModelUnavailable
-from llama2_chat.kernels.packed import BITS, MULTIPLE, PackedLinear, join_packed, quantize
+from llama2_chat.kernels.packed import BITS, MULTIPLE, QUANTIZED, PackedLinear, join_packed, quantize
 from llama2_chat.loading.disk import (
     Files,
     check_free_space,
@@ -42,7 +42,7 @@ from llama2_chat.text import first_line, is_out_of_memory
 log = logging.getLogger("llama2_chat")
 
 METHOD = "llama2_chat"  # as config.json of a copy in the cache says
-VERSION = 1  # of how weights are quantised and written: older copies are made anew
+VERSION = 2  # of how weights are quantised and written: older copies are made anew
 LEAST_CAPABILITY = (7, 5)
 
 
@@ -120,8 +120,9 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         ((name, values),) = input_dict.items()
-        codes, scales = quantize(values[0] if isinstance(values, list) else values, self.bits)
-        return {name: codes, f"{name}_scale": scales}
+        quantized = quantize(values[0] if isinstance(values, list) else values, self.bits)
+        names = (name.removesuffix("weight") + each for each in QUANTIZED)
+        return {name: tensor for name, tensor in zip(names, quantized, strict=True) if tensor is not None}
 
 
 def finish_packed(model: nn.Module) -> None:

@@ -204,15 +204,14 @@ def test_products_of_packed_weights_compile(humming_for, capability, bits):
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_layer_config
 
-    from llama2_chat.kernels.packed import GROUP, PADDED_MULTIPLE, _let_the_compiler_find_its_library
+    from llama2_chat.kernels.packed import PADDED_MULTIPLE, SCHEMAS, _let_the_compiler_find_its_library
 
     humming_for(capability)
     _let_the_compiler_find_its_library()
-    schema = {"quant_method": "humming", "dtype": f"uint{bits}", "group_size": GROUP if bits == 4 else 0}
     layer = prepare_layer_config(
         13824,
         5120,
-        HummingWeightSchema.from_config(schema),
+        HummingWeightSchema.from_config(SCHEMAS[bits]),
         pad_n_to_multiple=PADDED_MULTIPLE,
         pad_k_to_multiple=PADDED_MULTIPLE,
         torch_dtype=torch.float16 if capability < 80 else torch.bfloat16,

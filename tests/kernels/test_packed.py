@@ -10,13 +10,24 @@ NF4_ERROR = 0.092  # of bitsandbytes' NF4 with double quantisation, on normal we
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def dequantized(codes, scales, bits):
-    """float32 [out, in], of what quantize() returns."""
-    lowest_first = codes.view(torch.uint8)
+def unpacked(codes, bits):
+    """[N, K] of what is packed, the lowest bits first."""
+    lowest_first = codes.contiguous().view(torch.uint8)
     if bits == 4:
         lowest_first = torch.stack([lowest_first & 15, lowest_first >> 4], -1).flatten(1)
-    numbers = lowest_first.float() - 2 ** (bits - 1)
-    return (numbers.view(len(codes), scales.shape[1], -1) * scales.float()[..., None]).view(len(codes), -1)
+    return lowest_first.float()
+
+
+def dequantized(codes, scales, zero_points, bits):
+    """float32 [out, in], of what quantize() returns."""
+    zeros = 128 if zero_points is None else unpacked(zero_points.T, 4).T[..., None]
+    numbers = unpacked(codes, bits).view(len(codes), scales.shape[1], -1) - zeros
+    return (numbers * scales.float()[..., None]).view(len(codes), -1)
+
+
+def weights_of(layer, bits):
+    """What a layer that is not prepared yet stands for."""
+    return dequantized(layer.weight, layer.weight_scale, layer.weight_zero_point, bits)
 
 
 def normal(*shape, dtype=torch.bfloat16, device="cpu"):
@@ -34,11 +45,21 @@ def test_normal_weights_lose_less_than_in_nf4(bits, most):
 
 
 @pytest.mark.parametrize("bits", BITS.values())
-def test_the_largest_weight_of_a_group_and_groups_of_zeros_come_back(bits):
-    weight = torch.zeros(2, 2 * GROUP, dtype=torch.bfloat16)
+def test_the_largest_weight_of_a_group_and_zeros_come_back(bits):
+    weight = torch.zeros(64, 2 * GROUP, dtype=torch.bfloat16)
     weight[0, 3] = 0.75
     weight[1, 5] = -0.5
-    assert torch.equal(dequantized(*quantize(weight, bits), bits), weight.float())
+    found = dequantized(*quantize(weight, bits), bits)
+    assert torch.equal(found == 0, weight == 0)
+    assert torch.allclose(found, weight.float(), rtol=2**-8)  # the scale is a bfloat16
+
+
+def test_groups_on_one_side_of_zero_take_all_codes_in_4_bits_and_zero_comes_back():
+    weight = normal(256, 1024).abs()
+    weight[:, ::2] = 0
+    found = dequantized(*quantize(weight, 4), 4)
+    assert not found[:, ::2].any()
+    assert relative(found, weight) < NF4_ERROR / 2
 
 
 def test_weights_are_quantised_alike_in_pieces_of_any_size(monkeypatch):
@@ -57,7 +78,7 @@ def test_weights_are_quantised_alike_in_pieces_of_any_size(monkeypatch):
 def test_products_of_any_number_of_rows_equal_the_dequantised_ones(out_features, in_features, bits, dtype):
     layer = PackedLinear.of(normal(out_features, in_features, dtype=dtype, device="cuda"), bits)
     layer.bias = torch.nn.Parameter(normal(out_features, dtype=dtype, device="cuda"), requires_grad=False)
-    exact, bias = dequantized(layer.weight, layer.weight_scale, bits), layer.bias.float()
+    exact, bias = weights_of(layer, bits), layer.bias.float()
     layer.prepare()
     for rows in (*range(1, 65), 512):
         x = normal(1, rows, in_features, dtype=dtype, device="cuda") * 50
@@ -72,7 +93,7 @@ def test_products_of_any_number_of_rows_equal_the_dequantised_ones(out_features,
 def test_sums_in_order_come_out_the_same_bit_for_bit(out_features, in_features, bits):
     weight = normal(out_features, in_features, device="cuda")
     layer = PackedLinear.of(weight, bits)
-    exact = dequantized(layer.weight, layer.weight_scale, bits)
+    exact = weights_of(layer, bits)
     layer.prepare()
     compile_products([layer], in_order=(32, 512))
     for rows in (32, 512):

@@ -75,13 +75,13 @@ def test_a_part_holds_its_share_of_each_layer_and_no_more(files):
 @torch.inference_mode()
 def test_a_part_in_int4_has_the_codes_of_the_whole_and_in_int8_those_of_its_outputs():
     weight = torch.randn(128, 256).bfloat16()
-    codes, scales = quantize(weight, 4)
-    of_columns, scales_of_columns = quantize(weight[:, 128:], 4)
-    assert torch.equal(of_columns, codes[:, 16:])
-    assert torch.equal(scales_of_columns, scales[:, 2:])
-    for bits in (4, 8):  # in 8 a scale goes through a whole row of inputs: half of them have one of their own
-        for whole, part in zip(quantize(weight, bits), quantize(weight[64:], bits), strict=True):
-            assert torch.equal(part, whole[64:])
+    whole, columns, rows = (quantize(part, 4) for part in (weight, weight[:, 128:], weight[64:]))
+    for all_of_it, its_columns, its_rows in zip(whole, columns, rows, strict=True):
+        assert torch.equal(its_columns, all_of_it[:, all_of_it.shape[1] // 2 :])
+        assert torch.equal(its_rows, all_of_it[len(all_of_it) // 2 :])
+    # In 8 bits a scale goes through a whole row of inputs: half of them have one of their own.
+    for all_of_it, its_rows in zip(quantize(weight, 8)[:2], quantize(weight[64:], 8)[:2], strict=True):
+        assert torch.equal(its_rows, all_of_it[64:])
 
 
 def test_each_part_in_int4_has_a_copy_of_its_own_for_the_next_start(tmp_path, monkeypatch):
