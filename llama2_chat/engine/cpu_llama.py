@@ -1,11 +1,12 @@
-"""A Llama's layers in 8 bits on a CPU: what lies between the products is compiled (kernels/int8_rows.py), for in
-PyTorch's many small calls one token spends more time than in the products.
+"""A Llama in 8 bits on a CPU: what lies between the products is compiled (kernels/int8_rows.py), for in PyTorch's many
+small calls one token spends more time than in the products; where its weights are panels, all of it (llama_layers.py).
 
 What is computed is what LlamaDecoderLayer computes, in float32 between the products.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from llama2_chat.engine.architecture import STATIC_ROPE
@@ -26,22 +27,22 @@ from llama2_chat.kernels.int8 import Int8Linear, JoinedInt8Linear
 from llama2_chat.kernels.int8_rows import Codes
 
 if TYPE_CHECKING:
-    from llama2_chat.kernels.llama_layers import Layers
+    from llama2_chat.kernels.llama_layers import Layers, WholeLlama
 
 Numbers = NDArray[np.float32]
 
 
 def speed_up_llama(model: PreTrainedModel) -> None:
-    """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls; in one, where its
-    weights are panels."""
+    """Let a Llama on the CPU whose products are all in 8 bits compute its layers with fewer calls; in one with the norm
+    and the output head behind them, where its weights are panels."""
     if type(model) is LlamaForCausalLM and isinstance(model.lm_head, Int8Linear):
         body: Any = model.model
         speed_up_layers(body)
         body.norm.__class__ = CpuNorm
-        layers = _compiled(body) if type(body) is LlamaModel else None
-        if layers is not None:
-            body.__class__ = CpuLlamaModel
-            body.compiled = layers
+        whole = _whole(body, model.lm_head) if type(body) is LlamaModel else None
+        if whole is not None:
+            body.__class__, body.whole = CpuLlamaModel, whole
+            model.__class__ = CpuLlama
 
 
 def speed_up_head(head: EagleHead) -> None:
@@ -138,18 +139,28 @@ class Shape(NamedTuple):
         return cls(attention.layer_idx, heads, heads // attention.num_key_value_groups, attention.scaling, norms)
 
 
-def _compiled(body: Any) -> Layers | None:
-    """The layers for one call, if they are all such as it takes."""
-    if not all(isinstance(layer, CpuLlamaLayer) and _are_panels(layer) for layer in body.layers):
+def _whole(body: Any, head: Int8Linear) -> WholeLlama | None:
+    """Of the body of a model and its output head, for one call, if all layers are such as it takes."""
+    layers, norm = compiled_layers(body.layers), Norm.of(body.norm)
+    if layers is None or norm is None or norm.epsilon != layers.sizes.epsilon:
         return None
-    from llama2_chat.kernels.llama_layers import LayerArrays, Layers, LayerSizes  # compiled for processors with VNNI
+    from llama2_chat.kernels.llama_layers import WholeLlama  # compiled for processors with VNNI
+
+    return WholeLlama(layers, norm.weight, head.panels if head.bias is None else None)
+
+
+def compiled_layers(all_layers: Any) -> Layers | None:
+    """The layers of a model or of a head for one call, if they are all such as it takes."""
+    if not all(isinstance(layer, CpuLlamaLayer) and _are_panels(layer) for layer in all_layers):
+        return None
+    from llama2_chat.kernels.llama_layers import LayerArrays, Layers, LayerSizes
 
     arrays, sizes = [], set()
-    for layer in body.layers:
+    for layer in all_layers:
         _, heads, kv_heads, scale, norms = layer.shape
         products: list[Any] = [each.panels for each in _products(layer)]
-        arrays.append(LayerArrays(*(norm.weight for norm in norms), *products))
-        (epsilon,) = {norm.epsilon for norm in norms}
+        arrays.append(LayerArrays(*(norm and norm.weight for norm in norms), *products))
+        (epsilon,) = {norm.epsilon for norm in norms if norm}
         inner = layer.mlp.down_proj.in_features
         sizes.add(LayerSizes(heads, kv_heads, layer.self_attn.head_dim, inner, epsilon, scale))
     return Layers(arrays, *sizes) if len(sizes) == 1 else None
@@ -164,31 +175,53 @@ def _products(layer: Any) -> list[Int8Linear]:
     return [attention.q_proj.whole, attention.o_proj, mlp.gate_proj.whole, mlp.down_proj]
 
 
+@dataclass
+class OutputWithLogits(BaseModelOutputWithPast):
+    logits: Tensor | None = None  # [1, n, V]
+
+
+class CpuLlama(LlamaForCausalLM):
+    """Whose body has computed the output head, too."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args: Any, logits_to_keep: int | Tensor = 0, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        if not isinstance(kwargs.get("step"), CpuStep) or not isinstance(logits_to_keep, Tensor):
+            return super().forward(input_ids, *args, logits_to_keep=logits_to_keep, **kwargs)
+        output = self.model(input_ids, *args, last=logits_to_keep, **kwargs)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = self.lm_head(output.last_hidden_state[:, logits_to_keep])
+        return CausalLMOutputWithPast(logits=logits)
+
+
 class CpuLlamaModel(LlamaModel):
-    """Of layers that one call computes, unless an adapter adds to them."""
+    """Whose layers, norm and output head one call computes, unless an adapter adds to them."""
 
-    compiled: Any  # Layers, whose module is imported for processors with VNNI only
+    whole: Any  # WholeLlama, whose module is imported for processors with VNNI only
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, last: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """last: int64 [n], the tokens behind which there shall be logits."""
         step: Any = kwargs.get("step")
         in_blocks = isinstance(step, CpuStep) and isinstance(step.pool, CpuPool)
         if not in_blocks or any(chunk.request.adapter for chunk in step.chunks):
             return super().forward(*args, **kwargs)
-        output = self.embed_tokens(kwargs["input_ids"]).float()
-        turns = self.rotary_emb(output, kwargs["position_ids"])
-        first, end = 0, len(self.layers)
-        for number, layer in enumerate(self.layers):
-            if layer._forward_hooks:  # somebody listens to what it gives
-                self._run(first, number, output, turns, step)
-                output = layer(output, attention_mask=None, position_embeddings=turns, step=step)
-                first = number + 1
-        self._run(first, end, output, turns, step)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(output))
-
-    def _run(self, first: int, end: int, output: Tensor, turns: tuple[Numbers, Numbers], step: Any) -> None:
-        """Let output, [1, T, width], go through some of the layers."""
-        if first < end:
-            self.compiled.run(first, end, output.detach()[0].numpy(), turns, *step.places, step.pool.bits)
+        ids = args[0] if args else kwargs["input_ids"]
+        states = self.embed_tokens(ids).float()
+        turns = self.rotary_emb(states, kwargs["position_ids"])
+        listened = [number for number, layer in enumerate(self.layers) if layer._forward_hooks]
+        wanted = np.empty(0, np.int64) if last is None else last.numpy()
+        hidden = states.detach()[0].numpy()
+        of_head, heard, logits = map(
+            torch.from_numpy,
+            self.whole.run(len(self.layers), hidden, turns, *step.places, step.pool.bits, listened, wanted),
+        )
+        for number, states in zip(listened, heard, strict=True):
+            layer = self.layers[number]
+            for hook in layer._forward_hooks.values():  # who listens changes nothing here
+                hook(layer, (), states[None])
+        found = logits[None] if last is not None and self.whole.has_output else None
+        return OutputWithLogits(last_hidden_state=of_head[None], logits=found)
 
 
 class CpuLlamaLayer(LlamaDecoderLayer):

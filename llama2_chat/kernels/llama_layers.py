@@ -1,5 +1,5 @@
-"""A Llama's layers on a CPU in one compiled call, which threads compute together: between them lies no Python, for
-which a token of a small model would wait as long as for its products.
+"""A Llama's layers and its output head on a CPU in one compiled call, which threads compute together: between them lies
+no Python, for which a token of a small model would wait as long as for its products.
 
 What is computed is what LlamaDecoderLayer computes, in float32 between the products, and the same bits as by
 engine/cpu_llama.py's CpuLlamaLayer.
@@ -22,18 +22,19 @@ from llama2_chat.kernels.crew import end_of, take, take_next, turns_for, with_he
 from llama2_chat.kernels.int8_rows import add_row, gate_row, join_row, normed, split, turn
 from llama2_chat.kernels.panels import PANEL, Panels, multiply_panel
 
-STAGES = 11  # of a layer
+STAGES, LAST_STAGES = 11, 3  # of a layer, and behind all of them
 # Where the addresses of what a layer has stand in its row of a table; of a product those of its Panels, one by one.
 NORM_BEFORE_ATTENTION, NORM_BEFORE_MLP, KEYS, VALUES, QKV, OUT, GATE_UP, DOWN = 0, 1, 2, 3, 4, 7, 10, 13
 COLUMNS = 16
 
 Numbers = NDArray[np.float32]
+Kept = Sequence[tuple[NDArray[np.uint16], NDArray[np.uint16]]]
 
 
 class LayerArrays(NamedTuple):
     """What a layer has."""
 
-    norm_before_attention: Numbers  # [width]
+    norm_before_attention: Numbers | None  # [width]
     norm_before_mlp: Numbers
     qkv: Panels  # of query, key and value, side by side
     out: Panels
@@ -52,53 +53,113 @@ class LayerSizes(NamedTuple):
     scale: float  # of scores
 
 
+class Computed(NamedTuple):
+    """What a step of T tokens gives."""
+
+    hidden: Numbers  # [T, width], as the output head gets it
+    heard: Numbers  # [n, T, width], behind the layers that are listened to
+    logits: Numbers  # [n, outputs]
+
+
 class Layers:
-    """Layers of a Llama, as compiled functions find them."""
+    """Layers of a Llama, as compiled functions find them.
+
+    kept: of each layer its keys and values, as attend_in_blocks() takes them.
+    """
 
     def __init__(self, layers: Sequence[LayerArrays], sizes: LayerSizes) -> None:
-        self._layers, self._sizes = layers, sizes  # keeps alive what addresses tell of
+        self._layers, self.sizes = layers, sizes  # keeps alive what addresses tell of
         self._table = np.zeros((len(layers), COLUMNS), np.int64)
         for row, layer in zip(self._table, layers, strict=True):
-            row[NORM_BEFORE_ATTENTION] = layer.norm_before_attention.ctypes.data
-            row[NORM_BEFORE_MLP] = layer.norm_before_mlp.ctypes.data
+            row[NORM_BEFORE_ATTENTION] = address(layer.norm_before_attention)
+            row[NORM_BEFORE_MLP] = address(layer.norm_before_mlp)
             for at, panels in zip((QKV, OUT, GATE_UP, DOWN), layer[2:], strict=True):
-                row[at : at + len(panels)] = [array.ctypes.data for array in panels]
+                row[at : at + len(panels)] = addresses(panels)
         self._latest: tuple[Any, Any] = None, None  # keys and values, and the table with their addresses
 
-    def run(
-        self,
-        first: int,
-        end: int,
-        hidden: Numbers,
-        turns: tuple[Numbers, Numbers],
-        tokens: NDArray[np.int64],
-        pieces: tuple[NDArray[np.int64], ...],
-        kept: Sequence[tuple[NDArray[np.uint16], NDArray[np.uint16]]],
-    ) -> None:
-        """Let hidden, [T, width], go through the layers from `first` to before `end`; it changes.
-
-        turns: cosines and sines, [T, head_dim]. tokens, pieces: as attend_in_blocks() takes them. kept: of each layer
-        its keys and values, as it takes them, too.
-        """
+    def table(self, kept: Kept) -> NDArray[np.int64]:
+        """[layers, COLUMNS]"""
         before, table = self._latest
         if before is not kept:  # in a table of its own: another engine may be computing with the one before
             table = self._table.copy()
             table[:, [KEYS, VALUES]] = [[array.ctypes.data for array in layer] for layer in kept]
             self._latest = kept, table
-        heads, kv_heads, head_dim, intermediate, epsilon, scale = self._sizes
-        count, width = hidden.shape
+        return table
+
+    def room(self, count: int, width: int) -> tuple[NDArray[Any], ...]:
+        """For what compute_layer() computes of so many tokens, and for codes and products of up to `width` inputs."""
+        heads, kv_heads, head_dim, intermediate, _, _ = self.sizes
+        all_heads = heads + 2 * kv_heads
         widest = max(width, heads * head_dim, intermediate)
-        with_help(
-            compute_layers,
-            *(turns_for(STAGES * (end - first)), table[first:end], len(kept[0][0])),
-            *(np.float32(epsilon), np.float32(scale), hidden, *turns, tokens, *pieces),
-            np.empty((count, heads + 2 * kv_heads, head_dim), np.float32),
+        return (
+            np.empty((count, all_heads, head_dim), np.float32),
             np.empty((count, heads, head_dim), np.float32),
             np.empty((count, intermediate), np.float32),
             np.empty(2 * count * widest, np.uint8),
             np.empty(count, np.float32),
-            np.empty(2 * count * max(width, (heads + 2 * kv_heads) * head_dim, 2 * intermediate), np.float32),
+            np.empty(2 * count * max(width, all_heads * head_dim, 2 * intermediate), np.float32),
         )
+
+
+class WholeLlama:
+    """The layers of a Llama, the norm behind them, and its output head."""
+
+    def __init__(self, layers: Layers, norm: Numbers, output: Panels | None) -> None:
+        """norm: [width], with the epsilon of the layers'. output: None if the head is computed elsewhere."""
+        self._layers, self._norm, self._output = layers, norm, output
+        self._addresses = np.array(addresses(output) if output else [], np.int64)
+
+    @property
+    def has_output(self) -> bool:
+        return self._output is not None
+
+    def run(
+        self,
+        depth: int,
+        hidden: Numbers,
+        turns: tuple[Numbers, Numbers],
+        tokens: NDArray[np.int64],
+        pieces: tuple[NDArray[np.int64], ...],
+        kept: Kept,
+        listened: Sequence[int],
+        last: NDArray[np.int64],
+    ) -> Computed:
+        """Let hidden, [T, width], go through the first layers, `depth` of them; it changes.
+
+        turns: cosines and sines, [T, head_dim]. tokens, pieces: as attend_in_blocks() takes them. listened: numbers of
+        layers. last: int64 [n], the tokens behind which there shall be logits.
+        """
+        count, width = hidden.shape
+        outputs = len(self._output.scales) if self._output else 0
+        computed = Computed(
+            np.empty_like(hidden),
+            np.empty((len(listened), count, width), np.float32),
+            np.empty((len(last), outputs), np.float32),
+        )
+        heard_at = np.full(depth, -1)
+        heard_at[[*listened]] = range(len(listened))
+        epsilon, scale = self._layers.sizes[-2:]
+        with_help(
+            compute_llama,
+            *(
+                turns_for(STAGES * depth + len(listened) + LAST_STAGES),
+                self._layers.table(kept)[:depth],
+                len(kept[0][0]),
+            ),
+            *(np.float32(epsilon), np.float32(scale), hidden, *turns, tokens, *pieces),
+            *self._layers.room(count, width),
+            *(heard_at, self._norm, self._addresses, last, *computed),
+        )
+        return computed
+
+
+def address(array: NDArray[Any] | None) -> int:
+    """0 for none."""
+    return 0 if array is None else array.ctypes.data
+
+
+def addresses(panels: Panels) -> list[int]:
+    return [array.ctypes.data for array in panels]
 
 
 @intrinsic
@@ -117,19 +178,32 @@ def multiply(me, turns, stage, codes, count, width, panels, products, outputs):
     shares = outputs // PANEL
     panel = take(me, turns, stage, shares)
     while panel < shares:
-        first = panel * PANEL * 4  # bytes
-        multiply_panel(
-            codes.ctypes.data,
-            2 * count,
-            width,
-            panels[0] + panel * width * PANEL,
-            panels[1] + first,
-            panels[2] + first,
-            products.ctypes.data + first,
-            outputs,
-        )
+        multiply_one(codes, count, width, panels, panel, products.ctypes.data + panel * PANEL * 4, outputs)
         panel = take_next(me, turns, stage, shares)
     return end_of(me, turns, stage, shares)
+
+
+@part
+def multiply_and_join(me, turns, stage, codes, count, width, panels, largest, output):
+    """The same where nothing is done with whole rows: joined, in output [count, outputs]."""
+    shares = output.shape[1] // PANEL if count else 0
+    found = np.empty((2 * count, PANEL), np.float32)
+    panel = take(me, turns, stage, shares)
+    while panel < shares:
+        multiply_one(codes, count, width, panels, panel, found.ctypes.data, PANEL)
+        for row in range(count):
+            of_panel = output[row, panel * PANEL : (panel + 1) * PANEL]
+            join_row(found[row], found[count + row], largest[row], of_panel)
+        panel = take_next(me, turns, stage, shares)
+    return end_of(me, turns, stage, shares)
+
+
+@part
+def multiply_one(codes, count, width, panels, panel, products, apart):
+    """products: an address; what it has of one row is `apart` numbers from what it has of the next."""
+    first = panel * PANEL * 4  # bytes
+    weights, offsets, scales = panels[0] + panel * width * PANEL, panels[1] + first, panels[2] + first
+    multiply_panel(codes.ctypes.data, 2 * count, width, weights, offsets, scales, products, apart)
 
 
 @part
@@ -140,12 +214,106 @@ def split_row(row, numbers, count, codes, largest):
     largest[row] = split(numbers, codes[row * width : (row + 1) * width], codes[low : low + width])
 
 
+@part
+def compute_layer(me, turns, stage, layer, model, hidden, rotary, tokens, pieces, space):
+    """The stages of one layer, which hidden goes through. Returns the next stage.
+
+    layer: its row of the table. model: of all layers, the number of blocks, epsilon and scale. rotary: cosines and
+    sines. tokens, pieces: as attend_in_blocks() takes them. space: Layers.room(), and what own_space() makes.
+    """
+    num_blocks, epsilon, scale = model
+    cos, sin = rotary
+    firsts, starts, ends, tables = pieces
+    states, attended, gated, codes, largest, products, numbers, room = space
+    count, width = hidden.shape
+    all_heads, head_dim = states.shape[1:]
+    heads, intermediate = attended.shape[1], gated.shape[1]
+    kv_heads = (all_heads - heads) // 2
+    keys = carray(pointer(layer[KEYS]), (num_blocks, kv_heads, head_dim, BLOCK), np.uint16)
+    values = carray(pointer(layer[VALUES]), (num_blocks, kv_heads, BLOCK, head_dim), np.uint16)
+
+    weight = carray(pointer(layer[NORM_BEFORE_ATTENTION]), (width,), np.float32)
+    row = take(me, turns, stage, count)
+    while row < count:
+        if layer[NORM_BEFORE_ATTENTION]:
+            normed(hidden[row], weight, epsilon, numbers)
+            split_row(row, numbers, count, codes, largest)
+        else:
+            split_row(row, hidden[row], count, codes, largest)
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
+
+    outputs = all_heads * head_dim
+    stage = multiply(me, turns, stage, codes, count, width, layer[QKV:], products, outputs)
+
+    row = take(me, turns, stage, count)
+    while row < count:
+        high, low = products[row * outputs :], products[(count + row) * outputs :]
+        join_row(high, low, largest[row], states[row].reshape(outputs))
+        turn(states[row], heads + kv_heads, cos[row], sin[row])
+        write_row(states[row], tokens[row], keys, values)
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
+
+    shares = len(firsts) * kv_heads
+    share = take(me, turns, stage, shares)
+    while share < shares:
+        n, head = share // kv_heads, share % kv_heads
+        attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, keys, values, scale, attended, room)
+        share = take_next(me, turns, stage, shares)
+    stage = end_of(me, turns, stage, shares)
+
+    row = take(me, turns, stage, count)
+    while row < count:
+        split_row(row, attended[row].reshape(heads * head_dim), count, codes, largest)
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
+
+    stage = multiply(me, turns, stage, codes, count, heads * head_dim, layer[OUT:], products, width)
+
+    weight = carray(pointer(layer[NORM_BEFORE_MLP]), (width,), np.float32)
+    row = take(me, turns, stage, count)
+    while row < count:
+        add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
+        normed(hidden[row], weight, epsilon, numbers)
+        split_row(row, numbers, count, codes, largest)
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
+
+    stage = multiply(me, turns, stage, codes, count, width, layer[GATE_UP:], products, 2 * intermediate)
+
+    row = take(me, turns, stage, count)
+    while row < count:
+        high, low = products[2 * row * intermediate :], products[2 * (count + row) * intermediate :]
+        gate_row(high, low, largest[row], gated[row])
+        split_row(row, gated[row], count, codes, largest)
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
+
+    stage = multiply(me, turns, stage, codes, count, intermediate, layer[DOWN:], products, width)
+
+    row = take(me, turns, stage, count)
+    while row < count:
+        add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
+        row = take_next(me, turns, stage, count)
+    return end_of(me, turns, stage, count)
+
+
+@part
+def own_space(hidden, states, attended, starts, ends):
+    """What each thread needs for itself: a row of numbers, and room to attend to pieces as long as these."""
+    heads, head_dim = attended.shape[1:]
+    group = heads // ((states.shape[1] - heads) // 2)
+    return np.empty(hidden.shape[1], np.float32), room_for((ends - starts).max() * group, head_dim)
+
+
 @compiled(
     "void(int64, int64[:, :, ::1], int64[:, ::1], int64, float32, float32, float32[:, ::1], float32[:, ::1],"
     " float32[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1], float32[:, :, ::1],"
-    " float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1], float32[::1])"
+    " float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1], float32[::1], int64[::1], float32[::1],"
+    " int64[::1], int64[::1], float32[:, ::1], float32[:, :, ::1], float32[:, ::1])"
 )
-def compute_layers(
+def compute_llama(
     me,
     turns,
     table,
@@ -166,81 +334,44 @@ def compute_layers(
     codes,
     largest,
     products,
+    heard_at,
+    norm,
+    output,
+    last,
+    of_head,
+    heard,
+    logits,
 ):
-    """Layers.run() says what is taken. states, attended, gated, codes, largest, products: room for what is computed.
+    """WholeLlama.run() says what is taken, and Computed what becomes of it: of_head, heard, logits.
 
+    heard_at: of each layer its place in heard, or -1. output: addresses of Panels, or none.
     Each thread runs this; a stage begins when all of the one before is there (crew.py).
     """
     count, width = hidden.shape
-    all_heads, head_dim = states.shape[1:]
-    heads, intermediate = attended.shape[1], gated.shape[1]
-    kv_heads = (all_heads - heads) // 2
-    room = room_for((ends - starts).max() * (heads // kv_heads), head_dim)
-    numbers = np.empty(width, np.float32)
+    numbers, room = own_space(hidden, states, attended, starts, ends)
+    model, rotary, pieces = (num_blocks, epsilon, scale), (cos, sin), (firsts, starts, ends, tables)
+    space = states, attended, gated, codes, largest, products, numbers, room
     stage = 0
-    for layer in table:
-        keys = carray(pointer(layer[KEYS]), (num_blocks, kv_heads, head_dim, BLOCK), np.uint16)
-        values = carray(pointer(layer[VALUES]), (num_blocks, kv_heads, BLOCK, head_dim), np.uint16)
+    for number in range(len(table)):
+        stage = compute_layer(me, turns, stage, table[number], model, hidden, rotary, tokens, pieces, space)
+        if heard_at[number] >= 0:
+            row = take(me, turns, stage, count)
+            while row < count:
+                heard[heard_at[number], row] = hidden[row]
+                row = take_next(me, turns, stage, count)
+            stage = end_of(me, turns, stage, count)
 
-        weight = carray(pointer(layer[NORM_BEFORE_ATTENTION]), (width,), np.float32)
-        row = take(me, turns, stage, count)
-        while row < count:
-            normed(hidden[row], weight, epsilon, numbers)
-            split_row(row, numbers, count, codes, largest)
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
+    row = take(me, turns, stage, count)
+    while row < count:
+        normed(hidden[row], norm, epsilon, of_head[row])
+        row = take_next(me, turns, stage, count)
+    stage = end_of(me, turns, stage, count)
 
-        outputs = all_heads * head_dim
-        stage = multiply(me, turns, stage, codes, count, width, layer[QKV:], products, outputs)
+    if len(output):
+        row = take(me, turns, stage, len(last))
+        while row < len(last):
+            split_row(row, of_head[last[row]], len(last), codes, largest)
+            row = take_next(me, turns, stage, len(last))
+        stage = end_of(me, turns, stage, len(last))
 
-        row = take(me, turns, stage, count)
-        while row < count:
-            high, low = products[row * outputs :], products[(count + row) * outputs :]
-            join_row(high, low, largest[row], states[row].reshape(outputs))
-            turn(states[row], heads + kv_heads, cos[row], sin[row])
-            write_row(states[row], tokens[row], keys, values)
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
-
-        shares = len(firsts) * kv_heads
-        share = take(me, turns, stage, shares)
-        while share < shares:
-            n, head = share // kv_heads, share % kv_heads
-            attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, keys, values, scale, attended, room)
-            share = take_next(me, turns, stage, shares)
-        stage = end_of(me, turns, stage, shares)
-
-        row = take(me, turns, stage, count)
-        while row < count:
-            split_row(row, attended[row].reshape(heads * head_dim), count, codes, largest)
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
-
-        stage = multiply(me, turns, stage, codes, count, heads * head_dim, layer[OUT:], products, width)
-
-        weight = carray(pointer(layer[NORM_BEFORE_MLP]), (width,), np.float32)
-        row = take(me, turns, stage, count)
-        while row < count:
-            add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
-            normed(hidden[row], weight, epsilon, numbers)
-            split_row(row, numbers, count, codes, largest)
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
-
-        stage = multiply(me, turns, stage, codes, count, width, layer[GATE_UP:], products, 2 * intermediate)
-
-        row = take(me, turns, stage, count)
-        while row < count:
-            high, low = products[2 * row * intermediate :], products[2 * (count + row) * intermediate :]
-            gate_row(high, low, largest[row], gated[row])
-            split_row(row, gated[row], count, codes, largest)
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
-
-        stage = multiply(me, turns, stage, codes, count, intermediate, layer[DOWN:], products, width)
-
-        row = take(me, turns, stage, count)
-        while row < count:
-            add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
-            row = take_next(me, turns, stage, count)
-        stage = end_of(me, turns, stage, count)
+        multiply_and_join(me, turns, stage, codes, len(last), width, output, largest, logits)

@@ -27,7 +27,7 @@ from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.kernels import compiled, fixed_rows
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.fixed_rows import block_rows
-from llama2_chat.kernels.int8 import Int8Linear
+from llama2_chat.kernels.int8 import PANEL, Int8Linear
 from llama2_chat.loading.quantize import quantize_int8
 from llama2_chat.types import SamplingParams
 from tests.support.engines import CPU, GREEDY, answer, start
@@ -36,10 +36,10 @@ VOCABULARY = 97
 FEW = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=3)
 
 
-def random_llama():
+def random_llama(vocabulary=VOCABULARY):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=192,
         intermediate_size=320,
         num_hidden_layers=2,
@@ -50,8 +50,8 @@ def random_llama():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def in_int8():
-    model = random_llama().bfloat16()
+def in_int8(vocabulary=VOCABULARY):
+    model = random_llama(vocabulary).bfloat16()
     quantize_int8(model)
     assert isinstance(model.model.layers[0].mlp.down_proj, Int8Linear)
     return model
@@ -187,24 +187,31 @@ def test_a_llama_in_8_bits_computes_what_the_layers_of_transformers_compute():
 
 
 @pytest.mark.skipif(not compiled.panels_are_fast(), reason="not on this processor")
-def test_layers_in_one_call_give_the_same_bits_as_one_after_another_and_tell_who_listens(monkeypatch):
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 128], ids=["without its output head", "with it"])
+def test_a_model_in_one_call_gives_the_same_bits_as_one_layer_after_another_and_tells_who_listens(
+    monkeypatch, vocabulary
+):
     ids, told = prompt_of(150, seed=1), defaultdict(list)
 
     def logits(model):
-        def listen(layer, _arguments, output):
-            told[type(model.model)].append(output.clone())
+        def listen(_module, _arguments, output):
+            states = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+            told[type(model.model)].append(states.clone())
 
         with running(model, longest_chunk=100) as engine:
-            hook = model.model.layers[0].register_forward_hook(listen)
+            hooks = [each.register_forward_hook(listen) for each in (model.model.layers[0], model.model)]
             listened_to = heard(engine, ids, [prompt_of(40, seed=2), prompt_of(3, seed=3)])
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         with running(model, longest_chunk=100) as engine:
             assert torch.equal(heard(engine, ids), listened_to)
         return listened_to
 
-    in_one = logits(in_int8())
+    model = in_int8(vocabulary)
+    in_one = logits(model)
+    assert model.model.whole.has_output == (vocabulary % PANEL == 0)
     monkeypatch.setattr(compiled, "panels_are_fast", lambda: False)
-    assert torch.equal(logits(in_int8()), in_one)
+    assert torch.equal(logits(in_int8(vocabulary)), in_one)
     assert set(told) == {CpuLlamaModel, LlamaModel}
     assert all(map(torch.equal, told[CpuLlamaModel], told[LlamaModel]))
 
