@@ -67,7 +67,7 @@ class CpuStep:
     def places(self) -> Places:
         chunks, positions = self.chunks, self.positions.numpy()
         length = -(-max(chunk.end for chunk in chunks) // BLOCK_SIZE) * BLOCK_SIZE
-        tables = _tables([chunk.request for chunk in chunks], length).numpy()
+        tables = block_tables([chunk.request for chunk in chunks], length)
         pieces, first = [], 0
         for number, (start, end) in enumerate((chunk.start, chunk.end) for chunk in chunks):
             pieces += [(first + at - start, at, min(at + PIECE, end), number) for at in range(start, end, PIECE)]
@@ -94,7 +94,7 @@ class CpuStep:
         for (count, length), alike in pieces.items():
             firsts, requests = zip(*alike, strict=True)
             tokens = torch.tensor(firsts)[:, None] + torch.arange(count)
-            parts.append(Part(tokens, self.positions[tokens], _tables(requests, length)))
+            parts.append(Part(tokens, self.positions[tokens], torch.from_numpy(block_tables(requests, length))))
         return parts
 
     @cached_property
@@ -147,10 +147,11 @@ def span(position: int) -> int:
     return next((short for short in SHORT_SPANS if position < short), (position // LONG_SPANS + 1) * LONG_SPANS)
 
 
-def _tables(requests: Sequence[Request], length: int) -> Tensor:
+def block_tables(requests: Sequence[Request], length: int) -> NDArray[np.int64]:
+    """The blocks of each that have its first tokens, `length` of them, [N, B], padded with block 0."""
     width = length // BLOCK_SIZE
     tables = np.zeros((len(requests), width), np.int64)
     for table, request in zip(tables, requests, strict=True):
         blocks = request.blocks.blocks[:width]
         table[: len(blocks)] = blocks
-    return torch.from_numpy(tables)
+    return tables

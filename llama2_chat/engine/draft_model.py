@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llama2_chat.engine.drafts import Guess
 from llama2_chat.engine.kv_pool import input_embeddings, probe_keys
 from llama2_chat.engine.paged_attention import ATTENTION, AttentionStep, attention_windows
 from llama2_chat.engine.request import Request
-from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.engine.sampler import LikelyTokens, SamplerState
 from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.eagle import EagleHead
@@ -34,6 +35,24 @@ log = logging.getLogger("llama2_chat")
 CHANCE_PER_COST = 5.0
 MOST_ROWS = 32  # tokens of a step, each of which reads the keys and values of its request by itself
 MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
+
+
+@dataclass
+class Reading:
+    """Ids that are read next, those of some requests one after another."""
+
+    chunks: Sequence[Chunk]
+    features: Tensor  # [T, H], of the token before each id
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """int64 [T]"""
+        return torch.tensor([id for chunk in self.chunks for id in chunk.ids], device=self.features.device)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Where the last id of each request is, int64 [N]."""
+        return torch.tensor([chunk.end - chunk.start for chunk in self.chunks]).cumsum(0) - 1
 
 
 class DraftNet(Protocol):
@@ -50,50 +69,91 @@ class DraftNet(Protocol):
     def probe(self) -> list[Tensor]:
         """Keys of one token as each of its layers makes them, [1, kv_heads, 1, head_dim]."""
 
-    def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
-        """Of tokens, int64 [T], behind tokens of these features [T, H]: what logits() takes, and their own features."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, v] of [n, H]."""
-
     def features(self, of_layers: Sequence[Tensor], hidden: Tensor) -> Tensor:
         """What it goes on from, of what the served model has computed behind feature_layers and hands to its output
         head."""
 
+    def read(self, reading: Reading, way: EagerWay) -> object: ...
 
-class HeadNet:
+    def guess(
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: float
+    ) -> list[list[Guess]]:
+        """Read, and guess what each request says next: one guess and, as long as all of a request's so far are likelier
+        than `least`, another one, up to so many."""
+
+
+class SteppedNet:
+    """What guesses in one step after the other."""
+
+    ids: Tensor | None
+
+    def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
+        """Of tokens, int64 [T], behind tokens of these features [T, H]: what logits() takes, and their own features."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, v] of [n, H]."""
+        raise NotImplementedError
+
+    def read(self, reading: Reading, way: EagerWay) -> tuple[Tensor, Tensor]:
+        """What logits() takes after the last id of each request, and features."""
+        hidden, features = self.forward(reading.ids, reading.features, way.step(reading.chunks, MOST_ROWS))
+        return hidden[reading.last], features[reading.last]
+
+    def guess(
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: float
+    ) -> list[list[Guess]]:
+        guesses: list[list[Guess]] = [[] for _ in lengths]
+        going, chances = [*range(len(lengths))], [1.0] * len(lengths)
+        hidden, features = self.read(reading, way)
+        while True:
+            best, chance = likely.choose(self.logits(hidden), torch.tensor(going))
+            tokens = (best if self.ids is None else self.ids[best]).tolist()
+            for n, token, each in zip(going, tokens, chance.tolist(), strict=True):
+                chances[n] *= each
+                guesses[n].append(Guess(token, chances[n]))
+            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n] and chances[n] > least]
+            if not kept:
+                return guesses
+            going, features = [going[place] for place in kept], features[kept]
+            ids = torch.tensor([tokens[place] for place in kept], device=features.device)
+            ends = [(reading.chunks[n].request, reading.chunks[n].end + len(guesses[n])) for n in going]
+            newest = [Chunk(request, end - 1, end) for request, end in ends]
+            hidden, features = self.forward(ids, features, way.step(newest, MOST_ROWS))
+
+
+class HeadNet(SteppedNet):
     """An EagleHead behind a model, whose embeddings and output head it takes."""
 
     def __init__(self, head: EagleHead, model: PreTrainedModel) -> None:
         head.config._attn_implementation = ATTENTION
-        self._head, self._embeddings, self.ids = head, input_embeddings(model), head.ids
-        output = model.get_output_embeddings()
-        self._output = _some_rows(output, head.ids)
-        self.bytes = _bytes(head) + _bytes(self._output)
+        self.head, self.embeddings, self.ids = head, input_embeddings(model), head.ids
+        self.output = _some_rows(model.get_output_embeddings(), head.ids)
+        self.bytes = _bytes(head) + _bytes(self.output)
         self.feature_layers = head.feature_layers
-        if isinstance(self._output, Int8Linear):
+        if isinstance(self.output, Int8Linear):
             from llama2_chat.engine.cpu_llama import speed_up_head  # which compiles what nobody else needs
 
             speed_up_head(head)
 
     def probe(self) -> list[Tensor]:
-        config: Any = self._head.config
-        like = self._embeddings.weight
+        config: Any = self.head.config
+        like = self.embeddings.weight
         keys = like.new_zeros(1, config.num_key_value_heads, 1, config.head_dim)
         return [keys] * config.num_hidden_layers
 
     def forward(self, ids: Tensor, features: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
-        hidden = self._head(self._embeddings(ids)[None], features[None], step.positions[None], step=step)[0]
+        hidden = self.head(self.embeddings(ids)[None], features[None], step.positions[None], step=step)[0]
         return hidden, hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._output(hidden)
+        return self.output(hidden)
 
     def features(self, of_layers: Sequence[Tensor], hidden: Tensor) -> Tensor:
-        return self._head.fused(of_layers, hidden)
+        return self.head.fused(of_layers, hidden)
 
 
-class ModelNet:
+class ModelNet(SteppedNet):
     """A small model with the vocabulary of the served one."""
 
     ids = None
@@ -181,7 +241,8 @@ class Drafter:
             if chunk.request.confidence is not None:
                 self._append(chunk, own)
         if prompts and (read := [chunk for chunk in chunks if chunk.request.confidence is not None]):
-            self._forward([Chunk(chunk.request, self._rows[chunk.request].next, chunk.end) for chunk in read])
+            whole = [Chunk(chunk.request, self._rows[chunk.request].next, chunk.end) for chunk in read]
+            self._net.read(self._reading(whole), self._way)
 
     def _append(self, chunk: Chunk, features: Tensor) -> None:
         row = self._rows.get(chunk.request)
@@ -192,51 +253,36 @@ class Drafter:
             known = 1
         row.features = row.features[:known]
         if known > MOST_FEATURES:  # the newest token may be in flight
-            self._forward([Chunk(chunk.request, row.next, min(chunk.start + 1, len(chunk.request.ids)))])
+            known_ids = Chunk(chunk.request, row.next, min(chunk.start + 1, len(chunk.request.ids)))
+            self._net.read(self._reading([known_ids]), self._way)
         row.features = torch.cat((row.features, features))
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
         """So many guesses at most at what each request says next. There are blocks for their keys and values."""
-        guesses: list[list[int]] = [[] for _ in requests]
+        guesses: list[list[Guess]] = [[] for _ in requests]
         going = [n for n, request in enumerate(requests) if self._is_ready(request) and lengths[n]]
         if not going:
             return guesses
-        chunks = [Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going]
-        likely = self._sampler.likely(torch.tensor([request.slot for request in requests]), self._net.ids)
-        chances = [1.0] * len(requests)  # that all guesses so far come true
+        reading = self._reading([Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going])
+        likely = self._sampler.likely(torch.tensor([requests[n].slot for n in going]), self._net.ids)
         least = CHANCE_PER_COST * self.cost * len(requests)
-        hidden, features = self._forward(chunks)
-        while True:
-            best, chance = likely.choose(self._net.logits(hidden), torch.tensor(going))
-            tokens = (best if self._net.ids is None else self._net.ids[best]).tolist()
-            for n, token, each in zip(going, tokens, chance.tolist(), strict=True):
-                guesses[n].append(token)
-                chances[n] *= each
-            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n] and chances[n] > least]
-            if not kept:
-                return guesses
-            going, features = [going[place] for place in kept], features[kept]
-            ids = torch.tensor([tokens[place] for place in kept], device=features.device)
-            ends = [len(requests[n].ids) + len(guesses[n]) for n in going]
-            newest = [Chunk(requests[n], end - 1, end) for n, end in zip(going, ends, strict=True)]
-            step = self._way.step(newest, MOST_ROWS)
-            hidden, features = self._net.forward(ids, features, step)
+        made = self._net.guess(reading, self._way, likely, [lengths[n] for n in going], least)
+        for n, each in zip(going, made, strict=True):
+            guesses[n] = each
+        return guesses
 
     def _is_ready(self, request: Request) -> bool:
         row = self._rows.get(request)
         return row is not None and 0 < len(request.ids) - row.next <= len(row.features)
 
-    def _forward(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
-        """Read these ids, which come next. Returns what logits() takes after the last of each chunk, and features."""
-        rows = [self._rows[chunk.request] for chunk in chunks]
-        counts = [chunk.end - chunk.start for chunk in chunks]
-        behind = torch.cat([row.features[:count] for row, count in zip(rows, counts, strict=True)])
-        ids = torch.tensor([id for chunk in chunks for id in chunk.ids], device=behind.device)
-        hidden, features = self._net.forward(ids, behind, self._way.step(chunks, MOST_ROWS))
-        for row, chunk, count in zip(rows, chunks, counts, strict=True):
+    def _reading(self, chunks: Sequence[Chunk]) -> Reading:
+        """These ids come next, and will have been read."""
+        features = []
+        for chunk in chunks:
+            row, count = self._rows[chunk.request], chunk.end - chunk.start
+            features.append(row.features[:count])
             row.next, row.features = chunk.end, row.features[count:]
-        last = torch.tensor(counts).cumsum(0) - 1
-        return hidden[last], features[last]
+        return Reading(chunks, torch.cat(features))
 
 
 def _bytes(module: nn.Module) -> float:

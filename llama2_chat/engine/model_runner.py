@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llama2_chat.engine.adapters import add_adapters
 from llama2_chat.engine.cuda_graphs import PIECE_SIZE, RecordedWay, step_kernels
 from llama2_chat.engine.draft_model import Drafter, DraftNet, HeadNet, ModelNet
-from llama2_chat.engine.drafts import GuessCost
+from llama2_chat.engine.drafts import Guess, GuessCost
 from llama2_chat.engine.host_store import HostStore
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool, input_embeddings
@@ -241,7 +241,7 @@ class ModelRunner:
     def draft_cost(self) -> float | None:
         return self._guess_cost.cost if self._guess_cost else None
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
         if not (self._drafter and self._guess_cost):
             return [[] for _ in requests]
         reached = zip(requests, lengths, strict=True)
@@ -522,6 +522,13 @@ def _drafter(
     context_length: int,
     kernel: Callable[..., Tensor] | None,
 ) -> Drafter:
+    if isinstance(net, HeadNet) and kernel is None and isinstance(net.output, Int8Linear):
+        from llama2_chat.kernels.compiled import panels_are_fast  # which imports a compiler, as such layers do
+
+        if panels_are_fast():
+            from llama2_chat.engine.cpu_draft import in_one_call  # compiled for processors with VNNI
+
+            net = in_one_call(net, pool)
     fits = all(keys.dtype == torch.bfloat16 and keys.shape[3] in KERNEL_SIZES for keys in net.probe())
     most_blocks = -(-context_length // BLOCK_SIZE)
     way = EagerWay(model, pool.of_beside(), sampler, kernel if fits else None, most_blocks)

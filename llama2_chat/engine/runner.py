@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from llama2_chat.engine.drafts import Guess
 from llama2_chat.engine.request import Likelihood, Request
 from llama2_chat.engine.scheduler import Chunk, DraftChunk
 
@@ -117,7 +118,7 @@ class Runner(Protocol[StepT]):
         """Compute what decode() would if the guesses of these chunks were what has been chosen: bit for bit where an
         answer does not depend on its company, too."""
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
         """What a model guesses that these requests, whose blocks reach so far, say next: at most so many ids each."""
 
     def new_masks(self, count: int) -> Tensor:

@@ -120,8 +120,8 @@ class Speculation:
             for n in asked:
                 requests[n].stop_model()
             return set()
-        for n, ids in zip(asked, guesses, strict=True):
-            drafts[n] = ids
+        for n, each in zip(asked, guesses, strict=True):
+            drafts[n] = [guess.id for guess in each]
         return {requests[n] for n in asked}
 
     def verify(self, chunks: Sequence[DraftChunk]) -> None:

@@ -43,7 +43,11 @@ VERSION = hashlib.sha256(
     b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()[:12]
 MODULES = "block_attention", "cpu_sampling", "int8_rows"  # that have compiled functions
-MODULES_WITH_VNNI = "panels", "llama_layers"  # that have some, too, are imported only where it is, and import those
+MODULES_WITH_VNNI = (
+    "panels",
+    "llama_layers",
+    "llama_head",
+)  # that have some, too, are imported only where it is, and import those
 
 _is_aside = False  # whether this is a process that compiles for another
 

@@ -177,19 +177,25 @@ def sum_of_chances(orders, highest):
     return total
 
 
+@part
+def best_of(logits, seen, repetition, orders, highest):
+    """The place of the likeliest token, which is seen from then on, and its chance. orders, highest: room."""
+    order_repeated(logits, seen, repetition, orders)
+    find_highest(orders, highest)
+    most, id = highest.max(), highest.argmax() * PART
+    while orders[id] != most:
+        id += 1
+    seen[id] = True
+    return id, np.float32(1) / sum_of_chances(orders, of_ordinal(most))
+
+
 @compiled(
     "void(float32[:, ::1], int64[::1], boolean[:, ::1], float32[:, ::1], int32[::1], int32[::1], int64[::1],"
     " float32[::1])"
 )
 def find_best(logits, rows, seen, repetition, orders, highest, best, chances):
     for n in range(len(rows)):
-        order_repeated(logits[n], seen[rows[n]], repetition[rows[n], 0], orders)
-        find_highest(orders, highest)
-        most, id = highest.max(), highest.argmax() * PART
-        while orders[id] != most:
-            id += 1
-        best[n], chances[n] = id, np.float32(1) / sum_of_chances(orders, of_ordinal(most))
-        seen[rows[n], id] = True
+        best[n], chances[n] = best_of(logits[n], seen[rows[n]], repetition[rows[n], 0], orders, highest)
 
 
 def choose_best(logits: Tensor, rows: Tensor, seen: Tensor, repetition: Tensor) -> tuple[Tensor, Tensor]:

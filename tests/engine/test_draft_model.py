@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama2_chat.engine.drafts import LEAST_TIMED, PAUSE, Confidence, Drafts, GuessCost
+from llama2_chat.engine.drafts import LEAST_TIMED, PAUSE, Confidence, Drafts, Guess, GuessCost
 from llama2_chat.engine.request import Request
 from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.engine.speculation import Speculation
+from llama2_chat.kernels.compiled import panels_are_fast
+from llama2_chat.loading.quantize import quantize_int8
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
+from tests.engine import test_exact
 from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
 from tests.support.drafts import random_head, random_model
 from tests.support.engines import Ids, answer, running, start
@@ -96,6 +99,65 @@ def test_a_model_that_guesses_for_an_engine_hears_no_other(tiny_llama):
     with running(tiny_llama, draft=random_head(tiny_llama)):
         assert tiny_llama.model._forward_hooks
     assert not tiny_llama.model._forward_hooks
+
+
+def in_8_bits(model, **kinds):
+    head = random_head(model, **kinds)
+    quantize_int8(head)
+    return head
+
+
+def trained_here(model):
+    head = new_head(model, [], 0).requires_grad_(False)
+    head.load_state_dict(random_head(model, config=head.config, input_norm=True).float().state_dict())
+    quantize_int8(head)
+    return head.eval()
+
+
+@pytest.mark.skipif(not panels_are_fast(), reason="not on this processor")
+@pytest.mark.parametrize("least", [0, 0.1])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        trained_here,
+        lambda model: in_8_bits(model, bias=False),
+        lambda model: in_8_bits(model, vocabulary=torch.arange(0, 128, 2), num_hidden_layers=2),
+    ],
+    ids=["as it is trained here", "that others wrote", "of few tokens and two layers"],
+)
+def test_a_head_in_one_call_guesses_what_it_does_step_by_step(monkeypatch, kind, least):
+    # In company, behind a prompt in several chunks, and after tokens that others' guesses or none were right about.
+    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
+    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", least)
+    prompts, params = [[n, *range(40 * n)] for n in (1, 2)], SamplingParams(seed=1, max_new_tokens=40)
+
+    def made(net):
+        model, told = test_exact.in_int8(128), {}
+        with test_exact.running(model, draft=kind(model), longest_chunk=64, speculate=net is not None) as engine:
+            assert net is None or type(engine.runner._drafter._net).__name__ == net
+            draft = engine.runner.draft
+
+            def listening(requests, lengths):
+                guesses = draft(requests, lengths)
+                for request, of_one in zip(requests, guesses, strict=True):
+                    told[request.prompt_tokens, request.answer_tokens] = of_one
+                return guesses
+
+            engine.runner.draft = listening
+            with engine.paused():
+                started = [start(engine, ids, params) for ids in prompts]
+            return [streamer.rest() for _, streamer in started], told
+
+    said, told = made("CompiledHeadNet")
+    monkeypatch.setattr("llama2_chat.engine.cpu_draft.in_one_call", lambda net, pool: net)
+    said_by_steps, by_steps = made("HeadNet")
+    assert said == said_by_steps == made(None)[0]
+    assert told.keys() == by_steps.keys()
+    for place, guesses in told.items():
+        assert [guess.id for guess in guesses] == [guess.id for guess in by_steps[place]]
+        for one, other in zip(guesses, by_steps[place], strict=True):
+            assert one.chance == pytest.approx(other.chance, rel=1e-2)
+    assert {len(guesses) for guesses in told.values()} >= ({1, 2} if least else {3})
 
 
 def test_memory_for_conversations_counts_what_the_guessing_model_keeps(tiny_llama):
@@ -198,7 +260,7 @@ def test_whoever_stopped_guessing_tries_again_now_and_then():
 
 def test_text_that_comes_again_goes_before_a_model_only_where_it_is_likelier():
     request = Request([1, 2, 3, 9, 1, 2], SamplingParams(), Ids(), 99, torch.empty(99), drafts=Drafts(), slot=0)
-    drafted = [[50], [60]]
+    drafted = [[Guess(50, 0.9)], [Guess(60, 0.9)]]
     runner = SimpleNamespace(
         row_cost=0.1, draft_tokens=8, pipelined=False, draft_cost=0.2, draft=lambda *_: [drafted.pop()]
     )
@@ -213,7 +275,9 @@ def test_text_that_comes_again_goes_before_a_model_only_where_it_is_likelier():
 
 def test_a_model_that_stopped_guessing_tries_again_also_where_tokens_are_in_flight():
     request = Request([1, 2], SamplingParams(), Ids(), 99, torch.empty(99), drafts=Drafts(), slot=0)
-    runner = SimpleNamespace(row_cost=0.1, draft_tokens=8, pipelined=True, draft_cost=0.2, draft=lambda *_: [[60]])
+    runner = SimpleNamespace(
+        row_cost=0.1, draft_tokens=8, pipelined=True, draft_cost=0.2, draft=lambda *_: [[Guess(60, 0.9)]]
+    )
     speculation = Speculation(runner, SimpleNamespace(grow=lambda *_: True), SimpleNamespace(deliver=lambda: None))
     for _ in range(30):
         request.confidence.judge(3, 0)

@@ -6,10 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama2_chat.kernels.eagle import EagleHead
 
 
-def random_head(model, seed=0, **kinds):
+def random_head(model, seed=0, config=None, num_hidden_layers=1, **kinds):
     """A head of random weights for a model. kinds: as EagleHead takes them."""
     torch.manual_seed(seed)
-    config = LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": 1})
+    config = config or LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": num_hidden_layers})
     return EagleHead(config, **kinds).to(model.dtype).eval().requires_grad_(False)
 
 
