@@ -21,7 +21,7 @@ from llama2_chat.kernels.crew import end_of, take, take_next, turns_for, with_he
 from llama2_chat.kernels.int8 import PANEL, ZERO
 
 IN_LANE = 4  # inputs whose products one instruction adds to the sum of an output
-ROWS = 4  # whose sums fit into registers beside each other
+ROWS = 6, 4, 2  # at a time: the sums of six, 64 each, fit into registers beside each other
 BYTE, NUMBER, SIZE = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 SUMS, BYTES = ir.VectorType(NUMBER, LANES), ir.VectorType(BYTE, LANES * IN_LANE)
 VECTOR_BYTES = LANES * IN_LANE
@@ -125,11 +125,13 @@ def multiply_panel(
                 of_row = builder.mul(builder.mul(builder.add(first, SIZE(row)), apart), SIZE(4))
                 builder.store(numbers, at(builder.add(output, of_row), VECTOR, place), align=4)
 
-        most = builder.and_(count, SIZE(-ROWS))
-        with for_range_slice(builder, SIZE(0), most, SIZE(ROWS)) as (first, _):
-            multiply_rows(first, ROWS)
-        with for_range_slice(builder, most, count, SIZE(2)) as (first, _):
-            multiply_rows(first, 2)
+        done = SIZE(0)
+        for some in ROWS:
+            left = builder.sub(count, done)
+            end = builder.add(done, builder.sub(left, builder.urem(left, SIZE(some))))
+            with for_range_slice(builder, done, end, SIZE(some)) as (first, _):
+                multiply_rows(first, some)
+            done = end
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), build
