@@ -6,7 +6,6 @@ What is computed is what LlamaDecoderLayer computes, in float32 between the prod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -175,9 +174,11 @@ def _products(layer: Any) -> list[Int8Linear]:
     return [attention.q_proj.whole, attention.o_proj, mlp.gate_proj.whole, mlp.down_proj]
 
 
-@dataclass
-class OutputWithLogits(BaseModelOutputWithPast):
-    logits: Tensor | None = None  # [1, n, V]
+class Output(NamedTuple):
+    """Of a step."""
+
+    last_hidden_state: Tensor  # [1, T, width]
+    logits: Tensor | None  # [1, n, V]
 
 
 class CpuLlama(LlamaForCausalLM):
@@ -185,14 +186,14 @@ class CpuLlama(LlamaForCausalLM):
 
     def forward(
         self, input_ids: Tensor | None = None, *args: Any, logits_to_keep: int | Tensor = 0, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | Output:
         if not isinstance(kwargs.get("step"), CpuStep) or not isinstance(logits_to_keep, Tensor):
             return super().forward(input_ids, *args, logits_to_keep=logits_to_keep, **kwargs)
         output = self.model(input_ids, *args, last=logits_to_keep, **kwargs)
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            logits = self.lm_head(output.last_hidden_state[:, logits_to_keep])
-        return CausalLMOutputWithPast(logits=logits)
+        if isinstance(output, Output) and output.logits is not None:
+            return output
+        hidden = output.last_hidden_state
+        return Output(hidden, self.lm_head(hidden[:, logits_to_keep]))
 
 
 class CpuLlamaModel(LlamaModel):
@@ -200,28 +201,30 @@ class CpuLlamaModel(LlamaModel):
 
     whole: Any  # WholeLlama, whose module is imported for processors with VNNI only
 
-    def forward(self, *args: Any, last: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, last: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast | Output:
         """last: int64 [n], the tokens behind which there shall be logits."""
         step: Any = kwargs.get("step")
         in_blocks = isinstance(step, CpuStep) and isinstance(step.pool, CpuPool)
         if not in_blocks or any(chunk.request.adapter for chunk in step.chunks):
             return super().forward(*args, **kwargs)
-        ids = args[0] if args else kwargs["input_ids"]
-        states = self.embed_tokens(ids).float()
+        states = self.embed_tokens(args[0] if args else kwargs["input_ids"]).float()
         turns = self.rotary_emb(states, kwargs["position_ids"])
         listened = [number for number, layer in enumerate(self.layers) if layer._forward_hooks]
-        wanted = np.empty(0, np.int64) if last is None else last.numpy()
-        hidden = states.detach()[0].numpy()
-        of_head, heard, logits = map(
-            torch.from_numpy,
-            self.whole.run(len(self.layers), hidden, turns, *step.places, step.pool.bits, listened, wanted),
+        computed = self.whole.run(
+            len(self.layers),
+            states.detach()[0].numpy(),
+            turns,
+            *step.places,
+            step.pool.bits,
+            listened,
+            np.empty(0, np.int64) if last is None else last.numpy(),
         )
-        for number, states in zip(listened, heard, strict=True):
-            layer = self.layers[number]
+        for number, states_there in zip(listened, computed.heard, strict=True):
+            layer, told = self.layers[number], torch.from_numpy(states_there)[None]
             for hook in layer._forward_hooks.values():  # who listens changes nothing here
-                hook(layer, (), states[None])
-        found = logits[None] if last is not None and self.whole.has_output else None
-        return OutputWithLogits(last_hidden_state=of_head[None], logits=found)
+                hook(layer, (), told)
+        logits = torch.from_numpy(computed.logits)[None] if last is not None and self.whole.has_output else None
+        return Output(torch.from_numpy(computed.hidden)[None], logits)
 
 
 class CpuLlamaLayer(LlamaDecoderLayer):

@@ -214,8 +214,14 @@ class SamplerState:
 
     def likely(self, slots: Tensor, ids: Tensor | None) -> LikelyTokens:
         """What a model that guesses would have these slots, int64 [N], say. ids: as LikelyTokens takes them."""
+        repetition = list(NEUTRAL).index("repetition_penalty")
+        if self.device.type == "cpu":  # where NumPy has found them sooner than PyTorch begins
+            at = slots.numpy()
+            seen = self._seen.numpy()[at]
+            known = torch.from_numpy(seen if ids is None else seen.take(ids.numpy(), 1))
+            return LikelyTokens(known, torch.from_numpy(self._params.numpy()[at, repetition, None]))
         seen = self._seen[slots] if ids is None else self._seen[slots[:, None], ids]
-        return LikelyTokens(seen, self._params[slots, list(NEUTRAL).index("repetition_penalty"), None])
+        return LikelyTokens(seen, self._params[slots, repetition, None])
 
     def _penalise(self, scores: Tensor, slots: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         repetition = params["repetition_penalty"]

@@ -29,6 +29,14 @@ def order_row(logits, orders):
 
 
 @part
+def order_repeated(logits, seen, repetition, orders):
+    for id in range(len(orders)):
+        logit = logits[id]
+        pushed = logit / repetition if logit > 0 else logit * repetition
+        orders[id] = order_of(pushed if seen[id] else logit)
+
+
+@part
 def order_penalised(logits, seen, counts, repetition, presence, frequency, orders):
     for id in range(len(orders)):
         logit = logits[id]
@@ -127,10 +135,12 @@ def sample_rows(
         slot = slots[row]
         settings = params[slot]
         repetition, presence, frequency = settings[4], settings[5], settings[6]
-        if repetition == 1 and presence == 0 and frequency == 0:
-            order_row(logits[row], orders)
-        else:
+        if presence != 0 or frequency != 0:
             order_penalised(logits[row], seen[slot], counts[slot], repetition, presence, frequency, orders)
+        elif repetition != 1:
+            order_repeated(logits[row], seen[slot], repetition, orders)
+        else:
+            order_row(logits[row], orders)
         find_highest(orders, highest)
         found = find_likeliest(orders, highest, best, ids)
         answered = answer_tokens[slot]
@@ -158,14 +168,6 @@ def sample_narrow(logits: Tensor, slots: Tensor, kept: int, *state: Tensor) -> T
     arrays = (tensor.numpy() for tensor in (rows, slots, *state))
     sample_rows(*arrays, orders, highest, *likeliest, chosen.numpy())
     return chosen
-
-
-@part
-def order_repeated(logits, seen, repetition, orders):
-    for id in range(len(orders)):
-        logit = logits[id]
-        pushed = logit / repetition if logit > 0 else logit * repetition
-        orders[id] = order_of(pushed if seen[id] else logit)
 
 
 @row_sum
