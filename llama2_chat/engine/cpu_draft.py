@@ -55,20 +55,23 @@ class CompiledHeadNet:
         return torch.cat((*of_layers, hidden), -1).float()
 
     def read(self, reading: Reading, way: EagerWay) -> None:
-        self._read(reading, way, None, [], 0)
+        self._read(reading, way, None, [], None)
 
     def guess(
-        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: float
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: Sequence[float]
     ) -> list[list[Guess]]:
-        made, chances = self._read(reading, way, likely, lengths, least)
+        limits = np.array(least, np.float32)
+        made, chances = self._read(reading, way, likely, lengths, limits)
         guesses: list[list[Guess]] = []
-        for ids, of_ids, most in zip(made.T.tolist(), chances.T.tolist(), lengths, strict=True):
-            ends = (place for place in range(most - 1) if not of_ids[place] > least)
+        for ids, of_ids, most, enough in zip(
+            made.T.tolist(), chances.T.tolist(), lengths, limits.tolist(), strict=True
+        ):
+            ends = (place for place in range(most - 1) if not of_ids[place] > enough)
             guesses.append([*map(Guess, ids[: next(ends, most - 1) + 1], of_ids)])
         return guesses
 
     def _read(
-        self, reading: Reading, way: EagerWay, likely: LikelyTokens | None, lengths: Sequence[int], least: float
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens | None, lengths: Sequence[int], least: Any
     ) -> Any:
         step: Any = way.step(reading.chunks, MOST_ROWS)
         ends = np.array([chunk.end for chunk in reading.chunks])

@@ -30,9 +30,6 @@ from llama2_chat.kernels.packed import PackedLinear
 
 log = logging.getLogger("llama2_chat")
 
-# How likely all guesses so far must be true, times what one more costs each answer of a step: else none is made behind
-# them. In simulated answers of the small model 4 to 7 were equally good.
-CHANCE_PER_COST = 5.0
 MOST_ROWS = 32  # tokens of a step, each of which reads the keys and values of its request by itself
 MOST_FEATURES = 64  # of tokens that wait to be read: while nothing is guessed, they are few or many at once
 
@@ -76,10 +73,10 @@ class DraftNet(Protocol):
     def read(self, reading: Reading, way: EagerWay) -> object: ...
 
     def guess(
-        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: float
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: Sequence[float]
     ) -> list[list[Guess]]:
-        """Read, and guess what each request says next: one guess and, as long as all of a request's so far are likelier
-        than `least`, another one, up to so many."""
+        """Read, and guess what each request says next: one guess and, as long as all of its guesses so far are likelier
+        than its `least`, another one, up to so many."""
 
 
 class SteppedNet:
@@ -101,7 +98,7 @@ class SteppedNet:
         return hidden[reading.last], features[reading.last]
 
     def guess(
-        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: float
+        self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: Sequence[float]
     ) -> list[list[Guess]]:
         guesses: list[list[Guess]] = [[] for _ in lengths]
         going, chances = [*range(len(lengths))], [1.0] * len(lengths)
@@ -112,7 +109,7 @@ class SteppedNet:
             for n, token, each in zip(going, tokens, chance.tolist(), strict=True):
                 chances[n] *= each
                 guesses[n].append(Guess(token, chances[n]))
-            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n] and chances[n] > least]
+            kept = [place for place, n in enumerate(going) if len(guesses[n]) < lengths[n] and chances[n] > least[n]]
             if not kept:
                 return guesses
             going, features = [going[place] for place in kept], features[kept]
@@ -257,16 +254,17 @@ class Drafter:
             self._net.read(self._reading([known_ids]), self._way)
         row.features = torch.cat((row.features, features))
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
-        """So many guesses at most at what each request says next. There are blocks for their keys and values."""
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int], least: Sequence[float]) -> list[list[Guess]]:
+        """So many guesses at most at what each request says next, behind such as are likelier than `least`. There are
+        blocks for their keys and values."""
         guesses: list[list[Guess]] = [[] for _ in requests]
         going = [n for n, request in enumerate(requests) if self._is_ready(request) and lengths[n]]
         if not going:
             return guesses
         reading = self._reading([Chunk(requests[n], self._rows[requests[n]].next, len(requests[n].ids)) for n in going])
         likely = self._sampler.likely(torch.tensor([requests[n].slot for n in going]), self._net.ids)
-        least = CHANCE_PER_COST * self.cost * len(requests)
-        made = self._net.guess(reading, self._way, likely, [lengths[n] for n in going], least)
+        limits = [lengths[n] for n in going], [least[n] for n in going]
+        made = self._net.guess(reading, self._way, likely, *limits)
         for n, each in zip(going, made, strict=True):
             guesses[n] = each
         return guesses

@@ -148,6 +148,11 @@ class Confidence:
         """That the next guess comes true."""
         return self._true / self._made
 
+    def least(self, cost: float) -> float:
+        """How likely it must be that all guesses so far come true, for another one behind them to pay: then it comes
+        true as often as it costs. cost: as length() takes it."""
+        return cost / self.chance
+
     def may_guess(self, most: int, cost: float) -> bool:
         """Whether length() would be more than 0."""
         return most > 0 and (self._steps_without >= PAUSE or self._pay(most, cost))
@@ -159,8 +164,8 @@ class Confidence:
             pay |= tokens > 1 + cost * length
         return pay
 
-    def judge(self, guessed: int, kept: int) -> None:
-        """Of so many guesses in a row the first ones came true, so many."""
+    def judge(self, guessed: int, kept: float) -> None:
+        """Of so many guesses in a row the first ones came true, so many, or as many as is believed of a single one."""
         self._true = self._true * FORGETTING + kept
         self._made = self._made * FORGETTING + min(kept + 1, guessed)
         self._steps_without = 0

@@ -241,13 +241,13 @@ class ModelRunner:
     def draft_cost(self) -> float | None:
         return self._guess_cost.cost if self._guess_cost else None
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int], least: Sequence[float]) -> list[list[Guess]]:
         if not (self._drafter and self._guess_cost):
             return [[] for _ in requests]
         reached = zip(requests, lengths, strict=True)
         self._settle([Chunk(each, each.computed, each.computed + 1 + length) for each, length in reached])
         started = time.perf_counter()
-        guesses = self._drafter.draft(requests, lengths)
+        guesses = self._drafter.draft(requests, lengths, least)
         if self._device.type == "cuda":  # on a CPU weights tell it, and other programs do not change it
             self._guess_cost.made(started, time.perf_counter(), max(map(len, guesses), default=0))
         return guesses

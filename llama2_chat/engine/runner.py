@@ -118,8 +118,9 @@ class Runner(Protocol[StepT]):
         """Compute what decode() would if the guesses of these chunks were what has been chosen: bit for bit where an
         answer does not depend on its company, too."""
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[Guess]]:
-        """What a model guesses that these requests, whose blocks reach so far, say next: at most so many ids each."""
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int], least: Sequence[float]) -> list[list[Guess]]:
+        """What a model guesses that these requests, whose blocks reach so far, say next: at most so many ids each, and
+        none behind such as are not likelier than `least` to come true."""
 
     def new_masks(self, count: int) -> Tensor:
         """Zeros, int32 [count, words], on the CPU: nothing is allowed."""

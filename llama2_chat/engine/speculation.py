@@ -34,41 +34,41 @@ class Speculation:
         room = self._runner.draft_tokens - len(requests)
         if room < 1:
             return []
-        drafts = self._look_up(requests, room)
+        guesses = self._look_up(requests, room)
         if self._runner.pipelined:
             # The first of these is the newest token, which is in flight: where others seem to follow, it is waited for.
-            if any(len(ids) > 1 for ids in drafts) or self._may_ask_model(requests, room):
+            if any(len(each) > 1 for each in guesses) or self._may_ask_model(requests, room):
                 self._delivery.deliver()
                 requests = [request for request in requests if request.runs]
-                drafts = self._look_up(requests, room)
+                guesses = self._look_up(requests, room)
             else:
-                drafts = [[] for _ in requests]
-        for request, ids in zip(requests, drafts, strict=True):
-            if ids and not self._scheduler.grow(request, len(ids)):
-                ids.clear()
-        by_model = self._ask_model(requests, drafts, room - sum(map(len, drafts)))
-        if not any(drafts):
-            return []
-        each = zip(requests, drafts, strict=True)
-        return [DraftChunk.of(request, ids, request in by_model) for request, ids in each]
-
-    def _look_up(self, requests: Sequence[Request], room: int) -> list[list[int]]:
-        """What comes next by text that comes again and by grammars: of all requests the likeliest, as much of it as
-        lets a step give the most tokens for its time."""
-        guesses = [self._guess(request, room) for request in requests]
+                guesses = [[] for _ in requests]
+        for request, each in zip(requests, guesses, strict=True):
+            if each and not self._scheduler.grow(request, len(each)):
+                each.clear()
+        by_model = self._ask_model(requests, guesses, room - sum(map(len, guesses)))
         if not any(guesses):
-            return [[] for _ in requests]
+            return []
+        each_request = zip(requests, guesses, strict=True)
+        return [DraftChunk.of(each, [guess.id for guess in of_it], each in by_model) for each, of_it in each_request]
+
+    def _look_up(self, requests: Sequence[Request], room: int) -> list[list[Guess]]:
+        """What comes next by text that comes again and by grammars, as far as it pays."""
+        return self._that_pay([self._guess(request, room) for request in requests], room)
+
+    def _that_pay(self, guesses: Sequence[list[Guess]], room: int) -> list[list[Guess]]:
+        """Of all requests' guesses the likeliest, as many as let a step give the most tokens for its time."""
         likeliest = sorted(
             (-guess.chance, place, n) for n, each in enumerate(guesses) for place, guess in enumerate(each)
         )
         # What a step is expected to give and what it costs, where one of a single token costs 1.
-        tokens, row_cost = float(len(requests)), self._runner.row_cost
-        cost, lengths = 1 + row_cost * (len(requests) - 1), [0] * len(requests)
+        tokens, row_cost = float(len(guesses)), self._runner.row_cost
+        cost, lengths = 1 + row_cost * (len(guesses) - 1), [0] * len(guesses)
         for less, _, n in likeliest[:room]:
             if -less * cost <= tokens * row_cost:
                 break
             tokens, cost, lengths[n] = tokens - less, cost + row_cost, lengths[n] + 1
-        return [[guess.id for guess in each[:length]] for each, length in zip(guesses, lengths, strict=True)]
+        return [each[:length] for each, length in zip(guesses, lengths, strict=True)]
 
     def _guess(self, request: Request, room: int) -> list[Guess]:
         most = min(room, _most(request))
@@ -95,24 +95,25 @@ class Speculation:
             if request.confidence is not None
         )
 
-    def _ask_model(self, requests: Sequence[Request], drafts: list[list[int]], room: int) -> set[Request]:
+    def _ask_model(self, requests: Sequence[Request], guesses: list[list[Guess]], room: int) -> set[Request]:
         """Let a model guess where nothing else did. Returns whose guesses are its."""
         cost = self._runner.draft_cost
         if cost is None:
             return set()
-        asked = [n for n, ids in enumerate(drafts) if not ids and requests[n].confidence is not None]
+        asked = [n for n, each in enumerate(guesses) if not each and requests[n].confidence is not None]
         if not asked or room < len(asked):
             return set()
-        lengths = []
+        lengths, least = [], []
         for n in asked:
             request, most = requests[n], min(room // len(asked), _most(requests[n]))
             assert request.confidence is not None
             length = request.confidence.length(most, cost * len(requests))
             lengths.append(length if self._scheduler.grow(request, length) else 0)
+            least.append(request.confidence.least(cost * len(requests)))
         if not any(lengths):
             return set()
         try:
-            guesses = self._runner.draft([requests[n] for n in asked], lengths)
+            made = self._runner.draft([requests[n] for n in asked], lengths, least)
         except Exception:
             if not self._runner.is_alive():
                 raise
@@ -120,8 +121,13 @@ class Speculation:
             for n in asked:
                 requests[n].stop_model()
             return set()
-        for n, each in zip(asked, guesses, strict=True):
-            drafts[n] = [guess.id for guess in each]
+        for n, each in zip(asked, made, strict=True):
+            guesses[n] = each
+        guesses[:] = self._that_pay(guesses, self._runner.draft_tokens - len(requests))
+        for n, each in zip(asked, made, strict=True):
+            confidence = requests[n].confidence
+            if each and not guesses[n] and confidence is not None:
+                confidence.judge(1, each[0].chance)  # nobody will see whether it would have come true
         return {requests[n] for n in asked}
 
     def verify(self, chunks: Sequence[DraftChunk]) -> None:

@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
 
     last: NDArray[np.int64]  # [N], the token behind which they come
     lengths: NDArray[np.int64]  # [N], how many at most
-    least: float  # how likely those so far must all come true for another one
+    least: Numbers  # [N], how likely those so far must all come true for another one
     seen: NDArray[np.bool_]  # [N, v], as LikelyTokens has them; changes
     repetition: Numbers  # [N, 1]
     turns: tuple[Numbers, Numbers]  # of all guesses but the last of each, [G - 1, N, head_dim]
@@ -99,7 +99,9 @@ class LlamaHead:
         if wanted is None:
             nobody, of_none = np.empty(0, np.int64), np.empty((0, 0, head_dim), np.float32)
             nothing = np.empty((0, 0), np.bool_), np.empty((0, 0), np.float32)
-            wanted = Wanted(nobody, nobody, 0, *nothing, (of_none, of_none), nobody, np.empty((0, 0), np.int64))
+            wanted = Wanted(
+                nobody, nobody, arrays.norm[:0], *nothing, (of_none, of_none), nobody, np.empty((0, 0), np.int64)
+            )
         guesses, requests = int(wanted.lengths.max(initial=0)), len(wanted.lengths)
         made = np.empty((guesses, requests), np.int64), np.empty((guesses, requests), np.float32)
         stages = FUSING_STAGES + max(1, guesses) * (OTHER_STAGES + STAGES * len(table))
@@ -110,7 +112,7 @@ class LlamaHead:
             *(arrays.fuse.bias if arrays.fuse else arrays.norm[:0], arrays.fc.bias),
             *(arrays.norm, np.float32(arrays.epsilon), arrays.ids),
             *(read.ids, read.behind, *read.turns, read.tokens, *read.pieces),
-            *(wanted.last, wanted.lengths, np.float32(wanted.least), wanted.seen, wanted.repetition),
+            *(wanted.last, wanted.lengths, wanted.least, wanted.seen, wanted.repetition),
             *(*wanted.turns, wanted.positions, wanted.tables),
             *self._layers.room(count, max(wide, 2 * width)),
             *(np.empty((count, width), np.float32), np.empty((count, width), np.float32)),
@@ -154,7 +156,7 @@ def add_to_bias(bias, products, row, count, largest, output):
     "void(int64, int64[:, :, ::1], int64[:, ::1], int64, float32, float32, uint16[:, ::1], float32, int64[::1],"
     " int64[::1], int64[::1], float32[::1], float32[::1], float32[::1], float32, int64[::1], int64[::1],"
     " float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
-    " int64[::1], int64[::1], float32, boolean[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1],"
+    " int64[::1], int64[::1], float32[::1], boolean[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1],"
     " int64[::1], int64[:, ::1], float32[:, :, ::1], float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1],"
     " float32[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[:, ::1], float32[:, ::1])"
 )
@@ -284,7 +286,8 @@ def compute_guesses(
         likely = np.empty(count, np.int64)
         count = 0
         for row in range(len(going)):
-            if lengths[going[row]] > guess and chances[guess - 1, going[row]] > least:
+            n = going[row]
+            if lengths[n] > guess and chances[guess - 1, n] > least[n]:
                 likely[count] = row
                 count += 1
         if not count:

@@ -16,7 +16,7 @@ from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine import test_exact
 from tests.engine.test_speculation import KINDS, VOCABULARY, answers, explode, prompt
-from tests.support.drafts import random_head, random_model
+from tests.support.drafts import guess_always, random_head, random_model
 from tests.support.engines import Ids, answer, running, start
 
 DRAFTS = {
@@ -31,9 +31,7 @@ DRAFTS = {
 
 @pytest.fixture
 def obstinate(monkeypatch):
-    """Three guesses at a time, however wrong they are: models of random weights are."""
-    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    guess_always(monkeypatch)
 
 
 def compare(model, kind, prompts):
@@ -127,8 +125,7 @@ def trained_here(model):
 )
 def test_a_head_in_one_call_guesses_what_it_does_step_by_step(monkeypatch, kind, least):
     # In company, behind a prompt in several chunks, and after tokens that others' guesses or none were right about.
-    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", least)
+    guess_always(monkeypatch, least)
     prompts, params = [[n, *range(40 * n)] for n in (1, 2)], SamplingParams(seed=1, max_new_tokens=40)
 
     def made(net):
@@ -137,8 +134,8 @@ def test_a_head_in_one_call_guesses_what_it_does_step_by_step(monkeypatch, kind,
             assert net is None or type(engine.runner._drafter._net).__name__ == net
             draft = engine.runner.draft
 
-            def listening(requests, lengths):
-                guesses = draft(requests, lengths)
+            def listening(requests, *limits):
+                guesses = draft(requests, *limits)
                 for request, of_one in zip(requests, guesses, strict=True):
                     told[request.prompt_tokens, request.answer_tokens] = of_one
                 return guesses
@@ -222,15 +219,15 @@ def test_what_a_cpu_guesses_is_what_other_devices_do():
     torch.testing.assert_close(chance, chances.amax(-1))
 
 
-def test_no_guess_is_made_behind_some_that_hardly_come_true(tiny_llama, obstinate, monkeypatch):
+def test_no_guess_is_made_behind_some_that_hardly_come_true(tiny_llama, monkeypatch):
     for least, most in ((0.0, 3), (1e9, 1)):
-        monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", least)
+        guess_always(monkeypatch, least)
         with running(tiny_llama, draft=random_head(tiny_llama)) as engine:
             lengths = []
             draft = engine.runner.draft
 
-            def listening(requests, wanted, draft=draft, lengths=lengths):
-                made = draft(requests, wanted)
+            def listening(requests, *limits, draft=draft, lengths=lengths):
+                made = draft(requests, *limits)
                 lengths.append(len(made[0]))
                 return made
 
@@ -247,6 +244,30 @@ def test_guesses_that_come_true_get_longer_and_wrong_ones_stop():
     assert good.length(7, cost=0.1) == 7
     assert good.length(7, cost=1) == 0
     assert bad.length(7, cost=0.1) == 0
+
+
+def test_guesses_go_on_as_long_as_the_next_one_comes_true_as_often_as_it_costs():
+    often, seldom = Confidence(), Confidence()
+    for _ in range(30):
+        often.judge(3, 3)
+        seldom.judge(1, 0.25)
+    assert often.least(0.2) == pytest.approx(0.2, rel=0.1)
+    assert seldom.least(0.2) == pytest.approx(0.2 / 0.25, rel=0.2)
+
+
+def test_of_a_models_guesses_those_are_checked_that_pay_for_it():
+    request = Request([1, 2], SamplingParams(), Ids(), 99, torch.empty(99), drafts=Drafts(), slot=0)
+    drafted = [[Guess(50, 0.9), Guess(51, 0.5), Guess(52, 0.05)], [Guess(50, 0.05)]]
+    runner = SimpleNamespace(
+        row_cost=0.1, draft_tokens=8, pipelined=False, draft_cost=0.2, draft=lambda *_: drafted.pop(0)
+    )
+    drafted[:] = [[each] for each in drafted]
+    speculation = Speculation(runner, SimpleNamespace(grow=lambda *_: True), None)
+    (chunk,) = speculation.chunks([request])
+    assert chunk.draft == [50, 51]
+    before = request.confidence.chance
+    assert speculation.chunks([request]) == []
+    assert request.confidence.chance < before  # of guesses that are hardly ever worth a look no more are made
 
 
 def test_whoever_stopped_guessing_tries_again_now_and_then():

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llama2_chat import ROOT
-from llama2_chat.engine.drafts import Confidence, Drafts
+from llama2_chat.engine.drafts import Drafts
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.join_projections import join_projections
 from llama2_chat.engine.kv_pool import make_pool
@@ -37,6 +37,7 @@ from llama2_chat.types import SamplingParams
 from model import EXIT_GPU_LOST
 from tests.engine.test_speculation import KINDS, answers, plant
 from tests.support import packers
+from tests.support.drafts import guess_always
 from tests.support.engines import Ids, Stairs, answer
 from tests.support.loading import asking_for, get_float32
 from tests.support.serving import ignore
@@ -420,9 +421,7 @@ def test_guesses_come_true_and_answers_stay_what_the_model_finds_likeliest(model
 
 @pytest.mark.parametrize(("deterministic", "kv_cache"), [(True, "none"), (False, "none"), (False, "int8")])
 def test_a_model_guesses_behind_recorded_steps(monkeypatch, deterministic, kv_cache):
-    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    monkeypatch.setattr(Confidence, "may_guess", lambda self, most, cost: most > 0)
-    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    guess_always(monkeypatch)
     monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
     model = small_llama()
     engine = running(model, True, deterministic, kv_cache, draft=copy.deepcopy(model))

@@ -24,7 +24,7 @@ from llama2_chat.engine.step_ways import Outcome
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
 from tests.engine.test_speculation import Pipelined
-from tests.support.drafts import random_head
+from tests.support.drafts import guess_always, random_head
 from tests.support.engines import CPU, Stairs, running, start
 
 SCRIPT = r"""
@@ -426,9 +426,7 @@ def test_guesses_checked_in_recorded_steps_change_no_answer(tiny_llama, without_
 @pytest.fixture
 def guessing_model(monkeypatch):
     """Three guesses at a time, of a model alone, however wrong they are."""
-    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    monkeypatch.setattr(Confidence, "may_guess", lambda self, most, cost: most > 0)
-    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    guess_always(monkeypatch)
     monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama2_chat.engine.drafts import Confidence, Drafts
+from llama2_chat.engine.drafts import Drafts
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.errors import ChatError
 from llama2_chat.kernels.int8 import Int8Linear
@@ -29,7 +29,7 @@ from llama2_chat.training.draft_training import Training, make_batches, new_head
 from llama2_chat.training.draft_writer import Asked, Desk
 from llama2_chat.types import SamplingParams
 from scripts.train_draft import read_arguments
-from tests.support.drafts import random_head, random_model
+from tests.support.drafts import guess_always, random_head, random_model
 from tests.support.engines import GREEDY, answer, running
 from tests.support.small_model import untrained
 from tests.support.small_tokenizer import chatml
@@ -261,8 +261,7 @@ def test_a_head_that_takes_in_a_layer_which_the_model_has_not_is_not_trained_fur
 @pytest.mark.parametrize("kind", ["as others publish it", "as it is trained here"])
 def test_the_engine_guesses_what_training_foresees(model, kind, monkeypatch):
     monkeypatch.setattr(Drafts, "look_up", lambda *_: [])
-    monkeypatch.setattr(Confidence, "length", lambda self, most, cost: min(most, 3))
-    monkeypatch.setattr("llama2_chat.engine.draft_model.CHANCE_PER_COST", 0)
+    guess_always(monkeypatch)
     if kind == "as others publish it":
         head = random_head(model, vocabulary=torch.arange(1, 50, 3))
     else:
@@ -273,9 +272,9 @@ def test_the_engine_guesses_what_training_foresees(model, kind, monkeypatch):
     with running(model, draft=copy.deepcopy(head)) as engine:
         draft = engine.runner.draft
 
-        def listening(requests, lengths):
-            made = draft(requests, lengths)
-            guesses.append(([*requests[0].ids], made[0]))
+        def listening(requests, *limits):
+            made = draft(requests, *limits)
+            guesses.append(([*requests[0].ids], [guess.id for guess in made[0]]))
             return made
 
         monkeypatch.setattr(engine.runner, "draft", listening)
