@@ -19,6 +19,7 @@ from llama2_chat.engine.sampler import LikelyTokens
 from llama2_chat.engine.step_ways import EagerWay
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.kernels.llama_head import HeadArrays, Joining, LlamaHead, Read, Wanted
+from llama2_chat.kernels.llama_layers import Numbers
 
 
 def in_one_call(net: HeadNet, pool: KVPool) -> DraftNet:
@@ -27,11 +28,13 @@ def in_one_call(net: HeadNet, pool: KVPool) -> DraftNet:
     layers, norm = compiled_layers(head.layers), Norm.of(head.norm)
     fuse, fc = _joining(head.fuse) if head.feature_layers else None, _joining(head.fc)
     panels = output.panels if isinstance(output, Int8Linear) and output.bias is None else None
-    fits = type(embeddings) is nn.Embedding and embeddings.weight.dtype == torch.bfloat16 and isinstance(pool, CpuPool)
-    if layers is None or panels is None or fc is None or not fits or (head.feature_layers and fuse is None):
+    in_16_bits = type(embeddings) is nn.Embedding and embeddings.weight.dtype == torch.bfloat16
+    if layers is None or panels is None or fc is None or not in_16_bits or not isinstance(pool, CpuPool):
         return net
-    weights: Any = embeddings.weight.detach().view(torch.uint16).numpy()
     ids = torch.arange(len(panels.scales)) if net.ids is None else net.ids
+    weights: Any = embeddings.weight.detach().view(torch.uint16).numpy()
+    if (head.feature_layers and fuse is None) or weights.shape[1] != head.fc.out_features or ids.max() >= len(weights):
+        return net
     normed = norm or Norm(np.empty(0, np.float32), 0.0)
     arrays = HeadArrays(weights, head.embedding_scale, fuse, fc, *normed, panels, ids.numpy())
     return CompiledHeadNet(net, LlamaHead(layers, arrays))
@@ -55,37 +58,44 @@ class CompiledHeadNet:
         return torch.cat((*of_layers, hidden), -1).float()
 
     def read(self, reading: Reading, way: EagerWay) -> None:
-        self._read(reading, way, None, [], None)
+        step: Any = way.step(reading.chunks, MOST_ROWS)
+        turns = self._rotary(reading.features[None], step.positions[None])
+        self._head.read(self._tokens(reading, step, turns), step.pool.bits, None)
 
     def guess(
         self, reading: Reading, way: EagerWay, likely: LikelyTokens, lengths: Sequence[int], least: Sequence[float]
     ) -> list[list[Guess]]:
-        limits = np.array(least, np.float32)
-        made, chances = self._read(reading, way, likely, lengths, limits)
-        guesses: list[list[Guess]] = []
-        for ids, of_ids, most, enough in zip(
-            made.T.tolist(), chances.T.tolist(), lengths, limits.tolist(), strict=True
-        ):
-            ends = (place for place in range(most - 1) if not of_ids[place] > enough)
-            guesses.append([*map(Guess, ids[: next(ends, most - 1) + 1], of_ids)])
-        return guesses
-
-    def _read(
-        self, reading: Reading, way: EagerWay, likely: LikelyTokens | None, lengths: Sequence[int], least: Any
-    ) -> Any:
         step: Any = way.step(reading.chunks, MOST_ROWS)
         ends = np.array([chunk.end for chunk in reading.chunks])
-        later = ends + np.arange(max(lengths, default=1) - 1)[:, None]  # where guesses are read, [G - 1, N]
+        later = ends + np.arange(max(lengths) - 1)[:, None]  # where guesses are read, [G - 1, N]
         positions = torch.from_numpy(np.concatenate((step.positions.numpy(), later.ravel())))
-        count = len(reading.features)
         cos, sin = self._rotary(reading.features[None], positions[None])
-        read = Read(reading.ids.numpy(), reading.features.numpy(), (cos[:count], sin[:count]), *step.places)
-        wanted = None
-        if likely is not None:
-            length = -(-(int(ends.max()) + len(later)) // BLOCK_SIZE) * BLOCK_SIZE
-            tables = block_tables([chunk.request for chunk in reading.chunks], length)
-            seen, repetition = likely.seen.numpy(), likely.repetition.numpy()
-            shape = *later.shape, cos.shape[1]
-            of_guesses = cos[count:].reshape(shape), sin[count:].reshape(shape)
-            wanted = Wanted(reading.last.numpy(), np.array(lengths), least, seen, repetition, of_guesses, ends, tables)
-        return self._head.read(read, step.pool.bits, wanted)
+        read = self._tokens(reading, step, (cos, sin))
+        shape = *later.shape, cos.shape[1]
+        limits = np.array(least, np.float32)
+        wanted = Wanted(
+            last=np.cumsum([chunk.end - chunk.start for chunk in reading.chunks]) - 1,
+            lengths=np.array(lengths),
+            least=limits,
+            seen=likely.seen.numpy(),
+            repetition=likely.repetition.numpy(),
+            turns=(cos[len(read.ids) :].reshape(shape), sin[len(read.ids) :].reshape(shape)),
+            positions=ends,
+            tables=block_tables(
+                [chunk.request for chunk in reading.chunks],
+                -(-(int(ends.max()) + len(later)) // BLOCK_SIZE) * BLOCK_SIZE,
+            ),
+        )
+        made, chances = self._head.read(read, step.pool.bits, wanted)
+        guesses: list[list[Guess]] = []
+        for n, most in enumerate(lengths):
+            ends_here = (place for place in range(most - 1) if not chances[place, n] > limits[n])
+            count = next(ends_here, most - 1) + 1
+            guesses.append([*map(Guess, made[:count, n].tolist(), chances[:count, n].tolist())])
+        return guesses
+
+    def _tokens(self, reading: Reading, step: Any, turns: tuple[Numbers, Numbers]) -> Read:
+        """turns: of these tokens and perhaps others behind them."""
+        ids = reading.ids.numpy()
+        cos, sin = (each[: len(ids)] for each in turns)
+        return Read(ids, reading.features.numpy(), (cos, sin), *step.places)

@@ -5,6 +5,7 @@ The other one is in cuda_graphs.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -114,11 +115,12 @@ class EagerWay:
     def prefill(self, chunks: Sequence[Chunk], everywhere: bool = False) -> Tensor:
         """everywhere: logits [T, V] after each token of all chunks, instead."""
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], device=self._device)
-        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        last = torch.arange(len(ids)) if everywhere else ends[[chunk.is_last for chunk in chunks]] - 1
+        ends = itertools.accumulate(chunk.end - chunk.start for chunk in chunks)
+        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        wanted = torch.arange(len(ids)) if everywhere else torch.tensor(last, dtype=torch.long)
         step = self.step(chunks)
         adapters = [chunk.request.adapter for chunk in chunks for _ in range(chunk.start, chunk.end)]
-        return self._forward(ids, step, last.to(self._device), adapters)
+        return self._forward(ids, step, wanted.to(self._device), adapters)
 
     def step(self, chunks: Sequence[Chunk], most_rows: int = 0) -> AttentionStep:
         """Where the keys and values of these chunks are.

@@ -90,7 +90,8 @@ class LlamaHead:
         """Write keys and values of what is read, and guess behind it: ids [G, N], and how likely it is that each of
         them and those before it come true. What is below `lengths` counts, up to the first that is not above `least`.
 
-        kept: of each layer its keys and values, as attend_in_blocks() takes them.
+        kept: of each layer its keys and values, as attend_in_blocks() takes them. Raises ValueError if what may have
+        been seen is of another vocabulary.
         """
         arrays, count, wide = self._arrays, *read.behind.shape
         width = arrays.embeddings.shape[1]
@@ -102,6 +103,8 @@ class LlamaHead:
             wanted = Wanted(
                 nobody, nobody, arrays.norm[:0], *nothing, (of_none, of_none), nobody, np.empty((0, 0), np.int64)
             )
+        if wanted.seen.shape[1] != len(arrays.ids) and len(wanted.lengths):  # compiled code looks at no bounds
+            raise ValueError(f"{len(arrays.ids)} tokens can be guessed, and {wanted.seen.shape[1]} may have been seen")
         guesses, requests = int(wanted.lengths.max(initial=0)), len(wanted.lengths)
         made = np.empty((guesses, requests), np.int64), np.empty((guesses, requests), np.float32)
         stages = FUSING_STAGES + max(1, guesses) * (OTHER_STAGES + STAGES * len(table))
