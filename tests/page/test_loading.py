@@ -73,11 +73,44 @@ def test_a_page_comes_wherever_the_line_went_down(context, site, bytes_that_come
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("empty", ["page/main", "page/tree", "page/texts/en", "assets/index-.*", "assets/Blocks-.*"])
+def test_a_page_comes_though_one_of_its_modules_was_cut_in_its_headers(context, site, empty):
+    """A browser takes it for an empty file: the settings never came, or this browser could not start the page."""
+    with line_to(site, unlucky=rf"GET /{empty}\.js") as (_, address):
+        page = context.new_page()
+        page.goto(address)
+        expect(page.locator("#setting-seed")).to_be_attached()
+        ask(page)
+        expect(answers(page)).to_have_text("Hello!")
+
+
+@pytest.mark.slow
+def test_settings_come_though_a_part_of_them_was_never_answered(context, site):
+    """As where a line is dead without a word: nothing failed, and nothing was said."""
+    page = context.new_page()
+    page.route("**/assets/Blocks-*.js", lambda route: None)
+    open_page(page, site)
+    expect(page.locator("#setting-seed")).to_be_attached(timeout=MENDED_MS)
+
+
+@pytest.mark.slow
+def test_a_style_sheet_that_was_cut_in_its_headers_comes_where_it_stood(context, site):
+    with line_to(site, unlucky=r"GET /page/page\.css") as (_, address):
+        page = open_page(context.new_page(), address)
+        expect(page.locator("#chat")).to_have_css("position", "fixed")
+
+
+@pytest.mark.slow
 def test_a_document_that_was_cut_comes_though_all_that_it_names_was_there(context, site):
     """Nothing failed in it, so it stayed as it was."""
-    with line_to(site, left=20_000, short=True) as (_, address):
-        page = context.new_page()
+    with line_to(site, left=20_000, short=True) as (line, address):
+        page, early = context.new_page(), []  # what would be cut together with the document
+        page.route("**/page/**", lambda route: early.append(route) if line.left is not None else route.continue_())
         page.goto(address, wait_until="commit")
+        while line.left is not None:
+            page.wait_for_timeout(20)
+        for route in early:
+            route.continue_()
         expect(page.get_by_text(INCOMPLETE)).to_be_visible()
         ask(page)
         expect(answers(page)).to_have_text("Hello!")

@@ -1,6 +1,7 @@
 """A line between a browser and a server, which goes down where a test wants it to."""
 
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ class Line:
     """Relays connections to a server on this machine. left: bytes that the server may still say; None for no limit.
 
     Once they are said every connection is cut, and so is each new one until `left` is None again; at once, if it is
-    `short`.
+    `short`. unlucky: matches requests, of which the first gets an answer that is cut in its last header.
     """
 
-    def __init__(self, server_port: int, left: int | None = None, short: bool = False) -> None:
+    def __init__(
+        self, server_port: int, left: int | None = None, short: bool = False, unlucky: str | None = None
+    ) -> None:
         self.left, self._short = left, short
+        self._unlucky, self._doomed = unlucky, None
         self._server_port = server_port
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -40,10 +44,16 @@ class Line:
     def _relay(self, source: socket.socket, target: socket.socket, limited: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
+                if not limited and self._unlucky and re.match(self._unlucky, data.decode("latin-1")):
+                    self._unlucky, self._doomed = None, target
+                if source is self._doomed:
+                    target.sendall(data.partition(b"\r\n\r\n")[0])
+                    break
                 target.sendall(self._allowed(data) if limited else data)
                 if limited and self.left == 0:
-                    self.left = None if self._short else 0
                     self.cut()
+                    if self._short:
+                        self.left = None
         for each in (source, target):
             self._end(each)
 
@@ -71,9 +81,11 @@ class Line:
 
 
 @contextlib.contextmanager
-def line_to(address: str, left: int | None = None, short: bool = False) -> Iterator[tuple[Line, str]]:
+def line_to(
+    address: str, left: int | None = None, short: bool = False, unlucky: str | None = None
+) -> Iterator[tuple[Line, str]]:
     """A line to the server at an address, and its own address."""
-    line = Line(int(address.rstrip("/").rpartition(":")[2]), left, short)
+    line = Line(int(address.rstrip("/").rpartition(":")[2]), left, short, unlucky)
     try:
         yield line, f"http://127.0.0.1:{line.port}/"
     finally:

@@ -8,7 +8,8 @@ const ELEMENT = "gradio-app"; // which Gradio's code defines, and in which it ma
 const FRAME = "[control_page_title]"; // that element, by whichever name
 const LOOK_MS = 20;
 const ASK_MS = 1000; // between two questions whether the server is back
-const PATIENCE_MS = 10_000; // for another start to come to something
+const ANSWER_MS = 20_000; // for the answer: a line may be dead without a word
+const PATIENCE_MS = 30_000; // in which nothing more of a start has come
 const MOST_RESTARTS = 3; // by themselves
 
 /**
@@ -38,6 +39,7 @@ function keepLanguage() {
 class Loading {
   isDone = false;
   #restarts = 0;
+  #parts = 0; // that have come
   #isBroken = false;
   #mending = null;
 
@@ -46,6 +48,15 @@ class Loading {
     nameElements(() => (this.#restarts ? `${ELEMENT}-${this.#restarts}` : ELEMENT));
     addEventListener("error", ({ target }) => target.localName === "script" && this.#mend(), true);
     addEventListener("unhandledrejection", () => this.#mend()); // a module that did not come
+    new PerformanceObserver((list) => this.#count(list.getEntries())).observe({ type: "resource", buffered: true });
+    this.#outcome().then(() => this.isDone || this.#mend());
+  }
+
+  /** Of a file whose headers were cut, browsers make an empty one, over plain HTTP, and say nothing. */
+  #count(entries) {
+    const parts = entries.filter(({ name }) => name.startsWith(new URL(".", this.#code()).href));
+    this.#parts += parts.length;
+    if (parts.some(({ decodedBodySize, transferSize }) => decodedBodySize === 0 && transferSize > 0)) this.#mend();
   }
 
   #mend() {
@@ -60,15 +71,29 @@ class Loading {
       if (this.isDone) return;
       this.#isBroken = false;
       this.#restart();
-      for (let waited = 0; waited < PATIENCE_MS && !this.isDone && !this.#isBroken; waited += ASK_MS) await pause(ASK_MS);
+      await this.#outcome();
     } while (this.#isBroken && this.#restarts < MOST_RESTARTS);
     if (!this.isDone) this.onMissing();
   }
 
-  /** Under addresses of its own: most browsers remember of a module that it did not come, and never ask again. */
+  /** Comes once this start is done or broken, or nothing more of it comes. */
+  async #outcome() {
+    let before;
+    for (let waited = 0; waited < PATIENCE_MS && !this.isDone && !this.#isBroken; waited += ASK_MS) {
+      if (this.#parts !== before) waited = 0;
+      before = this.#parts;
+      await pause(ASK_MS);
+    }
+  }
+
+  /** Each start has addresses of its own: most browsers remember of a module that it did not come, and never ask again. */
+  #code() {
+    return this.#restarts ? gradiosCode().replace(/\/assets\/(?=[^/]+$)/, `/page/again/${this.#restarts}/`) : gradiosCode();
+  }
+
   #restart() {
     this.#restarts += 1;
-    run(gradiosCode().replace(/\/assets\/(?=[^/]+$)/, `/page/again/${this.#restarts}/`));
+    run(this.#code());
     const frame = document.querySelector(FRAME);
     const attributes = Object.fromEntries([...frame.attributes].map(({ name, value }) => [name, value]));
     frame.replaceWith(h(`${ELEMENT}-${this.#restarts}`, attributes));
@@ -95,7 +120,7 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 async function isReachable() {
   try {
-    return (await fetch("page/state")).status < 502;
+    return (await fetch("page/state", { signal: AbortSignal.timeout(ANSWER_MS) })).status < 502;
   } catch {
     return false;
   }

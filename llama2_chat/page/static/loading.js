@@ -15,6 +15,7 @@
   let isMending = false;
 
   addEventListener("error", notice, true);
+  document.addEventListener("load", noticeEmpty, true); // which the window is not told of
   addEventListener("begun", begin); // told by main.js, as is the other
   addEventListener("stuck", () => hasBegun || (say(said.incomplete), mend()));
   const watch = setInterval(lookForProgress, LOOK_MS);
@@ -24,8 +25,23 @@
   function notice({ target, error }) {
     if (target.id === "page") say(said.incomplete); // its event stands for all modules that it imports
     else if (target.rel === "stylesheet") lost.add(target);
-    else return error && !hasBegun && giveUp();
+    else if (!error || hasBegun) return;
+    else if (!modules().some(isEmpty)) return giveUp();
+    else say(said.incomplete);
     mend();
+  }
+
+  /** Of a file whose headers were cut, browsers make an empty one, over plain HTTP, and call it loaded. */
+  function noticeEmpty({ target }) {
+    if (target.id === "page" && isEmpty(target)) say(said.incomplete);
+    else if (target.rel === "stylesheet" && target.sheet?.cssRules.length === 0) lost.add(target);
+    else return;
+    mend();
+  }
+
+  function isEmpty({ href, src }) {
+    const came = performance.getEntriesByName(href ?? src);
+    return came.some(({ decodedBodySize, transferSize }) => decodedBodySize === 0 && transferSize > 0);
   }
 
   function begin() {
@@ -66,8 +82,12 @@
   /** The addresses of what is to come. */
   function missing() {
     if (hasBegun) return [...lost].map(({ href }) => href);
-    const files = document.querySelectorAll("link[rel=modulepreload], link[rel=stylesheet], #page");
-    return [location.href, ...[...files].map(({ href, src }) => href ?? src)];
+    const files = [...modules(), ...document.querySelectorAll("link[rel=stylesheet]")];
+    return [location.href, ...files.map(({ href, src }) => href ?? src)];
+  }
+
+  function modules() {
+    return [...document.querySelectorAll("link[rel=modulepreload], #page")];
   }
 
   async function areThere(addresses) {
