@@ -15,6 +15,7 @@ import importlib
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -43,11 +44,8 @@ VERSION = hashlib.sha256(
     b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()[:12]
 MODULES = "block_attention", "cpu_sampling", "int8_rows"  # that have compiled functions
-MODULES_WITH_VNNI = (
-    "panels",
-    "llama_layers",
-    "llama_head",
-)  # that have some, too, are imported only where it is, and import those
+MODULES_WITH_VNNI = "panels", "llama_layers"  # that have some, too, are imported only where it is, and import those
+MODULES_FOR_FEW = ("llama_head",)  # the same, and compiled only once they are needed
 
 _is_aside = False  # whether this is a process that compiles for another
 
@@ -71,7 +69,8 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             log.debug("%s is compiled at each start: %s", function.__name__, error)
             return njit(signature, **OPTIONS)(function)
         if not [*Path(kept.stats.cache_path).glob(f"*.{function.__qualname__}-*.nbi")]:
-            _compile_aside()
+            name = function.__module__.rpartition(".")[2]
+            _compile_aside(*(each for each in MODULES_FOR_FEW if each == name))
         try:
             kept.compile(signature)
         except Exception as error:  # the disk is full, or what was kept there is damaged
@@ -86,12 +85,13 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 @cache
-def _compile_aside() -> None:
-    """Have another process compile what is not kept yet. What it leaves undone this one does."""
+def _compile_aside(*names: str) -> None:
+    """Have another process compile what is not kept yet. What it leaves undone this one does. names: as there."""
     if _is_aside:
         return
+    command = [*python_command(f"{__name__}:compile_all"), *names]
     try:
-        done = subprocess.run(python_command(f"{__name__}:compile_all"), capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         log.debug("No other process compiles: %s", error)
         return
@@ -100,8 +100,12 @@ def _compile_aside() -> None:
 
 
 def compile_all() -> None:
-    """Compile all functions that there are, and keep what came of it: the work of such another process."""
+    """Compile the functions of the modules that arguments name, or of those that every model needs, and keep what came
+    of it: the work of such another process."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as processes:
+        if names := sys.argv[1:]:
+            list(processes.map(_compile_module, names))
+            return
         list(processes.map(_compile_module, MODULES))
         if panels_are_fast():
             list(processes.map(_compile_module, MODULES_WITH_VNNI))

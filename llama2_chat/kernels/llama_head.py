@@ -135,7 +135,8 @@ def fuse_row(behind, ones, numbers):
     last = len(behind) - width
     for at in range(0, last, width):
         normed(behind[at : at + width], ones, EVENING, numbers[at : at + width])
-    numbers[last:] = behind[last:]
+    for i in range(last, len(behind)):
+        numbers[i] = behind[i]
 
 
 @part
@@ -144,14 +145,15 @@ def join_features(embedding, scale, features, numbers):
     width = len(embedding)
     for i in range(width):
         numbers[i] = widened(embedding[i]) * scale
-    numbers[width:] = features
+        numbers[width + i] = features[i]
 
 
 @part
 def add_to_bias(bias, products, row, count, largest, output):
     """A row of a product, joined, with its bias."""
     width = len(bias)
-    output[:] = bias
+    for i in range(width):
+        output[i] = bias[i]
     add_row(products[row * width :], products[(count + row) * width :], largest[row], output)
 
 

@@ -357,7 +357,8 @@ def compute_llama(
         if heard_at[number] >= 0:
             row = take(me, turns, stage, count)
             while row < count:
-                heard[heard_at[number], row] = hidden[row]
+                for i in range(width):  # as a row, numba compiles what it would say of rows that are not alike, too
+                    heard[heard_at[number], row, i] = hidden[row, i]
                 row = take_next(me, turns, stage, count)
             stage = end_of(me, turns, stage, count)
 
