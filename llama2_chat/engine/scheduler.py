@@ -18,6 +18,9 @@ from llama2_chat.errors import Busy
 # While others are being answered or read a chunk takes about so long, and a step of theirs comes on top: it is the gap
 # in their text, or their wait. On a GPU the shortest chunk costs about as little a token as longer ones do.
 CHUNK_S = 0.03
+# Several prompts take as long each, up to so many: with short chunks all who are not yet read would wait for a step of
+# the few who are answered behind each.
+PROMPTS_AT_ONCE = 4
 ALONE_S = 0.5  # of a client who is alone: Stop, and whoever comes next, wait no longer
 RESERVED_BLOCKS = 2  # left for each running request to grow into when another comes in
 
@@ -302,17 +305,18 @@ class Scheduler:
         unread: Counter[str] = Counter()
         for request in requests:
             unread[request.client] += len(request.ids) - request.computed
-        room, shares = self._chunk_tokens(), {}
+        room, shares = self._chunk_tokens(len(requests)), {}
         for served, (client, tokens) in enumerate(sorted(unread.items(), key=lambda each: each[1]), 1):
             shares[client] = min(tokens, room if served == len(unread) else room * 3 // 4)
             room -= shares[client]
         return shares
 
-    def _chunk_tokens(self) -> int:
+    def _chunk_tokens(self, prompts: int) -> int:
         alone = not self.decoding and len(_counted(self.running)) < 2
         if alone and not self._prefill_tokens_per_s:
             return self._chunk_limit
-        tokens = int(self._prefill_tokens_per_s * (ALONE_S if alone and not self.waiting else CHUNK_S))
+        together = CHUNK_S * min(prompts, PROMPTS_AT_ONCE)
+        tokens = int(self._prefill_tokens_per_s * (ALONE_S if alone and not self.waiting else together))
         doubled = max(tokens // self.config.shortest_chunk, 1).bit_length() - 1  # as recorded steps are
         return min(self._chunk_limit, self.config.shortest_chunk << doubled)
 

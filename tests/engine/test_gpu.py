@@ -523,12 +523,13 @@ def test_five_hundred_who_make_room_for_each_other_leave_nothing_behind(kv_cache
 
 def test_a_chunk_of_a_prompt_does_not_wait_for_what_leaves_for_the_host_meanwhile(model):
     engine = running(model, compile=False)
-    answer(engine, [1], GREEDY)  # what the first one takes memory for
+    first, second = prompts([3000, 3000])
+    answer(engine, first, GREEDY)  # takes memory, compiles and loads kernels, all of which may wait for the whole GPU
     leaving, left = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(leaving):
         torch.cuda._sleep(4_000_000_000)  # clock cycles, some two seconds
         left.record()
-    answer(engine, prompts([3000])[0], GREEDY)  # in two chunks
+    answer(engine, second, GREEDY)  # in two chunks
     assert not left.query()
     left.synchronize()
     engine.close()

@@ -6,7 +6,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from llama2_chat.engine.request import Request
-from llama2_chat.engine.scheduler import Scheduler, SchedulerConfig
+from llama2_chat.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from llama2_chat.errors import Busy
 from llama2_chat.types import SamplingParams
 
@@ -168,7 +168,7 @@ def test_long_prompts_are_read_in_chunks_and_short_ones_beside_them():
     assert [(c.request, c.start, c.end) for c in s.prefill_chunks(s.prefilling)] == [(long, 16, 20), (short, 0, 3)]
 
 
-def test_while_others_are_answered_a_chunk_takes_a_tenth_of_a_second():
+def test_while_others_are_answered_a_chunk_takes_a_few_hundredths_of_a_second():
     s = scheduler()
     answered, long = admitted(s, [1] * 3, [2] * 20)
     prefill(s, [answered])
@@ -176,6 +176,15 @@ def test_while_others_are_answered_a_chunk_takes_a_tenth_of_a_second():
     assert [c.end - c.start for c in s.prefill_chunks([long])] == [4]  # never fewer than the shortest chunk
     s.measured(s.prefill_chunks([long]), seconds=0.01)  # 400 a second, so 12 in a chunk's time
     assert [c.end - c.start for c in s.prefill_chunks([long])] == [8]  # the shortest, doubled
+
+
+def test_several_prompts_are_read_for_longer_at_once_but_never_longer_than_four_are():
+    s = scheduler(max_batch=7, num_blocks=65, longest_chunk=64)
+    answered, *prompts = admitted(s, [1] * 3, *([n] * 20 for n in range(2, 8)))
+    prefill(s, [answered])
+    s.measured([Chunk(prompts[0], 0, 4)], seconds=0.03)  # as many as a chunk of one prompt may take
+    for count, tokens in ((1, 4), (2, 8), (3, 8), (4, 16), (6, 16)):
+        assert sum(c.end - c.start for c in s.prefill_chunks(prompts[:count])) == tokens
 
 
 def test_a_client_alone_is_read_for_half_a_second_and_more_briefly_while_more_of_its_questions_wait():

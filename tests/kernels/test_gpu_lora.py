@@ -123,8 +123,7 @@ def test_kernels_add_to_each_row_what_its_adapter_says_whoever_shares_the_step()
     ids=["query and value", "MLP", "down", "odd sizes"],
 )
 @torch.inference_mode()
-def test_kernels_add_on_this_gpu_what_pytorch_adds(inputs, widths, adapted, dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_kernels_add_on_this_gpu_what_pytorch_adds(inputs, widths, adapted, dtype):
     case = Case(4, 16, inputs, widths, adapted, dtype, "cuda")
     for rows in (1, 8, 33, 64, 65):
         check_products(case, rows)
