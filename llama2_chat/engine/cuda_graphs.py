@@ -8,13 +8,15 @@ reads all it needs from tensors that stay where they are, so the host only says 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -47,6 +49,7 @@ SIZES: tuple[tuple[Kind, int], ...] = (
     *(("decode", 1), ("prefill", 512), ("decode", 8), ("decode", 32), ("prefill", 2048), ("prefill", 128)),
     *(("decode", 4), ("decode", 16), ("prefill", 1024), ("prefill", 256), ("prefill", 64), ("decode", 2)),
 )
+LEAST_TOKENS = 192  # so many take as long as fewer do, by prompts of 100 and 512 tokens: all weights are read
 PIECE_SIZE = 512  # tokens: how prompts are read where all steps have the same number of rows
 
 
@@ -349,7 +352,7 @@ class RecordedWay:
         return torch.tensor(rows + [(self._sampler.padding, 0, 0)] * (size - len(rows))).t().contiguous()
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """None if the longest chunk fits in no recorded step. Chunks are packed into as few steps as they fit in."""
+        """None if the longest chunk fits in no recorded step."""
         if self._deterministic:
             self._bind([chunk.request for chunk in chunks])
             logits, heard = self._replay_prefill(chunks)
@@ -359,18 +362,11 @@ class RecordedWay:
         if not any(size >= longest for size in self._prefills):
             return None
         self._bind([chunk.request for chunk in chunks])
-        packs: list[list[Chunk]] = []
-        room = 0
-        for chunk in chunks:
-            if _padded(chunk) > room:
-                packs.append([])
-                room = max(self._prefills)
-            packs[-1].append(chunk)
-            room -= _padded(chunk)
+        packs = _packs(chunks, self._prefills)
         replayed = [self._replay_prefill(pack) for pack in packs]
         logits = torch.cat([logits for logits, _ in replayed])
         self._hear({behind: torch.cat([heard[behind] for _, heard in replayed]) for behind in self._heard})
-        return logits[[index for index, chunk in enumerate(chunks) if chunk.is_last]]
+        return logits[[index for index, chunk in enumerate(itertools.chain(*packs)) if chunk.is_last]]
 
     def _replay_prefill(self, pack: Sequence[Chunk]) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits after each chunk, and what listen() asks for."""
@@ -563,6 +559,32 @@ def _add_and_norm(
 def _padded(chunk: Chunk) -> int:
     """Tokens that a chunk takes in a recorded step: whole tiles."""
     return -(-(chunk.end - chunk.start) // TILE_SIZE) * TILE_SIZE
+
+
+def _packs(chunks: Sequence[Chunk], sizes: Collection[int]) -> list[list[Chunk]]:
+    """The chunks, in order, in steps of these sizes that take least time: one may be read in parts by several steps."""
+    packs: list[list[Chunk]] = []
+    left = deque(chunks)
+    for room in _steps(sum(map(_padded, chunks)), sizes):
+        packs.append([])
+        while left and room:
+            chunk = left.popleft()
+            if _padded(chunk) > room:
+                middle = chunk.start + room
+                left.appendleft(replace(chunk, start=middle))
+                chunk = replace(chunk, end=middle)
+            packs[-1].append(chunk)
+            room -= _padded(chunk)
+    return packs
+
+
+def _steps(tokens: int, sizes: Collection[int]) -> list[int]:
+    """Of these sizes those that have room for so many tokens together and take least time, the largest first."""
+    enough, fewer = [size for size in sizes if size >= tokens], [size for size in sizes if size < tokens]
+    ways = [[min(enough)]] if enough else []
+    if fewer:
+        ways.append([max(fewer), *_steps(tokens - max(fewer), sizes)])
+    return min(ways, key=lambda steps: sum(max(size, LEAST_TOKENS) for size in steps))
 
 
 def _packed(chunks: Sequence[Chunk], size: int, padding: int, skipped: int = 0) -> Tensor:

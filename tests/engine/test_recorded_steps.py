@@ -13,13 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from llama2_chat.engine import cuda_graphs
-from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _Recording
+from llama2_chat.engine.cuda_graphs import RecordedWay, _DecodeRecording, _packs, _padded, _Recording
 from llama2_chat.engine.drafts import Confidence, Drafts
 from llama2_chat.engine.engine import Engine
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, KVPool
 from llama2_chat.engine.model_runner import ModelRunner, _draft_net, _drafter
 from llama2_chat.engine.paged_attention import attention_windows
 from llama2_chat.engine.sampler import NARROW, SamplerState
+from llama2_chat.engine.scheduler import Chunk
 from llama2_chat.engine.step_ways import Outcome
 from llama2_chat.training.draft_training import new_head
 from llama2_chat.types import SamplingParams
@@ -394,6 +395,33 @@ def recording_runner(model, sizes, deterministic, draft=None, kernel=None, draft
     runner = ModelRunner(model, pool, sampler, context, None, way, 128, windows, **options)
     runner._eager._on_cpu = False
     return runner, way
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps"),
+    [
+        ([1], [64]),
+        ([130], [256]),  # as long as 128 and 64 more
+        ([512], [512]),
+        ([520], [512, 64]),
+        ([700], [512, 256]),
+        ([900], [1024]),
+        ([1100], [1024, 128]),
+        ([500, 500, 500], [1024, 512]),
+        ([2048, 1], [2048, 64]),
+        ([30] * 40, [2048, 512]),
+    ],
+)
+def test_prompts_are_read_in_the_recorded_steps_that_take_least_time(lengths, steps):
+    chunks = [Chunk(number, 7, 7 + length) for number, length in enumerate(lengths)]
+    packs = _packs(chunks, [64, 128, 256, 512, 1024, 2048])
+    for pack, size in zip(packs, steps, strict=True):
+        assert sum(map(_padded, pack)) <= size
+    parts = [part for pack in packs for part in pack]
+    for each in chunks:
+        places = [place for part in parts if part.request == each.request for place in range(part.start, part.end)]
+        assert places == [*range(each.start, each.end)]
+    assert [part.request for part in parts] == sorted(part.request for part in parts)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
