@@ -18,12 +18,15 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from llama2_chat.kernels.compiled import (
+    FETCHED,
     LANES,
     VECTOR,
     bits_of,
     compiled,
     exp,
+    fetch,
     float_of,
+    in_all_lanes,
     of_ordinal,
     ordinal,
     part,
@@ -35,40 +38,38 @@ MANY_TOKENS = 64  # of a step: for fewer, calling other threads takes longer tha
 ROWS = 4  # of queries that are multiplied at once
 FEW_ROWS = 32  # for fewer, widening a block beforehand takes longer than widening it for each ROWS
 TILE = BLOCK if torch.backends.cpu.get_cpu_capability() == "AVX512" else LANES  # columns whose sums fit into registers
-SIZE, INDEX = ir.IntType(64), ir.IntType(32)
+SIZE = ir.IntType(64)
 
 
 @intrinsic
-def add_product(typing: Any, left: Any, right: Any, n: Any, width: Any, output: Any) -> Any:
+def add_product(typing: Any, left: Any, right: Any, n: Any, width: Any, output: Any, ahead: Any) -> Any:
     """output [ROWS, BLOCK] += left [ROWS, :n] @ right [:n, :BLOCK], each as one row of numbers.
 
-    right: float32, or bfloat16 as uint16; its rows are `width` apart. A sum stays in a register until all of its n
-    products are added, by fma, from the first to the last.
+    right: float32, or bfloat16 as uint16; its rows are `width` apart. Of the latter, what stands `ahead` of it
+    is fetched meanwhile. A sum stays in a register until all of its n products are added, by fma, from the first on.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         left_array, right, output = (
             context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 1, 4)
         )
-        n, width = arguments[2:4]
+        n, width, ahead = arguments[2], arguments[3], arguments[5]
+        in_bits = signature.args[1].dtype != types.float32
         in_row = builder.udiv(builder.extract_value(left_array.shape, 0), SIZE(ROWS))
         left, right, output = left_array.data, right.data, output.data
         fma = get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), "llvm.fma.v16f32")
 
-        def vector(start: Any, at: int) -> Any:
-            return builder.bitcast(builder.gep(start, [SIZE(at)]), VECTOR.as_pointer())
+        def vector(start: Any, at: Any) -> Any:
+            at = SIZE(at) if isinstance(at, int) else at
+            return builder.bitcast(builder.gep(start, [at]), VECTOR.as_pointer())
 
         def numbers(start: Any, at: int) -> Any:
-            if signature.args[1].dtype == types.float32:
+            if not in_bits:
                 return builder.load(vector(start, at), align=4)
             halves, wholes = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 32))
             place = builder.bitcast(builder.gep(start, [SIZE(at)]), halves.as_pointer())
             bits = builder.zext(builder.load(place, align=2), wholes)
             return builder.bitcast(builder.shl(bits, wholes([16] * LANES)), VECTOR)
-
-        def in_all_lanes(number: Any) -> Any:
-            one = builder.insert_element(VECTOR(ir.Undefined), number, INDEX(0))
-            return builder.shuffle_vector(one, one, ir.VectorType(INDEX, LANES)([0] * LANES))
 
         for first in range(0, BLOCK, TILE):
             columns = range(first, first + TILE, LANES)
@@ -78,9 +79,12 @@ def add_product(typing: Any, left: Any, right: Any, n: Any, width: Any, output: 
             with for_range(builder, n) as loop:
                 of_right = builder.gep(right, [builder.mul(loop.index, width)])
                 factors = {column: numbers(of_right, column) for column in columns}
+                if in_bits:
+                    for column in range(first, first + TILE, FETCHED // 2):
+                        fetch(builder, vector(of_right, builder.add(ahead, SIZE(column))))
                 for row in range(ROWS):
                     of_left = builder.gep(left, [builder.add(builder.mul(in_row, SIZE(row)), loop.index)])
-                    number = in_all_lanes(builder.load(of_left))
+                    number = in_all_lanes(builder, builder.load(of_left))
                     for column in columns:
                         kept = sums[row, column]
                         builder.store(builder.call(fma, [number, factors[column], builder.load(kept)]), kept)
@@ -88,7 +92,7 @@ def add_product(typing: Any, left: Any, right: Any, n: Any, width: Any, output: 
                 builder.store(builder.load(kept), vector(output, row * BLOCK + column), align=4)
         return context.get_dummy_value()
 
-    return types.void(left, right, types.intp, types.intp, output), build
+    return types.void(left, right, types.intp, types.intp, output, types.intp), build
 
 
 @part
@@ -188,14 +192,16 @@ def room_for(rows, head_dim):
 
 
 @part
-def attend_piece(states, first, start, end, table, head, keys, values, scale, output, room):
+def attend_piece(states, first, start, end, table, head, then, keys, values, scale, output, room):
     """Let each token of one piece attend to its request so far, with the queries of one of the kv_heads.
 
-    room: of room_for(), for all rows of the piece. attend_in_blocks() says what else is taken.
+    then: what is read after this piece, block * kv_heads + head. room: of room_for(), for
+    all rows of the piece. attend_in_blocks() says what else is taken.
     """
     queries, mixed, totals, highest, scores, key_block, value_block = room
     heads, head_dim = output.shape[1], output.shape[2]
-    group, panels = heads // keys.shape[1], len(mixed)
+    kv_heads, panels = keys.shape[1], len(mixed)
+    group = heads // kv_heads
     count = (end - start) * group
     direct = count <= FEW_ROWS and head_dim % BLOCK == 0  # the block is multiplied as it is kept
     for token in range(end - start):
@@ -207,8 +213,11 @@ def attend_piece(states, first, start, end, table, head, keys, values, scale, ou
     mixed[:] = 0
     totals[:] = 0
     highest[:] = -np.inf
-    for index in range((end + BLOCK - 1) // BLOCK):
+    blocks = (end + BLOCK - 1) // BLOCK
+    for index in range(blocks):
         held = min(BLOCK, end - index * BLOCK)
+        following = table[index + 1] * kv_heads + head if index + 1 < blocks else then
+        ahead = (following - table[index] * kv_heads - head) * head_dim * BLOCK
         key_bits, value_bits = keys[table[index], head], values[table[index], head]
         if not direct:
             widen_keys(key_bits, held, key_block)
@@ -217,9 +226,9 @@ def attend_piece(states, first, start, end, table, head, keys, values, scale, ou
             scores[:] = 0
             some = queries[at * head_dim : (at + ROWS) * head_dim]
             if direct:
-                add_product(some, key_bits.reshape(-1), head_dim, BLOCK, scores)
+                add_product(some, key_bits.reshape(-1), head_dim, BLOCK, scores, ahead)
             else:
-                add_product(some, key_block, head_dim, BLOCK, scores)
+                add_product(some, key_block, head_dim, BLOCK, scores, 0)
             for row in range(at, min(at + ROWS, count)):
                 seen = min(BLOCK, start + row // group + 1 - index * BLOCK)
                 shares = scores[(row - at) * BLOCK : (row - at + 1) * BLOCK]
@@ -231,15 +240,32 @@ def attend_piece(states, first, start, end, table, head, keys, values, scale, ou
             for panel in range(panels):
                 found_so_far = mixed[panel, at * BLOCK : (at + ROWS) * BLOCK]
                 if direct:
-                    add_product(scores, value_bits.reshape(-1)[panel * BLOCK :], held, head_dim, found_so_far)
+                    add_product(scores, value_bits.reshape(-1)[panel * BLOCK :], held, head_dim, found_so_far, ahead)
                 else:
-                    add_product(scores, value_block[panel], BLOCK, BLOCK, found_so_far)
+                    add_product(scores, value_block[panel], BLOCK, BLOCK, found_so_far, 0)
     for row in range(count):
         total, found = whole_sum(totals[row]), output[first + row // group, head * group + row % group]
         for panel in range(panels):
             at = panel * BLOCK
             for d in range(min(BLOCK, head_dim - at)):
                 found[at + d] = mixed[panel, row * BLOCK + d] / total
+
+
+@part
+def attend_all(me, turns, stage, states, pieces, keys, values, scale, output, room):
+    """The stage in which each token attends to its request so far; attend_in_blocks() says what is taken. Returns the
+    next stage. room: of room_for(), for all rows of any piece."""
+    firsts, starts, ends, tables = pieces
+    kv_heads = keys.shape[1]
+    shares = len(firsts) * kv_heads
+    share = take(me, turns, stage, shares)
+    while share < shares:
+        n, head = share // kv_heads, share % kv_heads
+        later = min(share + 1, shares - 1)
+        then = tables[later // kv_heads, 0] * kv_heads + later % kv_heads
+        attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, then, keys, values, scale, output, room)
+        share = take_next(me, turns, stage, shares)
+    return end_of(me, turns, stage, shares)
 
 
 @compiled("void(float32[:, :, ::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1])")
@@ -255,15 +281,8 @@ def write_rows(states, tokens, keys, values):
 )
 def attend_pieces(me, turns, states, firsts, starts, ends, tables, keys, values, scale, output):
     """Let each token of N pieces attend to its request so far; attend_in_blocks() says what is taken."""
-    kv_heads = keys.shape[1]
-    room = room_for((ends - starts).max() * (output.shape[1] // kv_heads), output.shape[2])
-    shares = len(firsts) * kv_heads
-    share = take(me, turns, 0, shares)
-    while share < shares:
-        n, head = share // kv_heads, share % kv_heads
-        attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, keys, values, scale, output, room)
-        share = take_next(me, turns, 0, shares)
-    end_of(me, turns, 0, shares)
+    room = room_for((ends - starts).max() * (output.shape[1] // keys.shape[1]), output.shape[2])
+    attend_all(me, turns, 0, states, (firsts, starts, ends, tables), keys, values, scale, output, room)
 
 
 def attend_in_blocks(

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 from numba import config, njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from llama2_chat.process import python_command
@@ -55,6 +56,7 @@ LN_2_REST = np.float32(-2.12194440e-4)
 LEAST, MOST = np.float32(-87), np.float32(88)  # whose exponentials float32 has
 
 LANES = 16  # numbers of a vector; a processor that has none so long takes several
+FETCHED = 64  # bytes that processors fetch at once
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -125,6 +127,25 @@ def panels_are_fast() -> bool:
         return False
     features = binding.get_host_cpu_features()
     return features.get("avx512vnni", False) and not features.get("amx-int8", False)
+
+
+def in_all_lanes(builder: Any, number: Any) -> Any:
+    """A vector that has a number of 32 bits LANES times."""
+    index = ir.IntType(32)
+    one = builder.insert_element(ir.VectorType(number.type, LANES)(ir.Undefined), number, index(0))
+    return builder.shuffle_vector(one, one, ir.VectorType(index, LANES)([0] * LANES))
+
+
+def fetch(builder: Any, address: Any) -> None:
+    """Have what lies there, FETCHED bytes of any memory or none, fetched to the second cache while others are computed.
+
+    A processor that multiplies much of each number reads too few ahead by itself.
+    """
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    to_read, second, data = number(0), number(2), number(1)
+    builder.call(prefetch, [builder.bitcast(address, byte), to_read, second, data])
 
 
 @intrinsic

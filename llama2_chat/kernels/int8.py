@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llama2_chat.kernels.panels import Panels
 
 FEW_ROWS = 16  # of bytes: up to 8 tokens
-PANEL = 64  # outputs of Panels
+PANEL = 32  # outputs of Panels
 ZERO = 128  # of bytes without a sign: VNNI takes these, and oneDNN has fast kernels without AMX for them alone
 
 

@@ -84,13 +84,11 @@ def add_row(high, low, largest, output):
 
 
 @part
-def gate_row(high, low, largest, output):
-    """SiLU of the first half of what joins, times the second."""
+def gate_row(row, output):
+    """SiLU of the first half of a row, times the second."""
     width = len(output)
     for i in range(width):
-        gate = joined(high[i], low[i], largest)
-        up = joined(high[width + i], low[width + i], largest)
-        output[i] = gate / (np.float32(1) + exp(-gate)) * up
+        output[i] = row[i] / (np.float32(1) + exp(-row[i])) * row[width + i]
 
 
 @compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1])")
@@ -176,10 +174,11 @@ def turn_rows(products, largest, cos, sin, turned, states):
 
 @compiled("void(float32[:, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], float32[::1])")
 def gate_rows(products, largest, rows, codes, codes_largest):
-    """gate_row() of each row: as rows, [n, width], and as split_rows() writes them."""
-    count = len(rows)
+    """gate_row() of each row, joined: as rows, [n, width], and as split_rows() writes them."""
+    count, numbers = len(rows), np.empty(products.shape[1], np.float32)
     for row in range(count):
-        gate_row(products[row], products[count + row], largest[row], rows[row])
+        join_row(products[row], products[count + row], largest[row], numbers)
+        gate_row(numbers, rows[row])
         codes_largest[row] = split(rows[row], codes[row], codes[count + row])
 
 

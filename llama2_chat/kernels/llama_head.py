@@ -15,7 +15,7 @@ from llama2_chat.kernels.block_attention import BLOCK, widened
 from llama2_chat.kernels.compiled import compiled, part
 from llama2_chat.kernels.cpu_sampling import PART, best_of
 from llama2_chat.kernels.crew import end_of, take, take_next, turns_for, with_help
-from llama2_chat.kernels.int8_rows import add_row, normed
+from llama2_chat.kernels.int8_rows import normed
 from llama2_chat.kernels.llama_layers import (
     STAGES,
     Kept,
@@ -24,7 +24,6 @@ from llama2_chat.kernels.llama_layers import (
     addresses,
     compute_layer,
     multiply,
-    multiply_and_join,
     own_space,
     split_row,
 )
@@ -149,12 +148,9 @@ def join_features(embedding, scale, features, numbers):
 
 
 @part
-def add_to_bias(bias, products, row, count, largest, output):
-    """A row of a product, joined, with its bias."""
-    width = len(bias)
-    for i in range(width):
-        output[i] = bias[i]
-    add_row(products[row * width :], products[(count + row) * width :], largest[row], output)
+def add(row, output):
+    for i in range(len(row)):
+        output[i] += row[i]
 
 
 @compiled(
@@ -163,7 +159,7 @@ def add_to_bias(bias, products, row, count, largest, output):
     " float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1],"
     " int64[::1], int64[::1], float32[::1], boolean[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1],"
     " int64[::1], int64[:, ::1], float32[:, :, ::1], float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1],"
-    " float32[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[:, ::1], float32[:, ::1])"
+    " float32[:, ::1], float32[:, ::1], float32[:, ::1], int64[:, ::1], float32[:, ::1])"
 )
 def compute_guesses(
     me,
@@ -205,7 +201,6 @@ def compute_guesses(
     gated,
     codes,
     largest,
-    products,
     hidden,
     features,
     logits,
@@ -217,11 +212,11 @@ def compute_guesses(
     Each thread runs this and finds out by itself who is guessed for: what tells it is written once.
     """
     (count, wide), width = behind.shape, hidden.shape[1]
-    numbers, room = own_space(hidden, states, attended, starts, ends)
+    numbers, room = own_space(hidden, states, attended, gated, starts, ends)
     joined, ones = np.empty(max(wide, 2 * width), np.float32), np.ones(width, np.float32)
     orders = np.empty(len(vocabulary), np.int32)
     highest = np.empty((len(vocabulary) + PART - 1) // PART, np.int32)
-    model, space = (num_blocks, epsilon, scale), (states, attended, gated, codes, largest, products, numbers, room)
+    model, space = (num_blocks, epsilon, scale), (states, attended, gated, codes, largest, numbers, room)
     stage = 0
 
     if len(fuse):
@@ -231,7 +226,7 @@ def compute_guesses(
             split_row(row, joined[:wide], count, codes, largest)
             row = take_next(me, turns, stage, count)
         stage = end_of(me, turns, stage, count)
-        stage = multiply(me, turns, stage, codes, count, wide, fuse, products, width)
+        stage = multiply(me, turns, stage, codes, count, wide, fuse, largest, features, False)
 
     going = at = np.arange(len(lengths))  # who is guessed for, and where the features of their newest guesses are
     guess = 0
@@ -244,18 +239,18 @@ def compute_guesses(
                 )
             else:
                 if len(fuse):
-                    add_to_bias(fuse_bias, products, row, count, largest, features[row])
+                    add(fuse_bias, features[row])
                 else:
                     features[row] = behind[row]
                 join_features(embeddings[ids[row]], embedding_scale, features[row], joined[: 2 * width])
             split_row(row, joined[: 2 * width], count, codes, largest)
             row = take_next(me, turns, stage, count)
         stage = end_of(me, turns, stage, count)
-        stage = multiply(me, turns, stage, codes, count, 2 * width, fc, products, width)
+        stage = multiply(me, turns, stage, codes, count, 2 * width, fc, largest, hidden, False)
 
         row = take(me, turns, stage, count)
         while row < count:
-            add_to_bias(fc_bias, products, row, count, largest, hidden[row])
+            add(fc_bias, hidden[row])
             row = take_next(me, turns, stage, count)
         stage = end_of(me, turns, stage, count)
 
@@ -276,7 +271,7 @@ def compute_guesses(
             split_row(row, features[row], count, codes, largest)
             row = take_next(me, turns, stage, count)
         stage = end_of(me, turns, stage, count)
-        stage = multiply_and_join(me, turns, stage, codes, count, width, output, largest, logits[:count])
+        stage = multiply(me, turns, stage, codes, count, width, output, largest, logits, False)
 
         row = take(me, turns, stage, count)
         while row < count:

@@ -16,13 +16,13 @@ from numba import carray, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from llama2_chat.kernels.block_attention import BLOCK, attend_piece, room_for, write_row
+from llama2_chat.kernels.block_attention import BLOCK, attend_all, room_for, write_row
 from llama2_chat.kernels.compiled import compiled, part
 from llama2_chat.kernels.crew import end_of, take, take_next, turns_for, with_help
-from llama2_chat.kernels.int8_rows import add_row, gate_row, join_row, normed, split, turn
-from llama2_chat.kernels.panels import PANEL, Panels, multiply_panel
+from llama2_chat.kernels.int8_rows import gate_row, normed, split, turn
+from llama2_chat.kernels.panels import PANEL, Panels, join_panel
 
-STAGES, LAST_STAGES = 11, 3  # of a layer, and behind all of them
+STAGES, LAST_STAGES = 10, 3  # of a layer, and behind all of them
 # Where the addresses of what a layer has stand in its row of a table; of a product those of its Panels, one by one.
 NORM_BEFORE_ATTENTION, NORM_BEFORE_MLP, KEYS, VALUES, QKV, OUT, GATE_UP, DOWN = 0, 1, 2, 3, 4, 7, 10, 13
 COLUMNS = 16
@@ -87,17 +87,16 @@ class Layers:
         return table
 
     def room(self, count: int, width: int) -> tuple[NDArray[Any], ...]:
-        """For what compute_layer() computes of so many tokens, and for codes and products of up to `width` inputs."""
+        """For what compute_layer() computes of so many tokens, and for codes of up to `width` inputs."""
         heads, kv_heads, head_dim, intermediate, _, _ = self.sizes
         all_heads = heads + 2 * kv_heads
         widest = max(width, heads * head_dim, intermediate)
         return (
             np.empty((count, all_heads, head_dim), np.float32),
             np.empty((count, heads, head_dim), np.float32),
-            np.empty((count, intermediate), np.float32),
+            np.empty((count, 2 * intermediate), np.float32),
             np.empty(2 * count * widest, np.uint8),
             np.empty(count, np.float32),
-            np.empty(2 * count * max(width, all_heads * head_dim, 2 * intermediate), np.float32),
         )
 
 
@@ -171,39 +170,19 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @part
-def multiply(me, turns, stage, codes, count, width, panels, products, outputs):
-    """The stage of a product: codes [2 * count, width] times panels, addresses, in products [2 * count, outputs].
-
-    Returns the next stage."""
-    shares = outputs // PANEL
+def multiply(me, turns, stage, codes, count, width, panels, largest, output, added):
+    """The stage of a product: `count` rows of codes and largest, as split_row() writes them, times panels, addresses.
+    It is written to output, [count or more, outputs], or added to what is there. Returns the next stage."""
+    outputs = output.shape[1]
+    shares = outputs // PANEL if count else 0
     panel = take(me, turns, stage, shares)
     while panel < shares:
-        multiply_one(codes, count, width, panels, panel, products.ctypes.data + panel * PANEL * 4, outputs)
+        first = panel * PANEL * 4  # bytes
+        weights, offsets, scales = panels[0] + panel * width * PANEL, panels[1] + first, panels[2] + first
+        rows, factors, target = codes.ctypes.data, largest.ctypes.data, output.ctypes.data + first
+        join_panel(rows, count, width, weights, offsets, scales, factors, target, outputs, added)
         panel = take_next(me, turns, stage, shares)
     return end_of(me, turns, stage, shares)
-
-
-@part
-def multiply_and_join(me, turns, stage, codes, count, width, panels, largest, output):
-    """The same where nothing is done with whole rows: joined, in output [count, outputs]."""
-    shares = output.shape[1] // PANEL if count else 0
-    found = np.empty((2 * count, PANEL), np.float32)
-    panel = take(me, turns, stage, shares)
-    while panel < shares:
-        multiply_one(codes, count, width, panels, panel, found.ctypes.data, PANEL)
-        for row in range(count):
-            of_panel = output[row, panel * PANEL : (panel + 1) * PANEL]
-            join_row(found[row], found[count + row], largest[row], of_panel)
-        panel = take_next(me, turns, stage, shares)
-    return end_of(me, turns, stage, shares)
-
-
-@part
-def multiply_one(codes, count, width, panels, panel, products, apart):
-    """products: an address; what it has of one row is `apart` numbers from what it has of the next."""
-    first = panel * PANEL * 4  # bytes
-    weights, offsets, scales = panels[0] + panel * width * PANEL, panels[1] + first, panels[2] + first
-    multiply_panel(codes.ctypes.data, 2 * count, width, weights, offsets, scales, products, apart)
 
 
 @part
@@ -223,11 +202,10 @@ def compute_layer(me, turns, stage, layer, model, hidden, rotary, tokens, pieces
     """
     num_blocks, epsilon, scale = model
     cos, sin = rotary
-    firsts, starts, ends, tables = pieces
-    states, attended, gated, codes, largest, products, numbers, room = space
+    states, attended, gated, codes, largest, numbers, room = space
     count, width = hidden.shape
     all_heads, head_dim = states.shape[1:]
-    heads, intermediate = attended.shape[1], gated.shape[1]
+    heads, intermediate = attended.shape[1], gated.shape[1] // 2
     kv_heads = (all_heads - heads) // 2
     keys = carray(pointer(layer[KEYS]), (num_blocks, kv_heads, head_dim, BLOCK), np.uint16)
     values = carray(pointer(layer[VALUES]), (num_blocks, kv_heads, BLOCK, head_dim), np.uint16)
@@ -237,31 +215,23 @@ def compute_layer(me, turns, stage, layer, model, hidden, rotary, tokens, pieces
     while row < count:
         if layer[NORM_BEFORE_ATTENTION]:
             normed(hidden[row], weight, epsilon, numbers)
-            split_row(row, numbers, count, codes, largest)
+            split_row(row, numbers[:width], count, codes, largest)
         else:
             split_row(row, hidden[row], count, codes, largest)
         row = take_next(me, turns, stage, count)
     stage = end_of(me, turns, stage, count)
 
-    outputs = all_heads * head_dim
-    stage = multiply(me, turns, stage, codes, count, width, layer[QKV:], products, outputs)
+    in_rows = states.reshape(len(states), all_heads * head_dim)
+    stage = multiply(me, turns, stage, codes, count, width, layer[QKV:], largest, in_rows, False)
 
     row = take(me, turns, stage, count)
     while row < count:
-        high, low = products[row * outputs :], products[(count + row) * outputs :]
-        join_row(high, low, largest[row], states[row].reshape(outputs))
         turn(states[row], heads + kv_heads, cos[row], sin[row])
         write_row(states[row], tokens[row], keys, values)
         row = take_next(me, turns, stage, count)
     stage = end_of(me, turns, stage, count)
 
-    shares = len(firsts) * kv_heads
-    share = take(me, turns, stage, shares)
-    while share < shares:
-        n, head = share // kv_heads, share % kv_heads
-        attend_piece(states, firsts[n], starts[n], ends[n], tables[n], head, keys, values, scale, attended, room)
-        share = take_next(me, turns, stage, shares)
-    stage = end_of(me, turns, stage, shares)
+    stage = attend_all(me, turns, stage, states, pieces, keys, values, scale, attended, room)
 
     row = take(me, turns, stage, count)
     while row < count:
@@ -269,48 +239,41 @@ def compute_layer(me, turns, stage, layer, model, hidden, rotary, tokens, pieces
         row = take_next(me, turns, stage, count)
     stage = end_of(me, turns, stage, count)
 
-    stage = multiply(me, turns, stage, codes, count, heads * head_dim, layer[OUT:], products, width)
+    stage = multiply(me, turns, stage, codes, count, heads * head_dim, layer[OUT:], largest, hidden, True)
 
     weight = carray(pointer(layer[NORM_BEFORE_MLP]), (width,), np.float32)
     row = take(me, turns, stage, count)
     while row < count:
-        add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
         normed(hidden[row], weight, epsilon, numbers)
-        split_row(row, numbers, count, codes, largest)
+        split_row(row, numbers[:width], count, codes, largest)
         row = take_next(me, turns, stage, count)
     stage = end_of(me, turns, stage, count)
 
-    stage = multiply(me, turns, stage, codes, count, width, layer[GATE_UP:], products, 2 * intermediate)
+    stage = multiply(me, turns, stage, codes, count, width, layer[GATE_UP:], largest, gated, False)
 
     row = take(me, turns, stage, count)
     while row < count:
-        high, low = products[2 * row * intermediate :], products[2 * (count + row) * intermediate :]
-        gate_row(high, low, largest[row], gated[row])
-        split_row(row, gated[row], count, codes, largest)
+        gate_row(gated[row], numbers[:intermediate])
+        split_row(row, numbers[:intermediate], count, codes, largest)
         row = take_next(me, turns, stage, count)
     stage = end_of(me, turns, stage, count)
 
-    stage = multiply(me, turns, stage, codes, count, intermediate, layer[DOWN:], products, width)
-
-    row = take(me, turns, stage, count)
-    while row < count:
-        add_row(products[row * width :], products[(count + row) * width :], largest[row], hidden[row])
-        row = take_next(me, turns, stage, count)
-    return end_of(me, turns, stage, count)
+    return multiply(me, turns, stage, codes, count, intermediate, layer[DOWN:], largest, hidden, True)
 
 
 @part
-def own_space(hidden, states, attended, starts, ends):
+def own_space(hidden, states, attended, gated, starts, ends):
     """What each thread needs for itself: a row of numbers, and room to attend to pieces as long as these."""
     heads, head_dim = attended.shape[1:]
     group = heads // ((states.shape[1] - heads) // 2)
-    return np.empty(hidden.shape[1], np.float32), room_for((ends - starts).max() * group, head_dim)
+    widest = max(hidden.shape[1], gated.shape[1] // 2)
+    return np.empty(widest, np.float32), room_for((ends - starts).max() * group, head_dim)
 
 
 @compiled(
     "void(int64, int64[:, :, ::1], int64[:, ::1], int64, float32, float32, float32[:, ::1], float32[:, ::1],"
     " float32[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1], float32[:, :, ::1],"
-    " float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1], float32[::1], int64[::1], float32[::1],"
+    " float32[:, :, ::1], float32[:, ::1], uint8[::1], float32[::1], int64[::1], float32[::1],"
     " int64[::1], int64[::1], float32[:, ::1], float32[:, :, ::1], float32[:, ::1])"
 )
 def compute_llama(
@@ -333,7 +296,6 @@ def compute_llama(
     gated,
     codes,
     largest,
-    products,
     heard_at,
     norm,
     output,
@@ -348,9 +310,9 @@ def compute_llama(
     Each thread runs this; a stage begins when all of the one before is there (crew.py).
     """
     count, width = hidden.shape
-    numbers, room = own_space(hidden, states, attended, starts, ends)
+    numbers, room = own_space(hidden, states, attended, gated, starts, ends)
     model, rotary, pieces = (num_blocks, epsilon, scale), (cos, sin), (firsts, starts, ends, tables)
-    space = states, attended, gated, codes, largest, products, numbers, room
+    space = states, attended, gated, codes, largest, numbers, room
     stage = 0
     for number in range(len(table)):
         stage = compute_layer(me, turns, stage, table[number], model, hidden, rotary, tokens, pieces, space)
@@ -375,4 +337,4 @@ def compute_llama(
             row = take_next(me, turns, stage, len(last))
         stage = end_of(me, turns, stage, len(last))
 
-        multiply_and_join(me, turns, stage, codes, len(last), width, output, largest, logits)
+        multiply(me, turns, stage, codes, len(last), width, output, largest, logits, False)
