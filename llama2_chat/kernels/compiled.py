@@ -35,9 +35,11 @@ log = logging.getLogger("llama2_chat")
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # Part of a compiled function. Called and not inlined, it would count who refers to each array, by atomic instructions.
-part = njit(**OPTIONS, forceinline=True)
+# It must not be called from Python, which would end the process: to compile how would take a tenth of the time.
+PART: dict[str, Any] = OPTIONS | {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+part = njit(**PART)
 # The same, which may add up one row in any order, always the same.
-row_sum = njit(**OPTIONS, forceinline=True, fastmath={"reassoc", "contract", "nsz"})
+row_sum = njit(**PART, fastmath={"reassoc", "contract", "nsz"})
 
 # In the name under which a compiled function is kept: numba looks at the function's own file alone, and would go on
 # with what an earlier version of a part in another file has become in it.
