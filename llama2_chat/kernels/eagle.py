@@ -31,7 +31,10 @@ class EagleHead(nn.Module):
         self, config: LlamaConfig, *, bias: bool = True, input_norm: bool = False, vocabulary: Tensor | None = None
     ) -> None:
         super().__init__()
-        H = config.hidden_size
+        H, heads = config.hidden_size, config.num_attention_heads
+        kv_heads: Any = config.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values")
         self.config = config
         self.embedding_scale: float = float(getattr(config, "embedding_scale", 1.0))
         self.feature_layers = [int(behind) for behind in getattr(config, "feature_layers", [])]

@@ -95,9 +95,11 @@ def read_head(files: Files) -> EagleHead:
     tensors.pop("embed_tokens.weight", None)  # a copy of the model's
     if "fc.weight" not in tensors:
         raise _does_not_fit(files, "it has no tokenizer, and is no head of EAGLE's first kind")
+    if odd := [name for name, states in tensors.items() if not isinstance(states, Tensor)]:
+        raise _does_not_fit(files, f"{odd[0]} is no tensor")
     for name in [name for name in tensors if name.endswith("_scale")]:
         whole = name.removesuffix("_scale")
-        tensors[whole] = tensors[whole].float() * tensors.pop(name)[:, None]
+        tensors[whole] = tensors[whole].float() * tensors.pop(name).unsqueeze(-1)
     ids = tensors.pop("ids", None)
     with translate_config_errors(files):
         config = LlamaConfig.from_dict(json.loads((files.folder / "config.json").read_text("utf-8")))

@@ -89,12 +89,32 @@ def test_a_small_model_with_other_tokens_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["midlayer.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias"])
 def test_a_head_of_another_kind_is_refused(tiny, model, tmp_path, name):
-    folder = published(random_head(model), tmp_path / "head")
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    torch.save(tensors | {name: torch.zeros(2)}, folder / "pytorch_model.bin")
+    folder = changed(published(random_head(model), tmp_path / "head"), **{name: torch.zeros(2)})
     assert f"a head of another kind than EAGLE's first ({name})" in refusal(start, tiny, folder)
     torch.save({name: torch.zeros(2)}, folder / "pytorch_model.bin")
     assert "is no head of EAGLE's first kind" in refusal(start, tiny, folder)
+
+
+def changed(folder, **tensors):
+    """A head in which these tensors stand for its own."""
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True) | tensors, file)
+    return folder
+
+
+def test_a_head_whose_heads_cannot_share_their_keys_is_refused(tiny, model, tmp_path):
+    # Compiled code reckoned with as many as there are heads, and wrote keys over what others have.
+    folder = published(random_head(model), tmp_path / "head", num_key_value_heads=3)
+    keys, values = (f"layers.0.self_attn.{each}_proj.weight" for each in "kv")
+    changed(folder, **{keys: torch.zeros(48, 64), values: torch.zeros(48, 64)})
+    assert "(4 heads cannot share 3 of keys and values)" in refusal(start, tiny, folder)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "fc.weight_scale"])
+def test_a_head_with_something_else_among_its_tensors_is_refused(tiny, model, tmp_path, name):
+    # What the program said was that something unexpected had happened.
+    folder = changed(published(random_head(model), tmp_path / "head"), **{name: 3})
+    assert f"{name} is no tensor" in refusal(start, tiny, folder)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +135,7 @@ def test_a_head_whose_configuration_makes_no_sense_is_refused(tiny, model, tmp_p
 
 @pytest.mark.parametrize("ids", [[], [1, 64], [-1, 2]])
 def test_a_head_that_guesses_among_no_tokens_of_the_model_is_refused(tiny, model, tmp_path, ids):
-    folder = published(random_head(model), tmp_path / "head")
-    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    torch.save(tensors | {"ids": torch.tensor(ids)}, folder / "pytorch_model.bin")
+    folder = changed(published(random_head(model), tmp_path / "head"), ids=torch.tensor(ids))
     assert "none of the model's" in refusal(start, tiny, folder)
 
 
