@@ -6,14 +6,14 @@ has never heard of Gradio, HTTP or who is asking. Importing it loads neither tor
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from weakref import WeakSet
 
 from llama2_chat import prompt
 from llama2_chat.context import context_window
@@ -27,7 +27,7 @@ from llama2_chat.errors import (
     Subject,
     quoted,
 )
-from llama2_chat.process import collect_garbage_later, share_cores
+from llama2_chat.process import collect_garbage_again, collect_garbage_later, share_cores
 from llama2_chat.settings import Settings
 from llama2_chat.tools import BEGUN, PLAIN, answer_grammar, plain
 from llama2_chat.types import (
@@ -88,6 +88,7 @@ class ChatModel:
     """One model in this process that all visitors share, and how far loading has come. A types.ChatBackend."""
 
     servers: Sequence[ServerStatus] = ()
+    _in_use: ClassVar[WeakSet[ChatModel]] = WeakSet()  # all that were loaded and are not closed
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -188,7 +189,10 @@ class ChatModel:
                 translate_architecture_errors(type(loaded.model).__name__),
             ):
                 self.serve(tokenizer, loaded, chat_format)
+            self._in_use.add(self)
             collect_garbage_later()
+            if self._closing.is_set():  # closed since it was ready
+                self._let_go()
         except ModelUnavailable as error:
             log.error("%s", error.detail)
             self.status = replace(self.status, state="failed", error=str(error))
@@ -357,7 +361,12 @@ class ChatModel:
             self._serving.engine.close(timeout_s)
         if self._workers:
             self._workers.close(timeout_s)
-        gc.unfreeze()  # this model's memory is for the next one
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """This model's memory is for the next one."""
+        self._in_use.discard(self)
+        collect_garbage_again(once=bool(self._in_use))
 
     def _trimmed(
         self, messages: list[Message], params: SamplingParams, tools: ToolOffer | None = None

@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def collect_garbage_later() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def collect_garbage_again(once: bool) -> None:
+    """Let Python look through all that there is again: a model that was loaded is closed, and soon garbage.
+
+    once: and then only at what comes later, for another model is in use.
+    """
+    gc.callbacks[:] = [each for each in gc.callbacks if each is not _freeze_after_all]
+    gc.unfreeze()
+    if once:
+        gc.callbacks.append(_freeze_after_all)
+
+
+def _freeze_after_all(phase: str, info: Mapping[str, int]) -> None:
+    if phase == "stop" and info["generation"] == 2:
+        gc.callbacks.remove(_freeze_after_all)
+        gc.freeze()
 
 
 def outlive_stderr() -> None:

@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -306,6 +307,19 @@ def test_garbage_is_looked_for_among_what_came_after_loading(settings, chat_mode
     chat = ChatModel(replace(settings, model_id=str(chat_model))).load()
     assert gc.get_freeze_count() > 100_000
     chat.close()
+    assert not gc.get_freeze_count()
+
+
+def test_a_model_that_is_closed_is_garbage_beside_another_whose_answers_stand_still_for_it_once(settings, chat_model):
+    # From then on Python looked through all that the other one had brought, again and again.
+    closed, other = (ChatModel(replace(settings, model_id=str(chat_model))).load() for _ in range(2))
+    weights = weakref.ref(closed.serving.model.lm_head.weight)
+    closed.close()
+    del closed
+    gc.collect()
+    assert weights() is None
+    assert gc.get_freeze_count() > 100_000
+    other.close()
     assert not gc.get_freeze_count()
 
 
