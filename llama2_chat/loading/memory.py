@@ -30,8 +30,8 @@ CPU_KV_BYTES = 256 * 2**20  # 11,000 tokens of the embedded model
 STEP_TOKENS = 2_048  # of the engine's longest step, GPU_CHUNK
 MIN_CONTEXT_TOKENS = 4_096  # of a conversation as it is counted; models with longer windows may run with part of theirs
 LEAST_CONTEXT_TOKENS = 1_024  # of KV cache that must fit
-# Bytes per parameter of a linear layer. Int4: 4 bits, and per 64 weights 16 bits of scale. NF4 with double
-# quantisation: the same with 8 bits of scale, themselves scaled per 256.
+# Bytes per parameter of a linear layer. Int4: 4 bits, and per 64 weights 16 bits of scale and 4 of zero point. NF4 with
+# double quantisation: 4 bits, and per 64 weights 8 bits of scale, themselves scaled per 256.
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.539, "nf4": 0.516}
 
 FOUR_BITS = ("int4", "nf4")
