@@ -29,9 +29,10 @@ SCHEMAS = {  # by bits, as humming-kernels is told of them
 }
 MULTIPLE = 64  # of in_features and of out_features
 PADDED_MULTIPLE = 128  # to which the kernels get them filled up
-# How much smaller than needed for all its weights the range of a group may be: what is cut off there may be less than
-# what all others gain.
-SHRINKS = tuple(1 - 0.025 * step for step in range(17))
+# How large the range of a group may be, for what its weights span: smaller, since what is cut off may be less than what
+# all others gain; and larger, so that they span so many steps of 15: as half of a group of 128 that was rounded before,
+# which loses nothing more.
+RANGES = (*(1 - 0.025 * step for step in range(17)), *(15 / steps for steps in range(14, 7, -1)))
 AT_ONCE = 1 << 24  # weights that are quantised at a time, in float32
 QUANTIZED = "weight", "weight_scale", "weight_zero_point"  # of a layer, in the order of quantize()
 
@@ -60,9 +61,9 @@ def _in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.float().view(N, -1, GROUP)
     lowest, highest = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     best: list[Tensor] = []
-    for shrink in SHRINKS:
-        scales = _scale((highest - lowest) * shrink / 15, weight.dtype)
-        zero_points = (-lowest * shrink / scales).round_().clamp_(0, 15)
+    for wide in RANGES:
+        scales = _scale((highest - lowest) * wide / 15, weight.dtype)
+        zero_points = (-lowest * wide / scales).round_().clamp_(0, 15)
         codes = (groups / scales).round_().add_(zero_points).clamp_(0, 15)
         error = ((codes - zero_points) * scales).sub_(groups).square_().sum(-1, keepdim=True)
         tried = [error, codes, scales, zero_points]

@@ -42,7 +42,7 @@ from llama2_chat.text import first_line, is_out_of_memory
 log = logging.getLogger("llama2_chat")
 
 METHOD = "llama2_chat"  # as config.json of a copy in the cache says
-VERSION = 2  # of how weights are quantised and written: older copies are made anew
+VERSION = 3  # of how weights are quantised and written: older copies are made anew
 LEAST_CAPABILITY = (7, 5)
 
 

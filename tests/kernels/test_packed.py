@@ -62,6 +62,19 @@ def test_groups_on_one_side_of_zero_take_all_codes_in_4_bits_and_zero_comes_back
     assert relative(found, weight) < NF4_ERROR / 2
 
 
+@pytest.mark.parametrize("is_symmetric", [False, True], ids=["AWQ", "GPTQ"])
+@pytest.mark.parametrize("group", [64, 128])
+def test_what_a_checkpoint_has_rounded_to_4_bits_is_not_rounded_anew(group, is_symmetric):
+    # Two thirds as much was lost as at first, since half of a group of 128 seldom spans all of its steps.
+    groups = normal(256, 1024, dtype=torch.float32).view(256, -1, group)
+    lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scales = (groups.abs().amax(-1, keepdim=True) / 7 if is_symmetric else (highest - lowest) / 15).half().float()
+    zero_points = torch.full_like(scales, 8) if is_symmetric else (-lowest / scales).round()
+    codes = ((groups / scales).round() + zero_points).clamp(0, 15)
+    rounded = ((codes - zero_points) * scales).flatten(1).bfloat16()
+    assert relative(dequantized(*quantize(rounded, 4), 4), rounded) < 0.005  # scales are kept in bfloat16
+
+
 def test_weights_are_quantised_alike_in_pieces_of_any_size(monkeypatch):
     weight = normal(96, 256)
     whole = quantize(weight, 4)
