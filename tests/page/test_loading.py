@@ -94,6 +94,21 @@ def test_settings_come_though_a_part_of_them_was_never_answered(context, site):
 
 
 @pytest.mark.slow
+def test_on_a_slow_line_the_settings_are_waited_for(context, site):
+    """On one of 4 KB/s they were asked for twice, and then it was said that they could not be loaded."""
+    page, slow, slower, again = context.new_page(), [], [], []
+    page.route("**/page/print.css?*", lambda route: slow.append(route))
+    page.route("**/assets/index-*.js", lambda route: slower.append(route))
+    page.route("**/page/again/**", lambda route: again.append(route))
+    page.goto(site, wait_until="commit")
+    for held, ms in ((slow, 12_000), (slower, 38_000)):
+        page.wait_for_timeout(ms)
+        held[0].continue_()
+    expect(page.locator("#setting-seed")).to_be_attached()
+    assert not again
+
+
+@pytest.mark.slow
 def test_a_style_sheet_that_was_cut_in_its_headers_comes_where_it_stood(context, site):
     with line_to(site, unlucky=r"GET /page/page\.css") as (_, address):
         page = open_page(context.new_page(), address)

@@ -9,7 +9,8 @@ const FRAME = "[control_page_title]"; // that element, by whichever name
 const LOOK_MS = 20;
 const ASK_MS = 1000; // between two questions whether the server is back
 const ANSWER_MS = 20_000; // for the answer: a line may be dead without a word
-const PATIENCE_MS = 30_000; // in which nothing more of a start has come
+const PATIENCE_MS = 30_000; // in which nothing more of a start has come; on a slow line some times as long as its slowest file took
+const PATIENCE = 4;
 const MOST_RESTARTS = 3; // by themselves
 
 /**
@@ -40,6 +41,7 @@ class Loading {
   isDone = false;
   #restarts = 0;
   #parts = 0; // that have come
+  #slowestMs = 0; // of all files of the page
   #isBroken = false;
   #mending = null;
 
@@ -54,6 +56,8 @@ class Loading {
 
   /** Of a file whose headers were cut, browsers make an empty one, over plain HTTP, and say nothing. */
   #count(entries) {
+    const files = entries.filter(({ initiatorType }) => initiatorType !== "fetch"); // which may be an answer
+    this.#slowestMs = Math.max(this.#slowestMs, ...files.map(({ duration }) => duration));
     const parts = entries.filter(({ name }) => name.startsWith(new URL(".", this.#code()).href));
     this.#parts += parts.length;
     if (parts.some(({ decodedBodySize, transferSize }) => decodedBodySize === 0 && transferSize > 0)) this.#mend();
@@ -79,7 +83,8 @@ class Loading {
   /** Comes once this start is done or broken, or nothing more of it comes. */
   async #outcome() {
     let before;
-    for (let waited = 0; waited < PATIENCE_MS && !this.isDone && !this.#isBroken; waited += ASK_MS) {
+    const patience = () => Math.max(PATIENCE_MS, PATIENCE * this.#slowestMs);
+    for (let waited = 0; waited < patience() && !this.isDone && !this.#isBroken; waited += ASK_MS) {
       if (this.#parts !== before) waited = 0;
       before = this.#parts;
       await pause(ASK_MS);
