@@ -162,11 +162,14 @@ def measure_checkpoint(checkpoint: Checkpoint) -> Size:
     return replace(size, adapter_bytes=largest * len(checkpoint.adapters) + draft)
 
 
-def check_headers(files: Files) -> None:
+def check_headers(files: Files, is_head: bool = False) -> None:
     """Raise ModelUnavailable if a file of weights is here but cut off, a Git LFS pointer, or holds whole numbers of
-    which nothing says what they stand for. Reads only its header, or the names and kinds in a pickle."""
+    which nothing says what they stand for. Reads only its header, or the names and kinds in a pickle.
+
+    is_head: of a DRAFT_MODEL, whose scales stand beside its weights.
+    """
     with translate_errors(files):
-        is_plain = files.stem == "model" and not quantization_of(read_config(files))
+        is_plain = not is_head and files.stem == "model" and not quantization_of(read_config(files))
         for path in (files.folder / name for name in files.weights()):
             whole = _in_whole_numbers(path) if path.is_file() else []
             if is_plain and whole:
@@ -183,7 +186,8 @@ def _in_whole_numbers(path: Path) -> list[str]:
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
         return [name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U"))]
     tensors = dict(torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True))
-    return [name for name, tensor in tensors.items() if name.endswith(".weight") and not tensor.is_floating_point()]
+    weights = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    return [name for name, tensor in weights.items() if name.endswith(".weight") and not tensor.is_floating_point()]
 
 
 def divided(checkpoint: Checkpoint) -> Checkpoint:

@@ -113,7 +113,7 @@ def probe_model(start: PlannedStart) -> str:
     from llama2_chat.engine.architecture import check_architecture
     from llama2_chat.loading.choose import LLAMA_2_MODEL_ID
     from llama2_chat.loading.config import read_config
-    from llama2_chat.loading.draft import check_draft
+    from llama2_chat.loading.draft import check_draft, has_tokenizer
     from llama2_chat.loading.hub import check_reachable
     from llama2_chat.loading.load import check_headers, measure
     from llama2_chat.loading.lora import check_adapters
@@ -127,16 +127,16 @@ def probe_model(start: PlannedStart) -> str:
         if checkpoint is None:
             check_index(plan.cache_dir)
             return f"{plan.model_id}. {plan.why}"
-        check_adapters(checkpoint)
-        check_draft(checkpoint)
-        return f"{plan.model_id}{_adapters(checkpoint)}. {plan.why}"
-    measure(start.files[0])
-    check_architecture(read_config(start.files[0]))
+    else:
+        measure(start.files[0])
+        check_architecture(read_config(start.files[0]))
     assert checkpoint is not None  # only the embedded model's may be
     check_adapters(checkpoint)
     check_draft(checkpoint)
     for files in start.files:
-        check_headers(files)
+        check_headers(files, is_head=files is checkpoint.draft and not has_tokenizer(files))
+    if plan.is_embedded:
+        return f"{plan.model_id}{_adapters(checkpoint)}. {plan.why}"
     for files in start.files:
         if (missing := files.missing()) and files.repo:
             check_reachable(files.repo, next(iter(missing)), files.cache_dir)

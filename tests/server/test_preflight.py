@@ -23,6 +23,7 @@ import transformers
 from transformers import LlamaConfig
 
 from llama2_chat.errors import ChatError, ModelUnavailable
+from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.loading import memory
 from llama2_chat.loading.choose import LLAMA_2_MODEL_ID, choose, fetch
 from llama2_chat.loading.disk import Files
@@ -34,6 +35,7 @@ from llama2_chat.server.certificate import own_certificate
 from llama2_chat.server.preflight import run, run_probe
 from llama2_chat.server.probes import PlannedStart
 from llama2_chat.settings import Settings
+from llama2_chat.training.draft_files import save_head
 from model import ChatModel
 from tests.support.encoders import save_encoder
 from tests.support.odd_server import OddServer, reset, status
@@ -479,6 +481,22 @@ def test_weights_that_are_cut_off_or_not_there_but_by_name_are_told_as_loading_t
     with pytest.raises(ModelUnavailable) as refused:
         load(PlannedStart(Settings(model_id=str(folder))).checkpoint, lambda *_: None)
     assert whole(result) == refused.value.detail
+
+
+def test_a_head_that_was_trained_here_is_taken(tmp_path):
+    # Its weights are whole numbers, and the check said that nothing told what they stand for.
+    folder = save_model(tmp_path / "model")
+    save_head(EagleHead(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)), tmp_path / "head")
+    start = PlannedStart(Settings(model_id=str(folder), draft_model=str(tmp_path / "head")))
+    assert run_probe("model", start).ok
+    assert load(start.checkpoint, lambda *_: None).draft is not None
+
+
+def test_a_head_that_was_cut_off_is_told_also_with_the_small_model(embedded, tmp_path):
+    shape = json.loads((embedded.base.folder / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({name: shape[name] for name in ("vocab_size", "hidden_size")}))
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert f"{tmp_path.name} is damaged" in bad("model", draft_model=str(tmp_path)).detail
 
 
 def test_an_adapter_without_its_weights_is_told_before_its_base_is_fetched(hub, tmp_path):
