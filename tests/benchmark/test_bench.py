@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama2_chat import ROOT
-from llama2_chat.benchmark import adapter_cost, shapes, starts, training_cost
+from llama2_chat.benchmark import adapter_cost, format_quality, shapes, starts, training_cost
 from llama2_chat.benchmark.acceptance import verdict
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.types import Status
@@ -80,10 +80,11 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(flags,
         lambda folder: starts.measure(["13b"], (), "", folder, 24),
         lambda folder: training_cost.measure(None, "", folder),
         lambda folder: adapter_cost.measure_shape("13b", "", folder, "none"),
+        lambda folder: format_quality.measure(),  # which computed for hours, until int4 was refused
     ],
-    ids=["--shape", "--starts", "--train", "--adapters"],
+    ids=["--shape", "--starts", "--train", "--adapters", "--formats"],
 )
-def test_without_a_gpu_26_gb_of_weights_are_not_made_to_be_measured(measured, tmp_path, monkeypatch):
+def test_without_a_gpu_what_needs_one_is_not_prepared_for_hours_or_by_26_gb_of_weights(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="measures a GPU, and there is none"):
         next(measured(tmp_path))
