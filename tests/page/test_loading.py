@@ -94,6 +94,28 @@ def test_settings_come_though_a_part_of_them_was_never_answered(context, site):
 
 
 @pytest.mark.slow
+def test_a_page_without_one_of_its_modules_comes_also_beside_a_style_sheet_of_an_extension(browser, site):
+    """Nobody may read its rules or fetch it: this browser could not start the page, it said, and waited for good."""
+    sheet = f"{site.replace('127.0.0.1', 'localhost')}page/print.css"
+    with browser.new_context(bypass_csp=True) as context:
+        page = context.new_page()
+        page.add_init_script(
+            f"""new MutationObserver((_, observer) => {{
+                if (!document.head) return;
+                observer.disconnect();
+                const link = Object.assign(document.createElement("link"), {{rel: "stylesheet", href: "{sheet}"}});
+                document.head.append(link);
+            }}).observe(document, {{childList: true, subtree: true}})"""
+        )
+        page.route("**/tree.js?*", lambda route: route.abort())
+        page.goto(site)
+        expect(page.get_by_text(INCOMPLETE)).to_be_visible()
+        page.unroute_all()
+        expect(box(page)).to_be_editable()
+        expect(page.locator("#loading")).to_have_count(0)
+
+
+@pytest.mark.slow
 def test_on_a_slow_line_the_settings_are_waited_for(context, site):
     """On one of 4 KB/s they were asked for twice, and then it was said that they could not be loaded."""
     page, slow, slower, again = context.new_page(), [], [], []

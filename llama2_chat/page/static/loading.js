@@ -24,7 +24,7 @@
 
   function notice({ target, error }) {
     if (target.id === "page") say(said.incomplete); // its event stands for all modules that it imports
-    else if (target.rel === "stylesheet") lost.add(target);
+    else if (isSheet(target)) lost.add(target);
     else if (!error || hasBegun) return;
     else if (!modules().some(isEmpty)) return giveUp();
     else say(said.incomplete);
@@ -34,9 +34,14 @@
   /** Of a file whose headers were cut, browsers make an empty one, over plain HTTP, and call it loaded. */
   function noticeEmpty({ target }) {
     if (target.id === "page" && isEmpty(target)) say(said.incomplete);
-    else if (target.rel === "stylesheet" && target.sheet?.cssRules.length === 0) lost.add(target);
+    else if (isSheet(target) && target.sheet?.cssRules.length === 0) lost.add(target);
     else return;
     mend();
+  }
+
+  /** Of the page: extensions of a browser add sheets of their own, whose rules nobody may read, nor fetch them. */
+  function isSheet({ rel, href }) {
+    return rel === "stylesheet" && href.startsWith(`${location.origin}/`);
   }
 
   function isEmpty({ href, src }) {
@@ -82,7 +87,7 @@
   /** The addresses of what is to come. */
   function missing() {
     if (hasBegun) return [...lost].map(({ href }) => href);
-    const files = [...modules(), ...document.querySelectorAll("link[rel=stylesheet]")];
+    const files = [...modules(), ...[...document.querySelectorAll("link")].filter(isSheet)];
     return [location.href, ...files.map(({ href, src }) => href ?? src)];
   }
 
