@@ -136,21 +136,24 @@ def probe_model(start: PlannedStart) -> str:
     for files in start.files:
         check_headers(files, is_head=files is checkpoint.draft and not has_tokenizer(files))
     if plan.is_embedded:
-        return f"{plan.model_id}{_adapters(checkpoint)}. {plan.why}"
+        return f"{plan.model_id}{_beside(checkpoint)}. {plan.why}"
     for files in start.files:
         if (missing := files.missing()) and files.repo:
             check_reachable(files.repo, next(iter(missing)), files.cache_dir)
-            return f"{plan.model_id}{_adapters(checkpoint)}. The Hub lets this account download what is missing."
-    return f"{plan.model_id}{_adapters(checkpoint)}. All files are here."
+            return f"{plan.model_id}{_beside(checkpoint)}. The Hub lets this account download what is missing."
+    return f"{plan.model_id}{_beside(checkpoint)}. All files are here."
 
 
-def _adapters(checkpoint: Checkpoint) -> str:
+def _beside(checkpoint: Checkpoint) -> str:
     """Behind the model's name, up to a full stop that follows."""
     from llama2_chat.loading.adapters import said_of_base
 
     names = ", ".join(adapter.name for adapter in checkpoint.adapters)
+    adapters = f"the adapters {names}" if names else ""
+    guesses = f"guesses by {checkpoint.draft}" if checkpoint.draft else ""
+    beside = " and ".join(filter(None, (adapters, guesses)))
     said = said_of_base(checkpoint.all_adapters, checkpoint.base).removesuffix(".")
-    return (f" with the adapters {names}" if names else "") + (f". {said}" if said else "")
+    return (f" with {beside}" if beside else "") + (f". {said}" if said else "")
 
 
 def probe_tokenizer(start: PlannedStart) -> str:

@@ -488,7 +488,9 @@ def test_a_head_that_was_trained_here_is_taken(tmp_path):
     folder = save_model(tmp_path / "model")
     save_head(EagleHead(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)), tmp_path / "head")
     start = PlannedStart(Settings(model_id=str(folder), draft_model=str(tmp_path / "head")))
-    assert run_probe("model", start).ok
+    found = run_probe("model", start)
+    assert found.ok
+    assert found.detail == f"{folder} with guesses by {tmp_path / 'head'}. All files are here."
     assert load(start.checkpoint, lambda *_: None).draft is not None
 
 
