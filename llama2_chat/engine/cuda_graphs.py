@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -571,8 +571,8 @@ def _packs(chunks: Sequence[Chunk], sizes: Collection[int]) -> list[list[Chunk]]
             chunk = left.popleft()
             if _padded(chunk) > room:
                 middle = chunk.start + room
-                left.appendleft(replace(chunk, start=middle))
-                chunk = replace(chunk, end=middle)
+                left.appendleft(chunk.part(middle, chunk.end))
+                chunk = chunk.part(chunk.start, middle)
             packs[-1].append(chunk)
             room -= _padded(chunk)
     return packs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -231,6 +231,10 @@ class _FollowedChunk(Chunk):
     @property
     def is_last(self) -> bool:
         return self.last
+
+    def part(self, start: int, end: int) -> Chunk:
+        known = self.known[start - self.start : end - self.start]
+        return replace(self, start=start, end=end, known=known, last=self.last and end == self.end)
 
 
 class FollowingRunner(ModelRunner):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from llama2_chat.engine.prefix_cache import Host, PrefixCache
@@ -54,6 +54,10 @@ class Chunk:
     def is_last(self) -> bool:
         """Whether the next token can be chosen after it."""
         return self.end == len(self.request.ids)
+
+    def part(self, start: int, end: int) -> Chunk:
+        """So much of it, as places among the request's ids."""
+        return replace(self, start=start, end=end)
 
 
 @dataclass(frozen=True)

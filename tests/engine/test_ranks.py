@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from llama2_chat.engine.cuda_graphs import RecordedWay
+from llama2_chat.engine.cuda_graphs import RecordedWay, _packs
 from llama2_chat.engine.kv_pool import KVPool
 from llama2_chat.engine.model_runner import ModelRunner
-from llama2_chat.engine.ranks import FollowingRunner, LeadingRunner, RankLost, Room, _lost
+from llama2_chat.engine.ranks import FollowingRunner, LeadingRunner, RankLost, Room, _FollowedChunk, _lost
 from llama2_chat.engine.runner import Runner
 from llama2_chat.engine.sampler import SamplerState
+from llama2_chat.engine.scheduler import Chunk
+from llama2_chat.engine.self_check import check_request
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.rank_sum import SummedLinear, is_together
 from llama2_chat.text import is_out_of_memory
 from tests.support.engines import CPU
+from tests.support.waiting import until
 
 # What the first rank does without the others: it changes nothing that they have, or never happens there.
 ALONE = {
@@ -45,6 +48,15 @@ def test_each_call_of_the_first_rank_is_one_that_the_others_know():
 def _constants(method):
     code = getattr(method.fget if isinstance(method, property) else method, "__code__", None)
     return {constant for constant in code.co_consts if isinstance(constant, str)} if code else set()
+
+
+def test_the_other_ranks_read_a_prompt_in_the_parts_in_which_the_first_does():
+    chunk = Chunk(check_request(700, 1000), 64, 700)
+    followed = _FollowedChunk(check_request(1, 1000), 64, 700, chunk.ids, chunk.is_last)
+    parts = [[part for pack in _packs([each], [64, 128, 512, 1024]) for part in pack] for each in (chunk, followed)]
+    mine, theirs = ([(part.start, part.end, part.ids, part.is_last) for part in each] for each in parts)
+    assert mine == theirs
+    assert [(start, end, is_last) for start, end, _, is_last in mine] == [(64, 576, False), (576, 700, True)]
 
 
 def test_probing_a_part_waits_for_nobody():
@@ -196,16 +208,16 @@ def make_faster(tiny_llama, monkeypatch):
     def make(failing, error, rank):
         steps = [Steps(tiny_llama, *((failing, error) if number == rank else ())) for number in range(2)]
         others.append(other := Rank(steps[1]))
-        runner, turn = leading(other), threading.Event()
+        runner = leading(other)
         runner._faster, runner._pool, runner._most_draft_tokens = steps[0], steps[0]._kv_pool, 0
-        runner.start(turn.set)
-        while not (steps[0]._complete.is_set() and steps[1]._complete.is_set()):
-            assert turn.wait(10)
-            turn.clear()
+
+        def is_complete():
             while runner.maintenance_due:
                 runner.maintain()
-            for each in steps:
-                each._complete.wait(0.01)
+            return all(each._complete.is_set() for each in steps)
+
+        runner.start(lambda: None)
+        until(is_complete)
         return runner, other
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
