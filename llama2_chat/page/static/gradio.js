@@ -11,6 +11,7 @@ const ASK_MS = 1000; // between two questions whether the server is back
 const ANSWER_MS = 20_000; // for the answer: a line may be dead without a word
 const PATIENCE_MS = 30_000; // in which nothing more of a start has come; on a slow line some times as long as its slowest file took
 const PATIENCE = 4;
+const MOST_PATIENCE_MS = 120_000; // however long one hung, or the computer slept
 const MOST_RESTARTS = 3; // by themselves
 
 /**
@@ -83,7 +84,7 @@ class Loading {
   /** Comes once this start is done or broken, or nothing more of it comes. */
   async #outcome() {
     let before;
-    const patience = () => Math.max(PATIENCE_MS, PATIENCE * this.#slowestMs);
+    const patience = () => Math.min(Math.max(PATIENCE_MS, PATIENCE * this.#slowestMs), MOST_PATIENCE_MS);
     for (let waited = 0; waited < patience() && !this.isDone && !this.#isBroken; waited += ASK_MS) {
       if (this.#parts !== before) waited = 0;
       before = this.#parts;
