@@ -195,8 +195,8 @@ def room_for(rows, head_dim):
 def attend_piece(states, first, start, end, table, head, then, keys, values, scale, output, room):
     """Let each token of one piece attend to its request so far, with the queries of one of the kv_heads.
 
-    then: what is read after this piece, block * kv_heads + head. room: of room_for(), for
-    all rows of the piece. attend_in_blocks() says what else is taken.
+    then: what is read after this piece, block * kv_heads + head. room: of room_for(), for all rows of the piece.
+    attend_in_blocks() says what else is taken.
     """
     queries, mixed, totals, highest, scores, key_block, value_block = room
     heads, head_dim = output.shape[1], output.shape[2]
