@@ -113,5 +113,7 @@ def kv_cache_bytes(chat: ChatModel) -> int:
 
 
 def gpu_gb(measure: Callable[[int], int]) -> str | None:
-    """One of torch.cuda's measures for each GPU, such as "8.1 + 8.0"; None if there is none."""
-    return " + ".join(f"{measure(device) / GB:.1f}" for device in range(torch.cuda.device_count())) or None
+    """One of torch.cuda's measures for each GPU of this process, such as "8.1 + 8.0"; None if there is none. Ranks have
+    processes of their own, and of a GPU as much as the first."""
+    measured = map(measure, range(torch.cuda.device_count()))
+    return " + ".join(f"{taken / GB:.1f}" for taken in measured if taken) or None

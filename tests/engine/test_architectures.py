@@ -194,6 +194,15 @@ def test_the_check_at_the_start_sees_a_window_that_is_ignored(name, monkeypatch)
         serve(random_model(*SERVED[name]))
 
 
+def test_a_deep_model_whose_logits_hang_on_last_bits_is_served():
+    """Two computations of a 70B in 4 bits on GPUs are as far apart, and it was refused."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{**SHAPE, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 80, "initializer_range": 0.2}
+    )
+    serve(transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()).close()
+
+
 def test_the_check_at_the_start_sees_positions_that_depend_on_the_neighbour():
     """LongRoPE over its whole length: one visitor's long chat changed another's answer."""
     model = random_model("Phi3", LONGROPE)

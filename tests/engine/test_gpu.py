@@ -722,6 +722,9 @@ def test_joined_projections_leave_no_memory_in_pieces():
 
 
 def test_a_limit_of_memory_holds_for_everything_that_takes_some():
+    free, total = torch.cuda.mem_get_info()
+    if free < total - 7e9:
+        pytest.skip("other programs have more of this GPU than the limit leaves them")
     code = (
         "import torch; from llama2_chat.benchmark.shapes import limit_memory; limit_memory(1, 8)\n"
         "free, _ = torch.cuda.mem_get_info(); assert free < 8e9, free\n"
