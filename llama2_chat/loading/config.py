@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -26,6 +25,12 @@ log = logging.getLogger("llama2_chat")
 
 FOR_OTHERS = ("Unrecognized", "does not recognize", "trust_remote_code")  # in what transformers says
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = (
+    "bfloat16",
+    "float16",
+    "float32",
+    "float64",
+)  # in which a model can be made; others are those of packed weights
 # From each of these transformers makes the tokenizer that the model was trained with.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -93,7 +98,7 @@ def _usable(config: Any) -> Any:
     for key in {"dtype", "torch_dtype"} & usable.keys():
         name = str(usable[key]).removeprefix("torch.")
         name = DTYPE_ALIASES.get(name, name)
-        usable[key] = name if isinstance(getattr(torch, name, None), torch.dtype) else None
+        usable[key] = name if name in DTYPES else None
     # Only where rows are padded does it matter which token they are padded with; here none are.
     padding, size = usable.get("pad_token_id"), usable.get("vocab_size")
     if isinstance(padding, int) and isinstance(size, int) and not 0 <= padding < size:

@@ -8,7 +8,7 @@ The layouts are those that AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ def check_readable(files: Files, quantization: Config) -> None:
         )
     try:
         layout, bits = _layout(method, quantization), _bits(method, quantization)
+        _fp8_block(quantization)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelUnavailable(
             f"The quantization_config in the config.json of {files} makes no sense ({first_line(error)}). Choose "
@@ -120,6 +121,12 @@ def _block_size(quantization: Config) -> tuple[int, int] | None:
     sizes = {str(each.get("block_structure")) for each in _weights(quantization)}
     found = re.findall(r"\d+", sizes.pop()) if len(sizes) == 1 else []  # "[128, 128]", or "128x128" as it once was
     return (int(found[0]), int(found[1])) if len(found) == 2 else None
+
+
+def _fp8_block(quantization: Config) -> tuple[int, int]:
+    """Rows and columns of the blocks that share a scale, where FP8 has one for each block."""
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    return int(rows), int(columns)
 
 
 def method_of(quantization: Config) -> str:
@@ -208,18 +215,39 @@ def _fp8(parts: Parts, quantization: Config) -> Tensor | None:
     if weight.dtype in PLAIN:  # multiplied out already, or not: nothing says which
         return None
     scale = scale.float()
-    if scale.dim() == 2 and scale.shape != (weight.shape[0], 1):  # of blocks, the last of which may be smaller
-        rows, columns = quantization.get("weight_block_size") or (128, 128)
-        scale = _spread(scale, (rows, columns), weight)
-    elif scale.numel() > 1:
-        scale = scale.reshape(-1, 1)
-    return weight.float() * scale
+    if scale.numel() == 1:
+        return weight.float() * scale.reshape(1, 1)
+    if scale.dim() == 2 and scale.shape != (weight.shape[0], 1):
+        size = _fp8_block(quantization)
+        return weight.float() * _spread(scale, size, weight) if _are_blocks(scale, size, weight) else None
+    return weight.float() * scale.reshape(-1, 1)
+
+
+def _are_blocks(scale: Tensor, size: tuple[int, int], weight: Tensor) -> bool:
+    """Whether there is just one scale for each block of a weight, the last of which may be smaller."""
+    return min(size) > 0 and scale.shape == tuple(-(-whole // of) for whole, of in zip(weight.shape, size, strict=True))
 
 
 def _spread(scale: Tensor, size: tuple[int, int], weight: Tensor) -> Tensor:
-    """The scale of each number of a weight, of one scale per block, the last of which may be smaller."""
+    """The scale of each number of a weight, of one scale per block."""
     (rows, columns), (height, width) = size, weight.shape
     return scale.repeat_interleave(rows, 0)[:height].repeat_interleave(columns, 1)[:, :width]
+
+
+def _groups(columns: int, scales: Tensor, sizes: Iterable[Any], told: Tensor | None) -> Tensor | None:
+    """The group of each column of a weight, int64 [columns]; None if nothing says it.
+
+    scales: [groups, out]. sizes: columns of a group, as config.json has them. told: the same as this, where the file
+    holds it.
+    """
+    count = len(scales)
+    if told is not None:
+        fits = told.shape == (columns,) and int(told.min()) >= 0 and int(told.max()) < count
+        return told.long() if fits else None
+    fitting = [size for size in sizes if isinstance(size, int) and size > 0 and -(-columns // size) == count]
+    if not fitting and columns % count:
+        return None
+    return torch.arange(columns) // (fitting[0] if fitting else columns // count)
 
 
 def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
@@ -231,12 +259,14 @@ def _gptq(parts: Parts, quantization: Config) -> Tensor | None:
     bits = 32 * parts["qzeros"].shape[1] // scales.shape[1]  # of this layer: "dynamic" may say otherwise than "bits"
     if bits not in READABLE_BITS:
         return None
-    values = _unpack(parts["qweight"].T, bits).T  # [in, out]
-    zeros = _unpack(parts["qzeros"], bits)[:, : scales.shape[1]]
+    values, zeros = _unpack(parts["qweight"].T, bits).T, parts["qzeros"]  # [in, out]
     if _layout("gptq", quantization) != "gptq_v2":
-        zeros = zeros + 1  # the first version wrote one less
-    size = -(-values.shape[0] // scales.shape[0])
-    groups = parts["g_idx"].long() if "g_idx" in parts else torch.arange(values.shape[0]) // size
+        # The first version wrote one less of each, all of an int32 at once: what is below 0 borrows from its neighbour.
+        zeros = zeros + sum(1 << shift for shift in range(0, 32, bits))
+    zeros = _unpack(zeros, bits)[:, : scales.shape[1]]
+    groups = _groups(len(values), scales, [quantization.get("group_size")], parts.get("g_idx"))
+    if groups is None or zeros.shape != scales.shape:
+        return None
     return (scales[groups] * (values - zeros[groups])).T
 
 
@@ -247,7 +277,9 @@ def _awq(parts: Parts, quantization: Config) -> Tensor | None:
         return None
     scales = parts["scales"].float()  # [groups, out]
     values, zeros = (_in_order(_unpack(parts[name], 4)) for name in ("qweight", "qzeros"))  # [in, out], [groups, out]
-    groups = torch.arange(values.shape[0]) // (values.shape[0] // scales.shape[0])
+    groups = _groups(len(values), scales, [quantization.get("group_size", quantization.get("q_group_size"))], None)
+    if groups is None or zeros.shape != scales.shape:
+        return None
     return (scales[groups] * (values - zeros[groups])).T
 
 
@@ -277,12 +309,17 @@ def _compressed_tensors(parts: Parts, quantization: Config) -> Tensor | None:
             zeros = _unpack(zeros.T, bits).T[: values.shape[0]] - middle if is_packed else zeros.float()
     scales = parts["weight_scale"].float()
     if (size := _block_size(quantization)) and scales.dim() == 2:
+        if not _are_blocks(scales, size, values):
+            return None
         zeros = torch.zeros_like(scales) if zeros is None else zeros
         return _spread(scales, size, values) * (values - _spread(zeros, size, values))
     scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales  # [out, groups], or one for all
-    groups = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
-    if groups is None or bool((groups < 0).any()):
-        groups = torch.arange(values.shape[1]) // -(-values.shape[1] // scales.shape[1])
+    told = parts.get("weight_g_idx")
+    if told is not None and bool((told < 0).any()):  # it was not needed
+        told = None
+    groups = _groups(values.shape[1], scales.T, [each.get("group_size") for each in _weights(quantization)], told)
+    if groups is None:
+        return None
     zeros = torch.zeros_like(scales) if zeros is None else zeros.reshape(scales.shape)
     return scales[:, groups] * (values - zeros[:, groups])
 

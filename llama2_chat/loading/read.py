@@ -92,7 +92,7 @@ def read_model(
 # ---- What went wrong, in words ----
 
 # What transformers, safetensors, tokenizers and peft raise at a file that is not what it should be.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
 
 
 @contextmanager

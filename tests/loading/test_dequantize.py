@@ -228,6 +228,76 @@ def test_blocks_that_compressed_tensors_has_written_are_what_it_reads(size):
     torch.testing.assert_close(read, expected, atol=1e-6, rtol=0)
 
 
+def test_zero_points_of_0_are_read_as_gptq_wrote_them():
+    # One less than 0 borrows from its neighbour in the same int32. It was read as 16, and the neighbour as one less.
+    zeros = torch.tensor([[0, 3, 0, 0, 15, 8, 1, 0]])
+    parts = {"qweight": packers.nibbles(torch.full((8, 8), 7)).T, "scales": torch.ones(1, 8)}
+    parts |= {"qzeros": packers.nibbles(zeros) - 0x11111111, "g_idx": torch.zeros(8, dtype=torch.int32)}
+    read = READERS["gptq"](parts, {"quant_method": "gptq", "bits": 4})
+    assert torch.equal(read, (7.0 - zeros.T).expand(8, 8))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_a_last_group_that_is_smaller_has_a_scale_of_its_own(method):
+    # 80 columns in groups of 64 were read as two groups of 40.
+    codes, scales = torch.full((80, 8), 3), torch.tensor([[1.0], [10.0]]).expand(2, 8)
+    of_gptq = {"qweight": packers.nibbles(codes.T).T, "qzeros": torch.zeros(2, 1, dtype=torch.int32)}
+    of_awq = {"qweight": packers.nibbles(codes), "qzeros": torch.zeros(2, 1, dtype=torch.int32)}
+    parts = {
+        "gptq": of_gptq | {"scales": scales},
+        "awq": of_awq | {"scales": scales},
+        "compressed-tensors": {"weight": codes.T.to(torch.int8), "weight_scale": scales.T},
+    }
+    weights = {"num_bits": 8, "strategy": "group", "group_size": 64}
+    config = {"group_size": 64, "checkpoint_format": "gptq_v2", "config_groups": {"group_0": {"weights": weights}}}
+    read = READERS[method](parts[method], config)
+    assert torch.equal(read, torch.tensor([3.0] * 64 + [30.0] * 16).expand(8, 80))
+
+
+def _named(part, change):
+    return lambda tensors: {name: change(t) if name.endswith(part) else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("made", "change"),
+    [
+        ("GPTQ", _named("g_idx", lambda groups: groups + 1)),
+        ("GPTQ", _named("g_idx", lambda groups: groups - 1)),
+        ("GPTQ", _named("g_idx", lambda groups: groups[:0])),
+        ("GPTQ", _named("qzeros", lambda zeros: zeros[:1])),
+        ("AWQ", _named("qzeros", lambda zeros: zeros[:1])),
+        ("FP8, blocks", _named("weight_scale_inv", lambda scales: scales[:1])),
+        ("compressed-tensors, FP8 in blocks", _named("weight_scale", lambda scales: scales[:, :1])),
+    ],
+    ids=[
+        *("a group too many", "a group below 0", "no groups", "zeros cut off", "AWQ's zeros cut off"),
+        *("FP8's scales cut off", "scales of blocks cut off"),
+    ],
+)
+def test_a_layer_whose_parts_do_not_fit_each_other_is_refused(plain, tmp_path, made, change):
+    # Some ended the program, and some were read as something else.
+    packed(tmp_path / "model", plain, *FORMATS[made])
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path, {"format": "pt"})
+    assert "model.layers.0" in refusal(get, asking_for(tmp_path / "model", cache_dir=tmp_path / "cache"))
+
+
+def test_blocks_of_another_size_than_config_json_says_are_refused(plain, tmp_path):
+    packed(tmp_path / "model", plain, packers.fp8_blocks, {"quant_method": "fp8"})  # 128 x 128 where nothing is said
+    assert "weight_scale_inv" in refusal(get, asking_for(tmp_path / "model", cache_dir=tmp_path / "cache"))
+    change_config(tmp_path / "model", quantization_config={"quant_method": "fp8", "weight_block_size": [16]})
+    assert "makes no sense" in refusal(get, asking_for(tmp_path / "model", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "torch.uint8"])
+def test_the_dtype_of_packed_weights_in_config_json_is_not_that_of_the_model(plain, tmp_path, dtype):
+    # transformers makes no model in it, which was said to be the fault of the file.
+    expected = packed(tmp_path / "model", plain, *FORMATS["FP8, channels"])
+    change_config(tmp_path / "model", dtype=dtype)
+    loaded = loaded_float32(tmp_path / "model", tmp_path)
+    torch.testing.assert_close(logits(loaded.model), logits(expected), atol=5e-3, rtol=5e-3)  # of bfloat16
+
+
 def test_layers_that_gptq_has_rounded_otherwise_than_the_rest_are_read_as_they_are(plain, tmp_path):
     # GPTQModel's "dynamic": refused before.
     def pack(weight):
