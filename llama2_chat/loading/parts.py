@@ -125,7 +125,12 @@ def choose_parts(
 
 def share(size: Size, parts: int) -> Size:
     """What each of so many parts weighs."""
-    return replace(size, linear=size.linear // parts, kv_bytes_per_token=size.kv_bytes_per_token // parts)
+    return replace(
+        size,
+        linear=size.linear // parts,
+        kv_bytes_per_token=size.kv_bytes_per_token // parts,
+        kv_bytes_in_8_bits=size.kv_bytes_in_8_bits // parts,
+    )
 
 
 def why_not_divided(config: PreTrainedConfig, parts: int, precision: str, gpus: Sequence[Gpu]) -> str | None:

@@ -12,7 +12,7 @@ from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.disk import Files
 from llama2_chat.loading.load import divided, measure_checkpoint
 from llama2_chat.loading.memory import Gpu, Size
-from llama2_chat.loading.parts import Part, choose_parts, why_not_divided
+from llama2_chat.loading.parts import Part, choose_parts, share, why_not_divided
 from llama2_chat.loading.read import read_model
 from tests.support.loading import asking_for, refusal
 from tests.support.serving import ignore
@@ -101,6 +101,12 @@ def test_each_part_in_int4_has_a_copy_of_its_own_for_the_next_start(tmp_path, mo
 
 
 # ---- How many ----
+
+
+def test_each_part_has_its_share_of_the_keys_and_values_in_8_bits_too():
+    # It was counted whole for each GPU, so that models were refused, or spread otherwise, for which there was room.
+    whole = Size(linear=8, other=0, context=4096, kv_bytes_per_token=1000, kv_bytes_in_8_bits=600, kv_cache="auto")
+    assert share(whole, 2).needed_bytes("int8", 4096) - share(whole, 2).needed_bytes("int8", 0) == 300 * 4096
 
 
 @pytest.mark.parametrize(
