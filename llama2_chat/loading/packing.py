@@ -205,11 +205,11 @@ def read_packed(
     if copy := packed_copy(files, kept, cache_dir):
         try:
             return read_model(copy, dtype, None, device_map, max_memory)
-        except UNREADABLE as error:
+        except (ModelUnavailable, *UNREADABLE) as error:
             if is_out_of_memory(error):
                 raise
             log.warning("%s is damaged and made anew", copy, exc_info=True)
-            shutil.rmtree(copy.folder)
+            shutil.rmtree(copy.folder, ignore_errors=True)
     model = read_model(files, dtype, PackedConfig(precision), device_map, max_memory, part)
     copy = save_packed(model, files, kept, cache_dir)
     if copy is None:

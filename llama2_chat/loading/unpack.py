@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llama2_chat.errors import ModelUnavailable, quoted
+from llama2_chat.loading.config import read_config, read_generation_config
 from llama2_chat.loading.dequantize import plain_tensors, quantization_of
 from llama2_chat.loading.disk import (
     Files,
@@ -29,11 +30,13 @@ from llama2_chat.loading.disk import (
     remove_copies,
     source_digest,
     state_digest,
+    translate_write_errors,
 )
+from llama2_chat.loading.read import UNREADABLE
 
 log = logging.getLogger("llama2_chat")
 
-VERSION = 1  # of what is written here: older copies are made anew
+VERSION = 2  # of what is written here: older copies are made anew
 SHARD_BYTES = 2_000_000_000
 
 
@@ -43,12 +46,33 @@ def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
     Raises ModelUnavailable if there is no room for it, or if a tensor is there that nothing here understands.
     """
     folder = _home(cache_dir) / f"{source_digest(files)}-{state_digest(files, VERSION)}"
-    with FileLock(folder.with_name(f"{source_digest(files)}.lock")):
-        if not folder.is_dir():
+    if _is_whole(folder):  # also where nothing can be written
+        return Files(folder)
+    with translate_write_errors():
+        lock = FileLock(folder.with_name(f"{source_digest(files)}.lock")).acquire()
+    with lock:
+        if not _is_whole(folder):  # else another process has made it meanwhile
             remove_copies(folder.parent, source_digest(files), str(files))
             check_room(files, config, cache_dir)
             _make(files, config, folder)
     return Files(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a copy is there, and none of its files is missing or cut off."""
+    if not folder.is_dir():
+        return False
+    copy = Files(folder)
+    try:
+        read_config(copy)
+        read_generation_config(copy)
+        for name in copy.weights():
+            with safe_open(folder / name, "pt"):
+                pass
+    except (ModelUnavailable, *UNREADABLE):
+        log.warning("The plain copy %s is damaged and made anew", folder, exc_info=True)
+        return False
+    return True
 
 
 def check_room(files: Files, config: PreTrainedConfig, cache_dir: Path) -> int:
@@ -59,7 +83,7 @@ def check_room(files: Files, config: PreTrainedConfig, cache_dir: Path) -> int:
     if quantization_of(config) is None:
         return 0
     home, missing = _home(cache_dir), sum(files.missing().values())
-    if not missing and (home / f"{source_digest(files)}-{state_digest(files, VERSION)}").is_dir():
+    if not missing and _is_whole(home / f"{source_digest(files)}-{state_digest(files, VERSION)}"):
         return 0
     needed = sum(tensor.numel() for tensor in _expected(config).values()) * _dtype(config).itemsize
     on_one_disk = home.stat().st_dev == files.folder.stat().st_dev

@@ -54,12 +54,31 @@ def test_a_copy_of_weights_that_have_changed_makes_room_for_the_new_one(files, r
     assert packed_copy(files, "int4", tmp_path / "cache").folder.is_dir()
 
 
-def test_a_damaged_copy_is_made_anew(files, read, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_damaged_copy_is_made_anew(files, read, tmp_path, name):
     read()
-    copy = packed_copy(files, "int4", tmp_path / "cache").folder / "model.safetensors"
-    copy.write_bytes(copy.read_bytes()[:1000])
+    copy = packed_copy(files, "int4", tmp_path / "cache").folder / name
+    whole = copy.stat().st_size
+    copy.write_bytes(copy.read_bytes()[: whole // 2])
     assert precision_of(read()) == "int4"
-    assert copy.stat().st_size > 1000
+    assert copy.stat().st_size == whole
+
+
+def test_a_damaged_copy_that_cannot_be_removed_is_left_alone(files, read, tmp_path, monkeypatch):
+    read()
+    copy = packed_copy(files, "int4", tmp_path / "cache").folder / "config.json"
+    copy.write_text("{")
+
+    def refuse(path, *_, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    def refuse_lock(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(packing, "FileLock", refuse_lock)
+    assert precision_of(read()) == "int4"
 
 
 def test_without_room_for_a_copy_the_model_answers_all_the_same(files, read, tmp_path, monkeypatch, caplog):

@@ -72,6 +72,42 @@ def test_a_copy_that_is_outdated_makes_room_for_the_new_one(model, tiny, monkeyp
     assert f"is unpacked and takes 0 MB more on disk: {new}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "kept_bytes"),
+    [
+        *((name, 60) for name in ("model-00001.safetensors", "model.safetensors.index.json", "config.json")),
+        *((name, 5) for name in ("generation_config.json", "config.json")),
+        ("model-00001.safetensors", None),
+    ],
+)
+def test_a_copy_that_is_damaged_is_made_anew(model, caplog, name, kept_bytes):
+    # Each start ended with the advice to copy the model there again, and no word of which folder to remove.
+    before = logits(get(model).model)
+    (copy,) = copies(model)
+    content = (copy / name).read_bytes()
+    if kept_bytes is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes(content[:kept_bytes])
+    assert torch.equal(logits(get(model).model), before)
+    assert f"{copy} is damaged and made anew" in caplog.text
+    assert copies(model) == [copy]
+
+
+def test_a_copy_is_found_where_nothing_can_be_written_any_more_and_none_is_made_there(model, monkeypatch):
+    # The model was said to be damaged.
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    get(model)
+    monkeypatch.setattr(unpack, "FileLock", refuse)
+    get(model)
+    Path(model.model_id, "model.safetensors").touch()
+    sentence = refusal(get, model)
+    assert "cannot be written" in sentence
+    assert "CACHE_DIR" in sentence
+
+
 def test_what_is_packed_for_a_gpu_goes_with_the_copy_that_it_was_made_from(model, monkeypatch):
     # Its name was that of the outdated copy, so nobody knew whose it was: 7 GB for a 13B.
     packs_in = []
