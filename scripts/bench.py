@@ -113,6 +113,9 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.soak is not None and not 0 < args.soak < float("inf"):
         parser.error(f"--soak must be minutes above 0; it was {args.soak:g}.")
+    for path in filter(None, (args.accept, args.plot)):  # before it is measured for an hour
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            parser.error(f"{path} cannot be written. Name a file in a folder that is there and is yours.")
     args.users = args.users or _default_users(args)
     return args
 

@@ -298,6 +298,8 @@ def load_base(
     files, gpus = checkpoint.base, visible_gpus()
     if precision == "int4" and not gpus:
         raise ModelUnavailable(NO_INT4)
+    if precision == "int4" and (reason := why_not_packed(gpus)):
+        raise ModelUnavailable(f"int4 is not to be had here: {reason}. Choose nf4, or see the log.")
     size, dtype = measure(files), compute_dtype(gpus)
     files = bring_base(checkpoint, precision, progress)
     configs: dict[str, Any] = {"nf4": nf4_config(dtype, divisible), "int8": int8_config(), "int4": PackedConfig("int4")}

@@ -14,13 +14,19 @@ import pytest
 import torch
 
 from llama2_chat import ROOT
-from llama2_chat.benchmark import adapter_cost, format_quality, shapes, starts, training_cost
+from llama2_chat.benchmark import acceptance, adapter_cost, format_quality, shapes, starts, training_cost
 from llama2_chat.benchmark.acceptance import verdict
+from llama2_chat.loading import read as loading_read
+from llama2_chat.loading.config import read_config
+from llama2_chat.loading.dequantize import quantization_of
 from llama2_chat.training.draft_files import save_head
 from llama2_chat.types import Status
 from model import ChatModel
 from scripts.bench import read_arguments
+from tests.support import packers
 from tests.support.drafts import random_head
+from tests.support.loading import asking_for
+from tests.support.packers import packed
 from tests.support.serving import serving
 from tests.support.small_model import save_tokenizer, untrained
 
@@ -64,6 +70,9 @@ def bench(*arguments, exit_codes=(0,), cwd=ROOT, **constants):
         (["--users", "0"], "it must be numbers from 1 on"),
         (["--soak", "0"], "--soak must be minutes above 0"),
         (["--shape", "tiny", "--quantization", "int3"], "invalid choice: 'int3'"),
+        (["--accept", "nowhere/page.md"], "nowhere/page.md cannot be written"),  # said after all had been measured
+        (["--accept", "/"], "/ cannot be written"),
+        (["--plot", "nowhere/users.png"], "nowhere/users.png cannot be written"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(flags, sentence, monkeypatch, capsys):
@@ -148,6 +157,18 @@ def test_the_embedded_model_is_measured_from_its_start_to_its_tenth_turn(chat): 
 )
 def test_what_auto_should_become_is_said(perplexities, said):
     assert re.search(said, verdict(perplexities))
+
+
+def test_in_16_bits_a_checkpoint_that_comes_quantised_is_measured_unpacked(tiny, tmp_path, monkeypatch):
+    # It could not be read where 16 bits do not fit on the GPU, and the page said nothing of int4.
+    packed(tmp_path / "model", tiny, packers.gptq, {"quant_method": "gptq", "bits": 4})
+    read = []
+    monkeypatch.setattr(acceptance, "perplexity", lambda model, ids: 7.0)
+    monkeypatch.setattr(acceptance, "text_ids", lambda *_: [])
+    monkeypatch.setattr(loading_read, "read_model", lambda files, *_: read.append(files) or torch.nn.Identity())
+    settings = asking_for(tmp_path / "model", cache_dir=tmp_path / "cache")
+    assert acceptance._perplexity_beside_the_gpu(settings) == 7.0
+    assert quantization_of(read_config(read[0])) is None
 
 
 @pytest.mark.slow

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from llama2_chat.loading import load as loading
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.config import read_generation_config
 from llama2_chat.loading.load import find_stop_ids, guesses_format, load, load_base
+from llama2_chat.loading.memory import Gpu
 from llama2_chat.loading.read import load_tokenizer
 from tests.support.loading import asking_for, get, logits, refusal
 from tests.support.serving import ignore
@@ -30,6 +32,14 @@ def test_a_model_to_be_trained_is_in_the_precision_asked_for(tiny):
     assert load_base(checkpoint, "float32", "cpu", ignore).dtype == torch.float32
     assert load_base(checkpoint, "nf4", "cpu", ignore).is_loaded_in_4bit
     assert load_base(checkpoint, "int8", "cpu", ignore).is_loaded_in_8bit
+
+
+def test_int4_that_cannot_be_compiled_is_told_and_is_no_damage_of_the_model(tiny, monkeypatch):
+    # evaluate_model.py --precisions int4 had the model copied anew.
+    monkeypatch.setattr(loading, "visible_gpus", lambda: [Gpu(10**11)])
+    monkeypatch.setattr(loading, "why_not_packed", lambda gpus: "humming-kernels does not work here (no NVRTC)")
+    checkpoint = fetch(choose(asking_for(tiny)), ignore)
+    assert "no NVRTC" in refusal(load_base, checkpoint, "int4", "cpu", ignore)
 
 
 @pytest.mark.parametrize("divisible", [False, True])
