@@ -118,6 +118,8 @@ def limit_memory(gpus: int, gpu_memory_gb: float) -> None:
 
     So the limit holds for whatever takes memory: the CUDA context, cuBLAS and bitsandbytes too.
     """
+    if not torch.cuda.is_available():
+        sys.exit("--gpu-memory-gb limits a GPU, and there is none.")
     driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
     for device in range(gpus):
         surplus = torch.cuda.get_device_properties(device).total_memory - int(gpu_memory_gb * GB)

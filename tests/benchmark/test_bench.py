@@ -89,13 +89,14 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(flags,
         lambda folder: starts.measure(["13b"], (), "", folder, 24),
         lambda folder: training_cost.measure(None, "", folder),
         lambda folder: adapter_cost.measure_shape("13b", "", folder, "none"),
+        lambda folder: shapes.limit_memory(1, 22),
         lambda folder: format_quality.measure(),  # which computed for hours, until int4 was refused
     ],
-    ids=["--shape", "--starts", "--train", "--adapters", "--formats"],
+    ids=["--shape", "--starts", "--train", "--adapters", "--gpu-memory-gb", "--formats"],
 )
 def test_without_a_gpu_what_needs_one_is_not_prepared_for_hours_or_by_26_gb_of_weights(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="measures a GPU, and there is none"):
+    with pytest.raises(SystemExit, match=r"(measures|limits) a GPU, and there is none"):
         next(measured(tmp_path))
     assert not any(tmp_path.iterdir())
 
