@@ -25,15 +25,12 @@ PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 DYNAMIC = {"bits", "group_size", "desc_act", "sym", "mse", "damp_percent", "damp_auto_increment"}
 READABLE_BITS = {2, 4, 8}  # that fill an int32 without a rest
 # What stands beside the weights and changes none of them: scales of activations and of a quantised KV cache.
-IGNORED = (
+OF_ACTIVATIONS = ("input", "output", "q", "k", "v")
+IGNORED = {
     "inv_freq",
-    "input_scale",
-    "input_zero_point",
-    "output_scale",
     "activation_scale",
-    "k_scale",
-    "v_scale",
-)
+    *(f"{name}_{part}" for name in OF_ACTIVATIONS for part in ("scale", "zero_point")),
+}
 
 Parts = Mapping[str, Tensor]  # of one layer, by the last part of their names
 Config = Mapping[str, Any]  # the quantization_config of config.json

@@ -198,6 +198,17 @@ def test_what_older_programs_wrote_beside_the_weights_is_no_reason_to_refuse(pla
     assert "belong to no layer" in refusal(get, asking_for(folder, cache_dir=tmp_path / "other"))
 
 
+def test_scales_of_queries_keys_and_values_are_no_reason_to_refuse(plain, tmp_path):
+    # What llm-compressor writes for attention in 8 bits was taken for a layer's weights in a format unknown.
+    expected = packed(tmp_path / "model", plain, *FORMATS["compressed-tensors, int8"])
+    path = tmp_path / "model" / "model.safetensors"
+    parts = [f"{name}_{part}" for name in "qkv" for part in ("scale", "zero_point")]
+    beside = {f"model.layers.1.self_attn.{part}": torch.ones(1) for part in parts}
+    save_file(load_file(path) | beside, path, {"format": "pt"})
+    loaded = loaded_float32(tmp_path / "model", tmp_path)
+    torch.testing.assert_close(logits(loaded.model), logits(expected), atol=1e-4, rtol=1e-4)
+
+
 MADE = {  # by AutoGPTQ 0.7.1, AutoAWQ 0.2.9 and compressed-tensors 0.20.0, as tests/support/makers.py says
     "gptq": FORMATS["GPTQ"][1],
     "gptq act-order": FORMATS["GPTQ, act-order"][1],
