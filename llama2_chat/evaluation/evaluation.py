@@ -22,12 +22,15 @@ from llama2_chat.evaluation.subjects import (
     has_folds,
     load_in_turn,
 )
+from llama2_chat.loading.load import check_precision
 from llama2_chat.training.curves import read_curves
 from llama2_chat.training.run_json import Run, read_run
 
 
 def evaluate(options: Options) -> None:
     """Measure the models and write the report to options.output_dir. Raises ChatError."""
+    for precision in options.precisions:
+        check_precision(precision)  # the others take hours
     runs = find_runs(options.models)
     run, folds = eval_data.find_splits(runs, options)
     for note in folds[0].notes:

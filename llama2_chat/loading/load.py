@@ -286,6 +286,17 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     return loaded
 
 
+def check_precision(precision: str) -> None:
+    """Raise ModelUnavailable for one in which load_base() loads no model here."""
+    if precision != "int4":
+        return
+    gpus = visible_gpus()
+    if not gpus:
+        raise ModelUnavailable(NO_INT4)
+    if reason := why_not_packed(gpus):
+        raise ModelUnavailable(f"int4 is not to be had here: {reason}. Choose nf4, or see the log.")
+
+
 def load_base(
     checkpoint: Checkpoint, precision: str, device: str | int, progress: Progress, divisible: bool = False
 ) -> PreTrainedModel:
@@ -295,11 +306,8 @@ def load_base(
     on a GPU, to be looked at and not trained. Weights that come in NF4 stay as they are where NF4 is asked for.
     divisible: let FSDP divide it among GPUs.
     """
+    check_precision(precision)
     files, gpus = checkpoint.base, visible_gpus()
-    if precision == "int4" and not gpus:
-        raise ModelUnavailable(NO_INT4)
-    if precision == "int4" and (reason := why_not_packed(gpus)):
-        raise ModelUnavailable(f"int4 is not to be had here: {reason}. Choose nf4, or see the log.")
     size, dtype = measure(files), compute_dtype(gpus)
     files = bring_base(checkpoint, precision, progress)
     configs: dict[str, Any] = {"nf4": nf4_config(dtype, divisible), "int8": int8_config(), "int4": PackedConfig("int4")}

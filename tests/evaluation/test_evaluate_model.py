@@ -69,6 +69,12 @@ def test_data_of_other_columns_is_read_as_in_training(chat_model, tmp_path):
 # ---- What goes wrong ----
 
 
+def test_a_precision_that_is_not_to_be_had_here_is_refused_before_the_others_are_measured(run, no_weights, monkeypatch):
+    # It was refused behind those named before it, and those after it were not measured.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "int4 needs a CUDA GPU" in refusal(run, "--precisions", "float32", "int4", "nf4")
+
+
 def test_a_task_that_is_not_there_is_refused(run, no_weights):
     assert "There is no task file" in refusal(run, "--tasks", "none.yaml")
 
