@@ -52,6 +52,8 @@ def unpacked(files: Files, config: PreTrainedConfig, cache_dir: Path) -> Files:
         lock = FileLock(folder.with_name(f"{source_digest(files)}.lock")).acquire()
     with lock:
         if not _is_whole(folder):  # else another process has made it meanwhile
+            if folder.is_dir():
+                log.warning("The plain copy %s is damaged and made anew", folder)
             remove_copies(folder.parent, source_digest(files), str(files))
             check_room(files, config, cache_dir)
             _make(files, config, folder)
@@ -70,7 +72,6 @@ def _is_whole(folder: Path) -> bool:
             with safe_open(folder / name, "pt"):
                 pass
     except (ModelUnavailable, *UNREADABLE):
-        log.warning("The plain copy %s is damaged and made anew", folder, exc_info=True)
         return False
     return True
 
