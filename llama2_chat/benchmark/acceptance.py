@@ -161,7 +161,7 @@ def _perplexity_beside_the_gpu(settings: Settings) -> float | None:
     """Of the model in 16 bits, whose layers are elsewhere as far as the GPUs lack room; None if that fails, too."""
     from llama2_chat.loading.choose import choose, fetch
     from llama2_chat.loading.load import bring_plain
-    from llama2_chat.loading.memory import compute_dtype, visible_gpus
+    from llama2_chat.loading.memory import compute_dtype, free_host_bytes, visible_gpus
     from llama2_chat.loading.read import load_tokenizer, read_model
 
     torch.cuda.empty_cache()
@@ -171,7 +171,8 @@ def _perplexity_beside_the_gpu(settings: Settings) -> float | None:
             return None
         files = bring_plain(checkpoint, lambda *progress: None)
         gpus = visible_gpus()
-        room = {index: max(gpu.free_bytes - ROOM_GB * GB, 0) for index, gpu in enumerate(gpus)}
+        room: dict[int | str, int] = {"cpu": free_host_bytes()}  # else they would be on a disk
+        room |= {index: max(gpu.free_bytes - ROOM_GB * GB, 0) for index, gpu in enumerate(gpus)}
         model = read_model(files, compute_dtype(gpus), None, "auto", room)
         return perplexity(model.eval(), text_ids(load_tokenizer(checkpoint), PERPLEXITY_TOKENS))
     return None

@@ -204,7 +204,12 @@ def divided(checkpoint: Checkpoint) -> Checkpoint:
     fewest = sorted(gpus[:parts], key=lambda gpu: gpu.free_bytes)[:1]
     precision, why = choose_precision(quantization, share(size, parts), fewest)
     check_memory(quoted(checkpoint.model_id), precision, share(size, parts), fewest)
-    if reason := why_not_divided(config, parts, precision, gpus):
+    reason = why_not_divided(config, parts, precision, gpus)
+    if not reason and gpus and precision in UNPACKED and (why_not := why_not_packed(gpus[:parts])):
+        if requested == "auto":
+            return checkpoint
+        reason = f"only products by humming-kernels are divided in {precision}, and {why_not}"
+    if reason:
         raise ModelUnavailable(f"TENSOR_PARALLEL={parts} does not work here: {reason}.")
     together = f"{parts} {'GPUs' if gpus else 'processes'} compute each layer together."
     return replace(checkpoint, part=Part(0, parts), quantization=precision, why=f"{checkpoint.why} {why} {together}")

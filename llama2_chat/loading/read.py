@@ -60,10 +60,10 @@ def read_model(
     dtype: torch.dtype,
     config: QuantizationConfigMixin | None,
     device_map: DeviceMap,
-    max_memory: dict[int, int] | None = None,
+    max_memory: dict[Any, int] | None = None,
     part: Part | None = None,
 ) -> PreTrainedModel:
-    """part: what of the model; None for all of it."""
+    """max_memory: how many bytes each GPU, and "cpu", may take. part: what of the model; None for all of it."""
     quantization = {"quantization_config": config} if config else {}  # None would override what config.json says
     source: dict[str, Any] = {"pretrained_model_name_or_path": files.folder, "config": read_config(files)}
     read: Any = AutoModelForCausalLM.from_pretrained

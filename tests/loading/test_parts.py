@@ -178,3 +178,20 @@ def test_auto_divides_what_one_gpu_does_not_hold_but_no_pickles_which_can_only_b
     assert divided(checkpoint).part is None
     asked = replace(checkpoint, tensor_parallel="2")
     assert "its weights are pickles, which can only be read whole" in refusal(divided, asked)
+
+
+def test_without_products_in_4_and_8_bits_a_model_in_them_is_not_divided(files, monkeypatch):
+    """Each part took those of bitsandbytes, which nobody divides."""
+    checkpoint = fetch(choose(asking_for(files.folder, quantization="int4", tensor_parallel="2")), ignore)
+    monkeypatch.setattr(load, "visible_gpus", lambda: [H100] * 2)
+    monkeypatch.setattr(load, "why_not_packed", lambda gpus: "humming-kernels does not work here (no compiler)")
+    assert refusal(divided, checkpoint) == (
+        "TENSOR_PARALLEL=2 does not work here: only products by humming-kernels are divided in int4, and "
+        "humming-kernels does not work here (no compiler)."
+    )
+    size = measure_checkpoint(checkpoint)
+    too_small = replace(H100, free_bytes=size.needed_bytes("int4", size.context) - 1)
+    monkeypatch.setattr(load, "visible_gpus", lambda: [too_small] * 2)
+    assert divided(replace(checkpoint, tensor_parallel="auto")).part is None
+    monkeypatch.setattr(load, "why_not_packed", lambda gpus: None)
+    assert divided(replace(checkpoint, tensor_parallel="auto")).part == Part(0, 2)
