@@ -40,12 +40,17 @@ def check_draft(checkpoint: Checkpoint) -> None:
         other = load_tokenizer(Checkpoint(str(files), "", "none", files, checkpoint.cache_dir))
         if other.get_vocab() != load_tokenizer(checkpoint).get_vocab():
             raise _does_not_fit(files, "its tokenizer has other tokens than the model's")
-    elif hidden != text.hidden_size:
+        return
+    if hidden != text.hidden_size:
         raise _does_not_fit(
             files, f"it goes on from {hidden:,} numbers a token, and the model has {text.hidden_size:,}"
         )
-    elif odd := [behind for behind in layers if not 0 < behind <= text.num_hidden_layers]:
+    if odd := [behind for behind in layers if not 0 < behind <= text.num_hidden_layers]:
         raise _does_not_fit(files, f"it goes on from layer {odd[0]}, and the model has {text.num_hidden_layers}")
+    head_config = _head_config(files)
+    if (count := head_config.num_hidden_layers) > text.num_hidden_layers:  # each takes memory, also without weights
+        raise _does_not_fit(files, f"it has {count:,} layers, and the model {text.num_hidden_layers}")
+    _outline(files, head_config)
 
 
 def has_tokenizer(files: Files) -> bool:
@@ -101,23 +106,34 @@ def read_head(files: Files) -> EagleHead:
         whole = name.removesuffix("_scale")
         tensors[whole] = tensors[whole].float() * tensors.pop(name).unsqueeze(-1)
     ids = tensors.pop("ids", None)
-    with translate_config_errors(files):
-        config = LlamaConfig.from_dict(json.loads((files.folder / "config.json").read_text("utf-8")))
-        head = EagleHead(
-            config,
-            bias="fc.bias" in tensors,
-            input_norm="layers.0.input_layernorm.weight" in tensors,
-            vocabulary=None if ids is None else ids.long(),
-        )
+    config = _head_config(files)
+    kinds: dict[str, Any] = {
+        "bias": "fc.bias" in tensors,
+        "input_norm": "layers.0.input_layernorm.weight" in tensors,
+        "vocabulary": None if ids is None else ids.long(),
+    }
     if ids is not None and not (ids.dim() == 1 and len(ids) and ids.min() >= 0 and ids.max() < config.vocab_size):
         raise _does_not_fit(files, "the tokens among which it guesses are none of the model's")
-    wanted = {name: states.shape for name, states in head.state_dict().items() if name != "ids"}
+    outline = _outline(files, config, **kinds).state_dict()
+    wanted = {name: states.shape for name, states in outline.items() if name != "ids"}
     if odd := sorted(wanted.keys() ^ tensors.keys()):
         raise _does_not_fit(files, f"it is a head of another kind than EAGLE's first ({odd[0]})")
     if odd := [name for name, shape in wanted.items() if tensors[name].shape != shape]:
         raise _does_not_fit(files, f"{odd[0]} has another shape than its config.json says")
+    head = EagleHead(config, **kinds)
     head.load_state_dict(tensors, strict=False)
     return head
+
+
+def _head_config(files: Files) -> LlamaConfig:
+    with translate_config_errors(files):
+        return LlamaConfig.from_dict(json.loads((files.folder / "config.json").read_text("utf-8")))
+
+
+def _outline(files: Files, config: LlamaConfig, **kinds: Any) -> EagleHead:
+    """The head without its numbers: whatever its configuration says, it takes no memory for them."""
+    with translate_config_errors(files), torch.device("meta"):
+        return EagleHead(config, **kinds)
 
 
 def _does_not_fit(files: Files, why: str) -> ModelUnavailable:

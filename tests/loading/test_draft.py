@@ -127,10 +127,30 @@ def test_a_head_with_something_else_among_its_tensors_is_refused(tiny, model, tm
         ({"embedding_scale": "large"}, "transformers makes no model of the config.json"),
         ({"feature_layers": ["the first"]}, "is damaged or not in a format"),
         ({"intermediate_size": 7}, "layers.0.mlp.gate_proj.weight has another shape than its config.json says"),
+        ({"intermediate_size": 10**12}, "layers.0.mlp.gate_proj.weight has another shape than its config.json says"),
     ],
 )
 def test_a_head_whose_configuration_makes_no_sense_is_refused(tiny, model, tmp_path, config, sentence):
     assert sentence in refusal(start, tiny, published(random_head(model), tmp_path / "head", **config))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"num_attention_heads": 3}, "transformers makes no model of the config.json"),
+        ({"num_key_value_heads": 3}, "transformers makes no model of the config.json"),
+        ({"rms_norm_eps": "small"}, "transformers makes no model of the config.json"),
+        ({"embedding_scale": "large"}, "transformers makes no model of the config.json"),
+        ({"num_hidden_layers": 10**6}, "it has 1,000,000 layers, and the model 2"),
+    ],
+)
+def test_what_the_configuration_of_a_head_tells_is_said_before_any_weights_are_fetched(
+    tiny, model, tmp_path, config, sentence
+):
+    # --check called it fine; of so many layers the start took all memory.
+    folder = published(random_head(model), tmp_path / "head", **config)
+    checkpoint = fetch(choose(asking_for(tiny, draft_model=str(folder))), ignore)
+    assert sentence in refusal(check_draft, checkpoint)
 
 
 @pytest.mark.parametrize("ids", [[], [1, 64], [-1, 2]])
