@@ -65,16 +65,18 @@ class KVPool:
         whole = -(-context_length // BLOCK_SIZE)
         if all(device.type == "cpu" for device in block_bytes):
             fitting = max(fitting, whole)
-        if not self._allocate_layers(probe, beside, min(fitting, max_batch * whole)):
-            least, most = LEAST_BLOCKS * sum(block_bytes.values()), sum(free[device] for device in block_bytes)
+        wanted = max_batch * whole
+        fewest = min(LEAST_BLOCKS, wanted)  # of a small window nobody needs more
+        if not self._allocate_layers(probe, beside, min(fitting, wanted), fewest):
+            least, most = fewest * sum(block_bytes.values()), sum(free[device] for device in block_bytes)
             raise ModelUnavailable(
                 f"The model leaves {most / GB:.1f} GB of GPU memory for conversations, and the shortest takes "
                 f"{least / GB:.1f} GB. Set QUANTIZATION=nf4 if it is not, lower KV_HEADROOM_GB, or use a larger GPU."
             )
 
-    def _allocate_layers(self, probe: Sequence[Tensor], beside: Sequence[Tensor], fitting: int) -> bool:
+    def _allocate_layers(self, probe: Sequence[Tensor], beside: Sequence[Tensor], fitting: int, fewest: int) -> bool:
         """Take so many blocks, or fewer if what is free lies in pieces. False if that leaves too few."""
-        while fitting >= LEAST_BLOCKS:
+        while fitting >= fewest:
             self.num_blocks = 1 + fitting
             with suppress(torch.OutOfMemoryError):
                 self.layers, self.beside = ([self.allocate(keys) for keys in each] for each in (probe, beside))

@@ -7,6 +7,7 @@ import torch
 from llama2_chat.engine.kv_pool import BLOCK_SIZE, LEAST_BLOCKS, KVPool, make_pool
 from llama2_chat.engine.model_runner import build_runner
 from llama2_chat.errors import ModelUnavailable
+from tests.support.engines import answer, running
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,14 @@ def test_where_nothing_is_left_for_conversations_the_numbers_are_said(tiny_llama
         ModelUnavailable, match=r"leaves 1\.1 GB of GPU memory for conversations, and the shortest takes"
     ):
         build(tiny_llama, NoRoom)
+
+
+@pytest.mark.parametrize("context_length", [64, 256, 448])
+def test_one_answer_at_a_time_over_a_small_window_needs_no_more_than_that_window(tiny_llama, context_length):
+    # With MAX_BATCH=1 such a model was refused: it left 20 GB for conversations, and the shortest took 0.1.
+    with running(tiny_llama, context_length=context_length, max_batch=1) as engine:
+        answer(engine, [1, 2, 3])
+        assert engine.context_length == context_length
 
 
 def test_what_is_free_is_measured_after_the_model_has_run_for_the_first_time(tiny_llama, monkeypatch):
