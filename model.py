@@ -179,7 +179,8 @@ class ChatModel:
                 measure(checkpoint.base)
                 check_architecture(read_config(checkpoint.base))
             check_adapters(checkpoint)
-            check_draft(checkpoint)
+            if small := check_draft(checkpoint):
+                check_architecture(small)
             checkpoint = divided(checkpoint)
             if checkpoint.part:
                 self._workers = self._start_workers(checkpoint)

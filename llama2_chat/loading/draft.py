@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llama2_chat.errors import ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
@@ -23,34 +23,39 @@ from llama2_chat.loading.read import load_tokenizer, read_model, translate_error
 FITS = "DRAFT_MODEL must be a head that was trained for this model, or a small model with the same vocabulary"
 
 
-def check_draft(checkpoint: Checkpoint) -> None:
+def check_draft(checkpoint: Checkpoint) -> PreTrainedConfig | None:
     """Raise ModelUnavailable for a DRAFT_MODEL that cannot guess for this model, as far as it can be told without its
-    weights: by its configuration, and by its tokenizer if it has one."""
+    weights: by its configuration, and by its tokenizer if it has one.
+
+    Returns the configuration of a small model: whether the engine can compute it is for others to say.
+    """
     if (files := checkpoint.draft) is None:
-        return
+        return None
+    served: Any = read_config(checkpoint.base)
+    text = served.get_text_config()
+    if has_tokenizer(files):
+        small: Any = read_config(files)
+        _check_size(files, small.get_text_config().vocab_size, text.vocab_size)
+        other = load_tokenizer(Checkpoint(str(files), "", "none", files, checkpoint.cache_dir))
+        if other.get_vocab() != load_tokenizer(checkpoint).get_vocab():
+            raise _does_not_fit(files, "its tokenizer has other tokens than the model's")
+        return small
     with translate_parse_errors(files):
         config = json.loads((files.folder / "config.json").read_text("utf-8"))
         size, hidden = (int(config[name]) for name in ("vocab_size", "hidden_size"))
         layers = [int(behind) for behind in config.get("feature_layers", [])]
-    served: Any = read_config(checkpoint.base)
-    text = served.get_text_config()
-    if size != text.vocab_size:
-        raise _does_not_fit(files, f"it knows {size:,} tokens, and the model {text.vocab_size:,}")
-    if has_tokenizer(files):
-        other = load_tokenizer(Checkpoint(str(files), "", "none", files, checkpoint.cache_dir))
-        if other.get_vocab() != load_tokenizer(checkpoint).get_vocab():
-            raise _does_not_fit(files, "its tokenizer has other tokens than the model's")
-        return
+        count = int(config.get("num_hidden_layers", 1))
+    _check_size(files, size, text.vocab_size)
     if hidden != text.hidden_size:
         raise _does_not_fit(
             files, f"it goes on from {hidden:,} numbers a token, and the model has {text.hidden_size:,}"
         )
     if odd := [behind for behind in layers if not 0 < behind <= text.num_hidden_layers]:
         raise _does_not_fit(files, f"it goes on from layer {odd[0]}, and the model has {text.num_hidden_layers}")
-    head_config = _head_config(files)
-    if (count := head_config.num_hidden_layers) > text.num_hidden_layers:  # each takes memory, also without weights
+    if count > text.num_hidden_layers:  # each takes memory, also without weights
         raise _does_not_fit(files, f"it has {count:,} layers, and the model {text.num_hidden_layers}")
-    _outline(files, head_config)
+    _outline(files, _head_config(files))
+    return None
 
 
 def has_tokenizer(files: Files) -> bool:
@@ -97,6 +102,8 @@ def read_head(files: Files) -> EagleHead:
     for name in files.weights():
         file = files.folder / name
         tensors |= load_file(file) if name.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
+    if odd := [name for name in tensors if not isinstance(name, str)]:
+        raise _does_not_fit(files, f"{odd[0]!r:.40} is no name of a tensor")
     tensors.pop("embed_tokens.weight", None)  # a copy of the model's
     if "fc.weight" not in tensors:
         raise _does_not_fit(files, "it has no tokenizer, and is no head of EAGLE's first kind")
@@ -123,6 +130,11 @@ def read_head(files: Files) -> EagleHead:
     head = EagleHead(config, **kinds)
     head.load_state_dict(tensors, strict=False)
     return head
+
+
+def _check_size(files: Files, size: int, wanted: int) -> None:
+    if size != wanted:
+        raise _does_not_fit(files, f"it knows {size:,} tokens, and the model {wanted:,}")
 
 
 def _head_config(files: Files) -> LlamaConfig:

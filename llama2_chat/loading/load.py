@@ -187,6 +187,8 @@ def _in_whole_numbers(path: Path) -> list[str]:
         return [name for name, kind in kinds.items() if name.endswith(".weight") and kind.startswith(("I", "U"))]
     tensors = dict(torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True))
     weights = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if odd := [name for name in weights if not isinstance(name, str)]:
+        raise ValueError(f"{odd[0]!r:.40} is no name of a tensor")
     return [name for name, tensor in weights.items() if name.endswith(".weight") and not tensor.is_floating_point()]
 
 

@@ -132,7 +132,8 @@ def probe_model(start: PlannedStart) -> str:
         check_architecture(read_config(start.files[0]))
     assert checkpoint is not None  # only the embedded model's may be
     check_adapters(checkpoint)
-    check_draft(checkpoint)
+    if small := check_draft(checkpoint):
+        check_architecture(small)
     for files in start.files:
         check_headers(files, is_head=files is checkpoint.draft and not has_tokenizer(files))
     if plan.is_embedded:

@@ -5,19 +5,20 @@ import pickle
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.draft import check_draft
-from llama2_chat.loading.load import load, measure_checkpoint
+from llama2_chat.loading.load import check_headers, load, measure_checkpoint
 from llama2_chat.loading.memory import GB, Gpu
 from llama2_chat.types import SamplingParams
 from tests.support.drafts import random_head
 from tests.support.engines import answer, running
 from tests.support.loading import asking_for, get, get_float32, refusal
 from tests.support.serving import ignore
-from tests.support.small_model import save_model
+from tests.support.small_model import save_model, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,15 @@ def test_a_small_model_of_the_same_vocabulary_is_read(tiny, tmp_path, monkeypatc
     assert measure_checkpoint(checkpoint).adapter_bytes > 0  # there, too
 
 
+def test_a_small_model_need_be_no_llama(tiny, tmp_path):
+    # Its config.json has other names, and was called damaged.
+    shape = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    draft = start(tiny, save_tokenizer(tmp_path, ("a", "b", "c")))
+    with running(get_float32(asking_for(tiny)).model, draft=draft.float()) as engine:
+        answer(engine, [1, 2, 3], SamplingParams(max_new_tokens=8))
+
+
 def test_nothing_is_read_where_nothing_is_asked_for(tiny):
     assert get(asking_for(tiny)).draft is None
 
@@ -108,6 +118,14 @@ def test_a_head_whose_heads_cannot_share_their_keys_is_refused(tiny, model, tmp_
     keys, values = (f"layers.0.self_attn.{each}_proj.weight" for each in "kv")
     changed(folder, **{keys: torch.zeros(48, 64), values: torch.zeros(48, 64)})
     assert "(4 heads cannot share 3 of keys and values)" in refusal(start, tiny, folder)
+
+
+def test_a_head_with_a_number_for_a_name_is_refused(tiny, model, tmp_path):
+    # What program and --check said was that something unexpected had happened.
+    folder = published(random_head(model), tmp_path / "head")
+    torch.save({"fc.weight": torch.zeros(2), 3: torch.zeros(2)}, folder / "pytorch_model.bin")
+    assert "3 is no name of a tensor" in refusal(start, tiny, folder)
+    refusal(check_headers, fetch(choose(asking_for(tiny, draft_model=str(folder))), ignore).draft, True)
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "fc.weight_scale"])

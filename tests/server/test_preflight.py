@@ -20,7 +20,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MambaConfig
 
 from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.kernels.eagle import EagleHead
@@ -492,6 +492,16 @@ def test_a_head_that_was_trained_here_is_taken(tmp_path):
     assert found.ok
     assert found.detail == f"{folder} with guesses by {tmp_path / 'head'}. All files are here."
     assert load(start.checkpoint, lambda *_: None).draft is not None
+
+
+def test_a_small_model_that_cannot_guess_is_told_by_its_own_name(tmp_path):
+    # It was found out once its weights were there, and the model that it should guess for was called unfit.
+    folder = save_model(tmp_path / "model")
+    draft = save_model(tmp_path / "draft")
+    MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1).save_pretrained(draft)
+    assert "MambaForCausalLM is built in a way" in bad("model", model_id=str(folder), draft_model=str(draft)).detail
+    chat = ChatModel(Settings(model_id=str(folder), draft_model=str(draft))).load()
+    assert "MambaForCausalLM is built in a way" in chat.status.error
 
 
 def test_a_head_that_was_cut_off_is_told_also_with_the_small_model(embedded, tmp_path):
