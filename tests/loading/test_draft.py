@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.draft import check_draft
 from llama2_chat.loading.load import check_headers, load, measure_checkpoint
 from llama2_chat.loading.memory import GB, Gpu
+from llama2_chat.loading.parts import Part
 from llama2_chat.types import SamplingParams
 from tests.support.drafts import random_head
 from tests.support.engines import answer, running
@@ -73,6 +75,14 @@ def test_a_small_model_need_be_no_llama(tiny, tmp_path):
     draft = start(tiny, save_tokenizer(tmp_path, ("a", "b", "c")))
     with running(get_float32(asking_for(tiny)).model, draft=draft.float()) as engine:
         answer(engine, [1, 2, 3], SamplingParams(max_new_tokens=8))
+
+
+def test_that_a_model_in_parts_has_no_guesses_is_said_also_where_there_is_no_gpu(tiny, model, tmp_path):
+    head = published(random_head(model), tmp_path / "head")
+    checkpoint = fetch(choose(asking_for(tiny, draft_model=str(head))), ignore)
+    loaded = load(replace(checkpoint, part=Part(0, 2), why="In parts."), ignore)
+    assert loaded.why.startswith("In parts. DRAFT_MODEL is left out: it guesses for a model that is whole.")
+    assert loaded.draft is None
 
 
 def test_nothing_is_read_where_nothing_is_asked_for(tiny):
