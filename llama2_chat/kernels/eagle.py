@@ -37,6 +37,8 @@ class EagleHead(nn.Module):
             raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values")
         self.config = config
         self.embedding_scale: float = float(getattr(config, "embedding_scale", 1.0))
+        if not 0 < self.embedding_scale < float("inf"):
+            raise ValueError(f"embedding_scale must be above 0; it is {self.embedding_scale}")
         self.feature_layers = [int(behind) for behind in getattr(config, "feature_layers", [])]
         if self.feature_layers:
             self.fuse = nn.Linear((len(self.feature_layers) + 1) * H, H)

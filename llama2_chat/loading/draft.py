@@ -127,6 +127,8 @@ def read_head(files: Files) -> EagleHead:
         raise _does_not_fit(files, f"it is a head of another kind than EAGLE's first ({odd[0]})")
     if odd := [name for name, shape in wanted.items() if tensors[name].shape != shape]:
         raise _does_not_fit(files, f"{odd[0]} has another shape than its config.json says")
+    if odd := [name for name, states in tensors.items() if not states.isfinite().all()]:
+        raise _does_not_fit(files, f"{odd[0]} holds what are no numbers: it is damaged, or its training failed")
     head = EagleHead(config, **kinds)
     head.load_state_dict(tensors, strict=False)
     return head

@@ -145,6 +145,15 @@ def test_a_head_with_something_else_among_its_tensors_is_refused(tiny, model, tm
     assert f"{name} is no tensor" in refusal(start, tiny, folder)
 
 
+def test_a_head_with_what_are_no_numbers_is_refused(tiny, model, tmp_path):
+    # It was served, and none of its guesses ever came true.
+    folder = published(random_head(model), tmp_path / "head")
+    name = "layers.0.mlp.up_proj.weight"
+    states = torch.load(folder / "pytorch_model.bin", weights_only=True)[name]
+    states[3, 5] = float("nan")
+    assert f"{name} holds what are no numbers" in refusal(start, tiny, changed(folder, **{name: states}))
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
@@ -169,6 +178,7 @@ def test_a_head_whose_configuration_makes_no_sense_is_refused(tiny, model, tmp_p
         ({"num_key_value_heads": 3}, "transformers makes no model of the config.json"),
         ({"rms_norm_eps": "small"}, "transformers makes no model of the config.json"),
         ({"embedding_scale": "large"}, "transformers makes no model of the config.json"),
+        ({"embedding_scale": float("inf")}, "(embedding_scale must be above 0; it is inf)"),
         ({"num_hidden_layers": 10**6}, "it has 1,000,000 layers, and the model 2"),
     ],
 )
