@@ -60,7 +60,6 @@ from llama2_chat.types import Message
 log = logging.getLogger("llama2_chat")
 
 # Of a model that may have been trained to chat in another.
-GUESSES_ON_A_GPU = "on a GPU it guesses for a Llama in 16 bits or fewer that is whole on one"
 GUESSED_FORMAT = (
     "Its files name no chat format, so Llama 2's is used, which is a guess: a chat_template.jinja beside its tokenizer "
     "gives another, and CHAT_FORMAT=llama-2 says that this is right."
@@ -215,7 +214,10 @@ def divided(checkpoint: Checkpoint) -> Checkpoint:
     if reason:
         raise ModelUnavailable(f"TENSOR_PARALLEL={parts} does not work here: {reason}.")
     together = f"{parts} {'GPUs' if gpus else 'processes'} compute each layer together."
-    return replace(checkpoint, part=Part(0, parts), quantization=precision, why=f"{checkpoint.why} {why} {together}")
+    if checkpoint.draft:
+        together = f"{together} DRAFT_MODEL is left out: it guesses for a model that is whole."
+    said = f"{checkpoint.why} {why} {together}"
+    return replace(checkpoint, part=Part(0, parts), quantization=precision, draft=None, why=said)
 
 
 def _why_whole(checkpoint: Checkpoint) -> str | None:
@@ -282,10 +284,11 @@ def load(checkpoint: Checkpoint, progress: Progress) -> Loaded:
     model.eval().requires_grad_(False)
     if part:
         why = ""  # divided() has said it
-    draft = None if part else read_draft(checkpoint, model, progress)
+    draft = read_draft(checkpoint, model, progress)
     if checkpoint.draft and draft is None:
-        only = "it guesses for a model that is whole" if part else GUESSES_ON_A_GPU
-        why = f"{why} DRAFT_MODEL is left out: {only}.".lstrip()
+        why = (
+            f"{why} DRAFT_MODEL is left out: on a GPU it guesses for a Llama in 16 bits or fewer that is whole on one."
+        )
     why = f"{why} {said_of_base(checkpoint.all_adapters, checkpoint.base)}".rstrip()
     loaded = Loaded(model, f"{checkpoint.why} {why}".rstrip(), needed_bytes, part, adapters, draft)
     if loaded.precision != precision:

@@ -13,12 +13,13 @@ import platform
 import shutil
 import sqlite3
 from collections.abc import Container
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llama2_chat import ROOT
 from llama2_chat.database import check_folder
-from llama2_chat.errors import ChatError
+from llama2_chat.errors import ChatError, ModelUnavailable
 from llama2_chat.presets import read_presets
 from llama2_chat.server.listen import open_listener
 from llama2_chat.settings import Settings
@@ -115,7 +116,7 @@ def probe_model(start: PlannedStart) -> str:
     from llama2_chat.loading.config import read_config
     from llama2_chat.loading.draft import check_draft, has_tokenizer
     from llama2_chat.loading.hub import check_reachable
-    from llama2_chat.loading.load import check_headers, measure
+    from llama2_chat.loading.load import check_headers, divided, measure
     from llama2_chat.loading.lora import check_adapters
     from llama2_chat.loading.memory import visible_gpus
     from llama2_chat.loading.small_model import check_index
@@ -136,6 +137,8 @@ def probe_model(start: PlannedStart) -> str:
         check_architecture(small)
     for files in start.files:
         check_headers(files, is_head=files is checkpoint.draft and not has_tokenizer(files))
+    with suppress(ModelUnavailable):  # which the probe of GPU memory says
+        checkpoint = divided(checkpoint)
     if plan.is_embedded:
         return f"{plan.model_id}{_beside(checkpoint)}. {plan.why}"
     for files in start.files:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from llama2_chat.kernels.eagle import EagleHead
 from llama2_chat.kernels.int8 import Int8Linear
 from llama2_chat.loading.choose import choose, fetch
 from llama2_chat.loading.draft import check_draft
-from llama2_chat.loading.load import check_headers, load, measure_checkpoint
+from llama2_chat.loading.load import check_headers, divided, load, measure_checkpoint
 from llama2_chat.loading.memory import GB, Gpu
-from llama2_chat.loading.parts import Part
 from llama2_chat.types import SamplingParams
 from tests.support.drafts import random_head
 from tests.support.engines import answer, running
@@ -77,12 +75,14 @@ def test_a_small_model_need_be_no_llama(tiny, tmp_path):
         answer(engine, [1, 2, 3], SamplingParams(max_new_tokens=8))
 
 
-def test_that_a_model_in_parts_has_no_guesses_is_said_also_where_there_is_no_gpu(tiny, model, tmp_path):
+def test_a_model_in_parts_has_no_guesses_and_says_so(tiny, model, tmp_path):
     head = published(random_head(model), tmp_path / "head")
-    checkpoint = fetch(choose(asking_for(tiny, draft_model=str(head))), ignore)
-    loaded = load(replace(checkpoint, part=Part(0, 2), why="In parts."), ignore)
-    assert loaded.why.startswith("In parts. DRAFT_MODEL is left out: it guesses for a model that is whole.")
-    assert loaded.draft is None
+    checkpoint = divided(fetch(choose(asking_for(tiny, draft_model=str(head), tensor_parallel="2")), ignore))
+    assert checkpoint.why.endswith(
+        "2 processes compute each layer together. DRAFT_MODEL is left out: it guesses for a model that is whole."
+    )
+    loaded = load(checkpoint, ignore)
+    assert (loaded.draft, loaded.why.count("DRAFT_MODEL")) == (None, 1)
 
 
 def test_nothing_is_read_where_nothing_is_asked_for(tiny):

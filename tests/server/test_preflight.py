@@ -492,6 +492,8 @@ def test_a_head_that_was_trained_here_is_taken(tmp_path):
     assert found.ok
     assert found.detail == f"{folder} with guesses by {tmp_path / 'head'}. All files are here."
     assert load(start.checkpoint, lambda *_: None).draft is not None
+    in_parts = Settings(model_id=str(folder), draft_model=str(tmp_path / "head"), tensor_parallel="2")
+    assert run_probe("model", PlannedStart(in_parts)).detail == f"{folder}. All files are here."
 
 
 def test_a_small_model_that_cannot_guess_is_told_by_its_own_name(tmp_path):
