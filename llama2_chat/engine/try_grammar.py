@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ COMPILE_WALL_S = 10  # of a computer that is busy with other things
 COMPILE_BYTES = 2**28  # of addresses, of which a heap takes some for itself
 COMPILE_STACK_BYTES = 2**20  # an eighth of what a thread has on Linux: what passes has room to spare here
 SPARE_AFTER_S = 1  # when the answer that waited for this one's grammar has had its first token
+NO_COMPUTER = "This computer is too busy to compile a grammar. Please try again in a minute."
 KEPT_CHARACTERS = 2**25  # of grammars and what they were translated to
 # As Python writes JSON. Where any whitespace is allowed, a small model can emit it until max_new_tokens. Which
 # alternatives of a oneOf exclude each other, Rewriter has seen to.
@@ -117,7 +119,11 @@ def tried(spec: GrammarSpec, patience_s: float) -> Tried:
 
 
 def _try_apart(spec: GrammarSpec) -> Tried:
-    process = _spare.pop() if _spare else _start()
+    """Raises Busy where it is the computer that let it come to no end, which says nothing of the grammar."""
+    try:
+        process = _spare_or_new()
+    except OSError as error:  # too many processes, or no memory for one
+        raise Busy(NO_COMPUTER) from error
     try:
         written, _ = process.communicate(json.dumps([spec.kind, spec.text]).encode(), COMPILE_WALL_S)
     except subprocess.TimeoutExpired:
@@ -126,6 +132,8 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     later = threading.Timer(SPARE_AFTER_S, _start_spare)
     later.daemon = True
     later.start()
+    if -process.returncode in _FROM_OUTSIDE:
+        raise Busy(NO_COMPUTER)
     if process.returncode:
         return Tried(error=too_complex(spec.kind))
     result = json.loads(written)
@@ -133,7 +141,19 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     return Tried(result["source"], result["error"], tuple(result["relaxed"]), ending)
 
 
+# No limit of its own ends it by these, but the system where memory is short, an operator, and COMPILE_WALL_S where the
+# computer has not given it COMPILE_CPU_S by then. On Windows COMPILE_WALL_S alone holds, and ends it by a 1.
+_FROM_OUTSIDE = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
 _spare: list[subprocess.Popen[bytes]] = []  # one that waits for a grammar: Python takes a tenth of a second to start
+
+
+def _spare_or_new() -> subprocess.Popen[bytes]:
+    if _spare:
+        process = _spare.pop()
+        if process.poll() is None:
+            return process
+        process.communicate()  # ended while it waited
+    return _start()
 
 
 def _start_spare() -> None:
@@ -171,10 +191,11 @@ def try_grammar() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (COMPILE_CPU_S, COMPILE_CPU_S))
         resource.setrlimit(resource.RLIMIT_AS, (COMPILE_BYTES, COMPILE_BYTES))
     threading.stack_size(COMPILE_STACK_BYTES)
     kind, text = json.loads(sys.stdin.buffer.read())
+    if hasattr(signal, "ITIMER_PROF"):  # from now on: to start may have taken a busy computer as long
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_S)
     found: list[Tried] = []
     thread = threading.Thread(target=lambda: found.append(compile_here(kind, text)))
     thread.start()

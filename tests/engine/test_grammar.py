@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from llama2_chat.engine import try_grammar
 from llama2_chat.engine.grammar import Grammars
 from llama2_chat.errors import BadGrammar, Busy
+from llama2_chat.process import python_command
 from llama2_chat.types import GrammarSpec, SamplingParams
 from tests.support.serving import busy
 from tests.support.small_tokenizer import gpt_2_shaped, llama_shaped
@@ -419,6 +420,43 @@ def test_the_process_for_the_next_grammar_is_started_beforehand(monkeypatch):
     assert try_grammar.tried(specs[1], 40).error == ""
     assert waiting.returncode == 0
     assert try_grammar._spare != [waiting]
+
+
+def killed(start):
+    process = start()
+    process.kill()
+    process.wait()
+    return process
+
+
+def none_for(start):
+    raise BlockingIOError("Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize("start", [killed, none_for])
+def test_a_grammar_is_not_too_complex_because_its_process_was_killed(monkeypatch, start):
+    # After some minutes without memory, a schema of one number was refused as too complex until the next start.
+    spec = GrammarSpec("regex", f"compiled once there is memory: {start.__name__}")
+    with monkeypatch.context() as short_of_memory:
+        short_of_memory.setattr(try_grammar, "_spare", [])
+        short_of_memory.setattr(try_grammar, "_start", functools.partial(start, try_grammar._start))
+        with pytest.raises(Busy, match="too busy"):
+            try_grammar.tried(spec, 40)
+    assert try_grammar.tried(spec, 40).error == ""
+
+
+def test_a_process_that_has_ended_while_it_waited_for_a_grammar_is_replaced(monkeypatch):
+    monkeypatch.setattr(try_grammar, "_spare", [killed(try_grammar._start)])
+    assert try_grammar.tried(GrammarSpec("regex", "the spare was killed"), 40).error == ""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_slow_to_start_has_its_second_all_the_same(monkeypatch):
+    code = python_command("llama2_chat.engine.try_grammar:try_grammar")
+    code[-1] = f"import time\nwhile time.process_time() < 1.1: pass\n{code[-1]}"
+    monkeypatch.setattr(try_grammar, "_spare", [])
+    monkeypatch.setattr(try_grammar, "python_command", lambda function: code)
+    assert try_grammar.tried(GrammarSpec("regex", "slow to start"), 40).error == ""
 
 
 def test_what_was_found_out_is_forgotten_when_it_fills_the_memory(monkeypatch):
