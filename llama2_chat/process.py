@@ -7,6 +7,7 @@ import ctypes
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,9 @@ from typing import Any
 from llama2_chat import ROOT
 
 CGROUP = Path("/sys/fs/cgroup")  # version 2
+# What ends a process from outside, and no limit of its own: the system where memory is short, an operator, or whoever
+# started it. None of them ends one on Windows.
+FROM_OUTSIDE = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
 
 # What Python needs to start and to find its packages, and nothing that may be a secret. The last two: where
 # pip install --user puts them.

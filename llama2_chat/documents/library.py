@@ -13,6 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,7 @@ from filelock import FileLock
 from llama2_chat.database import path_of, room_in
 from llama2_chat.documents.line import Line
 from llama2_chat.documents.meaning import Encoding
-from llama2_chat.documents.parsing import NICE, parse
+from llama2_chat.documents.parsing import BROKEN, NICE, Interrupted, parse
 from llama2_chat.documents.store import Document, Shelf
 from llama2_chat.errors import Busy, ChatError, NoRoom, NotHere
 from llama2_chat.types import Embedder
@@ -33,6 +34,7 @@ MAX_FILE_BYTES = 50_000_000
 COOKIES_SHARE = 1 / 2  # of the disk's room, for all whom only a cookie tells apart: anyone may have any number of them
 TURN_S = 10.0  # that one owner's document is read while others wait
 RETRY_S = 10.0  # after a lock or a full disk, which pass
+MOST_INTERRUPTIONS = 3  # of the process that reads a document: it may be that document that takes all memory
 VISITOR_S = 31 * 24 * 3600  # that documents of a browser's cookie are kept after its last upload
 SURE_S = 24 * 3600.0  # after a start that found them older for the first time: its clock may have been wrong
 
@@ -49,6 +51,7 @@ class Library:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._interruptions: Counter[str] = Counter()  # of documents that are not whole yet
         self._speed: dict[str, float] = {}  # of the document that is being read: seconds a page
 
     def shelf(self, owner: str) -> Shelf:
@@ -146,6 +149,11 @@ class Library:
         try:
             with self._original(shelf, id) as file:
                 is_whole = self._read_pages(shelf, document, file)
+        except Interrupted:
+            self._interruptions[id] += 1
+            if self._interruptions[id] < MOST_INTERRUPTIONS:
+                raise
+            error = BROKEN
         except (NotHere, Busy, NoRoom):
             raise
         except ChatError as problem:
@@ -153,6 +161,7 @@ class Library:
         finally:
             self._speed.pop(id, None)
         if is_whole:
+            self._interruptions.pop(id, None)
             shelf.finish(id, error or _without_text(shelf.get(id)))
             if self._encoding:
                 self._encoding.put(shelf, id)

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 from llama2_chat.documents.chunks import chunks_of, page_text
 from llama2_chat.documents.texts import MAX_CHARACTERS, TOO_MUCH_TEXT
-from llama2_chat.errors import ChatError
-from llama2_chat.process import python_command, python_environment
+from llama2_chat.errors import Busy, ChatError
+from llama2_chat.process import FROM_OUTSIDE, python_command, python_environment
 
 PAGE_CPU_S = 8.0  # to open a file, and for each page; a page takes some ms
 TOTAL_CPU_S = 300
@@ -30,6 +30,11 @@ LINE_BYTES = 2**25  # a page
 NICE = 10
 TOO_LONG = "This file takes too long to be read."
 BROKEN = "This file is broken, or too large to be read."
+INTERRUPTED = "The process that reads it was ended from outside, or had no time to compute."
+
+
+class Interrupted(Busy):
+    """No limit of its own ended the process: that says little of the file."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class ParsedPage:
 def parse(file: IO[bytes], name: str, first: int = 1) -> Generator[ParsedPage, None, None]:
     """The pages of a file from number `first` on, as they are read. file: a real one, read from its beginning.
 
-    Raises ChatError with a sentence for the visitor. Leaving the iteration ends the process.
+    Raises ChatError with a sentence for the visitor, Interrupted where another try may do. Leaving the iteration ends
+    the process.
     """
     file.seek(0)
     command = [*python_command(f"{__name__}:parse_here"), name, str(first)]
@@ -53,7 +59,7 @@ def parse(file: IO[bytes], name: str, first: int = 1) -> Generator[ParsedPage, N
     assert process.stdout is not None
     seen = 0
     try:
-        while line := _line(process):
+        while (line := _line(process)).endswith(b"\n"):
             said = _object(line)
             if "error" in said:
                 raise ChatError(f"{said['error']:.300}")
@@ -63,6 +69,8 @@ def parse(file: IO[bytes], name: str, first: int = 1) -> Generator[ParsedPage, N
                 raise ChatError(TOO_MUCH_TEXT)
             yield page
         if status := process.wait():
+            if -status in FROM_OUTSIDE:
+                raise Interrupted(INTERRUPTED)
             raise ChatError(TOO_LONG if -status in _TIME_SIGNALS else BROKEN)
     finally:
         process.kill()
@@ -71,7 +79,7 @@ def parse(file: IO[bytes], name: str, first: int = 1) -> Generator[ParsedPage, N
 
 
 # None of them exists on Windows, where only SILENT_S holds.
-_TIME_SIGNALS = {getattr(signal, name, 0) for name in ("SIGPROF", "SIGXCPU")}
+_TIME_SIGNALS = {getattr(signal, name) for name in ("SIGPROF", "SIGXCPU") if hasattr(signal, name)}
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes:
@@ -91,7 +99,7 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
     finally:
         timer.cancel()
     if silent.is_set():
-        raise ChatError(TOO_LONG)
+        raise Interrupted(INTERRUPTED) if _TIME_SIGNALS else ChatError(TOO_LONG)
     if line and not line.endswith(b"\n") and len(line) == LINE_BYTES:
         raise ChatError(TOO_MUCH_TEXT)
     return line
@@ -100,7 +108,7 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 def _object(line: bytes) -> dict[str, Any]:
     try:
         said = json.loads(line)
-    except (ValueError, RecursionError):  # it died in the middle of a line
+    except (ValueError, RecursionError):
         return {"error": BROKEN}
     return said if isinstance(said, dict) else {"error": BROKEN}
 
@@ -156,7 +164,7 @@ def _limit() -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it has nothing to write
-        resource.setrlimit(resource.RLIMIT_CPU, (TOTAL_CPU_S, TOTAL_CPU_S))
+        resource.setrlimit(resource.RLIMIT_CPU, (TOTAL_CPU_S, TOTAL_CPU_S + 1))  # the second would be SIGKILL
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 

@@ -27,7 +27,7 @@ from llama2_chat.engine.ending import Ending, ending_of, longest
 from llama2_chat.engine.json_schema import Rewriter
 from llama2_chat.engine.refusals import sentence, too_complex
 from llama2_chat.errors import Busy
-from llama2_chat.process import python_command, python_environment
+from llama2_chat.process import FROM_OUTSIDE, python_command, python_environment
 from llama2_chat.types import GrammarKind, GrammarSpec
 
 # What one answer may take, in llguidance's units: some 10 ms of a core for a token and 30 MB. Its speed does not need
@@ -132,7 +132,7 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     later = threading.Timer(SPARE_AFTER_S, _start_spare)
     later.daemon = True
     later.start()
-    if -process.returncode in _FROM_OUTSIDE:
+    if -process.returncode in FROM_OUTSIDE:  # be it by COMPILE_WALL_S, before it has had COMPILE_CPU_S
         raise Busy(NO_COMPUTER)
     if process.returncode:
         return Tried(error=too_complex(spec.kind))
@@ -141,9 +141,6 @@ def _try_apart(spec: GrammarSpec) -> Tried:
     return Tried(result["source"], result["error"], tuple(result["relaxed"]), ending)
 
 
-# No limit of its own ends it by these, but the system where memory is short, an operator, and COMPILE_WALL_S where the
-# computer has not given it COMPILE_CPU_S by then. On Windows COMPILE_WALL_S alone holds, and ends it by a 1.
-_FROM_OUTSIDE = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
 _spare: list[subprocess.Popen[bytes]] = []  # one that waits for a grammar: Python takes a tenth of a second to start
 
 

@@ -223,6 +223,26 @@ def test_whatever_goes_wrong_a_document_does_not_stay_unread(library, shelf, mon
     assert (shelf.get(id).state, shelf.get(id).error) == ("failed", "This file could not be read.")
 
 
+@pytest.mark.parametrize(("killed", "state"), [(2, "ready"), (3, "failed")])
+def test_a_document_whose_reading_is_killed_is_read_again_before_it_counts_as_broken(
+    library, shelf, monkeypatch, killed, state
+):
+    # A computer without memory for a moment: a sound file was "broken, or too large" for good.
+    start, tries = subprocess.Popen, []
+
+    def start_and_kill(*args, **kwargs):
+        tries.append(start(*args, **kwargs))
+        if len(tries) <= killed:
+            tries[-1].kill()
+        return tries[-1]
+
+    monkeypatch.setattr(parsing.subprocess, "Popen", start_and_kill)
+    monkeypatch.setattr(module, "RETRY_S", 0)
+    id = library.add("login anna", io.BytesIO(b"The lighthouse."), "a.txt", "user_data").id
+    until(lambda: shelf.get(id).state != "waiting")
+    assert (shelf.get(id).state, len(tries)) == (state, 3)
+
+
 def test_the_process_that_reads_a_file_knows_no_secrets(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "sesame")
     monkeypatch.setenv("API_KEY", "sesame")
