@@ -138,6 +138,10 @@ class HttpProtocol(H11Protocol):
         if self._tick is not None:
             self._tick.cancel()
 
+    def _should_upgrade(self) -> bool:
+        """Nothing but HTTP is spoken here. Who asks for something else as well, as Java does for HTTP/2, gets that."""
+        return False
+
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
         super().data_received(data)

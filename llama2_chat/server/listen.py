@@ -67,6 +67,7 @@ def server_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.C
     return uvicorn.Config(
         app,
         http=HttpProtocol,
+        ws="none",
         loop="llama2_chat.server.connections:Loop",  # which accepts from our own Listener; uvloop would not
         log_level="warning",
         forwarded_allow_ips=settings.trusted_proxies,

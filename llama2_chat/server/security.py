@@ -7,6 +7,7 @@ requests.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 
 from fastapi import FastAPI
@@ -16,12 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2_chat.process import trim_memory
-from llama2_chat.server.errors import ApiError, error_response
+from llama2_chat.server.errors import ApiError, error_response, no_such_route
 from llama2_chat.server.files import is_upload
 from llama2_chat.server.hosts import AllowedHosts, host_of, own_hosts
 from llama2_chat.settings import Settings
 
 LARGE_BODY = 2**20  # bytes
+WHOLE_ADDRESS = re.compile(r"https?://[^/]*/?", re.IGNORECASE)  # up to its path
 TRIM_AFTER_S = 5
 
 # A Space is shown in a frame on huggingface.co. Elsewhere anybody's Space could frame this page to steer clicks on it.
@@ -80,6 +82,7 @@ class _OwnSite:
         self.app, self.hosts, self.origins = app, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope = _with_path(scope)
         problem = self._problem(scope) if scope["type"] == "http" else None
         await (error_response(problem) if problem else self.app)(scope, receive, send)
 
@@ -88,7 +91,11 @@ class _OwnSite:
         netloc = headers.get("host", "")
         if (host := host_of(netloc)) not in self.hosts:
             sentence = f"This server does not answer for {host:.100}. If that is its name, set ALLOWED_HOSTS to it."
+            if not host:
+                sentence = "This server answers only where the header Host has a name or an address of it."
             return ApiError(421, "misdirected_request", sentence)
+        if not scope["path"].startswith("/"):  # "OPTIONS *", or CONNECT with an address
+            return no_such_route(scope["method"], scope["path"])
         origin = headers.get("origin")
         if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return None
@@ -96,6 +103,15 @@ class _OwnSite:
         if sender == netloc or (sender and host_of(sender) in self.origins):
             return None
         return ApiError(403, "foreign_origin", "A page of another site may not send anything here.")
+
+
+def _with_path(scope: Scope) -> Scope:
+    """The same, asked by its path if it was by a whole address, as programs ask what they take for a proxy."""
+    if scope["type"] != "http" or not WHOLE_ADDRESS.match(scope["path"]):
+        return scope
+    raw = scope["raw_path"].decode("ascii")
+    paths = [WHOLE_ADDRESS.sub("/", each) for each in (scope["path"], raw)]
+    return {**scope, "path": paths[0], "raw_path": paths[1].encode()}
 
 
 class _BodyLimit:

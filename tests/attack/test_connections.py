@@ -70,6 +70,15 @@ def test_who_does_not_say_what_they_want_is_cut_off(port, impatient, half):
         assert rest(connection).count(b"200 OK") == half.count(b"\r\n\r\n" + HEAD)
 
 
+@pytest.mark.parametrize("wanted", [b"websocket", b"h2c"])
+def test_who_asks_for_another_protocol_as_well_gets_http(port, wanted, caplog):
+    # A POST that asked for a WebSocket got no answer in 20 s, and each GET left an error in the log.
+    upgrade = b"Connection: Upgrade\r\nUpgrade: %s\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n" % wanted
+    with connected(port, UPLOAD.replace(b"\r\n", b"\r\n" + upgrade, 1) + b" " * 100) as connection:
+        assert b" 200 " in connection.recv(4096)
+    assert caplog.records == []
+
+
 def test_who_begins_no_tls_is_cut_off(impatient, tmp_path):
     # Each of them stayed for a minute.
     with certificates.serving(certificates.local(tmp_path)) as port, connected(port, b"\x16\x03\x01") as connection:

@@ -1,6 +1,8 @@
 """Closed doors: headers around every answer, and what other sites and too large requests come up against."""
 
 import asyncio
+import json
+import socket
 from dataclasses import replace
 
 import httpx
@@ -73,6 +75,40 @@ def test_behind_a_proxy_the_page_asks_for_its_parts_under_the_root_path(loading,
     client = TestClient(app_of(loading, replace(settings, root_path="/chat")), base_url="http://localhost")
     assert client.get("/config").json()["root"] == "http://localhost/chat"
     assert client.get("/livez").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def scripted_address(settings):
+    with serving(ScriptedChat(), settings) as address:
+        yield httpx.URL(address)
+
+
+def answer_to(address, head):
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head + b"\r\nConnection: close\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize("target", [b"http://localhost/v1/models?a=b", b"HTTP://127.0.0.1:80/v1/models"])
+def test_a_program_that_asks_by_a_whole_address_as_of_a_proxy_is_answered(scripted_address, target):
+    status, body = answer_to(scripted_address, b"GET %s HTTP/1.1\r\nHost: localhost" % target)
+    assert (status, body["object"]) == (200, "list")
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "code"),
+    [
+        (b"OPTIONS * HTTP/1.1\r\nHost: localhost", 404, "unknown_url"),
+        (b"GET http://localhost HTTP/1.1\r\nHost: evil.example", 421, "misdirected_request"),
+        (b"GET /healthz HTTP/1.0", 421, "misdirected_request"),
+    ],
+)
+def test_what_is_no_path_and_no_name_of_this_server_is_refused_in_a_sentence(scripted_address, head, status, code):
+    # Whole addresses and "*" got {"detail": "Not Found"}; without a Host it did "not answer for .".
+    received, body = answer_to(scripted_address, head)
+    assert (received, body["error"]["code"]) == (status, code)
+    assert " ." not in body["error"]["message"]
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
