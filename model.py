@@ -60,6 +60,10 @@ log = logging.getLogger("llama2_chat")
 
 MOST_KV_HOST_BYTES = 8_000_000_000  # unless KV_HOST_GB asks for more: 10,000 tokens of the 13B
 LONGEST_UNASKED = 4_096  # tokens of an answer whose length nobody named: some models never end by themselves
+FORKED = (
+    "The model was loaded before this process was forked, and the thread that computes stayed behind. "
+    "Load the model in this process, or start processes by spawning them."
+)
 EXIT_GPU_LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -96,6 +100,7 @@ class ChatModel:
         self.context_length = 0  # tokens, prompt and answer together; 4,096 for Llama 2
         self.reply_type: type[StreamedReply] | None = None  # another one, for scripts that measure
         self._serving: Serving | None = None
+        self._loaded_by = os.getpid()
         self._workers: Workers | None = None  # of a model over several GPUs
         self._closing = threading.Event()
 
@@ -112,9 +117,11 @@ class ChatModel:
 
     @property
     def serving(self) -> Serving:
-        """Raises ModelUnavailable until a model is loaded."""
+        """Raises ModelUnavailable until a model is loaded in this process."""
         if self._serving is None or self.status.state != "ready":
             raise ModelUnavailable(self.status.error or "The model is still loading. Please try again in a minute.")
+        if self._loaded_by != os.getpid():
+            raise ModelUnavailable(FORKED)
         return self._serving
 
     @property
@@ -260,6 +267,7 @@ class ChatModel:
             why = f"{why} Its context is {engine.context_length:,} of {context:,} tokens: the memory holds no more."
         grammars = Grammars(tokenizer, runner.vocab_size, stop_ids)
         infilling = prompt.find_infilling(tokenizer, runner.vocab_size)
+        self._loaded_by = os.getpid()
         self._serving = Serving(loaded.model, tokenizer, chat_format, ending.strings, engine, grammars, infilling)
         if self._closing.is_set():  # closed meanwhile, perhaps before there was an engine to close
             engine.close()

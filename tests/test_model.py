@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import threading
 import time
 import weakref
@@ -54,6 +55,24 @@ def reply_of(tokenizer, text, stop=()):
         reply.put(torch.tensor([token]))
     reply.end()
     return reply
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 warns of what is tried here
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_after_loading_is_told_that_it_has_no_model(small):
+    # It waited for its first word for ever: the engine's thread is not in it.
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        signal.alarm(10)  # so long would a child wait that the parent could not end
+        try:
+            small.stream_reply(user("Hello"), GREEDY)
+        except ModelUnavailable as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "before this process was forked" in pipe.read()
+    os.waitpid(child, 0)
 
 
 def test_streamed_pieces_join_to_the_text_generate_returns(small, loaded):
