@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from llama2_chat.documents.chunks import Block, Table
-from llama2_chat.documents.texts import NOT_TEXT, cleaned, decoded, paginated, paragraphs
+from llama2_chat.documents.texts import NOT_TEXT, cleaned, decoded, paginated, paragraphs, web_encoding
 from llama2_chat.errors import ChatError
 
 MAX_PAGES = 2000
@@ -23,6 +23,7 @@ MAX_XML_BYTES = 40_000_000  # of a DOCX once it is unpacked; what lxml makes of 
 MAX_UNPACKED_BYTES = 200_000_000  # with its pictures
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"
 DELIMITERS = ",;\t|"
+WEB_PAGES = ("html", "htm", "xhtml")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def read(stream: BinaryIO, name: str, first: int) -> Reading:
         return _listed(_docx_pages(stream), first)
     if head.startswith(OLD_OFFICE):
         raise ChatError("This is a file of an old Word, or an encrypted one. Save it as DOCX without a password.")
-    return _listed(list(_text_pages(decoded(stream.read()), ending)), first)
+    raw = stream.read()
+    text = decoded(raw, web_encoding(raw)) if ending in WEB_PAGES else decoded(raw)
+    return _listed(list(_text_pages(text, ending)), first)
 
 
 def _listed(pages: list[Page], first: int) -> Reading:
@@ -65,7 +68,7 @@ def _listed(pages: list[Page], first: int) -> Reading:
 
 def _text_pages(text: str, ending: str) -> Iterator[Page]:
     match ending:
-        case "html" | "htm" | "xhtml":
+        case _ if ending in WEB_PAGES:
             from llama2_chat.documents.web_page import read_html
 
             yield from read_html(text)

@@ -13,6 +13,7 @@ from llama2_chat.text import valid_unicode
 
 PAGE_SIZE = 3000  # letters, of what has no pages of its own
 LONGEST_NAME = 200
+OLD_ENCODING = "cp1252"  # of a file in none of Unicode's that names none
 BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -27,13 +28,37 @@ TOO_MUCH_TEXT = f"This file holds more text than the {MAX_CHARACTERS:,} characte
 NOT_TEXT = "This file is no text, and neither PDF nor DOCX. Those, TXT, Markdown, CSV and HTML can be read."
 
 
-def decoded(raw: bytes) -> str:
-    """The text of a file in UTF-8, UTF-16, UTF-32 or Windows-1252. Raises ChatError for what is no text."""
+# What the web means by names of encodings, where Python means something else, or nothing.
+WEB_ENCODINGS = {
+    **{
+        "iso-8859-1": "cp1252",
+        "latin1": "cp1252",
+        "us-ascii": "cp1252",
+        "iso-8859-9": "cp1254",
+        "windows-874": "cp874",
+    },
+    **{"shift_jis": "cp932", "shift-jis": "cp932", "x-sjis": "cp932", "euc-kr": "cp949", "ks_c_5601-1987": "cp949"},
+    **{"gb2312": "gb18030", "gbk": "gb18030"},
+}
+OTHER_ENCODINGS = re.compile(r"windows-125[0-8]|iso-8859-(?:[2-8]|1[03-6])|koi8-[ru]|euc-jp|gb18030|big5(?:-hkscs)?")
+CHARSET = re.compile(rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w-]+)""", re.IGNORECASE)
+HEAD_BYTES = 4096  # of a web page, in which it names its encoding; browsers look at 1,024
+
+
+def web_encoding(raw: bytes) -> str:
+    """The encoding that a web page names, as Python calls it; Windows-1252 if it names none that is known."""
+    found = CHARSET.search(raw[:HEAD_BYTES])
+    name = found[1].decode("ascii", "replace").lower() if found else ""
+    return WEB_ENCODINGS.get(name) or (name if OTHER_ENCODINGS.fullmatch(name) else OLD_ENCODING)
+
+
+def decoded(raw: bytes, old: str = OLD_ENCODING) -> str:
+    """The text of a file in UTF-8, UTF-16, UTF-32 or an old encoding. Raises ChatError for what is no text."""
     encoding = next((name for bom, name in BOMS if raw.startswith(bom)), None) or _without_bom(raw)
     try:
         text = raw.decode(encoding, "strict" if encoding == "utf-8" else "replace")
     except UnicodeDecodeError:
-        text = raw.decode("cp1252", "replace")
+        text = raw.decode(old, "replace")
     if len(text) > MAX_CHARACTERS:
         raise ChatError(TOO_MUCH_TEXT)
     if len(UNPRINTABLE.findall(text)) > len(text) / 100 + 10:

@@ -49,6 +49,23 @@ def test_a_web_page_is_read_as_it_is_shown():
     assert text == "T\n\nOne two.\n\na | b\n1 | 2"
 
 
+@pytest.mark.parametrize(
+    ("head", "encoding", "shown"),
+    [
+        ('<meta charset="Shift_JIS">', "cp932", "灯台守は①"),
+        ("<meta http-equiv='Content-Type' content='text/html; charset=windows-1251'>", "cp1251", "Смотритель маяка"),
+        ('<?xml version="1.0" encoding="gb2312"?>', "gb18030", "灯塔看守人"),
+        ("<meta charset=iso-8859-1>", "cp1252", "“café”"),
+        ("<meta charset=windows-1251>", "utf-8", "Смотритель"),
+        ("<meta charset=unicode_escape>", "cp1252", "a\\x41é"),
+        ("", "cp1252", "café"),
+    ],
+)
+def test_an_old_web_page_is_read_in_the_encoding_that_it_names(head, encoding, shown):
+    # All that was not Unicode was read as Windows-1252: "“”‘äŽç" for a word of Japanese, without a remark.
+    assert texts(f"{head}<p>{shown}</p>".encode(encoding), "a.html") == [shown]
+
+
 def test_a_table_in_a_table_takes_nothing_from_it():
     file = b"<table><tr><td>a<td>b<tr><td>c<table><tr><td>x<tr><td>y</table><td>d</table><p>End."
     (text,) = texts(file, "a.html")
