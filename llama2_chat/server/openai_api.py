@@ -333,7 +333,7 @@ def _reader(chat: ChatBackend, body: BaseRequest, params: SamplingParams, reply:
     def may_be_cut() -> bool:
         return bool(params.stop) or not (body.requested_tokens is None or reply.json_ends)
 
-    return CallReader(chat.call_style, [tool.name for tool in offer.callable], may_be_cut)
+    return CallReader(chat.call_style, [tool.name for tool in offer.callable], may_be_cut, offer.must_call)
 
 
 def _prompt_text(chat: ChatBackend, prompt: str | list[int]) -> str:

@@ -43,14 +43,19 @@ class CallReader:
     names: of the tools that can be called; what looks like a call of another one is text.
     may_be_cut: asked as a call begins. If so, nothing of it is told until it is whole; else its name and its arguments
         are told as they come.
+    must_call: whether the reply has to be a call: where it ends within what every call begins with, that is no text.
     """
 
     def __init__(
-        self, style: CallStyle, names: Collection[str], may_be_cut: Callable[[], bool] = lambda: False
+        self,
+        style: CallStyle,
+        names: Collection[str],
+        may_be_cut: Callable[[], bool] = lambda: False,
+        must_call: bool = False,
     ) -> None:
         self.calls: list[ToolCall] = []  # those that are whole, without ids
         self.text = ""
-        self._style, self._names, self._may_be_cut = style, names, may_be_cut
+        self._style, self._names, self._may_be_cut, self._must_call = style, names, may_be_cut, must_call
         self._rest = ""  # read, and not yet certain
         self._read: Callable[[], bool] = self._beginning  # what comes next; whether that got any further
         self._told: list[Delta] = []
@@ -68,7 +73,8 @@ class CallReader:
 
     def finish(self) -> list[Delta]:
         """What remains, at the reply's end: text that only looked like the beginning of a call."""
-        if self._read in (self._beginning, self._in_text):
+        is_cut_off = self._must_call and self._read == self._beginning
+        if self._read in (self._beginning, self._in_text) and not is_cut_off:
             self._say(self._rest)
         self._rest = ""
         return self._take()

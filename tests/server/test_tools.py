@@ -142,13 +142,16 @@ def test_none_never_calls(says):
     assert "tool_calls" not in whole["message"]
 
 
-@pytest.mark.parametrize("limit", [1, 6, 12])
+@pytest.mark.parametrize("limit", [1, 3, 6, 12])
 def test_no_call_is_claimed_that_max_tokens_cuts(http, limit):
+    # Cut in its first letters, it was the text '{"name":'.
     fields = {"tool_choice": NAMED, "max_tokens": limit, "seed": 1}
     whole = choice(http, **fields)
     assert (whole["finish_reason"], "tool_calls" in whole["message"]) == ("length", False)
+    assert whole["message"]["content"] == ""
     message, reason = joined(chunks(http, **fields))
     assert (reason, "tool_calls" in message) == ("length", False)
+    assert not message.get("content")
 
 
 def test_arguments_come_as_they_are_written_where_max_tokens_leaves_room_for_them(http):
