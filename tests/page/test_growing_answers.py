@@ -12,6 +12,7 @@ GROWING = {
     "numbers": "1. a\n\n2. b\n\n10. c\n\n   text\n\n11. d\n\nend",
     "code between numbers": "1. a\n2. b\n3. c\n4. d\n```\ncode\n```\n6. f\n7. g\n8. h",
     "late links": "see [a] and [b][c].\n\n- [a]\n\n[a]: http://a.example/one\n[c]: <http://c.example> 't'\n\nx\n",
+    "addresses of no link": "[a] [](http://b.example)\n\n[a]: http://a.example\n\n- x\n\n[c]: http://c.example\n\n[a]",
     "late title": '[a]: http://x.example\n"title"\n\n[a]\n',
     "late footnotes": "x[^1] y[^b]\n\nmore[^1]\n\n[^b]: bee\n[^1]: one\n    two\n\n    three\n\nend",
     "headings": "Title\n===\n\ntext\nmore\n---\n\n# x\n## y\ntext\n#### z",

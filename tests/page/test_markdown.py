@@ -143,6 +143,18 @@ def test_footnotes_are_numbered_and_linked_both_ways(answer_page):
     expect(answer_page.locator(".footnote-mark").nth(1)).to_be_focused()
 
 
+def test_an_address_to_which_no_link_leads_is_seen_and_so_is_a_link_without_words(answer_page):
+    shown = show(
+        answer_page,
+        "See [the docs][1], [](https://a.example/x) and [b].\n\n"
+        "[1]: https://one.example/\n[2]: <https://two.example/> 'T'\n[b]: ./b.md",
+    )
+    expect(shown.locator("p")).to_have_text(
+        ["See the docs, https://a.example/x and [b].", "[2]: <https://two.example/> 'T'", "[b]: ./b.md"]
+    )
+    expect(shown.get_by_role("link")).to_have_text(["the docs", "https://a.example/x", "https://two.example/"])
+
+
 def test_text_from_right_to_left_stands_right(answer_page):
     shown = show(answer_page, "مرحبا\n\n- عنصر `a`\n\n> اقتباس\n\n| اسم |\n|---|\n| قيمة |\n\nhello")
     for selector in ("p", "li", "blockquote", "table"):

@@ -33,9 +33,22 @@ const link = {
       ...(title && { title: decodeEntities(title) }),
     }),
   }),
-  children: (token) => (token.type === "link" ? token.tokens : [{ type: "text", raw: token.raw, text: token.text || token.href }]),
+  children: (token) => {
+    const words = token.text.trim(); // or there would be nothing to see and to click on
+    return token.type === "link" && words ? token.tokens : [{ type: "text", raw: token.raw, text: words || token.href }];
+  },
   key: ({ href, title }) => `${href} ${title}`,
   context: { inLink: true },
+};
+
+/** The address of links elsewhere, where none leads to it: models end with lists of them. */
+const definition = {
+  make: (token, context) => ({ node: h("p", direction(context)) }),
+  children: ({ raw, href }) => {
+    const [before, ...after] = raw.split(href);
+    const written = (text) => ({ type: "text", raw: text, text, escaped: true });
+    return after.length ? [written(before), { type: "link", raw: href, href, text: href, tokens: [written(href)] }, written(after.join(href))] : [written(raw)];
+  },
 };
 
 const picture = {
@@ -150,7 +163,8 @@ export const KINDS = {
 /** Which kind shows a token; null for what is not shown. What has no kind of its own is shown as it was written. */
 export function kindOf(token, { inLink }) {
   const { type } = token;
-  if (type === "space" || type === "def") return null;
+  if (type === "space") return null;
+  if (type === "def") return token.unused || !safeLink(token.href) ? definition : null;
   if (type === "text" && !token.tokens) return ENDLESS_WORD.test(token.raw) ? longText : text;
   if (type === "text") return paragraph;
   if (type === "html") return token.block ? htmlBlock : text;

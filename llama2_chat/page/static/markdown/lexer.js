@@ -34,12 +34,16 @@ export function lex(text, { links = {}, open = false } = {}) {
   const lexer = new BoundedLexer({ ...MARKED.defaults, tokenizer: new BoundedTokenizer() });
   lexer.open = open;
   Object.assign(lexer.tokens.links, links);
-  return { tokens: lexer.lex(text), links: lexer.tokens.links };
+  const tokens = lexer.lex(text);
+  if (!open) for (const definition of lexer.definitions) definition.unused = !lexer.followed.has(definition.href);
+  return { tokens, links: lexer.tokens.links };
 }
 
 class BoundedLexer extends Lexer {
   blockDepth = 0;
   inlineDepth = 0;
+  definitions = []; // of addresses: [name]: https://…
+  followed = new Set(); // addresses of those that a link names
   maths = false; // whether the paragraph may hold a formula
 
   blockTokens(text, tokens = [], clipped) {
@@ -79,6 +83,18 @@ class BoundedTokenizer extends Tokenizer {
     const whole = end < 0 ? text : text.slice(0, end);
     const cells = underline.split("|").length * whole.split("\n").length;
     return cells > MAX_CELLS ? asWritten(whole) : super.table(text);
+  }
+
+  def(text) {
+    const token = super.def(text);
+    if (token) this.lexer.definitions.push(token);
+    return token;
+  }
+
+  reflink(text, links) {
+    const token = super.reflink(text, links);
+    if (token?.href) this.lexer.followed.add(token.href);
+    return token;
   }
 
   url(text) {
