@@ -28,6 +28,13 @@ export class Asking extends Reading {
     return Boolean(talk.isAsking || (talk === this.talk && this._runningHere()));
   }
 
+  /** As _isBusy, and says so to whoever clicked on what must not wait for another answer. */
+  _saysBusy(talk) {
+    const isBusy = this._isBusy(talk);
+    if (isBusy && !talk.isAsking) toast(T.actions.busy); // else it is the second of two quick clicks
+    return isBusy;
+  }
+
   /** Whether what is sent in it now would come before an answer that is on its way, or before a file that it may be about. */
   _mustWait(talk) {
     return this._isBusy(talk) || this.documents.isBringing(talk);

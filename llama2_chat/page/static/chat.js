@@ -24,6 +24,7 @@ export class Chat extends Asking {
     this.deaf = store.onChange((change) => this._changed(change));
     this.drafts = new Drafts(store, hooks.state().profile);
     this.beside = null; // id of an answer that stands beside another version of it
+    this.opening = null; // which conversation is being opened, if the visitor has not gone elsewhere since
   }
 
   /** No longer what the page shows. A private chat ends with it, and so does what is written for it. */
@@ -45,15 +46,17 @@ export class Chat extends Asking {
 
   async open(id, messageId) {
     this.drafts.flush();
+    const opening = (this.opening = Symbol(id));
     const conversation = await this.store.conversation(id);
-    if (!conversation) return void this.startNew();
-    const messages = await this.store.messages(id);
+    if (!conversation && opening === this.opening) return void this.startNew();
+    const messages = conversation && (await this.store.messages(id));
+    if (opening !== this.opening) return; // a long one took its time, and the visitor went elsewhere
     const talk = talkOf(conversation, messages);
     conversation.leafId = leafToShow(conversation, messages);
     if (messageId && talk.messages.has(messageId) && !pathOf(talk).some((message) => message.id === messageId)) {
       await this._setLeaf(talk, leafBelow(messages, messageId));
     }
-    if (this.closed) return;
+    if (this.closed || opening !== this.opening) return;
     this.talk = talk;
     this.beside = null;
     this._resume(messages);
@@ -71,6 +74,7 @@ export class Chat extends Asking {
 
   startNew(draft = this.hooks.newDraft(), documents = this.hooks.newDocuments(), start = this.hooks.newStart(), adapter = this.hooks.newAdapter()) {
     this.drafts.flush();
+    this.opening = null;
     this.talk = { ...emptyTalk(), documents, start, adapter };
     this.beside = null;
     if (draft) this.hooks.onDraft(draft);
@@ -167,10 +171,11 @@ export class Chat extends Asking {
   async compare(message) {
     const { talk } = this;
     const { list } = siblings([...talk.messages.values()], message);
+    if (list.length === 1 && this._saysBusy(talk)) return;
     const asked = { ...settingsOf(talk, this.settings.read()), adapter: "", ...message.settings };
     const others = list.flatMap(({ id }, at) => (id === message.id ? [] : [at + 1]));
     const choice = await chooseOther(this.hooks.state(), asked, others);
-    if (!choice || talk !== this.talk) return;
+    if (!choice || talk !== this.talk || (choice.settings && this._saysBusy(talk))) return;
     this.beside = message.id;
     if (choice.version) {
       await this._setLeaf(talk, leafBelow([...talk.messages.values()], list[choice.version - 1].id));
@@ -196,6 +201,7 @@ export class Chat extends Asking {
 
   async _answerAgain({ parentId }, options) {
     const { talk } = this;
+    if (this._saysBusy(talk)) return;
     await this._begin(talk, () => this._answer(talk, talk.messages.get(parentId), options));
   }
 
