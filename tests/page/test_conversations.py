@@ -325,6 +325,54 @@ def test_two_quick_clicks_ask_once_and_same_again_is_the_beginning_of_a_continue
 
 
 @pytest.mark.slow
+def test_an_answer_that_is_asked_for_anew_while_another_is_written_waits_and_says_so(visit, site, echo):
+    page = visit(site)
+    ask(page, "First.")
+    pace = threading.Event()
+    echo.say = lambda messages: Scripted("Second.", gate=pace.is_set)
+    send(page, "Next.")
+    expect(page.locator("article")).to_have_count(4)
+    for name in ("Retry", "Compare"):
+        press(page, name, 0)
+        expect(toast(page).last).to_contain_text("An answer is being written here.")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+    pace.set()
+    expect_unlocked(page)
+    press(page, "Retry", 0)
+    expect_unlocked(page)
+    expect(page.locator("article.beside")).to_have_count(0)
+    assert len(echo.asked) == 3
+
+
+@pytest.mark.slow
+def test_whoever_goes_elsewhere_while_a_conversation_opens_stays_there(visit, site):
+    page = visit(site)
+    ask(page, "A long one.")
+    page.evaluate(
+        """() => {
+          const [fresh, old] = ["New chat", "A long one."].map((name) =>
+            [...document.querySelectorAll("#sidebar button")].find(({ textContent }) => textContent.trim() === name));
+          fresh.click(), old.click(), fresh.click();
+        }"""
+    )
+    box(page).fill("Mine.")
+    page.wait_for_timeout(500)
+    expect(page).to_have_title("Llama 2 Chat")
+    expect(box(page)).to_have_value("Mine.")
+
+
+@pytest.mark.slow
+def test_a_letter_with_thousands_of_marks_holds_up_nobody_and_is_kept_whole(visit, site, echo):
+    page = visit(site)
+    text = "e" + "\u0301" * 5000  # a browser's time grows with the square of it
+    ask(page, text)
+    expect(questions(page)).to_have_text("e" + "\u0301" * 64)
+    assert echo.asked[-1][0][-1]["content"] == text
+    page.reload()
+    expect(questions(page)).to_have_text("e" + "\u0301" * 64)
+
+
+@pytest.mark.slow
 def test_another_title_is_the_title_of_the_page_too(visit, site):
     page = visit(site)
     ask(page, "First.")

@@ -6,6 +6,7 @@ import { h, icon, toast } from "./dialog.js";
 import { setText, watchDirection } from "./direction.js";
 import { focusBox } from "./focus.js";
 import { AnswerView } from "./markdown.js";
+import { withoutEndlessMarks } from "./markdown/text.js";
 import { Sources } from "./sources.js";
 import { Steps } from "./steps.js";
 import { T } from "./texts.js";
@@ -92,7 +93,7 @@ export class Article {
     this.element.classList.toggle("waiting", this.running && !text);
     if (this.running && !text) this.element.dataset.waiting = translated(waiting) || T.sending;
     if (role === "user" || !this.view) {
-      if (text !== this.shown) this.body.textContent = text;
+      if (text !== this.shown) this.body.textContent = withoutEndlessMarks(text);
     } else {
       this.view.update(text, { done: !this.running });
     }

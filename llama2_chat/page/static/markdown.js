@@ -3,10 +3,9 @@
 
 import { Blocks } from "./markdown/blocks.js";
 import { Footnotes } from "./markdown/footnotes.js";
+import { withoutEndlessMarks } from "./markdown/text.js";
 import { T } from "./texts.js";
 
-// No letter has so many: Unicode allows 30, and with thousands a browser does not come back.
-const MARKS_ON_MARKS = /(\p{M}{64})\p{M}+/gu;
 const REST = 3; // how many times as long as it took to show an answer so far the page has for everything else
 
 export class AnswerView {
@@ -27,7 +26,7 @@ export class AnswerView {
    * @param {{done?: boolean}} [options] done: no more text will come (and if it does, it is shown as well)
    */
   update(text, { done = false } = {}) {
-    const now = String(text ?? "").replace(/\r\n?/g, "\n").replace(MARKS_ON_MARKS, "$1");
+    const now = withoutEndlessMarks(String(text ?? "").replace(/\r\n?/g, "\n"));
     if (now === this.text && (this.done || !done)) return;
     this.text = now;
     this.done = done;

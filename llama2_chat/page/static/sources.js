@@ -1,6 +1,7 @@
 // What an answer was made from: a list below it, and its [2] as links, each of which opens the excerpt with file and page.
 
 import { h, openDialog } from "./dialog.js";
+import { withoutEndlessMarks } from "./markdown/text.js";
 import { T } from "./texts.js";
 
 const MOST_SHOWN = 6; // at first; those that the answer names come before the others
@@ -59,7 +60,7 @@ function link(source, words, isNamed = true) {
 }
 
 function open({ name, page, text }) {
-  openDialog(T.documents.place(name, page), h("blockquote", { class: "excerpt", dir: "auto", tabindex: 0 }, text));
+  openDialog(T.documents.place(name, page), h("blockquote", { class: "excerpt", dir: "auto", tabindex: 0 }, withoutEndlessMarks(text)));
 }
 
 /** Each [2] and [1, 2] that names a source, outside of code, links and formulas. */

@@ -2,6 +2,7 @@
 // All of it is shown as plain text. Which steps there are is for asking.js to say.
 
 import { h } from "./dialog.js";
+import { withoutEndlessMarks } from "./markdown/text.js";
 import { T } from "./texts.js";
 
 const LONG = 240; // characters, or
@@ -94,7 +95,7 @@ export class Steps {
     const button = (text, kind, allowed) => h("button", { type: "button", class: kind, onclick: say(allowed) }, text);
     const buttons = [button(T.steps.allow, "primary", true), button(T.steps.refuse, "", false)];
     const text = calling.asks.description;
-    const description = h("p", scrolling(text, T.steps.description(calling.name), "description"), text);
+    const description = h("p", scrolling(text, T.steps.description(calling.name), "description"), withoutEndlessMarks(text));
     return [description, h("div", { class: "confirm" }, ...buttons, h("label", {}, always, T.steps.always))];
   }
 
@@ -118,7 +119,7 @@ function item(step, time) {
   return h("li", {}, head, box(inputOf(step), T.steps.input(step.name), "input"), result);
 }
 
-const box = (text, label, kind) => h("pre", scrolling(text, label, kind), text);
+const box = (text, label, kind) => h("pre", scrolling(text, label, kind), withoutEndlessMarks(text));
 
 /** What makes a text scroll where it is long, and then be reached by keyboard. */
 function scrolling(text, label, kind) {

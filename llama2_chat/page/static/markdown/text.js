@@ -8,6 +8,12 @@ export function h(name, attributes = {}, ...children) {
   return element;
 }
 
+// No letter has so many: Unicode allows 30, and with thousands a browser does not come back.
+const MARKS_ON_MARKS = /(\p{M}{64})\p{M}+/gu;
+
+/** A text as it can be shown, whoever wrote it. */
+export const withoutEndlessMarks = (text) => text.replace(MARKS_ON_MARKS, "$1");
+
 const REFERENCE = /&(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z][a-z\d]{1,30});/gi;
 const decoder = document.createElement("textarea");
 
