@@ -18,7 +18,7 @@ CONVERSATION = {
 }
 QUESTION = {"id": Q, "conversationId": A, "parentId": None, "role": "user", "text": "Hello?", "createdAt": 1}
 END = {"reason": "length", "promptTokens": 7, "completionTokens": 3, "tokensPerS": 9.5, "model": "Llama 2", "seed": 4}
-SETTINGS = {"systemPrompt": "Be brief.", "maxNewTokens": 9, "temperature": 0.8, "topP": 1, "topK": 0, "seed": None}
+SETTINGS = {"systemPrompt": "Be brief.", "maxNewTokens": 9, "temperature": 0.8, "topP": 1, "topK": 0, "seed": ""}
 ANSWER = {
     "id": R,
     "conversationId": A,
@@ -265,14 +265,16 @@ def test_what_the_page_itself_writes_passes(tab):
         "skipped": 0,
         "unreadable": 0,
     }
-    assert dump(tab) == [[conversation, [answer]]]
+    sent = {name: value for name, value in SENT.items() if value is not None}  # else Same again asked for null
+    assert dump(tab) == [[conversation, [{**answer, "settings": sent}]]]
 
 
 def test_what_a_file_says_is_null_is_not_there(tab):
     conversation = {**CONVERSATION, "draft": None, "editing": None}
     question = {**QUESTION, "steps": None, "answerId": None, "end": None}
-    imported(tab, file_of({**conversation, "messages": [question]}))
-    assert dump(tab) == [[CONVERSATION, [QUESTION]]]
+    answer = {**ANSWER, "settings": {"systemPrompt": None, "temperature": 0.5, "examples": None, "seed": None}}
+    imported(tab, file_of({**conversation, "messages": [question, answer]}))
+    assert dump(tab) == [[CONVERSATION, [QUESTION, {**ANSWER, "settings": {"temperature": 0.5}}]]]
 
 
 def test_what_comes_from_a_file_asks_the_model_nothing_by_itself(tab):

@@ -117,7 +117,7 @@ export function checkMessage(value, conversationId) {
   const message = withoutNulls(checked(value, MESSAGE), ["unasked"]);
   if (message?.conversationId !== conversationId) return null;
   if (message.end) message.end = checked(message.end, END);
-  if (message.settings) message.settings = asSettings(checked(message.settings, SETTINGS));
+  if (message.settings) message.settings = asSettings(withoutNulls(checked(message.settings, SETTINGS)));
   if (message.steps) message.steps = message.steps.map(asStep);
   if (message.sources) message.sources = message.sources.map((source) => checked(source, SOURCE));
   return message;
@@ -140,10 +140,10 @@ function checked(value, fields) {
 }
 
 /**
- * The page reads null in these two alone; what else a record says is null, it does not have.
+ * The page reads null in parentId, leafId and how an answer ended alone; what else a record says is null, it does not have.
  * @param asking fields by which the page would ask the model, which no file may
  */
-function withoutNulls(record, asking) {
+function withoutNulls(record, asking = []) {
   const isThere = ([name, field]) => !asking.includes(name) && (field !== null || name === "parentId" || name === "leafId");
   return record && Object.fromEntries(Object.entries(record).filter(isThere));
 }
