@@ -180,6 +180,19 @@ def test_what_a_browser_held_before_is_taken_over_and_every_device_has_all_of_it
     assert do(laptop, "return (await t.store.conversation(t.id('a'))).draft") == "half a se"
 
 
+def test_who_answers_in_a_conversation_and_how_it_starts_is_the_same_on_every_device(device, server):
+    laptop, phone = device(), device()
+    start = {"systemPrompt": "Rhyme.", "examples": [], "reminder": ""}
+    chosen = "return [(await t.store.conversation(t.id('a'))).adapter, (await t.store.conversation(t.id('a'))).start]"
+    do(laptop, f"await t.talk('a', {{ adapter: 'poet', start: {json.dumps(start)} }}); await t.say('a', 'hello');")
+    until_on(phone, {"a": ["hello"]})
+    assert do(phone, chosen) == ["poet", start]  # the phone asked the model itself
+    do(phone, "await t.store.updateConversation(t.id('a'), (kept) => (delete kept.adapter, delete kept.start))")
+    do(phone, "await t.change('a', { title: 'b' })")
+    until_on(laptop, {"b": ["hello"]})
+    assert do(laptop, chosen) == [None, None]
+
+
 def test_what_two_devices_write_while_the_line_is_down_is_all_kept(device, server):
     laptop, phone = device(), device()
     do(laptop, "await t.talk('a'); await t.say('a', 'hello');")

@@ -2,7 +2,7 @@
 // When they are sent and taken in is told in syncing.js and taking.js.
 
 // What is typed and not sent, and which tools are allowed, stays in its browser.
-const SHARED = ["id", "title", "renamed", "pinned", "createdAt", "updatedAt", "leafId", "documents", "start"];
+const SHARED = ["id", "title", "renamed", "pinned", "createdAt", "updatedAt", "leafId", "documents", "start", "adapter"];
 
 /** A conversation as the server keeps it. */
 export function sharedConversation(conversation) {
