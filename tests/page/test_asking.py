@@ -149,6 +149,14 @@ def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_lost(p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\u2060"], ids=ascii)
+def test_an_answer_in_which_there_is_nothing_to_see_says_so(visit, perform, text):
+    page = visit(perform(ScriptedChat(reply=Scripted(text))))
+    send(page, "Well?")
+    expect(page.locator("article.assistant .remark")).to_contain_text("The model gave an empty answer.")
+
+
+@pytest.mark.slow
 def test_pressing_enter_twice_asks_once(short_answers, chat, monkeypatch):
     asked = spy(chat, monkeypatch)
     box(short_answers).fill(SHORT)

@@ -23,6 +23,8 @@ const ICONS = {
   next: "M10 6l6 6-6 6",
 };
 
+const VISIBLE = /[^\s\p{Cc}\p{Cf}]/u; // characters without width are nothing to read
+
 /** Its handlers are those of Transcript. */
 export class Article {
   constructor(message, handlers) {
@@ -119,7 +121,7 @@ export class Article {
     if (end.error) return [translated(end.error)];
     if (end.reason === "interrupted") return [T.end.lost];
     if (end.reason === "cancelled" && !text) return [T.end.stoppedEarly];
-    if (end.reason === "stop" && !text.trim()) return [T.end.empty];
+    if (end.reason === "stop" && !VISIBLE.test(text)) return [T.end.empty];
     return [];
   }
 
