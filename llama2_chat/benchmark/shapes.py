@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from llama2_chat.benchmark import Figures, load_test, serving_cost, speculation
 from llama2_chat.benchmark.decode_speed import decode_speed, generate_speeds
 from llama2_chat.benchmark.load_test import SAMPLING
 from llama2_chat.benchmark.local_model import GB, fresh_ids, gpu_gb, kv_cache_bytes, load, time_full_answers
+from llama2_chat.text import first_line
 from model import ChatModel
 
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads
@@ -167,10 +168,25 @@ def make_checkpoint(shape: str, tokenizer: str, folder: Path) -> None:
         if LlamaConfig.from_pretrained(folder).hidden_size != hidden:
             sys.exit(f"{folder} holds a shape other than {shape}. Name another folder.")
         return
+    known = _load_tokenizer(tokenizer)  # before gigabytes are written
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--checkpoint {folder} cannot be made: {error.strerror}.")
     _write_weights(config, folder)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    known.save_pretrained(folder)
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(
+            f"--tokenizer {name} cannot be loaded ({first_line(error)}). Name a folder that holds Llama 2's, or set "
+            "HF_TOKEN to a token of someone who may read it on the Hub."
+        )
 
 
 def _write_weights(config: LlamaConfig, folder: Path) -> None:
@@ -181,7 +197,6 @@ def _write_weights(config: LlamaConfig, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         files[f"model-{layer}.safetensors"][name] = parameter.shape
-    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(WRITERS) as writers:
         list(writers.map(lambda file: save_file(_random(files[file], config), folder / file), files))
     where = {name: file for file, names in files.items() for name in names}
