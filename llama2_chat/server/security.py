@@ -92,7 +92,10 @@ class _OwnSite:
         if (host := host_of(netloc)) not in self.hosts:
             sentence = f"This server does not answer for {host:.100}. If that is its name, set ALLOWED_HOSTS to it."
             if not host:
-                sentence = "This server answers only where the header Host has a name or an address of it."
+                sentence = (
+                    "This server answers only where the header Host has a name or an address of it. If it has others, "
+                    "set ALLOWED_HOSTS to them."
+                )
             return ApiError(421, "misdirected_request", sentence)
         if not scope["path"].startswith("/"):  # "OPTIONS *", or CONNECT with an address
             return no_such_route(scope["method"], scope["path"])

@@ -75,7 +75,10 @@ NOT_FOR_VISITORS = {
     INCOMPLETE,
     "Send a form (multipart/form-data) with the file in the field file.",
     "The body must be a JSON object.",
+    "The model was loaded before this process was forked, and the thread that computes stayed behind. Load the model "
+    "in this process, or start processes by spawning them.",
     "The model's server gives no logprobs. Leave them out.",
+    "The process that reads it was ended from outside, or had no time to compute.",
     "The reader left before the whole file was here.",
     "The reader left before there was an answer.",
     "This asks for {} answers at once, and {} are allowed. Ask for fewer.",
