@@ -91,6 +91,7 @@ def test_a_file_imports_only_rooms_that_its_own_may_know(file):
     assert imported_rooms(file) - allowed_rooms(room) == MORE.get(file, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

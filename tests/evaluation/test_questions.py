@@ -13,6 +13,7 @@ from tests.support.runs import save_run
 # PEFT 0.21 uses names that transformers 5.23 has deprecated.
 
 
+@pytest.mark.slow
 def test_the_sheet_asks_questions_of_the_test_split_and_of_safety(run, monkeypatch):
     monkeypatch.setattr(questions, "ANSWER_TOKENS", 4)
     _, page = evaluate(run, "--sheet", "2")

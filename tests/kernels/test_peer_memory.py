@@ -91,6 +91,7 @@ print("agreed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["none", "no memory", "no handle", "no access", "not opened", "lost"])
 def test_all_gpus_write_to_each_others_memory_or_none_does(trouble, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT.format(root=str(Path(__file__).parents[2]))]
