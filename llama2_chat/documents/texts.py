@@ -30,15 +30,9 @@ NOT_TEXT = "This file is no text, and neither PDF nor DOCX. Those, TXT, Markdown
 
 # What the web means by names of encodings, where Python means something else, or nothing.
 WEB_ENCODINGS = {
-    **{
-        "iso-8859-1": "cp1252",
-        "latin1": "cp1252",
-        "us-ascii": "cp1252",
-        "iso-8859-9": "cp1254",
-        "windows-874": "cp874",
-    },
+    **{"iso-8859-1": "cp1252", "latin1": "cp1252", "us-ascii": "cp1252", "iso-8859-9": "cp1254"},
     **{"shift_jis": "cp932", "shift-jis": "cp932", "x-sjis": "cp932", "euc-kr": "cp949", "ks_c_5601-1987": "cp949"},
-    **{"gb2312": "gb18030", "gbk": "gb18030"},
+    **{"windows-874": "cp874", "gb2312": "gb18030", "gbk": "gb18030"},
 }
 OTHER_ENCODINGS = re.compile(r"windows-125[0-8]|iso-8859-(?:[2-8]|1[03-6])|koi8-[ru]|euc-jp|gb18030|big5(?:-hkscs)?")
 CHARSET = re.compile(rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w-]+)""", re.IGNORECASE)

@@ -83,8 +83,6 @@ class SelfCheck:
                     "has written. Choose a Llama 2, or another model that continues text."
                 )
             expected = [self._alone(request, steps, token, self._pool) for request in requests]
-            with _rounded_otherwise(self._model):
-                otherwise = self._alone(requests[-1], steps, token, self._pool)
             exact = expected
             if not self._pool.is_exact:  # what differs in its last bit may get another code
                 exact = [self._alone(request, steps, token) for request in requests]
@@ -93,13 +91,16 @@ class SelfCheck:
                     "This model's scores are no numbers, or all the same: its weights are damaged, or too large for "
                     "16 bits. Copy or download them again, or choose another model."
                 )
-            sway = max(map(_distance, otherwise, expected[-1]))
-            return all(
-                _agree(logits, torch.stack(alone), torch.stack(unrounded), tolerance + sway)
-                for logits, alone, unrounded in zip(
-                    found, zip(*expected, strict=True), zip(*exact, strict=True), strict=True
+
+            def agree(tolerance: float) -> bool:
+                return all(
+                    _agree(logits, torch.stack(alone), torch.stack(unrounded), tolerance)
+                    for logits, alone, unrounded in zip(
+                        found, zip(*expected, strict=True), zip(*exact, strict=True), strict=True
+                    )
                 )
-            )
+
+            return agree(tolerance) or agree(tolerance + self._sway(requests[-1], steps, token, expected[-1]))
 
         in_float32 = self._model.dtype == torch.float32 and self._pool.is_exact
         with _cut(self._model, self._depth):
@@ -128,6 +129,17 @@ class SelfCheck:
         read = [chunk.ids for chunks in steps for chunk in chunks if chunk.request is request]
         logits = [self._forward(ids, cache) for ids in (*read, [token])]
         return logits[-2], logits[-1]
+
+    def _sway(
+        self, request: Request, steps: Sequence[Sequence[Chunk]], token: int, expected: tuple[Tensor, Tensor]
+    ) -> float:
+        """How far logits of the model alone move, relative to their length, with the last bits of what it reads."""
+        with _rounded_otherwise(self._model):
+            otherwise = self._alone(request, steps, token, self._pool)
+        return max(
+            float(torch.linalg.norm(moved.float() - logits.float()) / torch.linalg.norm(logits.float()))
+            for moved, logits in zip(otherwise, expected, strict=True)
+        )
 
     def _forward(self, ids: list[int], cache: DynamicCache) -> Tensor:
         device = input_embeddings(self._model).weight.device
@@ -171,11 +183,6 @@ def _agree(found: Tensor, expected: Tensor, exact: Tensor, tolerance: float) -> 
     found, expected, exact = found.float(), expected.float(), exact.float()
     errors, moved, length = (torch.linalg.norm(x, dim=1) for x in (found - expected, exact - expected, expected))
     return bool((errors < tolerance * length + moved).all())
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Of logits [V], relative to the length of those that were expected."""
-    return float(torch.linalg.norm(found.float() - expected.float()) / torch.linalg.norm(expected.float()))
 
 
 def _trained_lengths(model: PreTrainedModel) -> Iterator[int]:

@@ -25,12 +25,8 @@ log = logging.getLogger("llama2_chat")
 
 FOR_OTHERS = ("Unrecognized", "does not recognize", "trust_remote_code")  # in what transformers says
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-DTYPES = (
-    "bfloat16",
-    "float16",
-    "float32",
-    "float64",
-)  # in which a model can be made; others are those of packed weights
+# In which a model can be made; others are those of packed weights.
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 # From each of these transformers makes the tokenizer that the model was trained with.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
